@@ -1,0 +1,159 @@
+"""The flow: the stages of dvc.yaml, then register, gate, publish. `python -m flows.pipeline` runs it once, here.
+
+DVC decides what has to run; Prefect adds retries, time limits, cancellation and a record.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
+from prefect.settings import PREFECT_API_URL
+
+from flows import supervise
+from flows.graph import Stage, ancestors, read_graph
+from flows.summary import Step, Summary, markdown, show, summarise
+from ldm import registry, tracking
+from ldm.config import find_root, load_settings
+from ldm.errors import InputError
+
+TARGET = "evaluate"  # the last stage; registration is a side effect, so DVC does not know of it
+STARTED = time.monotonic()
+
+
+def _mendable(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether a retry may help: not where the input is bad."""
+    error = state.result(raise_on_failure=False)
+    bad_input = isinstance(error, supervise.StageFailed) and error.bad_input
+    return isinstance(error, registry.Unreachable) or not (bad_input or isinstance(error, InputError))
+
+
+@task(cache_policy=NO_CACHE, retry_condition_fn=_mendable, retry_delay_seconds=2)
+def run_stage(root: str, stage: Stage, parent_run: str | None) -> supervise.Outcome:
+    """One stage of dvc.yaml as a child process; its lines are this task's log."""
+    logger = get_run_logger()
+    limit = os.environ.get("LDM_STAGE_TIMEOUT")
+    return supervise.run_stage(
+        Path(root),
+        stage.name,
+        on_line=lambda line: logger.info("%s", line, extra=PLAIN),
+        timeout=float(limit) if limit else None,
+        env={"LDM_PARENT_RUN": parent_run} if parent_run else {},
+    )
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=_mendable)
+def register(root: str, parent_run: str | None) -> registry.Registered:
+    """The model in the registry, once for each content."""
+    return registry.register(Path(root), parent_run)
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=_mendable)
+def gate(root: str, version: int) -> Any:
+    """Champion or not: see `ldm.registry.gate_and_promote`."""
+    return registry.gate_and_promote(Path(root), version)
+
+
+@flow(name="ldm-pipeline", validate_parameters=False)
+def pipeline(root: str = ".") -> Summary:
+    """Bring every stage up to date, register the model, let the gate decide, set the aliases."""
+    folder = Path(root).resolve()
+    settings = load_settings(folder)
+    stages = ancestors(read_graph(folder), TARGET)
+    tracking.use_default_store(folder)
+    with tracking.pipeline_run(folder, settings.model_dump()) as run:
+        steps = [Step("start", "", time.monotonic() - STARTED)]
+        steps += _run_stages(folder, stages, run.id)
+        tracking.log_results(run, folder)
+        start = time.monotonic()
+        registered = register(str(folder), run.id)
+        steps.append(Step("register", "executed" if registered.created else "cached", time.monotonic() - start))
+        start = time.monotonic()
+        decision = gate(str(folder), registered.version)
+        steps.append(Step("gate", "executed" if decision.n else "cached", time.monotonic() - start))
+    champion = registry.lookup(f"models:/{settings.registry.name}@champion").version
+    summary = summarise(folder, settings, steps, registered, decision, champion)
+    create_markdown_artifact(markdown(summary, folder), key="ldm-pipeline-summary")
+    return summary
+
+
+def _run_stages(root: Path, stages: tuple[Stage, ...], parent_run: str | None) -> list[Step]:
+    """Each stage after those it depends on, in this thread, so that a signal reaches the child that is running."""
+    outcomes: dict[str, supervise.Outcome] = {}
+    retries = int(os.environ.get("LDM_STAGE_RETRIES", "1"))
+    for stage in stages:
+        one = run_stage.with_options(name=stage.name, task_run_name=stage.name, retries=retries)
+        outcomes[stage.name] = one(str(root), stage, parent_run, wait_for=[outcomes[name] for name in stage.upstream])
+        if outcomes[stage.name].status == "cached":
+            get_run_logger().info("%s: nothing to do", stage.name, extra=PLAIN)
+    return [Step(name, found.status, found.seconds, found.peak_bytes) for name, found in outcomes.items()]
+
+
+def _warm_up(root: Path) -> None:
+    """Prefect's temporary server takes seconds to start; meanwhile this process imports MLflow and opens its store."""
+    if not PREFECT_API_URL.value():
+        import prefect.server.api.server  # noqa: F401  # what starting it imports; two threads that import may deadlock
+    server = threading.Thread(target=lambda: get_client(sync_client=True), daemon=True)
+    server.start()
+    tracking.use_default_store(root)
+    with contextlib.suppress(Exception):  # the run itself says what is wrong
+        tracking.experiment_id(tracking.mlflow_client())
+    server.join()
+
+
+PLAIN = {"plain": True}  # marks the log lines that someone at a console wants to see as they are
+
+
+class _Plain(logging.Handler):
+    """Marked lines as they are, on stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "plain", False):
+            print(record.getMessage(), flush=True)
+
+
+def _plain_console() -> None:
+    """At a console, show the stages' own lines and Prefect's warnings, not Prefect's account of the run."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addHandler(_Plain())
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(
+            lambda record: record.levelno >= logging.WARNING and not record.name.startswith("prefect.flow_runs")
+            and not record.name.startswith("prefect.task_runs")
+        )
+
+
+def main() -> int:
+    argparse.ArgumentParser(prog="python -m flows.pipeline", description=__doc__).parse_args()
+    try:
+        root = find_root()
+        load_settings(root)
+        _plain_console()
+        _warm_up(root)
+        show(pipeline(str(root)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return supervise.BAD_INPUT
+    except supervise.StageFailed as failure:
+        print(f"\n{failure}", *failure.tail[-1:], sep="\n", file=sys.stderr)
+        return supervise.BAD_INPUT if failure.bad_input else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; `ldm run` continues where this stopped", file=sys.stderr)
+        return 130
+    except TerminationSignal:
+        return 143
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What a run of the pipeline says at its end, on the console and in Prefect."""
+
+import json
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.config import Settings
+
+if TYPE_CHECKING:
+    from ldm.evaluation.gate import Decision
+    from ldm.registry import Registered
+
+GRID, REPORT, DECISION = "reports/plots/samples.png", "reports/report.html", "reports/decision.html"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the table of a run."""
+
+    name: str
+    status: str
+    seconds: float
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished run: what was done, how good the model is, what became of it, where to look."""
+
+    steps: tuple[Step, ...]
+    results: tuple[tuple[str, str], ...]
+    places: tuple[tuple[str, str], ...]
+    next: tuple[str, ...]
+
+
+def summarise(
+    root: Path, settings: Settings, steps: list[Step], registered: "Registered", decision: "Decision", champion: int | None
+) -> Summary:
+    name = settings.registry.name
+    metrics = json.loads((root / "reports/metrics.json").read_text(encoding="utf-8"))
+    model = f"models:/{name}/{registered.version} ({'new' if registered.created else 'registered before'})"
+    verdict = "promoted" if decision.promote else "not promoted"
+    if champion == registered.version and not decision.promote:
+        verdict = "champion"
+    results = [*_quality(metrics), ("model", model), ("gate", f"{verdict}: {decision.reason}")]
+    places = [("samples", GRID), ("report", REPORT), ("decision", DECISION)]
+    prompt = first_caption(root / "data/shards") or "…"
+    commands = (
+        f'ldm sample --model models:/{name}@champion --prompt "{prompt}" -n 16 --out samples.png',
+        "ldm registry list",
+        "make ui",
+    )
+    return Summary(
+        tuple(steps), tuple(results), tuple((what, place) for what, place in places if (root / place).is_file()), commands
+    )
+
+
+def show(summary: Summary) -> None:
+    """A table on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    print()
+    if console.is_terminal:
+        table = Table("stage", "status", *(), box=None, pad_edge=False, header_style="bold")
+        for title in ("seconds", "peak memory"):
+            table.add_column(title, justify="right")
+        for step in summary.steps:
+            style = "green" if step.status == "executed" else "dim"
+            table.add_row(step.name, f"[{style}]{step.status}[/]", f"{step.seconds:.1f}", _memory(step.peak_bytes))
+        console.print(table)
+    else:
+        for step in summary.steps:
+            print(f"{step.name:<16}{step.status:<12}{step.seconds:>8.1f} s  {_memory(step.peak_bytes):>9}".rstrip())
+    print()
+    for what, value in (*summary.results, *summary.places):
+        print(f"{what:<16}{value}")
+    print("\nnext:")
+    for command in summary.next:
+        print(f"  {command}")
+
+
+def markdown(summary: Summary, root: Path) -> str:
+    """The summary as Prefect's artifact, with a link to the report."""
+    lines = ["| stage | status | seconds | peak memory |", "|---|---|---:|---:|"]
+    lines += [f"| {step.name} | {step.status} | {step.seconds:.1f} | {_memory(step.peak_bytes)} |" for step in summary.steps]
+    lines += ["", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in summary.results)]
+    lines += ["", *(f"- [{what}]({(root / place).as_uri()})" for what, place in summary.places)]
+    return "\n".join(lines)
+
+
+def first_caption(shards: Path) -> str | None:
+    """Some caption of the data, as a prompt to try."""
+    for path in sorted(shards.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.name.endswith(".txt") else None
+                if file:
+                    return file.read().decode("utf-8").strip()
+    return None
+
+
+def _quality(metrics: dict[str, float | str]) -> list[tuple[str, str]]:
+    def number(key: str) -> float:
+        return float(metrics[key])
+
+    about = f"({metrics['test_images']} test images of {metrics['image']})"
+    lines = [
+        ("bits/dim", f"{number('bits_per_dim'):.4f} ± {number('bits_per_dim_se'):.4f} {about}"),
+        ("PSNR", f"{number('psnr'):.2f} dB"),
+        (
+            f"FD-{str(metrics['fd_name']).removeprefix('FD-')}",
+            f"{number('fd'):.3g} (real against real {number('fd_floor'):.3g}, N = {metrics['fd_n']}, d = {metrics['fd_dim']})",
+        ),
+    ]
+    if "prompt_accuracy" in metrics:
+        unseen = f", unseen phrasings {number('unseen_prompt_accuracy'):.1%}" if "unseen_prompt_accuracy" in metrics else ""
+        lines.append(("prompts read", f"{number('prompt_accuracy'):.1%}{unseen}"))
+    return lines
+
+
+def _memory(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size else ""

@@ -1,0 +1,21 @@
+"""Public names of a package that cost nothing until they are used."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+def exports(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
+    """`__getattr__` and `__all__` for `package`, whose public names live in the submodules `{name: submodule}`.
+
+    Importing a package must not import its submodules: a stage depends only on the modules that it uses
+    (`dvc.yaml` lists them), and `ldm --help` must not wait for torch.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{package}.{homes[name]}")
+        return module if homes[name] == name else getattr(module, name)
+
+    return __getattr__, sorted(homes)

@@ -1,0 +1,202 @@
+"""`params.yaml` as frozen, validated settings: the one place that knows its keys.
+
+Everything here changes results. What does not (device, threads, tracking address) is environment.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ldm.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    path: str  # folder of images with captions, relative to the project root or absolute
+    image_size: Positive  # pixels; images are scaled to cover a square and cropped at its centre
+    channels: Literal[1, 3]  # greyscale or RGB
+    resize_filter: Literal["lanczos", "bicubic", "bilinear", "box"]
+    val_fraction: Fraction
+    test_fraction: Fraction
+    shard_size: Positive  # images per shard at most
+    max_bad_fraction: Fraction  # more unreadable images than this stop the `shard` stage
+
+    @model_validator(mode="after")
+    def _train_remains(self) -> "Data":
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction must leave images to train on (sum below 1)")
+        return self
+
+
+class Text(Section):
+    encoder: str  # "minilm" (shipped in a wheel), a local folder, or a hub id; loaded with transformers, frozen
+    max_tokens: Positive
+
+
+class Autoencoder(Section):
+    """Constructor arguments of `ldm.nets.AutoencoderKL`; each channel entry after the first halves the resolution."""
+
+    latent_channels: Positive
+    block_out_channels: tuple[Positive, ...]
+    layers_per_block: Positive
+    norm_num_groups: Positive
+    mid_block_add_attention: bool
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up and cosine decay, all counted in images."""
+
+    images: Positive  # images seen in training
+    batch_size: Positive
+    lr: Rate
+    warmup_images: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    ema_halflife_images: Annotated[int, Field(ge=0)]  # 0 switches the average off
+    checkpoint_images: Positive  # images between checkpoints (and metric deliveries)
+
+
+class TrainVae(Optimizer):
+    beta: Annotated[float, Field(ge=0)]  # weight of the KL term in the objective; reported ELBOs have beta = 1
+
+
+class Unet(Section):
+    """Constructor arguments of `ldm.nets.UNet`."""
+
+    block_out_channels: tuple[Positive, ...]
+    layers_per_block: Positive
+    cross_attention: tuple[bool, ...]  # a level each
+    num_heads: Positive
+    norm_num_groups: Positive
+
+    @model_validator(mode="after")
+    def _a_flag_per_level(self) -> "Unet":
+        if len(self.cross_attention) != len(self.block_out_channels):
+            raise ValueError("cross_attention needs one true/false for each entry of block_out_channels")
+        return self
+
+
+class Diffusion(Section):
+    kind: Literal["eps", "x0", "v", "edm", "flow"]  # what the network predicts; see ldm/diffusion/denoiser.py
+    noise: Literal["linear", "scaled_linear", "cosine", "lognormal", "uniform"]  # training noise levels
+    sigma_max: Rate  # noise levels stop here
+
+
+class Sampling(Section):
+    sampler: Literal["euler", "heun", "dpmpp_2m"]
+    steps: Positive
+    guidance: Annotated[float, Field(ge=0)]  # 1 is no guidance
+
+
+class TrainUnet(Optimizer):
+    caption_dropout: Fraction  # share of captions replaced by the empty one, for classifier-free guidance
+
+
+class Evaluate(Section):
+    samples: Positive  # images drawn for accuracy, variance and Fréchet distance
+    unseen_samples: Positive  # images drawn for the prompts of prompts.csv
+    features: Positive  # dimensions of the feature space of the Fréchet distance
+    bound_levels: Positive  # noise levels a test image, for the diffusion term of the bound
+
+
+class Registry(Section):
+    name: str
+    level: Annotated[float, Field(gt=0, lt=0.5)]  # chance of promoting an equal model; see ldm/evaluation/gate.py
+
+
+class Settings(Section):
+    seed: Annotated[int, Field(ge=0)]
+    deterministic: bool
+    data: Data
+    text: Text
+    autoencoder: Autoencoder
+    train_vae: TrainVae
+    unet: Unet
+    diffusion: Diffusion
+    train_unet: TrainUnet
+    sampling: Sampling
+    evaluate: Evaluate
+    registry: Registry
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latents in pixels: the image's over the autoencoder's downsampling factor."""
+        return self.data.image_size // 2 ** (len(self.autoencoder.block_out_channels) - 1)
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> "Settings":
+        factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
+        if self.data.image_size % factor:
+            raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of the autoencoder's factor {factor}")
+        levels = len(self.unet.block_out_channels) - 1
+        if self.latent_size % 2**levels:
+            raise ValueError(f"latents of side {self.latent_size} cannot be halved {levels} times by unet.block_out_channels")
+        for name, section in (("autoencoder", self.autoencoder), ("unet", self.unet)):
+            for channels in section.block_out_channels:
+                if channels % section.norm_num_groups:
+                    raise ValueError(
+                        f"{name}.block_out_channels has {channels}, not a multiple of norm_num_groups {section.norm_num_groups}"
+                    )
+        return self
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The project folder at or above `start` (default: here), known by its `dvc.yaml` and `params.yaml`."""
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+            return folder
+    raise InputError(f"{start}: no dvc.yaml and params.yaml here or above; change to the project's folder")
+
+
+def load_settings(root: Path) -> Settings:
+    """Read and validate `root/params.yaml`; every problem is an `InputError` that names the key."""
+    path = root / "params.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; run this in the project's folder") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected keys and values, found {type(values).__name__}")
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem, values) for problem in error.errors())
+        raise InputError(f"{path}: {problems}") from None
+
+
+def _explain(problem: Any, values: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _keys_beside(location)
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {key}: {hint}"
+    if problem["type"] == "missing":
+        return f"missing key {key}"
+    if problem["type"] == "value_error":  # our own validators name the keys in their message
+        return str(problem["ctx"]["error"])
+    return f"{key}: found {problem['input']!r}; {problem['msg']}"
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    section: type[BaseModel] = Settings
+    for name in location[:-1]:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)

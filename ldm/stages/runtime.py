@@ -1,0 +1,143 @@
+"""What every stage process shares: its entry point, its end, its device, its work folder, its progress lines."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import _thread
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ldm.config import find_root
+from ldm.errors import InputError
+
+INTERRUPTED = 130  # exit code of a stage that was stopped
+
+
+def stage_main(name: str, run: Callable[[Path], None]) -> None:
+    """Run a stage in the project around the working directory and exit: 0, 2 for bad input, 130 when stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: _stop.request())
+    signal.signal(signal.SIGINT, lambda *_: _stop.request())
+    if os.environ.get("LDM_OWNER_PIPE"):
+        threading.Thread(target=_watch_owner, daemon=True).start()
+    try:
+        run(find_root())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"{name}: {stop if stop.args else 'stopped'}", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+
+
+class _Stop:
+    """A wish to end: raised in the main thread, or left for a loop that polls it to end at a checkpoint."""
+
+    def __init__(self) -> None:
+        self.polled = False
+        self.requested = False
+
+    def request(self) -> None:
+        self.requested = True
+        if not self.polled:
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            _thread.interrupt_main()
+
+
+_stop = _Stop()
+
+
+@contextlib.contextmanager
+def stop_at_checkpoint() -> Iterator[Callable[[], bool]]:
+    """Within, a stop does not interrupt; the yielded function says whether one was asked for."""
+    _stop.polled = True
+    try:
+        yield lambda: _stop.requested
+    finally:
+        _stop.polled = False
+
+
+def _watch_owner() -> None:
+    """Stop when stdin, the pipe that the owner holds open, closes: whoever died in between, nothing outlives it."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 1):
+            pass
+    _stop.request()
+
+
+def set_up(deterministic: bool) -> Any:
+    """The torch device (`LDM_DEVICE`, else a GPU where there is one), with deterministic kernels where asked."""
+    import torch
+
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device(os.environ.get("LDM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def work_key(stage: str, params: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Identity of a run of a stage: its parameters, the hashes of its inputs, the code loaded here, library versions."""
+    import numpy
+    import torch
+
+    modules = [(name, module.__file__) for name, module in sorted(sys.modules.items()) if name.split(".")[0] == "ldm"]
+    code = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in modules if file}
+    identity = [stage, params, inputs, code, torch.__version__, numpy.__version__, torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def work_folder(root: Path, stage: str, key: str) -> Iterator[Path]:
+    """`.ldm/work/STAGE/KEY`, held by one process at a time. It lies outside DVC's outs, which DVC may delete."""
+    folder = root / ".ldm" / "work" / stage / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process trains this very run; wait for it or stop it") from None
+        yield folder
+
+
+class Progress:
+    """A bar with images/s and time left on a terminal; elsewhere a plain line every few seconds."""
+
+    INTERVAL = 5.0  # seconds between plain lines
+
+    def __init__(self, label: str, total: int, done: int = 0):
+        self.label, self.total = label, total
+        self._start, self._first, self._printed = time.monotonic(), done, 0.0
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+            self._bar = Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self._task = self._bar.add_task(label, total=total, completed=done, rate="", note="")
+            self._bar.start()
+
+    def __call__(self, done: int, metrics: dict[str, float] | None = None) -> None:
+        now = time.monotonic()
+        rate = (done - self._first) / max(now - self._start, 1e-9)
+        note = " ".join(f"{name} {value:.4g}" for name, value in list((metrics or {}).items())[:3])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=f"{rate:,.0f} images/s", note=note)
+            if done >= self.total:
+                self._bar.stop()
+        elif now - self._printed >= self.INTERVAL or done >= self.total:
+            self._printed = now
+            left = (self.total - done) / max(rate, 1e-9)
+            print(f"{self.label}: {done:,}/{self.total:,} images  {rate:,.0f} images/s  {left:.0f} s left  {note}", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,312 @@
+"""MLflow runs with an honest status and buffered metrics; nothing here is allowed to fail or stall the work it records.
+
+Tracking is on where `MLFLOW_TRACKING_URI` is set, and only then is mlflow imported. Stages nest under the run that
+`LDM_PARENT_RUN` names. MLflow ignores a metric that it already has (same key, value, timestamp and step), so
+delivering a checkpoint's metrics twice doubles nothing: checkpoint first, then `flush`.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.hashing import file_hash
+
+EXPERIMENT = "ldm"
+BATCH = 1000  # metrics a request, MLflow's limit
+RETRY_SECONDS = (
+    300.0  # after a failed delivery the next one waits, so that a dead server costs a stage seconds, not minutes
+)
+PATIENCE = {  # of a stage, where the user has not set it: MLflow's own defaults wait for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
+}
+
+
+class Run:
+    """One MLflow run, or nothing at all where tracking is off or its server does not answer."""
+
+    def __init__(self, *, tracked: bool = False) -> None:
+        self.id: str | None = None
+        self._tracked = (
+            tracked  # buffer even when the server is away: a checkpoint may carry the metrics to a later run
+        )
+        self._client: Any = None
+        self._buffer: list[tuple[str, float, int, int]] = []  # key, value, timestamp in ms, images seen
+        self._wait_until = 0.0
+        self._warned = False
+
+    def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
+        """Buffer metrics at a position of training; `flush` delivers them."""
+        if self._tracked:
+            now = time.time_ns() // 1_000_000
+            self._buffer.extend((key, float(value), now, images_seen) for key, value in metrics.items())
+
+    def flush(self) -> None:
+        """Deliver the buffer; what cannot be delivered stays for the next flush."""
+        if self._client is not None and self._buffer and time.monotonic() >= self._wait_until:
+            self._deliver()
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Store a file (or every file of a folder) with the run."""
+        if self._client is None:
+            return
+        store = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        self._attempt(f"{path} was not stored", lambda: store(self.id, str(path), folder))
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        if self._client is not None:
+            entities = [_entities().RunTag(key, value) for key, value in tags.items()]
+            self._attempt("tags were not stored", lambda: self._client.log_batch(self.id, tags=entities))
+
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """Record a data set as the run's input."""
+        if self._client is None:
+            return
+        entities = _entities()
+        dataset = entities.Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(profile))
+        inputs = [entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", "training")])]
+        self._attempt("the data set was not recorded", lambda: self._client.log_inputs(self.id, inputs))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The undelivered metrics, JSON-able, for a checkpoint."""
+        return {"metrics": [list(metric) for metric in self._buffer]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._tracked:
+            self._buffer = [(key, value, stamp, seen) for key, value, stamp, seen in state["metrics"]] + self._buffer
+
+    def _open(self, tags: Mapping[str, str], params: Mapping[str, Any], key: str | None) -> None:
+        def connect() -> None:
+            client, entities = mlflow_client(), _entities()
+            experiment = experiment_id(client)
+            self.id = _earlier_run(client, experiment, tags, key) if key else None
+            if self.id:
+                client.update_run(self.id, status="RUNNING")
+            else:
+                self.id = client.create_run(experiment, tags=dict(tags), run_name=tags["ldm.stage"]).info.run_id
+            pairs = [entities.Param(name, str(value)) for name, value in flatten(params).items()]
+            for start in range(0, len(pairs), 100):
+                client.log_batch(self.id, params=pairs[start : start + 100])
+            self._client = client
+
+        uri = os.environ["MLFLOW_TRACKING_URI"]
+        self._attempt(f"{uri} cannot be used; the work goes on without tracking", connect)
+
+    def _deliver(self) -> bool:
+        metric = _entities().Metric
+        while self._buffer:
+            batch = [metric(key, value, stamp, seen) for key, value, stamp, seen in self._buffer[:BATCH]]
+            if not self._attempt(
+                "metrics wait for the next delivery", lambda b=batch: self._client.log_batch(self.id, b)
+            ):
+                self._wait_until = time.monotonic() + RETRY_SECONDS
+                return False
+            del self._buffer[:BATCH]
+        return True
+
+    def _close(self, status: str) -> None:
+        if self._client is not None and self._deliver():
+            self._attempt("its status was not stored", lambda: self._client.set_terminated(self.id, status))
+
+    def _attempt(self, what: str, call: Callable[[], Any]) -> bool:
+        """Call MLflow briefly; a failure is one warning per run, never an exception."""
+        try:
+            with short_patience():
+                call()
+        except Exception as error:
+            if not self._warned:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                print(f"warning: tracking: {what} ({reason})", file=sys.stderr, flush=True)
+            self._warned = True
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def stage_run(stage: str, params: Mapping[str, Any], key: str | None = None) -> Iterator[Run]:
+    """A run for one stage, nested under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED, whatever happened.
+
+    `key` names the work: a retry with the same key and parent continues the earlier run instead of opening a second.
+    """
+    tags = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN")}
+    with _run({name: value for name, value in tags.items() if value}, params, key) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def pipeline_run(root: Path, params: Mapping[str, Any], name: str = "pipeline") -> Iterator[Run]:
+    """The run of a whole pipeline, parent of its stages' runs; stages that died without a word are marked KILLED."""
+    commit = {key: value for key, value in lineage(root).items() if key.startswith("ldm.git")}
+    with _run({"ldm.stage": name, **commit}, params, None) as run:
+        try:
+            yield run
+        finally:
+            _close_children(run)
+
+
+def log_results(run: Run, root: Path) -> None:
+    """Record on a pipeline's run what its stages made: lineage, the data set, metrics, plots and the report."""
+    run.tag(lineage(root))
+    index = root / "data/shards/index.json"
+    if index.is_file():
+        splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
+        profile = {f"{split}_images": stop - start for split, (start, stop) in splits.items()}
+        run.dataset("shards", file_hash(index)[:32], str(index.relative_to(root)), profile)
+    metrics = root / "reports/metrics.json"
+    if metrics.is_file():
+        run.log(numbers(metrics), images_seen=0)
+    run.flush()
+    for path, folder in ((metrics, None), (root / "reports/report.html", None), (root / "reports/plots", "plots")):
+        if path.exists():
+            run.artifact(path, folder)
+
+
+def use_default_store(root: Path) -> None:
+    """Track where MLflow itself looks when it runs in the project's folder and nothing is set."""
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+
+
+def lineage(root: Path) -> dict[str, str]:
+    """Where the outs in `root` come from, as tags: commit, `dvc.lock`, data index. What does not exist is left out."""
+    tags = {}
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit:
+        # what a run itself rewrites does not make the code another one
+        dirty = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
+        tags = {"ldm.git_commit": commit, "ldm.git_dirty": str(bool(dirty)).lower()}
+    for tag, path in (("ldm.dvc_lock", root / "dvc.lock"), ("ldm.data_index", root / "data/shards/index.json")):
+        if path.is_file():
+            tags[tag] = file_hash(path)
+    return tags
+
+
+def numbers(path: Path) -> dict[str, float]:
+    """The numeric entries of a flat JSON file of metrics."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+@contextlib.contextmanager
+def _run(tags: Mapping[str, str], params: Mapping[str, Any], key: str | None) -> Iterator[Run]:
+    run = Run(tracked=bool(os.environ.get("MLFLOW_TRACKING_URI")) and os.environ.get("RANK", "0") == "0")
+    with _sigterm_raises():
+        if run._tracked:
+            run._open(tags, params, key)
+        try:
+            yield run
+        except Exception:
+            run._close("FAILED")
+            raise
+        except SystemExit as stop:
+            run._close("FINISHED" if not stop.code else "KILLED" if stop.code in (130, 143) else "FAILED")
+            raise
+        except BaseException:  # KeyboardInterrupt, a scheduler's own termination signals
+            run._close("KILLED")
+            raise
+        run._close("FINISHED")
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit(143), unless someone handles it already."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def short_patience() -> Iterator[None]:
+    """MLflow reads these at every call; only our recording is impatient, not the user's uploads of models."""
+    added = [name for name in PATIENCE if name not in os.environ]
+    os.environ.update({name: PATIENCE[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def mlflow_client() -> Any:
+    """A client of the store that `MLFLOW_TRACKING_URI` names. Importing mlflow takes 1.5 to 2 s."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import logging
+
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # a new database would report each of its migrations
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient()
+
+
+def _entities() -> Any:
+    import mlflow.entities
+
+    return mlflow.entities
+
+
+def experiment_id(client: Any) -> str:
+    """The id of the experiment, made where it is missing; beside SQLite, artifacts lie in MLflow's usual place."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        uri = os.environ["MLFLOW_TRACKING_URI"]
+        database = uri.removeprefix("sqlite:///")
+        place = str(Path(database).absolute().parent / "mlruns" / name) if database != uri else None
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except Exception:  # another process may have made it meanwhile
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def _earlier_run(client: Any, experiment: str, tags: Mapping[str, str], key: str | None) -> str | None:
+    """The run that a retry continues: same key and parent; without a parent, one that has not finished."""
+    parent = tags.get("mlflow.parentRunId")
+    for run in client.search_runs([experiment], f"tags.`ldm.key` = '{key}'", order_by=["attributes.start_time DESC"]):
+        if run.data.tags.get("mlflow.parentRunId") == parent and (parent or run.info.status != "FINISHED"):
+            return str(run.info.run_id)
+    return None
+
+
+def _close_children(run: Run) -> None:
+    def close() -> None:
+        experiment = run._client.get_run(run.id).info.experiment_id
+        query = f"tags.`mlflow.parentRunId` = '{run.id}' and attributes.status = 'RUNNING'"
+        for child in run._client.search_runs([experiment], query):
+            run._client.set_terminated(child.info.run_id, "KILLED")
+
+    if run._client is not None:
+        run._attempt("its stages' statuses were not stored", close)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

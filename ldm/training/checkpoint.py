@@ -1,0 +1,63 @@
+"""Checkpoints of an unfinished training run: safetensors and JSON, replaced atomically."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The one checkpoint kept in `folder`; whoever holds the folder's key holds the run's identity."""
+
+    folder: Path
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Replace the checkpoint: a kill at any moment leaves the old one or the new one, never a part."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"{state['images_seen']:012d}"
+        partial = self.folder / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps(state))
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        os.replace(partial, self.folder / name)
+        for old in self._complete()[:-1]:
+            shutil.rmtree(old)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest complete checkpoint, or None."""
+        complete = self._complete()
+        if not complete:
+            return None
+        return load_file(complete[-1] / "state.safetensors"), json.loads((complete[-1] / "state.json").read_text())
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _complete(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*") if path.name.isdigit())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's per-parameter state as flat named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,111 @@
+"""A stage as a child process: its lines and code arrive, and nothing of it is left, whoever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows import supervise
+from flows.supervise import StageCancelled, StageFailed, run_stage
+
+
+def wait_for(path: Path, seconds: float = 20) -> int:
+    """The process id that a stage has written."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def test_a_stage_runs_once_and_its_lines_arrive(project: Path) -> None:
+    lines: list[str] = []
+    first = run_stage(project, "shard", on_line=lines.append)
+    assert (first.stage, first.status) == ("shard", "executed")
+    assert lines == ["shard starts"]
+    assert first.peak_bytes > 5 * 2**20
+    second = run_stage(project, "shard", on_line=lines.append)
+    assert second.status == "cached" and lines == ["shard starts"]
+
+
+def test_outs_from_the_run_cache_count_as_cached(project: Path) -> None:
+    run_stage(project, "shard")
+    (project / "dvc.lock").unlink()
+    assert run_stage(project, "shard").status == "cached"
+
+
+@pytest.mark.parametrize("code", [1, 2, 77])
+def test_the_commands_own_exit_code_and_last_words(project: Path, code: int) -> None:
+    (project / "knob.txt").write_text(f"shard exit {code}")
+    with pytest.raises(StageFailed) as failure:
+        run_stage(project, "shard")
+    assert failure.value.exit_code == code
+    assert failure.value.bad_input == (code == 2)
+    assert failure.value.tail == ("shard starts", "error: shard cannot")
+
+
+def test_a_failure_of_dvc_itself_is_a_failure_with_its_words(project: Path) -> None:
+    with pytest.raises(StageFailed) as failure:
+        run_stage(project, "train_unet")  # its dependency was never made
+    assert "data/shards" in failure.value.tail[-1]
+
+
+def test_a_stage_that_takes_too_long_is_ended(project: Path, gone: Callable[[int], bool]) -> None:
+    (project / "knob.txt").write_text("shard sleep")
+    start = time.monotonic()
+    with pytest.raises(StageFailed, match="more than 4 s") as failure:
+        run_stage(project, "shard", timeout=4)
+    assert time.monotonic() - start < 15
+    assert not failure.value.bad_input
+    assert gone(wait_for(project / "shard.pid"), 0)
+    run_stage_again(project)
+
+
+def test_a_cancelled_stage_is_gone_and_the_lock_is_free(project: Path, gone: Callable[[int], bool]) -> None:
+    (project / "knob.txt").write_text("shard sleep")
+    cancelled = threading.Event()
+    threading.Thread(target=lambda: (wait_for(project / "shard.pid"), cancelled.set())).start()
+    with pytest.raises(StageCancelled, match="shard"):
+        run_stage(project, "shard", cancelled=cancelled)
+    assert gone(wait_for(project / "shard.pid"), 0)
+    run_stage_again(project)
+
+
+def test_a_deaf_stage_is_killed(project: Path, gone: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "GRACE", ((signal.SIGINT, 0.5), (signal.SIGTERM, 0.5), (signal.SIGKILL, 5.0)))
+    deaf = "import signal\nfor number in (2, 15): signal.signal(number, signal.SIG_IGN)\n"
+    (project / "stage.py").write_text(deaf + (project / "stage.py").read_text())
+    (project / "knob.txt").write_text("shard sleep")
+    with pytest.raises(StageFailed):
+        run_stage(project, "shard", timeout=4)
+    assert gone(wait_for(project / "shard.pid"), 0)
+
+
+def test_nothing_outlives_an_owner_killed_with_9(project: Path, gone: Callable[[int], bool]) -> None:
+    (project / "knob.txt").write_text("shard sleep")
+    root = Path(supervise.__file__).parents[1]
+    owner = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from pathlib import Path; from flows.supervise import run_stage; "
+         "run_stage(Path(sys.argv[1]), 'shard')", str(project)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    stage = wait_for(project / "shard.pid")
+    dvc = int(Path(f"/proc/{stage}/stat").read_text().rpartition(")")[2].split()[1])
+    owner.kill()
+    owner.wait()
+    assert gone(stage) and gone(dvc)
+    run_stage_again(project)
+
+
+def run_stage_again(project: Path) -> None:
+    """No lock was left behind: the stage runs at once."""
+    (project / "knob.txt").write_text("none")
+    start = time.monotonic()
+    assert run_stage(project, "shard").status == "executed"
+    assert time.monotonic() - start < 15
