@@ -7,9 +7,11 @@ import argparse
 import contextlib
 import logging
 import os
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +103,27 @@ def _run_stages(root: Path, stages: tuple[Stage, ...], parent_run: str | None) -
 
 def _warm_up(root: Path) -> None:
     """Prefect's temporary server takes seconds to start; meanwhile this process imports MLflow and opens its store."""
-    if not PREFECT_API_URL.value():
-        import prefect.server.api.server  # noqa: F401  # what starting it imports; two threads that import may deadlock
-    server = threading.Thread(target=lambda: get_client(sync_client=True), daemon=True)
-    server.start()
+    temporary = not PREFECT_API_URL.value()
+    if temporary:
+        import prefect.server.api.server as api  # here, because two threads that import may deadlock
+    connect = threading.Thread(target=lambda: get_client(sync_client=True), daemon=True)
+    connect.start()
     tracking.use_default_store(root)
     with contextlib.suppress(Exception):  # the run itself says what is wrong
         tracking.experiment_id(tracking.mlflow_client())
-    server.join()
+    connect.join()
+    if temporary and (server := api.SubprocessASGIServer().server_process):
+        _end_with_us(server.pid)
 
 
+def _end_with_us(pid: int) -> None:
+    """Prefect stops its temporary server only if Python exits in peace; a shell that reads our pipe sees any end."""
+    read, write = os.pipe()
+    subprocess.Popen(["/bin/sh", "-c", f"read _; kill {pid}"], stdin=read, stderr=subprocess.DEVNULL, start_new_session=True)
+    os.close(read)  # `write` stays open, in this process only, until it ends
+
+
+RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 PLAIN = {"plain": True}  # marks the log lines that someone at a console wants to see as they are
 
 
@@ -122,15 +135,23 @@ class _Plain(logging.Handler):
             print(record.getMessage(), flush=True)
 
 
-def _plain_console() -> None:
+def _of_interest(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING and not record.name.startswith(RUN_LOGGERS)
+
+
+@contextlib.contextmanager
+def _plain_console() -> Iterator[None]:
     """At a console, show the stages' own lines and Prefect's warnings, not Prefect's account of the run."""
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addHandler(_Plain())
     for handler in logging.getLogger().handlers:
-        handler.addFilter(
-            lambda record: record.levelno >= logging.WARNING and not record.name.startswith("prefect.flow_runs")
-            and not record.name.startswith("prefect.task_runs")
-        )
+        handler.addFilter(_of_interest)  # for good: Prefect goes on to speak at exit
+    plain = _Plain()
+    for name in RUN_LOGGERS:
+        logging.getLogger(name).addHandler(plain)
+    try:
+        yield
+    finally:
+        for name in RUN_LOGGERS:
+            logging.getLogger(name).removeHandler(plain)
 
 
 def main() -> int:
@@ -138,9 +159,10 @@ def main() -> int:
     try:
         root = find_root()
         load_settings(root)
-        _plain_console()
-        _warm_up(root)
-        show(pipeline(str(root)))
+        with _plain_console():
+            _warm_up(root)
+            summary = pipeline(str(root))
+        show(summary)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return supervise.BAD_INPUT

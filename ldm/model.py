@@ -20,7 +20,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import InputError
 from ldm.hashing import canonical_json
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm.nets.text import TextEncoder
+from ldm.nets.text import TextEncoder, trim
 from ldm.nets.unet import UNet
 from ldm.randomness import generator
 
@@ -34,6 +34,7 @@ class Recipe:
     kind: str  # parameterisation, see `ldm.diffusion.denoiser`
     noise: str  # training noise levels, see `ldm.diffusion.noise`
     sigma_max: float
+    autoencoder: str  # hash of the autoencoder whose latents the U-Net was trained on
     preprocessing: dict[str, Any]  # image_size, channels, resize_filter, fit
     latent_mean: list[float]  # per channel; standardises the latents
     latent_std: list[float]
@@ -121,7 +122,7 @@ class LatentDiffusion:
 
         Image i depends on (seed, i) and its prompt alone: other batch sizes draw the same starting noise.
         """
-        context, mask = self._embed(prompts)
+        context, mask = self._embed([*prompts, ""])
         return self.decode(self._sample_latents(context, mask, steps, guidance, sampler, self._noise(seed, range(len(prompts)))))
 
     @torch.inference_mode()
@@ -138,9 +139,10 @@ class LatentDiffusion:
             return self.decode(slerp(first, last, weights) * scale + shift)
         if not (isinstance(a, str) and isinstance(b, str)):
             raise InputError("interpolate between two prompts or two images, not one of each")
-        (first, last), masks = self._embed([a, b])
+        (first, last, empty), masks = self._embed([a, b, ""])
         context = torch.lerp(first.expand(n, -1, -1), last.expand(n, -1, -1), weights.view(-1, 1, 1))
-        mask = (masks[0] | masks[1]).expand(n, -1)
+        context = torch.cat([context, empty[None]])
+        mask = torch.cat([(masks[0] | masks[1]).expand(n, -1), masks[2:]])
         noise = self._noise(seed, range(1)).expand(n, -1, -1, -1)
         options = {"steps": None, "guidance": None, "sampler": None, **sampling}
         return self.decode(self._sample_latents(context, mask, **options, noise=noise))
@@ -182,6 +184,7 @@ class LatentDiffusion:
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         distinct = list(dict.fromkeys(prompts))
         text, mask = self.text_encoder(distinct)
+        text, mask = trim(text, mask)
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
         return text[rows].to(self.device), mask[rows].to(self.device)
 
@@ -191,16 +194,16 @@ class LatentDiffusion:
     def _sample_latents(
         self, context: Tensor, mask: Tensor, steps: int | None, guidance: float | None, sampler: str | None, noise: Tensor
     ) -> Tensor:
+        """Latents (N, c, h, w) under `context` (N + 1, T, D), whose last row embeds the empty caption, from `noise` (N, …)."""
         defaults = self.recipe.sampling
         step_function = SAMPLERS.get(sampler or defaults["sampler"])
         if step_function is None:
             raise InputError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
         scale = defaults["guidance"] if guidance is None else guidance
         sigmas = karras_sigmas(steps or defaults["steps"], self.levels.sigma_min, self.levels.sigma_max)
-        (null,), (null_mask,) = self._embed([""])
         latents = []
-        for part, part_mask, start in zip(context.split(BATCH), mask.split(BATCH), noise.split(BATCH), strict=True):
-            guided = classifier_free(self.denoiser, scale, part, part_mask, null, null_mask)
+        for part, part_mask, start in zip(context[:-1].split(BATCH), mask[:-1].split(BATCH), noise.split(BATCH), strict=True):
+            guided = classifier_free(self.denoiser, scale, part, part_mask, context[-1], mask[-1])
             x = (start.to(self.device) * float(sigmas[0])).contiguous(memory_format=torch.channels_last)
             latents.append(step_function(guided, x, sigmas))
         shift, scale_ = self._affine

@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -86,10 +87,9 @@ def register(root: Path, run_id: str | None = None) -> Registered:
 
 
 def compare(root: Path, champion: int) -> pd.DataFrame:
-    """−(bound on log p) in nats, lower is better, of the model in `root` and of a registered version, a row per test image.
+    """Lower bounds on log p in nats, a row per test image: columns `challenger`, the model in `root`, and `champion`.
 
-    Columns `challenger` and `champion`, by key. Both are read on the test images in `root`, at the same noise levels
-    and with the same noise.
+    The champion is read on the test images in `root` as `evaluate` reads the challenger: the same levels and noise.
     """
     import torch
 
@@ -243,15 +243,17 @@ def _save(path: Path, root: Path, settings: Settings, model_id: str, run_id: str
     from mlflow.models import Model
 
     package = Path(__file__).parent
-    mlflow.pyfunc.save_model(
-        path,
-        python_model=str(package / "serving.py"),
-        artifacts={"model": str(root / MODEL)},
-        code_paths=[str(package)],
-        signature=_signature(settings),
-        pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS],
-        mlflow_model=Model(model_id=model_id, run_id=run_id),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "An input example was not provided")  # it would be run, which takes a while
+        mlflow.pyfunc.save_model(
+            path,
+            python_model=str(package / "serving.py"),
+            artifacts={"model": str(root / MODEL)},
+            code_paths=[str(package)],
+            signature=_signature(settings),
+            pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS],
+            mlflow_model=Model(model_id=model_id, run_id=run_id),
+        )
     for cache in path.rglob("__pycache__"):
         shutil.rmtree(cache)
     (path / "lineage").mkdir()
@@ -319,8 +321,7 @@ def _own_nats(root: Path) -> pd.Series:
 
 
 def _nats(bounds: pd.DataFrame) -> pd.Series:
-    """By key, with the gate's sign: the table holds bounds on log p, the gate compares −log p."""
-    return -bounds.set_index("key")["nats"]
+    return bounds.set_index("key")["nats"]
 
 
 def _undecided(level: float, reason: str) -> "Decision":

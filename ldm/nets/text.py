@@ -60,6 +60,12 @@ class TextEncoder:
         return torch.cat(embeddings).clone(), torch.cat(masks).clone()
 
 
+def trim(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the token positions that no text (N, T, D) of the batch uses; masked ones cost time and change nothing."""
+    longest = int(mask.sum(1).max())
+    return text[:, :longest], mask[:, :longest]
+
+
 def _locate(name: str) -> Path:
     if name == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE)

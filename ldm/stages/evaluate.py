@@ -1,5 +1,10 @@
-"""How good the saved system is, on held-out images and fresh samples: metrics, plots and a report."""
+"""Put the system together, save it, and measure what was saved, on held-out images and fresh samples.
 
+The system is read back from its folder before it is measured, in a process that never trained. Sampling defaults
+enter here and not in training, so that changing them trains nothing again.
+"""
+
+import json
 import math
 from pathlib import Path
 
@@ -7,16 +12,20 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ldm.bayes.likelihoods import DiscretizedLogistic
 from ldm.config import Settings, load_settings
 from ldm.data.shards import ShardReader, open_shards
+from ldm.errors import InputError
 from ldm.evaluation.bounds import image_bounds
 from ldm.evaluation.features import PixelPCA
 from ldm.evaluation.fidelity import Judge, psnr, variance_ratio
 from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.plots import image_grid, loss_curves
 from ldm.evaluation.report import Figure, write_report
-from ldm.hashing import canonical_json
-from ldm.model import LatentDiffusion
+from ldm.hashing import canonical_json, folder_hash
+from ldm.model import LatentDiffusion, Recipe
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.unet import UNet
 from ldm.randomness import seed_for
 from ldm.stages.runtime import Progress, set_up, stage_main
 from ldm.tracking import stage_run
@@ -32,6 +41,7 @@ def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
     train, test = (open_shards(root / "data/shards", split) for split in ("train", "test"))
+    assemble(root, settings)
     model = LatentDiffusion.load(root / "models/ldm", device)
     params = {"seed": settings.seed, **settings.evaluate.model_dump(), **settings.sampling.model_dump()}
     (root / "reports/plots").mkdir(parents=True, exist_ok=True)
@@ -45,6 +55,16 @@ def run(root: Path) -> None:
         for figure in figures:
             tracker.artifact(Path(figure.png_path), "plots")
     print(f"evaluate: {metrics['bits_per_dim']:.4f} ± {metrics['bits_per_dim_se']:.4f} bits/dim")
+
+
+def assemble(root: Path, settings: Settings) -> None:
+    """Write `models/ldm`: autoencoder, averaged U-Net, and the recipe with its sampling defaults."""
+    vae, unet = root / "models/autoencoder", root / "models/unet"
+    recipe = Recipe(**json.loads((unet / "recipe.json").read_text()), sampling=settings.sampling.model_dump())
+    if recipe.autoencoder != folder_hash(vae):
+        raise InputError(f"{unet}: was trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on")
+    autoencoder, likelihood = AutoencoderKL.from_pretrained(vae), DiscretizedLogistic.from_pretrained(vae)
+    LatentDiffusion(autoencoder, likelihood, UNet.from_pretrained(unet), recipe).save(root / "models/ldm")
 
 
 def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
@@ -86,7 +106,7 @@ def draw(root: Path, settings: Settings, model: LatentDiffusion, train: ShardRea
     prompts = balanced(labels if labels is not None else captions, settings.evaluate.samples)
     drawn = model.sample(prompts.text.tolist(), seed=seed_for(settings.seed, "evaluate")).numpy()
     metrics = distance(settings.evaluate.features, known, real, drawn)
-    figures = [grid(root / "reports/plots/samples.png", "Samples", "One row a prompt; the first samples drawn, none picked.", prompts, drawn)]
+    figures = [grid(root / "reports/samples.png", "Samples", "One row a prompt; the first samples drawn, none picked.", prompts, drawn)]
     if labels is None:
         return metrics, figures
     judge = Judge.fit(known, captions.label[: len(known)].to_numpy())

@@ -1,18 +1,16 @@
-"""Train the U-Net on cached latents and put the whole system together."""
+"""Train the U-Net on cached latents."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
-from ldm.bayes.likelihoods import DiscretizedLogistic
 from ldm.config import Settings, load_settings
 from ldm.data.latents import Latents, open_latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
-from ldm.hashing import file_hash, folder_hash
-from ldm.model import LatentDiffusion, Recipe
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.hashing import canonical_json, file_hash, folder_hash
 from ldm.nets.unet import UNet
 from ldm.randomness import seed_for
 from ldm.stages.runtime import Progress, set_up, stage_main, stop_at_checkpoint, work_folder, work_key
@@ -21,7 +19,7 @@ from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import fit
 from ldm.training.unet import UnetObjective
 
-OUT, RAW, CURVE = "models/ldm", "models/unet_raw", "reports/curves/train_unet.csv"
+OUT, RAW, CURVE = "models/unet", "models/unet_raw", "reports/curves/train_unet.csv"
 
 
 def build(settings: Settings, context_width: int) -> UNet:
@@ -31,19 +29,11 @@ def build(settings: Settings, context_width: int) -> UNet:
     return UNet(channels, channels, cross_attention_dim=context_width, **settings.unet.model_dump())
 
 
-def recipe(settings: Settings, latents: Latents) -> Recipe:
-    """What the weights alone do not say about the finished system."""
+def recipe(settings: Settings, latents: Latents) -> dict[str, Any]:
+    """What the weights alone do not say: a `ldm.model.Recipe` but for the sampling defaults."""
     manifest = latents.manifest
-    return Recipe(
-        kind=settings.diffusion.kind,
-        noise=settings.diffusion.noise,
-        sigma_max=settings.diffusion.sigma_max,
-        preprocessing=manifest["preprocessing"],
-        latent_mean=manifest["latent_mean"],
-        latent_std=manifest["latent_std"],
-        text={**manifest["text"], "sha256": manifest["text_encoder"]},
-        sampling=settings.sampling.model_dump(),
-    )
+    kept = {name: manifest[name] for name in ("autoencoder", "preprocessing", "latent_mean", "latent_std")}
+    return {**settings.diffusion.model_dump(), **kept, "text": {**manifest["text"], "sha256": manifest["text_encoder"]}}
 
 
 def run(root: Path) -> None:
@@ -63,9 +53,8 @@ def run(root: Path) -> None:
             fitted = fit(objective, options, seed=settings.seed, journal=tracker, store=store, progress=progress, should_stop=should_stop)
         unet.save_pretrained(root / RAW)
         unet.load_state_dict(fitted.ema)
-        vae = root / "models/autoencoder"
-        autoencoder, likelihood = AutoencoderKL.from_pretrained(vae), DiscretizedLogistic.from_pretrained(vae)
-        LatentDiffusion(autoencoder, likelihood, unet, recipe(settings, latents)).save(root / OUT)
+        unet.save_pretrained(root / OUT)
+        (root / OUT / "recipe.json").write_text(canonical_json(recipe(settings, latents)))
         (root / CURVE).parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(fitted.curve).to_csv(root / CURVE, index=False)
         store.clear()

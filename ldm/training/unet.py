@@ -8,6 +8,7 @@ from torch import Tensor
 from ldm.data.batches import order
 from ldm.data.latents import Latents
 from ldm.diffusion.denoiser import Denoiser
+from ldm.nets.text import trim
 
 
 class UnetObjective:
@@ -22,7 +23,8 @@ class UnetObjective:
         shift, scale = latent_affine(latents.manifest, device)
         self._mean = (latents.mean.to(device) - shift) / scale
         self._std = (0.5 * latents.logvar.to(device)).exp() / scale
-        self._caption, self._text, self._mask = (t.to(device) for t in (latents.caption, latents.text, latents.text_mask))
+        text, mask = trim(latents.text, latents.text_mask)
+        self._caption, self._text, self._mask = latents.caption.to(device), text.to(device), mask.to(device)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters())}]

@@ -1,0 +1,262 @@
+"""The command line: `ldm run`, `ldm sample`, `ldm interpolate`, `ldm registry …`. `ldm COMMAND --help` explains each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ldm.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.model import LatentDiffusion
+
+CHAMPION = "models:/ldm@champion"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+registry_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(registry_app, name="registry", help="Registered models: list, show, register, promote, roll back.")
+
+Model = Annotated[str, typer.Option(help="`models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the folder of a saved model.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps; the model's own default otherwise.")]
+Guidance = Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none. The model's default otherwise.")]
+Sampler = Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m; the model's own default otherwise.")]
+Name = Annotated[str | None, typer.Option(help="Registered model; `registry.name` of params.yaml otherwise.")]
+
+
+@app.callback()
+def about() -> None:
+    """Latent diffusion models: raw captioned images in, a registered model out.
+
+    Settings that change results are in `params.yaml`. Where things run is environment: `MLFLOW_TRACKING_URI` (default: the
+    project's own `mlflow.db`), `PREFECT_API_URL` (default: a temporary server), `LDM_DEVICE` (default: a GPU where there is one).
+    """
+
+
+@app.command()
+def run() -> None:
+    """Bring the whole pipeline up to date, once, here, and register the model.
+
+    Runs the stages of `dvc.yaml` that are out of date, registers the result, lets the gate decide whether it becomes
+    `models:/ldm@champion`, and prints a summary. What is up to date is not run again; what was interrupted goes on
+    from its last checkpoint.
+
+    Exit codes: 0 done, 1 a stage failed, 2 bad input (one line says what to mend), 130 interrupted.
+
+    Environment: `LDM_STAGE_RETRIES` (default 1), `LDM_STAGE_TIMEOUT` (seconds a stage; default none).
+    """
+    sys.exit(subprocess.run([sys.executable, "-m", "flows.pipeline"], cwd=_root()).returncode)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str], typer.Option(help="What the image shows; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="A `.png`: one image, or a sheet of several; any other name: a folder of PNGs.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Images a prompt.")] = 1,
+    model: Model = CHAMPION,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: Sampler = None,
+) -> None:
+    """Draw images for prompts from a registered or saved model.
+
+    Example: `ldm sample --prompt "a handwritten seven" -n 16 --out seven.png`
+    """
+    _check_out(out)
+    loaded = _load(model)
+    prompts = [text for text in prompt for _ in range(n)]
+    images = loaded.sample(prompts, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    _write(images, out, prompt if len(prompt) > 1 else None)
+
+
+@app.command()
+def interpolate(
+    a: Annotated[str, typer.Argument(help="A prompt, or the file of an image.")],
+    b: Annotated[str, typer.Argument(help="Another of the same kind.")],
+    out: Annotated[Path, typer.Option(help="A `.png`: one strip; any other name: a folder of PNGs.")],
+    n: Annotated[int, typer.Option("-n", min=2, help="Images, the two ends included.")] = 8,
+    model: Model = CHAMPION,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: Sampler = None,
+) -> None:
+    """Walk from one prompt, or one image, to another.
+
+    Two images are joined through the latent space, along a great circle between their latents. Two prompts are joined
+    between their text embeddings, every image from the same noise.
+
+    Example: `ldm interpolate "a handwritten three" "a handwritten eight" -n 8 --out walk.png`
+    """
+    _check_out(out)
+    files = [Path(end).is_file() for end in (a, b)]
+    if files[0] != files[1]:
+        raise InputError(f"{a!r} and {b!r}: one is a file and one is not; give two images or two prompts")
+    loaded = _load(model)
+    first, last = (_read_image(end, loaded) for end in (a, b)) if files[0] else (a, b)
+    images = loaded.interpolate(first, last, n, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    _write(images, out, None)
+
+
+@registry_app.command("list")
+def list_versions(name: Name = None) -> None:
+    """Registered versions, newest first, with their aliases and bits per dimension."""
+    from ldm import registry
+
+    frame = registry.versions(_name(name))
+    _table(frame[[column for column in ("version", "aliases", "created", "bits_per_dim", "image", "git_commit") if column in frame]])
+
+
+@registry_app.command()
+def show(model: Annotated[str, typer.Argument(help="`models:/NAME@ALIAS` or `models:/NAME/VERSION`.")] = CHAMPION) -> None:
+    """One version: aliases, where it came from, how it was evaluated."""
+    from ldm import registry
+
+    _in_project()
+    found = registry.lookup(model)
+    rows = {"version": found.uri, "aliases": ", ".join(found.aliases), "created": f"{found.created:%Y-%m-%d %H:%M} UTC"}
+    rows |= {"run": found.run_id or "", **{key.removeprefix("ldm."): value for key, value in sorted(found.tags.items())}}
+    for key, value in rows.items():
+        print(f"{key:<16}{value}")
+
+
+@registry_app.command()
+def register() -> None:
+    """Register the model of the project folder and let the gate decide, after a plain `dvc repro`.
+
+    The same files are never registered twice. `ldm run` does this by itself.
+    """
+    from ldm import registry
+
+    root = _in_project()
+    registered = registry.register(root)
+    decision = registry.gate_and_promote(root, registered.version)
+    print(f"version {registered.version} ({'new' if registered.created else 'registered before'})")
+    print(f"gate: {'promoted: ' if decision.promote else ''}{decision.reason}")
+
+
+@registry_app.command()
+def promote(version: Annotated[int, typer.Argument(help="Version number.")], name: Name = None) -> None:
+    """Make a version champion by hand, whatever the gate said; the champion so far becomes `previous`."""
+    from ldm import registry
+
+    registry.promote(version, _name(name))
+    print(f"version {version} is champion")
+
+
+@registry_app.command()
+def rollback(name: Name = None) -> None:
+    """Swap `champion` and `previous`."""
+    from ldm import registry
+
+    print(f"version {registry.rollback(_name(name))} is champion")
+
+
+def _root() -> Path:
+    from ldm.config import find_root
+
+    return find_root()
+
+
+def _in_project() -> Path:
+    """The project folder, with its own MLflow store as the default."""
+    from ldm.tracking import use_default_store
+
+    root = _root()
+    use_default_store(root)
+    return root
+
+
+def _name(name: str | None) -> str:
+    from ldm.config import load_settings
+
+    root = _in_project()
+    return name or load_settings(root).registry.name
+
+
+def _load(model: str) -> "LatentDiffusion":
+    import torch
+
+    device = os.environ.get("LDM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not model.startswith("models:"):
+        from ldm.model import LatentDiffusion
+
+        return LatentDiffusion.load(model, device)
+    from ldm import registry
+
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        _in_project()
+    return registry.load(model, device)
+
+
+def _read_image(path: str, model: "LatentDiffusion") -> "Tensor":
+    """An image file as the model was shown its training images, uint8 (C, H, W)."""
+    import torch
+
+    from ldm.data import images
+
+    prepared = model.recipe.preprocessing
+    try:
+        image = images.decode(Path(path).read_bytes(), channels=prepared["channels"])
+    except images.UnreadableImage as error:
+        raise InputError(f"{path}: not a readable image ({error})") from None
+    return torch.tensor(images.to_array(images.fit_square(image, prepared["image_size"], prepared["resize_filter"])))
+
+
+def _check_out(out: Path) -> None:
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist")
+    if out.suffix not in ("", ".png"):
+        raise InputError(f"--out {out}: write a .png, or a folder (a name without a suffix)")
+    if out.suffix and out.is_dir():
+        raise InputError(f"--out {out}: is a folder; give a file name, or a folder without a suffix")
+
+
+def _write(images: Any, out: Path, row_labels: list[str] | None) -> None:
+    from ldm.data.images import from_array, to_png
+
+    pixels = images.numpy()  # (N, C, H, W)
+    if out.suffix != ".png":
+        out.mkdir(exist_ok=True)
+        for i, image in enumerate(pixels):
+            (out / f"{i:04d}.png").write_bytes(to_png(from_array(image)))
+    elif len(pixels) == 1:
+        out.write_bytes(to_png(from_array(pixels[0])))
+    else:
+        from ldm.evaluation.plots import image_grid
+
+        columns = len(pixels) // len(row_labels) if row_labels else min(8, len(pixels))
+        image_grid(pixels, columns, out, row_labels=row_labels)
+    print(f"{len(pixels)} {'image' if len(pixels) == 1 else 'images'} written to {out}")
+
+
+def _table(frame: Any) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*map(str, frame.columns), box=None, pad_edge=False)
+        for row in frame.astype(str).itertuples(index=False):
+            table.add_row(*row)
+        Console().print(table)
+    else:
+        print(frame.to_string(index=False))
+
+
+def main() -> None:
+    """Entry point: bad input is one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

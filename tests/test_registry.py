@@ -1,0 +1,240 @@
+"""Registering, looking up, gating and serving a tiny model in a real MLflow store."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ldm import registry
+from ldm.bayes.likelihoods import DiscretizedLogistic
+from ldm.config import load_settings
+from ldm.data.shards import open_shards, write_shards
+from ldm.errors import InputError
+from ldm.evaluation.bounds import image_bounds
+from ldm.model import LatentDiffusion, Recipe
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.text import TextEncoder
+from ldm.nets.unet import UNet
+
+ROOT = Path(__file__).resolve().parents[1]
+LEVELS = 4
+
+
+def tiny_model(seed: int, log_scale: float) -> LatentDiffusion:
+    """An untrained system for 8x8 grey images; its bound depends mostly on the likelihood's scale."""
+    torch.manual_seed(seed)
+    text = TextEncoder.from_pretrained("minilm", 8)
+    autoencoder = AutoencoderKL(1, 1, 4, [8, 8], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False)
+    unet = UNet(4, 4, [8, 8], 1, [False, True], text.width, 2, norm_num_groups=4)
+    recipe = Recipe(
+        kind="v",
+        noise="cosine",
+        sigma_max=80.0,
+        preprocessing={"image_size": 8, "channels": 1, "resize_filter": "box", "fit": "cover"},
+        latent_mean=[0.0] * 4,
+        latent_std=[1.0] * 4,
+        text={"encoder": "minilm", "max_tokens": 8, "sha256": text.sha256},
+        sampling={"sampler": "euler", "steps": 2, "guidance": 1.0},
+    )
+    return LatentDiffusion(autoencoder, DiscretizedLogistic(log_scale), unet, recipe)
+
+
+def write_outs(root: Path, model: LatentDiffusion, image: str = "8x8x1, box") -> None:
+    """What `evaluate` leaves behind, as far as the registry reads it."""
+    model.save(root / "models/ldm")
+    bounds = image_bounds(model, open_shards(root / "data/shards", "test"), levels=LEVELS, seed=0)
+    bounds.to_csv(root / "reports/bounds.csv", index=False)
+    metrics = {"bits_per_dim": 3.0, "bits_per_dim_se": 0.1, "test_images": len(bounds), "image": image, "fd_name": "pca4"}
+    (root / "reports/metrics.json").write_text(json.dumps(metrics))
+    (root / "reports/report.html").write_text("<p>report</p>")
+    (root / "dvc.lock").write_text("schema: '2.0'")
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, LatentDiffusion]:
+    return {"poor": tiny_model(0, 2.0), "good": tiny_model(1, -0.5)}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Settings, shards of 60 random images, an empty registry database (its migrations take seconds)."""
+    root = tmp_path_factory.mktemp("registry")
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings["data"] |= {"image_size": 8, "resize_filter": "box", "test_fraction": 0.4}
+    settings["autoencoder"]["block_out_channels"] = [8, 8]
+    settings["evaluate"]["bound_levels"] = LEVELS
+    settings["registry"]["level"] = 0.05
+    (root / "params.yaml").write_text(yaml.safe_dump(settings))
+    images, rng = root / "images", np.random.default_rng(0)
+    images.mkdir()
+    for number in range(60):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text("noise")
+    data = load_settings(root).data.model_dump()
+    data.pop("path")
+    write_shards(images, root / "data/shards", **data)
+    (root / "reports").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        with registry._registry("ldm", create=True):
+            pass
+    return root
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = Path(shutil.copytree(template, tmp_path / "root"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.chdir(root)
+    return root
+
+
+def aliases(root: Path) -> dict[str, int]:
+    return {alias: found.version for found in registry.find({}) for alias in found.aliases}
+
+
+def test_the_same_files_are_registered_once(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["poor"])
+    first = registry.register(root)
+    assert first == registry.Registered(1, created=True)
+    (root / "dvc.lock").write_text("another commit, the same weights")
+    assert registry.register(root) == registry.Registered(1, created=False)
+    write_outs(root, models["good"])
+    assert registry.register(root) == registry.Registered(2, created=True)
+    assert aliases(root) == {"challenger": 2}
+
+    version = registry.lookup("models:/ldm/1")
+    assert {"ldm.model", "ldm.dvc_lock", "ldm.data_index", "ldm.evaluation", "ldm.image"} <= version.tags.keys()
+    assert json.loads(version.tags["ldm.evaluation"])["bound_levels"] == LEVELS
+    assert [found.version for found in registry.find({"ldm.model": version.tags["ldm.model"]})] == [1]
+    table = registry.versions()
+    assert list(table.version) == [2, 1] and list(table.image) == ["8x8x1, box"] * 2
+    import mlflow.artifacts
+
+    kept = mlflow.artifacts.list_artifacts("models:/ldm/1/lineage")
+    assert {Path(file.path).name for file in kept} == {"dvc.lock", "params.yaml", "metrics.json", "report.html"}
+
+
+def test_the_gate_lets_the_better_model_through_and_decides_once(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["poor"])
+    registry.register(root)
+    decision = registry.gate_and_promote(root, 1)
+    assert decision.promote and decision.reason == "no champion yet"
+    assert "already" in registry.gate_and_promote(root, 1).reason
+
+    write_outs(root, models["good"])
+    registry.register(root)
+    decision = registry.gate_and_promote(root, 2)
+    assert decision.promote and decision.lower > 0
+    assert aliases(root) == {"champion": 2, "previous": 1, "challenger": 2}
+    assert "version 2" in (root / "reports/decision.html").read_text()
+    expected = pd.read_csv(root / "reports/bounds.csv").nats.mean() - _bounds(root, models["poor"]).nats.mean()
+    assert decision.mean == pytest.approx(expected, rel=1e-5)
+
+    assert registry.rollback() == 1
+    assert aliases(root) == {"champion": 1, "previous": 2, "challenger": 2}
+    again = registry.gate_and_promote(root, 2)  # the next night, nothing changed: what was rolled back stays so
+    assert not again.promote and "decided before" in again.reason
+    assert aliases(root)["champion"] == 1
+
+
+def test_the_gate_keeps_a_worse_model_out_until_someone_says_so(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["good"])
+    registry.register(root)
+    registry.gate_and_promote(root, 1)
+    write_outs(root, models["poor"])
+    registry.register(root)
+    decision = registry.gate_and_promote(root, 2)
+    assert not decision.promote and decision.mean < 0
+    assert aliases(root) == {"champion": 1, "challenger": 2}
+    registry.promote(2)
+    assert aliases(root) == {"champion": 2, "previous": 1, "challenger": 2}
+    registry.promote(2)  # again changes nothing: previous stays
+    assert aliases(root)["previous"] == 1
+
+
+def test_models_of_other_images_are_not_compared(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["poor"])
+    registry.register(root)
+    registry.gate_and_promote(root, 1)
+    write_outs(root, models["good"], image="16x16x3, lanczos")
+    registry.register(root)
+    decision = registry.gate_and_promote(root, 2)
+    assert not decision.promote
+    assert "16x16x3, lanczos" in decision.reason and "8x8x1, box" in decision.reason
+    assert aliases(root)["champion"] == 1
+
+
+def test_what_is_loaded_is_what_was_registered(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["good"])
+    registry.register(root)
+    registry.promote(1)
+    loaded = registry.load("models:/ldm@champion")
+    prompts = ["noise", "more noise"]
+    torch.testing.assert_close(loaded.sample(prompts, seed=3), models["good"].sample(prompts, seed=3), rtol=0, atol=0)
+
+
+def test_the_served_model_gives_pngs_and_the_same_bytes_for_a_seed(
+    root: Path, models: dict[str, LatentDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    write_outs(root, models["good"])
+    registry.register(root)
+    registry.promote(1)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow's own default, in the project's folder
+    import mlflow.pyfunc
+
+    served = mlflow.pyfunc.load_model("models:/ldm@champion")
+    prompts = pd.DataFrame({"prompt": ["noise", "more noise"]})
+    images = served.predict(prompts)
+    assert list(images.columns) == ["prompt", "seed", "png"] and list(images.prompt) == list(prompts.prompt)
+    for blob in images.png:
+        assert Image.open(io.BytesIO(blob)).size == (8, 8)
+    assert list(served.predict(prompts).png) == list(images.png)
+    assert list(served.predict(prompts, params={"seed": 1}).png) != list(images.png)
+    assert list(served.predict(prompts, params={"steps": 3, "guidance": 2.0, "sampler": "heun"}).png) != list(images.png)
+
+    seeded = pd.DataFrame({"prompt": ["noise"] * 3, "seed": [5, 6, 5]})
+    several = served.predict(seeded)
+    alone = served.predict(pd.DataFrame({"prompt": ["noise"], "seed": [6]}))
+    assert list(several.seed) == [5, 6, 5] and several.png[1] == alone.png[0]
+
+
+def test_what_is_not_there_is_named_with_what_to_do(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    for call, says in (
+        (lambda: registry.load("models:/ldm@champion"), "alias 'champion'; `ldm run`"),
+        (lambda: registry.lookup("models:/ldm@best"), "alias 'best'; `ldm registry list`"),
+        (lambda: registry.lookup("models:/ldm/7"), "no version 7"),
+        (lambda: registry.lookup("ldm@champion"), "not a model: write models:/NAME@ALIAS"),
+        (lambda: registry.promote(7), "no version 7"),
+        (registry.rollback, "nothing to roll back to"),
+        (lambda: registry.register(root), r"models/ldm: not found; `dvc repro`"),
+    ):
+        with pytest.raises(InputError, match=says):
+            call()
+    assert registry.versions().empty
+
+
+def test_a_store_that_is_not_there_is_not_made_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(InputError, match="no registry there yet"):
+        registry.lookup("models:/ldm@champion")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(registry.Unreachable, match=r"http://127.0.0.1:9"):
+        registry.lookup("models:/ldm@champion")
+
+
+def _bounds(root: Path, model: LatentDiffusion) -> pd.DataFrame:
+    return image_bounds(model, open_shards(root / "data/shards", "test"), levels=LEVELS, seed=0)
