@@ -5,15 +5,17 @@ DVC decides what has to run; Prefect adds retries, time limits, cancellation and
 
 import argparse
 import contextlib
+import fcntl
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -28,6 +30,9 @@ from flows.summary import Step, Summary, markdown, show, summarise
 from ldm import registry, tracking
 from ldm.config import find_root, load_settings
 from ldm.errors import InputError
+
+if TYPE_CHECKING:
+    from ldm.evaluation.gate import Decision
 
 TARGET = "evaluate"  # the last stage; registration is a side effect, so DVC does not know of it
 STARTED = time.monotonic()
@@ -61,7 +66,7 @@ def register(root: str, parent_run: str | None) -> registry.Registered:
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=_mendable)
-def gate(root: str, version: int) -> Any:
+def gate(root: str, version: int) -> "Decision":
     """Champion or not: see `ldm.registry.gate_and_promote`."""
     return registry.gate_and_promote(Path(root), version)
 
@@ -73,7 +78,7 @@ def pipeline(root: str = ".") -> Summary:
     settings = load_settings(folder)
     stages = ancestors(read_graph(folder), TARGET)
     tracking.use_default_store(folder)
-    with tracking.pipeline_run(folder, settings.model_dump()) as run:
+    with _alone(folder), tracking.pipeline_run(folder, settings.model_dump()) as run:
         steps = [Step("start", "", time.monotonic() - STARTED)]
         steps += _run_stages(folder, stages, run.id)
         tracking.log_results(run, folder)
@@ -87,6 +92,19 @@ def pipeline(root: str = ".") -> Summary:
     summary = summarise(folder, settings, steps, registered, decision, champion)
     create_markdown_artifact(markdown(summary, folder), key="ldm-pipeline-summary")
     return summary
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One run at a time in a folder: two would change the same files."""
+    path = root / ".ldm/pipeline.lock"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{root}: another run of the pipeline works here; wait for it or stop it") from None
+        yield
 
 
 def _run_stages(root: Path, stages: tuple[Stage, ...], parent_run: str | None) -> list[Step]:
@@ -106,7 +124,13 @@ def _warm_up(root: Path) -> None:
     temporary = not PREFECT_API_URL.value()
     if temporary:
         import prefect.server.api.server as api  # here, because two threads that import may deadlock
-    connect = threading.Thread(target=lambda: get_client(sync_client=True), daemon=True)
+
+    def reach() -> None:
+        # The server inherits this thread's mask: Ctrl-C, which reaches all of a terminal's group, is for us to handle.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        get_client(sync_client=True)
+
+    connect = threading.Thread(target=reach, daemon=True)
     connect.start()
     tracking.use_default_store(root)
     with contextlib.suppress(Exception):  # the run itself says what is wrong
@@ -118,9 +142,9 @@ def _warm_up(root: Path) -> None:
 
 def _end_with_us(pid: int) -> None:
     """Prefect stops its temporary server only if Python exits in peace; a shell that reads our pipe sees any end."""
-    read, write = os.pipe()
+    read, _ours = os.pipe()
     subprocess.Popen(["/bin/sh", "-c", f"read _; kill {pid}"], stdin=read, stderr=subprocess.DEVNULL, start_new_session=True)
-    os.close(read)  # `write` stays open, in this process only, until it ends
+    os.close(read)  # `_ours` stays open, in this process only, until it ends
 
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")

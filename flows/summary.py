@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
     from ldm.registry import Registered
 
-GRID, REPORT, DECISION = "reports/plots/samples.png", "reports/report.html", "reports/decision.html"
+GRID, REPORT, DECISION = "reports/samples.png", "reports/report.html", "reports/decision.html"
 
 
 @dataclass(frozen=True)

@@ -104,10 +104,10 @@ def peak_memory(session: int) -> int:
     """Peak resident bytes of the largest process in a session. (`wait4` would report our own where it is larger.)"""
     peak = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, AttributeError):  # it has ended
+        with contextlib.suppress(OSError):  # it has ended
             if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
                 found = re.search(r"VmHWM:\s*(\d+) kB", (stat.parent / "status").read_text())
-                peak = max(peak, int(found[1]) * 1024)  # type: ignore[index]
+                peak = max(peak, int(found[1]) * 1024 if found else 0)  # a zombie has no memory
     return peak
 
 

@@ -155,9 +155,7 @@ def lookup(uri: str) -> Version:
     """The version behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if not match:
-        raise InputError(
-            f"{uri!r} is not a model: write models:/NAME@ALIAS or models:/NAME/VERSION, e.g. models:/ldm@champion"
-        )
+        raise InputError(f"{uri!r} is not a model: write models:/NAME@ALIAS or models:/NAME/VERSION, e.g. models:/ldm@champion")
     name, alias, number = match.groups()
     with _registry(name) as client:
         if number:
@@ -301,9 +299,7 @@ def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
     }
 
 
-def _decide(
-    root: Path, challenger: Version, champion: Version | None, level: float
-) -> tuple["Decision", pd.DataFrame | None]:
+def _decide(root: Path, challenger: Version, champion: Version | None, level: float) -> tuple["Decision", pd.DataFrame | None]:
     from ldm.evaluation.gate import decide
 
     if champion is None:

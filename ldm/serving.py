@@ -27,14 +27,14 @@ class PromptsToImages(mlflow.pyfunc.PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         options = dict(params or {})
         default_seed = options.pop("seed", None) or 0
-        out = pd.DataFrame({"prompt": model_input["prompt"].astype(str)})
-        out["seed"] = (
-            model_input["seed"].fillna(default_seed).astype("int64") if "seed" in model_input else default_seed
-        )
+        rows = model_input.reset_index(drop=True)
+        out = pd.DataFrame({"prompt": rows["prompt"].astype(str)})
+        out["seed"] = rows["seed"].fillna(default_seed).astype("int64") if "seed" in rows else default_seed
         out["png"] = pd.Series(index=out.index, dtype=object)
-        for seed, rows in out.groupby("seed", sort=False):
-            images = self._model.sample(list(rows["prompt"]), seed=int(seed), **options)  # uint8 (N, C, H, W)
-            out.loc[rows.index, "png"] = pd.Series([png(image) for image in images], index=rows.index, dtype=object)
+        for seed in out["seed"].unique().tolist():
+            same = out[out["seed"] == seed]
+            images = self._model.sample(list(same["prompt"]), seed=seed, **options)  # uint8 (N, C, H, W)
+            out.loc[same.index, "png"] = pd.Series([png(image) for image in images], index=same.index, dtype=object)
         return out
 
 

@@ -6,6 +6,7 @@ delivering a checkpoint's metrics twice doubles nothing: checkpoint first, then 
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -21,9 +22,7 @@ from ldm.hashing import file_hash
 
 EXPERIMENT = "ldm"
 BATCH = 1000  # metrics a request, MLflow's limit
-RETRY_SECONDS = (
-    300.0  # after a failed delivery the next one waits, so that a dead server costs a stage seconds, not minutes
-)
+RETRY_SECONDS = 300.0  # after a failed delivery the next one waits, so that a dead server costs a stage seconds, not minutes
 PATIENCE = {  # of a stage, where the user has not set it: MLflow's own defaults wait for minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -36,9 +35,7 @@ class Run:
 
     def __init__(self, *, tracked: bool = False) -> None:
         self.id: str | None = None
-        self._tracked = (
-            tracked  # buffer even when the server is away: a checkpoint may carry the metrics to a later run
-        )
+        self._tracked = tracked  # buffer even when the server is away: a checkpoint may carry the metrics to a later run
         self._client: Any = None
         self._buffer: list[tuple[str, float, int, int]] = []  # key, value, timestamp in ms, images seen
         self._wait_until = 0.0
@@ -99,15 +96,15 @@ class Run:
             self._client = client
 
         uri = os.environ["MLFLOW_TRACKING_URI"]
-        self._attempt(f"{uri} cannot be used; the work goes on without tracking", connect)
+        if not self._attempt(f"{uri} cannot be used; the work goes on without tracking", connect):
+            self.id = None
 
     def _deliver(self) -> bool:
         metric = _entities().Metric
         while self._buffer:
             batch = [metric(key, value, stamp, seen) for key, value, stamp, seen in self._buffer[:BATCH]]
-            if not self._attempt(
-                "metrics wait for the next delivery", lambda b=batch: self._client.log_batch(self.id, b)
-            ):
+            send = functools.partial(self._client.log_batch, self.id, batch)
+            if not self._attempt("metrics wait for the next delivery", send):
                 self._wait_until = time.monotonic() + RETRY_SECONDS
                 return False
             del self._buffer[:BATCH]

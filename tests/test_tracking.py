@@ -73,12 +73,14 @@ def test_the_status_says_how_it_ended(client: Any, error: BaseException, status:
 
 
 def test_sigterm_is_killed_and_sigkill_is_noticed_by_the_parent(client: Any) -> None:
-    code = "import os, signal, sys; from ldm.tracking import stage_run\nwith stage_run('shard', {}): os.kill(os.getpid(), int(sys.argv[1]))"
+    code = (
+        "import os, sys; from ldm.tracking import stage_run\nwith stage_run('shard', {}): os.kill(os.getpid(), int(sys.argv[1]))"
+    )
     with pipeline_run(ROOT, {}) as parent:
         env = {**os.environ, "LDM_PARENT_RUN": str(parent.id), "PYTHONPATH": str(ROOT)}
-        for number, code_expected in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        for number, expected in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
             done = subprocess.run([sys.executable, "-c", code, str(int(number))], env=env)
-            assert done.returncode == code_expected
+            assert done.returncode == expected
     children = client.search_runs([client.get_run(parent.id).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.id}'")
     assert [child.info.status for child in children] == ["KILLED", "KILLED"]
 
