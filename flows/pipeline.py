@@ -27,8 +27,8 @@ from prefect.settings import PREFECT_API_URL
 from flows import supervise
 from flows.graph import Stage, ancestors, read_graph
 from flows.summary import Step, Summary, markdown, show, summarise
-from ldm import registry, tracking
-from ldm.config import find_root, load_settings
+from ldm import lineage, registry, tracking
+from ldm.config import Settings, find_root, load_settings
 from ldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,13 +50,18 @@ def run_stage(root: str, stage: Stage, parent_run: str | None) -> supervise.Outc
     """One stage of dvc.yaml as a child process; its lines are this task's log."""
     logger = get_run_logger()
     limit = os.environ.get("LDM_STAGE_TIMEOUT")
-    return supervise.run_stage(
-        Path(root),
-        stage.name,
-        on_line=lambda line: logger.info("%s", line, extra=PLAIN),
-        timeout=float(limit) if limit else None,
-        env={"LDM_PARENT_RUN": parent_run} if parent_run else {},
-    )
+    try:
+        return supervise.run_stage(
+            Path(root),
+            stage.name,
+            on_line=lambda line: logger.info("%s", line, extra=PLAIN),
+            timeout=float(limit) if limit else None,
+            env={"LDM_PARENT_RUN": parent_run} if parent_run else {},
+        )
+    except supervise.StageFailed as failure:
+        if not failure.bad_input:  # a retry that helps must not hide that there was something to help
+            logger.error("%s", failure, extra=PLAIN)
+        raise
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=_mendable)
@@ -78,10 +83,10 @@ def pipeline(root: str = ".") -> Summary:
     settings = load_settings(folder)
     stages = ancestors(read_graph(folder), TARGET)
     tracking.use_default_store(folder)
-    with _alone(folder), tracking.pipeline_run(folder, settings.model_dump()) as run:
+    with _alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
         steps = [Step("start", "", time.monotonic() - STARTED)]
         steps += _run_stages(folder, stages, run.id)
-        tracking.log_results(run, folder)
+        lineage.log_results(run, folder)
         start = time.monotonic()
         registered = register(str(folder), run.id)
         steps.append(Step("register", "executed" if registered.created else "cached", time.monotonic() - start))
@@ -178,11 +183,18 @@ def _plain_console() -> Iterator[None]:
             logging.getLogger(name).removeHandler(plain)
 
 
+def _check_data(root: Path, settings: Settings) -> None:
+    """Say now what DVC would say later, and worse: the data folder is neither there nor made by a stage."""
+    path = settings.data.path
+    if not (root / path).exists() and not any(path in stage.outs for stage in read_graph(root)):
+        raise InputError(f"data.path {path}: no such folder; set data.path in params.yaml to a folder of captioned images")
+
+
 def main() -> int:
     argparse.ArgumentParser(prog="python -m flows.pipeline", description=__doc__).parse_args()
     try:
         root = find_root()
-        load_settings(root)
+        _check_data(root, load_settings(root))
         with _plain_console():
             _warm_up(root)
             summary = pipeline(str(root))
@@ -191,8 +203,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return supervise.BAD_INPUT
     except supervise.StageFailed as failure:
-        print(f"\n{failure}", *failure.tail[-1:], sep="\n", file=sys.stderr)
-        return supervise.BAD_INPUT if failure.bad_input else 1
+        if failure.bad_input:
+            return supervise.BAD_INPUT  # the stage's own line says it all, and it is the last one shown
+        print(*failure.tail[-1:], "`ldm run` goes on from the last checkpoint", sep="\n", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; `ldm run` continues where this stopped", file=sys.stderr)
         return 130

@@ -103,12 +103,20 @@ def run_stage(
 def peak_memory(session: int) -> int:
     """Peak resident bytes of the largest process in a session. (`wait4` would report our own where it is larger.)"""
     peak = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for process in _running(session):
         with contextlib.suppress(OSError):  # it has ended
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
-                found = re.search(r"VmHWM:\s*(\d+) kB", (stat.parent / "status").read_text())
-                peak = max(peak, int(found[1]) * 1024 if found else 0)  # a zombie has no memory
+            found = re.search(r"VmHWM:\s*(\d+) kB", (process / "status").read_text())
+            peak = max(peak, int(found[1]) * 1024 if found else 0)
     return peak
+
+
+def _running(session: int) -> Iterator[Path]:
+    """`/proc/PID` of a session's processes, without those that have ended and only wait for someone to notice."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(its_session) == session and state != "Z":
+                yield stat.parent
 
 
 class _Child:
@@ -128,21 +136,23 @@ class _Child:
     def stop(self) -> None:
         """End the whole group, gently first. The leader may be gone while others are not."""
         for number, grace in GRACE:
-            if not self._signal(number):
-                return
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
             deadline = time.monotonic() + grace
             while time.monotonic() < deadline:
-                self.poll()  # reaps it
-                if not self._signal(0):
+                if self._gone():
                     return
                 time.sleep(0.05)
 
-    def _signal(self, number: int) -> bool:
-        try:
-            os.killpg(self.pid, number)
-        except ProcessLookupError:
+    def _gone(self) -> bool:
+        """Whether nobody is left. In a container, what ended may stay in the group for as long as its init lets it."""
+        if not self.poll():
             return False
-        return True
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return Path("/proc/self").exists() and not any(_running(self.pid))
 
 
 @contextlib.contextmanager

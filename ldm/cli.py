@@ -24,7 +24,9 @@ app.add_typer(registry_app, name="registry", help="Registered models: list, show
 Model = Annotated[str, typer.Option(help="`models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the folder of a saved model.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps; the model's own default otherwise.")]
-Guidance = Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none. The model's default otherwise.")]
+Guidance = Annotated[
+    float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none. The model's default otherwise.")
+]
 Sampler = Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m; the model's own default otherwise.")]
 Name = Annotated[str | None, typer.Option(help="Registered model; `registry.name` of params.yaml otherwise.")]
 
@@ -110,7 +112,9 @@ def list_versions(name: Name = None) -> None:
     from ldm import registry
 
     frame = registry.versions(_name(name))
-    _table(frame[[column for column in ("version", "aliases", "created", "bits_per_dim", "image", "git_commit") if column in frame]])
+    _table(
+        frame[[column for column in ("version", "aliases", "created", "bits_per_dim", "image", "git_commit") if column in frame]]
+    )
 
 
 @registry_app.command()

@@ -14,7 +14,8 @@ from ldm.errors import InputError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Levels = Annotated[tuple[Positive, ...], Field(min_length=1)]  # channels of each level
 
 
 class Section(BaseModel):
@@ -49,7 +50,7 @@ class Autoencoder(Section):
     """Constructor arguments of `ldm.nets.AutoencoderKL`; each channel entry after the first halves the resolution."""
 
     latent_channels: Positive
-    block_out_channels: tuple[Positive, ...]
+    block_out_channels: Levels
     layers_per_block: Positive
     norm_num_groups: Positive
     mid_block_add_attention: bool
@@ -74,7 +75,7 @@ class TrainVae(Optimizer):
 class Unet(Section):
     """Constructor arguments of `ldm.nets.UNet`."""
 
-    block_out_channels: tuple[Positive, ...]
+    block_out_channels: Levels
     layers_per_block: Positive
     cross_attention: tuple[bool, ...]  # a level each
     num_heads: Positive
@@ -142,11 +143,12 @@ class Settings(Section):
         levels = len(self.unet.block_out_channels) - 1
         if self.latent_size % 2**levels:
             raise ValueError(f"latents of side {self.latent_size} cannot be halved {levels} times by unet.block_out_channels")
-        for name, section in (("autoencoder", self.autoencoder), ("unet", self.unet)):
-            for channels in section.block_out_channels:
-                if channels % section.norm_num_groups:
+        for section, divisor in (("autoencoder", "norm_num_groups"), ("unet", "norm_num_groups"), ("unet", "num_heads")):
+            values = getattr(self, section)
+            for channels in values.block_out_channels:
+                if channels % getattr(values, divisor):
                     raise ValueError(
-                        f"{name}.block_out_channels has {channels}, not a multiple of norm_num_groups {section.norm_num_groups}"
+                        f"{section}.block_out_channels has {channels}, not a multiple of {divisor} {getattr(values, divisor)}"
                     )
         return self
 
@@ -168,7 +170,7 @@ def load_settings(root: Path) -> Settings:
     except FileNotFoundError:
         raise InputError(f"{path}: not found; run this in the project's folder") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {error}") from None
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values, found {type(values).__name__}")
     try:
@@ -189,7 +191,7 @@ def _explain(problem: Any, values: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"missing key {key}"
     if problem["type"] == "value_error":  # our own validators name the keys in their message
-        return str(problem["ctx"]["error"])
+        return ": ".join(filter(None, (key, str(problem["ctx"]["error"]))))
     return f"{key}: found {problem['input']!r}; {problem['msg']}"
 
 

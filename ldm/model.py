@@ -58,20 +58,27 @@ class LatentDiffusion:
         folder = Path(folder)
         try:
             recipe = Recipe(**json.loads((folder / "model.json").read_text()))
-        except FileNotFoundError:
-            raise InputError(f"{folder}: holds no model.json; give a folder that train_unet or LatentDiffusion.save wrote") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(
+                f"{folder}: holds no model.json; give a folder that evaluate or LatentDiffusion.save wrote"
+            ) from None
         except (TypeError, ValueError) as error:
             raise InputError(f"{folder / 'model.json'}: not a model of this version: {error}") from None
-        nets = (
-            AutoencoderKL.from_pretrained(folder / "autoencoder"),
-            DiscretizedLogistic.from_pretrained(folder / "autoencoder"),
-            UNet.from_pretrained(folder / "unet"),
+        return cls(
+            AutoencoderKL.from_pretrained(folder / "autoencoder").place(device),
+            DiscretizedLogistic.from_pretrained(folder / "autoencoder").to(device),
+            UNet.from_pretrained(folder / "unet").place(device),
+            recipe,
         )
-        return cls(*(net.to(device, memory_format=torch.channels_last) for net in nets), recipe)  # type: ignore[arg-type]
 
     def save(self, folder: Path | str) -> None:
-        """Write the system as safetensors and JSON, all or nothing; equal models give equal bytes."""
+        """Write the system as safetensors and JSON, all or nothing; equal models give equal bytes.
+
+        Replaces a saved model, and refuses to replace anything else.
+        """
         folder = Path(folder)
+        if folder.exists() and not (folder / "model.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise InputError(f"{folder}: exists and is not a saved model; name another folder")
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -88,14 +95,15 @@ class LatentDiffusion:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
-        side = self.recipe.preprocessing["image_size"] // factor
-        return self.autoencoder.config["latent_channels"], side, side
+        side = self.recipe.preprocessing["image_size"]
+        return self.autoencoder.latent_shape(side, side)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """The text encoder the model was trained with, checked by hash."""
-        return TextEncoder.from_pretrained(self.recipe.text["encoder"], self.recipe.text["max_tokens"], self.recipe.text["sha256"])
+        return TextEncoder.from_pretrained(
+            self.recipe.text["encoder"], self.recipe.text["max_tokens"], self.recipe.text["sha256"]
+        )
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> DiagonalGaussian:
@@ -142,7 +150,8 @@ class LatentDiffusion:
         (first, last, empty), masks = self._embed([a, b, ""])
         context = torch.lerp(first.expand(n, -1, -1), last.expand(n, -1, -1), weights.view(-1, 1, 1))
         context = torch.cat([context, empty[None]])
-        mask = torch.cat([(masks[0] | masks[1]).expand(n, -1), masks[2:]])
+        w = weights[:, None]  # the ends attend to their own tokens only: they are what `sample` draws
+        mask = torch.cat([(masks[0] & (w < 1)) | (masks[1] & (w > 0)), masks[2:]])
         noise = self._noise(seed, range(1)).expand(n, -1, -1, -1)
         options = {"steps": None, "guidance": None, "sampler": None, **sampling}
         return self.decode(self._sample_latents(context, mask, **options, noise=noise))
@@ -178,7 +187,9 @@ class LatentDiffusion:
 
     @property
     def _affine(self) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (self.recipe.latent_mean, self.recipe.latent_std))
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32, device=self.device) for v in (self.recipe.latent_mean, self.recipe.latent_std)
+        )
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -211,10 +222,10 @@ class LatentDiffusion:
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """Spherical interpolation between a and b (1, …) at `weights` (n,), (n, …); a line where they are parallel."""
+    """Spherical interpolation between a and b (1, …) at `weights` (n,), (n, …); a line where they are parallel or opposite."""
     cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
     angle = cosine.acos()
     w = weights.view(-1, *[1] * (a.ndim - 1))
-    if angle < 1e-4:
+    if torch.sin(angle) < 1e-4:
         return torch.lerp(a, b, w)
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)

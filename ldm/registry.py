@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ldm import tracking
+from ldm import lineage, tracking
 from ldm.config import Settings, load_settings
 from ldm.errors import InputError
 from ldm.hashing import content_hash, folder_hash
@@ -80,8 +80,8 @@ def register(root: Path, run_id: str | None = None) -> Registered:
         if known:
             return Registered(known[0].version, created=False)
         if run_id is None:
-            with tracking.pipeline_run(root, settings.model_dump(), name="register") as run:
-                tracking.log_results(run, root)
+            with lineage.pipeline_run(root, settings.model_dump(), name="register") as run:
+                lineage.log_results(run, root)
                 return _create(client, root, settings, digest, run.id)
         return _create(client, root, settings, digest, run_id)
 
@@ -228,7 +228,7 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
         client.log_batch(run_id, _metrics(root, logged.model_id))
     with contextlib.suppress(Exception):  # it exists
         client.create_registered_model(name)
-    tags = tracking.lineage(root) | _evaluation_tags(root, settings) | {HASH: digest}
+    tags = lineage.lineage(root) | _evaluation_tags(root, settings) | {HASH: digest}
     source = f"models:/{logged.model_id}"
     made = client.create_model_version(name, source, run_id, tags=tags, model_id=logged.model_id)
     client.set_registered_model_alias(name, "challenger", made.version)
@@ -242,7 +242,7 @@ def _save(path: Path, root: Path, settings: Settings, model_id: str, run_id: str
 
     package = Path(__file__).parent
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "An input example was not provided")  # it would be run, which takes a while
+        warnings.filterwarnings("ignore", ".*An input example was not provided")  # it would be run, which takes a while
         mlflow.pyfunc.save_model(
             path,
             python_model=str(package / "serving.py"),
@@ -264,7 +264,7 @@ def _metrics(root: Path, model_id: str) -> list[Any]:
     from mlflow.entities import Metric
 
     now = time.time_ns() // 1_000_000
-    values = tracking.numbers(root / "reports/metrics.json")
+    values = lineage.numbers(root / "reports/metrics.json")
     return [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()]
 
 

@@ -10,15 +10,12 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from ldm.hashing import file_hash
 
 EXPERIMENT = "ldm"
 BATCH = 1000  # metrics a request, MLflow's limit
@@ -135,61 +132,13 @@ def stage_run(stage: str, params: Mapping[str, Any], key: str | None = None) -> 
     `key` names the work: a retry with the same key and parent continues the earlier run instead of opening a second.
     """
     tags = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN")}
-    with _run({name: value for name, value in tags.items() if value}, params, key) as run:
+    with open_run({name: value for name, value in tags.items() if value}, params, key) as run:
         yield run
-
-
-@contextlib.contextmanager
-def pipeline_run(root: Path, params: Mapping[str, Any], name: str = "pipeline") -> Iterator[Run]:
-    """The run of a whole pipeline, parent of its stages' runs; stages that died without a word are marked KILLED."""
-    commit = {key: value for key, value in lineage(root).items() if key.startswith("ldm.git")}
-    with _run({"ldm.stage": name, **commit}, params, None) as run:
-        try:
-            yield run
-        finally:
-            _close_children(run)
-
-
-def log_results(run: Run, root: Path) -> None:
-    """Record on a pipeline's run what its stages made: lineage, the data set, metrics, plots and the report."""
-    run.tag(lineage(root))
-    index = root / "data/shards/index.json"
-    if index.is_file():
-        splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
-        profile = {f"{split}_images": stop - start for split, (start, stop) in splits.items()}
-        run.dataset("shards", file_hash(index)[:32], str(index.relative_to(root)), profile)
-    metrics = root / "reports/metrics.json"
-    if metrics.is_file():
-        run.log(numbers(metrics), images_seen=0)
-    run.flush()
-    for path, folder in ((metrics, None), (root / "reports/report.html", None), (root / "reports/plots", "plots")):
-        if path.exists():
-            run.artifact(path, folder)
 
 
 def use_default_store(root: Path) -> None:
     """Track where MLflow itself looks when it runs in the project's folder and nothing is set."""
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-
-
-def lineage(root: Path) -> dict[str, str]:
-    """Where the outs in `root` come from, as tags: commit, `dvc.lock`, data index. What does not exist is left out."""
-    tags = {}
-    commit = _git(root, "rev-parse", "HEAD")
-    if commit:
-        # what a run itself rewrites does not make the code another one
-        dirty = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
-        tags = {"ldm.git_commit": commit, "ldm.git_dirty": str(bool(dirty)).lower()}
-    for tag, path in (("ldm.dvc_lock", root / "dvc.lock"), ("ldm.data_index", root / "data/shards/index.json")):
-        if path.is_file():
-            tags[tag] = file_hash(path)
-    return tags
-
-
-def numbers(path: Path) -> dict[str, float]:
-    """The numeric entries of a flat JSON file of metrics."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -201,7 +150,7 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _run(tags: Mapping[str, str], params: Mapping[str, Any], key: str | None) -> Iterator[Run]:
+def open_run(tags: Mapping[str, str], params: Mapping[str, Any], key: str | None) -> Iterator[Run]:
     run = Run(tracked=bool(os.environ.get("MLFLOW_TRACKING_URI")) and os.environ.get("RANK", "0") == "0")
     with _sigterm_raises():
         if run._tracked:
@@ -289,22 +238,3 @@ def _earlier_run(client: Any, experiment: str, tags: Mapping[str, str], key: str
         if run.data.tags.get("mlflow.parentRunId") == parent and (parent or run.info.status != "FINISHED"):
             return str(run.info.run_id)
     return None
-
-
-def _close_children(run: Run) -> None:
-    def close() -> None:
-        experiment = run._client.get_run(run.id).info.experiment_id
-        query = f"tags.`mlflow.parentRunId` = '{run.id}' and attributes.status = 'RUNNING'"
-        for child in run._client.search_runs([experiment], query):
-            run._client.set_terminated(child.info.run_id, "KILLED")
-
-    if run._client is not None:
-        run._attempt("its stages' statuses were not stored", close)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

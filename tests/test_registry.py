@@ -37,6 +37,7 @@ def tiny_model(seed: int, log_scale: float) -> LatentDiffusion:
         kind="v",
         noise="cosine",
         sigma_max=80.0,
+        autoencoder="untrained",
         preprocessing={"image_size": 8, "channels": 1, "resize_filter": "box", "fit": "cover"},
         latent_mean=[0.0] * 4,
         latent_std=[1.0] * 4,

@@ -38,7 +38,9 @@ class Bound:
         return -self.nats / (self.dims * math.log(2))
 
 
-def diffusion_bound(denoise: Callable[[Tensor, Tensor], Tensor], z: Tensor, sigma_min: float, sigma_max: float, u: Tensor, noise: Tensor) -> Tensor:
+def diffusion_bound(
+    denoise: Callable[[Tensor, Tensor], Tensor], z: Tensor, sigma_min: float, sigma_max: float, u: Tensor, noise: Tensor
+) -> Tensor:
     """A lower bound on log p(z) for standardised latents z (B, C, H, W), in nats, (B,).
 
     `u` (L, B) are positions in [0, 1) uniform over ln sigma and `noise` (L, B, C, H, W) standard normal: the

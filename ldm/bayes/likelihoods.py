@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.errors import InputError
+
 FILE = "likelihood.safetensors"
 BIN = 2 / 255  # distance between neighbouring 8-bit values in [-1, 1]
 
@@ -36,6 +38,8 @@ class DiscretizedLogistic(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path) -> "DiscretizedLogistic":
         likelihood = cls()
+        if not (folder / FILE).is_file():
+            raise InputError(f"{folder / FILE} is missing: expected an autoencoder that train_vae wrote, likelihood and all")
         likelihood.load_state_dict(load_file(folder / FILE))
         return likelihood
 

@@ -34,7 +34,7 @@ def list_images(folder: Path) -> pd.DataFrame:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; set data.path in params.yaml to a folder of captioned images")
-    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
     if not found:
         raise InputError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))}); put captioned images there")
     for name in ("metadata.csv", "metadata.jsonl"):
@@ -62,6 +62,11 @@ def _from_table(path: Path, found: set[str]) -> pd.DataFrame:
     for column in ("file_name", "text"):
         if column not in table:
             raise InputError(f"{path}: column {column!r} is missing; found {', '.join(map(str, table.columns)) or 'none'}")
+    if path.suffix == ".csv" and len(table) and not isinstance(table.index, pd.RangeIndex):
+        raise InputError(f"{path}: its rows have more fields than its header; put captions that hold commas in double quotes")
+    for number, row in enumerate(zip(table.file_name, table.text, strict=True), start=1):
+        if not all(isinstance(value, str) for value in row):
+            raise InputError(f"{path}: row {number}: file_name and text must be strings, found {row[0]!r} and {row[1]!r}")
     duplicated = table.file_name[table.file_name.duplicated()]
     if len(duplicated):
         raise InputError(f"{path}: {duplicated.iloc[0]!r} has more than one row; keep one caption an image")
@@ -99,8 +104,10 @@ def decode(blob: bytes, *, channels: int) -> Image.Image:
         with Image.open(io.BytesIO(blob)) as image:
             upright = ImageOps.exif_transpose(image)
             return upright.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UnreadableImage(f"{type(error).__name__}: {error}" if blob else "the file is empty") from None
+    except UnidentifiedImageError:  # its message holds a memory address, which would differ between runs
+        raise UnreadableImage("not an image of a known format" if blob else "the file is empty") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from None
 
 
 def fit_square(image: Image.Image, size: int, resize_filter: str) -> Image.Image:
@@ -123,4 +130,3 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
-

@@ -27,7 +27,13 @@ Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # texts -> token embedding
 
 
 def write_latents(
-    shards: Path, out: Path, encode: Encode, embed: Embed, identity: dict[str, Any], progress: Callable[[int], None], batch_size: int = 256
+    shards: Path,
+    out: Path,
+    encode: Encode,
+    embed: Embed,
+    identity: dict[str, Any],
+    progress: Callable[[int], None],
+    batch_size: int = 256,
 ) -> dict[str, Any]:
     """Encode every image and caption of the train and val splits to `out`, all or nothing; returns the manifest.
 
@@ -125,7 +131,9 @@ def open_latents(folder: Path, split: str, **expected: str) -> Latents:
         raise InputError(f"{path}: not found; run the `cache_latents` stage (dvc repro cache_latents)") from None
     for name, value in expected.items():
         if manifest.get(name) != value:
-            raise InputError(f"{path}: {name} is {manifest.get(name)}, expected {value}: the latents are stale; run `cache_latents` again")
+            raise InputError(
+                f"{path}: {name} is {manifest.get(name)}, expected {value}: the latents are stale; run `cache_latents` again"
+            )
     files = [load_file(folder / file["name"]) for file in manifest["files"] if file["split"] == split]
     empty = load_file(folder / "empty.safetensors")
     offsets = np.cumsum([0, *(len(file["text"]) for file in files)]).tolist()

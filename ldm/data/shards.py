@@ -8,15 +8,16 @@ and, where the source has one, `prompts.csv`. Equal inputs give equal bytes.
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import tarfile
 import webdataset
 
 from ldm.data import images
@@ -63,6 +64,7 @@ def write_shards(
     `max_bad_fraction` unreadable images, and for a split that ends up empty; `out` is untouched then.
     """
     table = images.list_images(folder)
+    prompts = _prompts(folder)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -81,21 +83,20 @@ def write_shards(
             f"{folder}: {len(table)} images leave the {' and '.join(empty)} split empty; "
             "add images or raise data.val_fraction or data.test_fraction"
         )
-    shards, offsets, splits = [], [], {}
-    for split in SPLITS:
-        start = sum(len(rows) for rows in offsets)
-        for top in sorted(group[1] for group in groups if group[0] == split):
-            members = groups[split, top]
-            for number, first_member in enumerate(range(0, len(members), shard_size)):
-                name = f"{split}-{top + '-' if top else ''}{number:05d}.tar"
-                chunk = members[first_member : first_member + shard_size]
-                samples = (_encode(folder, row, digest, image_size, channels, resize_filter) for row, digest in chunk)
-                rows = _write_tar(partial / name, samples)
-                offsets.append(np.insert(rows, 0, len(shards), axis=1))
-                fingerprint = {"sha256": file_hash(partial / name), "bytes": (partial / name).stat().st_size}
-                shards.append({"name": name, "split": split, "count": len(rows), **fingerprint})
-        splits[split] = [start, sum(len(rows) for rows in offsets)]
+    shards: list[dict[str, Any]] = []
+    offsets: list[np.ndarray] = []
+    for split, top in sorted(groups, key=lambda group: (SPLITS.index(group[0]), group[1])):
+        members = groups[split, top]
+        for number, start in enumerate(range(0, len(members), shard_size)):
+            path = partial / f"{split}-{top + '-' if top else ''}{number:05d}.tar"
+            chunk = members[start : start + shard_size]
+            rows = _write_tar(path, (_encode(folder, row, digest, image_size, channels, resize_filter) for row, digest in chunk))
+            offsets.append(np.insert(rows, 0, len(shards), axis=1))
+            entry = {"name": path.name, "split": split, "count": len(rows)}
+            shards.append({**entry, "sha256": file_hash(path), "bytes": path.stat().st_size})
     np.save(partial / "offsets.npy", np.concatenate(offsets))
+    ends = np.cumsum([sum(shard["count"] for shard in shards if shard["split"] == split) for split in SPLITS]).tolist()
+    splits = {split: [start, end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)}
     index = {
         "version": 1,
         "preprocessing": {"image_size": image_size, "channels": channels, "resize_filter": resize_filter, "fit": "cover"},
@@ -105,7 +106,8 @@ def write_shards(
         "found": len(table),
         "quarantined": quarantined,
     }
-    _copy_prompts(folder, partial)
+    if prompts:
+        shutil.copyfile(prompts, partial / "prompts.csv")
     (partial / "index.json").write_text(canonical_json(index), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
@@ -121,12 +123,13 @@ def _group(
     """Readable images by (split, top-level folder), and the unreadable ones with the reason."""
     groups: Groups = {}
     quarantined = []
-    for row in table.to_dict("records"):
-        blob = (folder / row["file_name"]).read_bytes()
+    for row in ({str(k): v for k, v in row.items()} for row in table.to_dict("records")):
         try:
+            blob = (folder / row["file_name"]).read_bytes()
             images.decode(blob, channels=channels)
-        except images.UnreadableImage as error:
-            quarantined.append({"file_name": row["file_name"], "reason": str(error)})
+        except (images.UnreadableImage, OSError) as error:
+            reason = str(getattr(error, "strerror", error))  # without the path, which is this machine's
+            quarantined.append({"file_name": row["file_name"], "reason": reason})
             continue
         digest = content_hash(blob)
         top = row["file_name"].split("/")[0] if "/" in row["file_name"] else ""
@@ -134,9 +137,7 @@ def _group(
     return groups, quarantined
 
 
-def _encode(
-    folder: Path, row: dict[str, Any], digest: str, image_size: int, channels: int, resize_filter: str
-) -> dict[str, Any]:
+def _encode(folder: Path, row: dict[str, Any], digest: str, image_size: int, channels: int, resize_filter: str) -> dict[str, Any]:
     image = images.decode((folder / row["file_name"]).read_bytes(), channels=channels)
     # Equal files may stand under several names, so the key needs both: content first, then name.
     key = digest[:16] + content_hash(row["file_name"].encode())[:8]
@@ -162,15 +163,18 @@ def _write_tar(path: Path, samples: Iterator[dict[str, Any]]) -> np.ndarray:
     return np.array([[n for part in PARTS for n in place[part]] for place in places.values()], dtype=np.int64)
 
 
-def _copy_prompts(folder: Path, out: Path) -> None:
-    """Carry the source's optional `prompts.csv` (`text,label`: prompts to evaluate that no caption contains)."""
+def _prompts(folder: Path) -> Path | None:
+    """The source's optional `prompts.csv` (`text,label`: prompts to evaluate that no caption contains)."""
     source = folder / "prompts.csv"
     if not source.is_file():
-        return
-    columns = pd.read_csv(source, dtype=str, keep_default_na=False, nrows=0).columns
+        return None
+    try:
+        columns = pd.read_csv(source, dtype=str, keep_default_na=False).columns
+    except ValueError as error:
+        raise InputError(f"{source}: not readable as a table: {error}") from None
     if not {"text", "label"} <= set(columns):
         raise InputError(f"{source}: expected columns text,label; found {', '.join(columns)}")
-    shutil.copyfile(source, out / "prompts.csv")
+    return source
 
 
 class ShardReader:
@@ -194,10 +198,10 @@ class ShardReader:
 
     def __getitem__(self, position: int) -> Sample:
         shard, *places = (int(n) for n in self._rows[position])
-        png, text, meta = (self._read(shard, *places[2 * i : 2 * i + 2]) for i in range(len(PARTS)))
+        text, meta = self._read(shard, *places[2:4]), self._read(shard, *places[4:6])
         return Sample(
             key=self._key(shard, places[0]),
-            image=images.to_array(images.decode(png, channels=self.index["preprocessing"]["channels"])),
+            image=self._image(position),
             text=text.decode(),
             meta=json.loads(meta),
         )
@@ -210,7 +214,7 @@ class ShardReader:
         """The shards of this split, each with the positions of its samples."""
         numbers = np.asarray(self._rows[:, 0])
         edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-        return [(self.index["shards"][int(numbers[a])], range(a, b)) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+        return [(self.index["shards"][int(numbers[a])], range(a, b)) for a, b in pairwise(edges) if a < b]
 
     @cached_property
     def prompts(self) -> pd.DataFrame:
@@ -224,24 +228,32 @@ class ShardReader:
         rows = []
         for shard, *places in self._rows.tolist():
             text, meta = self._read(shard, *places[2:4]).decode(), json.loads(self._read(shard, *places[4:6]))
-            rows.append({"key": self._key(shard, places[0]), "text": text, **meta})
+            own = {"key": self._key(shard, places[0]), "text": text}
+            rows.append(own | meta | own)  # a column `key` of the caption table does not replace the sample's
         return pd.DataFrame(rows)
 
     def _image(self, position: int) -> np.ndarray:
         shard, offset, size, *_ = (int(n) for n in self._rows[position])
         channels = self.index["preprocessing"]["channels"]
-        return images.to_array(images.decode(self._read(shard, offset, size), channels=channels))
+        try:
+            return images.to_array(images.decode(self._read(shard, offset, size), channels=channels))
+        except images.UnreadableImage as error:
+            key, name = self._key(shard, offset), self.folder / self.index["shards"][shard]["name"]
+            raise InputError(f"{name}: sample {key} is damaged ({error}); run the `shard` stage again") from None
 
     def _key(self, shard: int, png_offset: int) -> str:
         header = self._read(shard, png_offset - tarfile.BLOCKSIZE, 100)  # the name field that opens a tar header
         return header.split(b"\0", 1)[0].decode().split(".", 1)[0]
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
+        name = self.folder / self.index["shards"][shard]["name"]
         if shard not in self._files:
-            self._files[shard] = os.open(self.folder / self.index["shards"][shard]["name"], os.O_RDONLY)
+            try:
+                self._files[shard] = os.open(name, os.O_RDONLY)
+            except FileNotFoundError:
+                raise InputError(f"{name}: not found, though index.json lists it; run the `shard` stage again") from None
         blob = os.pread(self._files[shard], size, offset)
         if len(blob) != size:
-            name = self.folder / self.index["shards"][shard]["name"]
             raise InputError(f"{name}: ends before byte {offset + size}; it is damaged, run the `shard` stage again")
         return blob
 

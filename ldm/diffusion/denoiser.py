@@ -1,6 +1,5 @@
 """One denoiser for every parameterisation: D(x; sigma) = c_skip x + c_out F(c_in x, c_noise)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,7 @@ class Denoiser(nn.Module):
     n - x0 at time sigma / (1 + sigma)). Latents are expected standardised.
     """
 
-    def __init__(self, net: Callable[..., Tensor], kind: str, levels: NoiseLevels, sigma_data: float = 1.0):
+    def __init__(self, net: nn.Module, kind: str, levels: NoiseLevels, sigma_data: float = 1.0):
         super().__init__()
         self.net, self.kind, self.levels, self.sigma_data = net, kind, levels, sigma_data
 

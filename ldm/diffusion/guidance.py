@@ -8,7 +8,9 @@ from torch import Tensor
 DenoiseFn = Callable[..., Tensor]
 
 
-def classifier_free(denoiser: DenoiseFn, scale: float, context: Tensor, context_mask: Tensor, null: Tensor, null_mask: Tensor) -> DenoiseFn:
+def classifier_free(
+    denoiser: DenoiseFn, scale: float, context: Tensor, context_mask: Tensor, null: Tensor, null_mask: Tensor
+) -> DenoiseFn:
     """D_null + scale (D_text - D_null): classifier-free guidance (Ho & Salimans 2022), `scale` 1 being none.
 
     `context` (B, T, D) and its mask (B, T) condition on the prompts; `null` (T, D) and `null_mask` (T,) embed

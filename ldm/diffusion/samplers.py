@@ -5,6 +5,7 @@ ODE dx/dsigma = (x - D(x; sigma)) / sigma (Karras et al. 2022, equation 3).
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ DenoiseFn = Callable[[Tensor, Tensor], Tensor]
 
 def euler(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor) -> Tensor:
     """First order; the same steps as deterministic DDIM (Song et al. 2021)."""
-    for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+    for sigma, following in pairwise(sigmas.tolist()):
         x0 = denoiser(x, x.new_full((len(x),), sigma))
         x = x0 + (following / sigma) * (x - x0)
     return x
@@ -21,7 +22,7 @@ def euler(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor) -> Tensor:
 
 def heun(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor) -> Tensor:
     """Second order, two evaluations a step (Karras et al. 2022, algorithm 1)."""
-    for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+    for sigma, following in pairwise(sigmas.tolist()):
         slope = (x - denoiser(x, x.new_full((len(x),), sigma))) / sigma
         ahead = x + (following - sigma) * slope
         if following > 0:
@@ -36,7 +37,7 @@ def dpmpp_2m(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor) -> Tensor:
     previous: Tensor | None = None
     levels = sigmas.tolist()
     logs = sigmas.log().neg().tolist()  # lambda = -ln sigma
-    for i, (sigma, following) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for i, (sigma, following) in enumerate(pairwise(levels)):
         x0 = denoiser(x, x.new_full((len(x),), sigma))
         estimate = x0
         if previous is not None and following > 0:

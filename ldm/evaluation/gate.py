@@ -122,9 +122,7 @@ def _check_keys(challenger: Series, champion: Series) -> None:
 
 def _sentence(decision: Decision, frame: DataFrame | None, challenger: str, champion: str | None) -> str:
     if champion is None and decision.promote:
-        return (
-            f"There was no champion yet, so {challenger} takes the place: its bound is finite on {decision.n} images."
-        )
+        return f"There was no champion yet, so {challenger} takes the place: its bound is finite on {decision.n} images."
     if champion is None or frame is None or not math.isfinite(decision.mean):
         outcome = "becomes champion" if decision.promote else "stays a challenger"
         return f"{challenger} {outcome}: {decision.reason}."
@@ -137,9 +135,7 @@ def _sentence(decision: Decision, frame: DataFrame | None, challenger: str, cham
     )
     odds = f"{1 / decision.level:.0f}"
     if decision.promote:
-        return (
-            f"{found} Less than once in {odds} times would a model that is no better look this good, so it takes over."
-        )
+        return f"{found} Less than once in {odds} times would a model that is no better look this good, so it takes over."
     if decision.mean > 0:
         luck = f"A model that is no better would look this good by luck more than once in {odds} times"
         return f"{found} {luck}, so {champion} stays."
@@ -213,8 +209,6 @@ def _largest_changes(frame: DataFrame, challenger: str, champion: str) -> str:
     """The three images that gain and lose most, for those who want to look."""
     gains = (frame["challenger"] - frame["champion"]).sort_values(kind="stable", ascending=False)
     keys = list(dict.fromkeys([*gains.index[:3], *gains.index[-3:]]))
-    rows = [
-        (str(key), float(gains[key]), float(frame["challenger"][key]), float(frame["champion"][key])) for key in keys
-    ]
+    rows = [(str(key), float(gains[key]), float(frame["challenger"][key]), float(frame["champion"][key])) for key in keys]
     changes = DataFrame(rows, columns=["image", "improvement (nats)", challenger, champion])
     return f"<h2>Largest gains and losses</h2>{table(changes)}"

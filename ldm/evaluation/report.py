@@ -106,8 +106,7 @@ def table(frame: DataFrame, style: str = "", total: bool = False) -> str:
     head = "".join(f"<th{kind}>{escape(str(name))}</th>" for name, kind in zip(frame, kinds, strict=True))
     cells = [map(escape, _column(frame[column].tolist())) for column in frame]
     rows = [
-        "".join(f"<td{kind}>{value}</td>" for value, kind in zip(row, kinds, strict=True))
-        for row in zip(*cells, strict=True)
+        "".join(f"<td{kind}>{value}</td>" for value, kind in zip(row, kinds, strict=True)) for row in zip(*cells, strict=True)
     ]
     marks = [' class="total"' if total and index == len(rows) - 1 else "" for index in range(len(rows))]
     lines = "\n".join(f"<tr{mark}>{row}</tr>" for mark, row in zip(marks, rows, strict=True))
@@ -131,8 +130,7 @@ def _column(values: Sequence[Any]) -> list[str]:
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value)]
     decimals = min(3, max(0, 4 - math.floor(math.log10(max(sizes))))) if sizes and max(sizes) > 0 else 0
     return [
-        f"{value:,.{decimals}f}" if isinstance(value, float) and math.isfinite(value) else format_value(value)
-        for value in values
+        f"{value:,.{decimals}f}" if isinstance(value, float) and math.isfinite(value) else format_value(value) for value in values
     ]
 
 

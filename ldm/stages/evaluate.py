@@ -14,6 +14,7 @@ import torch
 
 from ldm.bayes.likelihoods import DiscretizedLogistic
 from ldm.config import Settings, load_settings
+from ldm.data.batches import order
 from ldm.data.shards import ShardReader, open_shards
 from ldm.errors import InputError
 from ldm.evaluation.bounds import image_bounds
@@ -62,7 +63,9 @@ def assemble(root: Path, settings: Settings) -> None:
     vae, unet = root / "models/autoencoder", root / "models/unet"
     recipe = Recipe(**json.loads((unet / "recipe.json").read_text()), sampling=settings.sampling.model_dump())
     if recipe.autoencoder != folder_hash(vae):
-        raise InputError(f"{unet}: was trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on")
+        raise InputError(
+            f"{unet}: was trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on"
+        )
     autoencoder, likelihood = AutoencoderKL.from_pretrained(vae), DiscretizedLogistic.from_pretrained(vae)
     LatentDiffusion(autoencoder, likelihood, UNet.from_pretrained(unet), recipe).save(root / "models/ldm")
 
@@ -95,32 +98,39 @@ def reconstruct(root: Path, model: LatentDiffusion, test: ShardReader) -> tuple[
     path = root / "reports/plots/reconstructions.png"
     shown = np.concatenate([half for i in range(0, 24, 8) for half in (pixels[i : i + 8], back[i : i + 8])])
     image_grid(shown, len(pixels[:8]), path, row_labels=["real", "given back"] * (len(shown) // 2 // len(pixels[:8])))
-    return {"psnr": float(psnr(pixels, back).mean())}, [Figure("Reconstructions", "Held-out images, and what the autoencoder gives back.", path)]
+    return {"psnr": float(psnr(pixels, back).mean())}, [
+        Figure("Reconstructions", "Held-out images, and what the autoencoder gives back.", path)
+    ]
 
 
-def draw(root: Path, settings: Settings, model: LatentDiffusion, train: ShardReader, test: ShardReader) -> tuple[Metrics, list[Figure]]:
+def draw(
+    root: Path, settings: Settings, model: LatentDiffusion, train: ShardReader, test: ShardReader
+) -> tuple[Metrics, list[Figure]]:
     """Samples for the captions of the data and for prompts that no caption contains, judged against real images."""
-    captions, known = train.captions, train.images(range(min(len(train), REAL)))
-    real = test.images(range(min(len(test), REAL)))
+    chosen, shown = (order(seed_for(settings.seed, "real"), len(reader), 0, min(len(reader), REAL)) for reader in (train, test))
+    captions, known, real = train.captions, train.images(chosen), test.images(shown)
     labels = labelled(captions)
     prompts = balanced(labels if labels is not None else captions, settings.evaluate.samples)
     drawn = model.sample(prompts.text.tolist(), seed=seed_for(settings.seed, "evaluate")).numpy()
     metrics = distance(settings.evaluate.features, known, real, drawn)
-    figures = [grid(root / "reports/samples.png", "Samples", "One row a prompt; the first samples drawn, none picked.", prompts, drawn)]
+    figures = [
+        grid(root / "reports/samples.png", "Samples", "One row a prompt; the first samples drawn, none picked.", prompts, drawn)
+    ]
     if labels is None:
         return metrics, figures
-    judge = Judge.fit(known, captions.label[: len(known)].to_numpy())
-    held_out = test.captions.label[: len(real)].to_numpy()
+    known_labels, held_out = captions.label.iloc[chosen].to_numpy(), test.captions.label.iloc[shown].to_numpy()
+    judge = Judge.fit(known, known_labels)
     metrics["judge_accuracy"] = judge.accuracy(real, held_out)
     metrics["prompt_accuracy"] = judge.accuracy(drawn, prompts.label.to_numpy())
-    everything, every_label = np.concatenate([known, real]), [*captions.label[: len(known)], *held_out]
-    metrics["variance_ratio"] = variance_ratio(everything, every_label, drawn, prompts.label.tolist())
+    metrics["variance_ratio"] = variance_ratio(known, known_labels, drawn, prompts.label.tolist())
     if len(train.prompts):
         unseen = balanced(train.prompts, settings.evaluate.unseen_samples)
         images = model.sample(unseen.text.tolist(), seed=seed_for(settings.seed, "evaluate unseen")).numpy()
         metrics["unseen_prompt_accuracy"] = judge.accuracy(images, unseen.label.to_numpy())
         path = root / "reports/plots/unseen_prompts.png"
-        figures.append(grid(path, "Unseen phrasings", "Prompts in words that no caption of the training data uses.", unseen, images))
+        figures.append(
+            grid(path, "Unseen phrasings", "Prompts in words that no caption of the training data uses.", unseen, images)
+        )
     return metrics, figures
 
 
@@ -140,7 +150,10 @@ def balanced(prompts: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def distance(features: int, known: np.ndarray, real: np.ndarray, drawn: np.ndarray) -> Metrics:
-    """Fréchet distance of equally many samples and test images, beside that of training and test images."""
+    """Fréchet distance of equally many samples and test images, beside that of training and test images.
+
+    Real images come in random order, so that the first `count` stand for all.
+    """
     count = min(len(real), len(drawn), len(known))
     dim = min(features, count - 1)
     extract = PixelPCA.fit(known, dim)

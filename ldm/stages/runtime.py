@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-import _thread
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ def stage_main(name: str, run: Callable[[Path], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # a second wish to stop must not turn the exit code into another
         print(f"{name}: {stop if stop.args else 'stopped'}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
 
@@ -48,7 +49,8 @@ class _Stop:
         if not self.polled:
             if threading.current_thread() is threading.main_thread():
                 raise KeyboardInterrupt
-            _thread.interrupt_main()
+            main = threading.main_thread().ident  # a real signal, which also ends a wait in the system, such as a sleep
+            signal.pthread_kill(main or 0, signal.SIGINT)
 
 
 _stop = _Stop()
@@ -87,7 +89,8 @@ def work_key(stage: str, params: dict[str, Any], inputs: dict[str, str]) -> str:
     import numpy
     import torch
 
-    modules = [(name, module.__file__) for name, module in sorted(sys.modules.items()) if name.split(".")[0] == "ldm"]
+    ours = [name for name in sys.modules if name.split(".")[0] in ("ldm", "__main__")]  # the stage itself is __main__
+    modules = [(name, getattr(sys.modules[name], "__file__", None)) for name in sorted(ours)]
     code = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in modules if file}
     identity = [stage, params, inputs, code, torch.__version__, numpy.__version__, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]

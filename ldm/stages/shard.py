@@ -16,7 +16,9 @@ def run(root: Path) -> None:
         counts = {split: stop - start for split, (start, stop) in index["splits"].items()}
         tracker.log({f"{split}_images": float(n) for split, n in counts.items()} | {"quarantined": len(index["quarantined"])}, 0)
     split = ", ".join(f"{n} {name}" for name, n in counts.items())
-    print(f"shard: {index['found']} images found, {split}, {len(index['quarantined'])} quarantined, {len(index['shards'])} shards")
+    print(
+        f"shard: {index['found']} images found, {split}, {len(index['quarantined'])} quarantined, {len(index['shards'])} shards"
+    )
     for bad in index["quarantined"]:
         print(f"shard: quarantined {bad['file_name']!r}: {bad['reason']}")
 

@@ -40,7 +40,7 @@ def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
     latents = open_latents(root / "data/latents", "train", autoencoder=folder_hash(root / "models/autoencoder"))
-    unet = build(settings, latents.text.shape[-1]).to(device, memory_format=torch.channels_last)
+    unet = build(settings, latents.text.shape[-1]).place(device)
     options, diffusion = settings.train_unet, settings.diffusion
     denoiser = Denoiser(unet, diffusion.kind, noise_levels(diffusion.noise, diffusion.sigma_max))
     params = {"seed": settings.seed, **settings.unet.model_dump(), **diffusion.model_dump(), **options.model_dump()}
@@ -50,7 +50,9 @@ def run(root: Path) -> None:
         objective = UnetObjective(denoiser, latents, options.caption_dropout, settings.seed, device)
         with stop_at_checkpoint() as should_stop:
             progress = Progress("train_unet", options.images)
-            fitted = fit(objective, options, seed=settings.seed, journal=tracker, store=store, progress=progress, should_stop=should_stop)
+            fitted = fit(
+                objective, options, seed=settings.seed, journal=tracker, store=store, progress=progress, should_stop=should_stop
+            )
         unet.save_pretrained(root / RAW)
         unet.load_state_dict(fitted.ema)
         unet.save_pretrained(root / OUT)

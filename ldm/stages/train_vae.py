@@ -31,7 +31,8 @@ def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
     train, val = (open_shards(root / "data/shards", split) for split in ("train", "val"))
-    autoencoder, likelihood = (module.to(device, memory_format=torch.channels_last) for module in build(settings))
+    autoencoder, likelihood = build(settings)
+    autoencoder.place(device), likelihood.to(device)
     options = settings.train_vae
     params = {"seed": settings.seed, **settings.autoencoder.model_dump(), **options.model_dump()}
     key = work_key("train_vae", params, {"shards": file_hash(root / "data/shards/index.json")})
@@ -40,7 +41,9 @@ def run(root: Path) -> None:
         objective = VaeObjective(autoencoder, likelihood, train, options.beta, settings.seed)
         with stop_at_checkpoint() as should_stop:
             progress = Progress("train_vae", options.images)
-            fitted = fit(objective, options, seed=settings.seed, journal=tracker, store=store, progress=progress, should_stop=should_stop)
+            fitted = fit(
+                objective, options, seed=settings.seed, journal=tracker, store=store, progress=progress, should_stop=should_stop
+            )
         objective.module.load_state_dict(fitted.ema)
         held_out = summary(evaluate_elbo(autoencoder, likelihood, val, settings.seed))
         tracker.log({f"val_{name}": float(value) for name, value in held_out.items()}, options.images)

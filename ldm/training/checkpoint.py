@@ -56,8 +56,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`, each moment in its parameter's memory layout, as fused kernels require."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        moment = name != "step"
+        state.setdefault(int(index), {})[name] = torch.empty_like(trained[int(index)]).copy_(value) if moment else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -14,6 +14,7 @@ class Ema:
     def __init__(self, module: nn.Module, halflife_images: int):
         self.halflife_images = halflife_images
         self._live = [*module.parameters(), *module.buffers()]
+        self._parameters = len([*module.parameters()])
         self._names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
         self._average = [tensor.detach().clone() for tensor in self._live]
 
@@ -22,7 +23,10 @@ class Ema:
         """Move the average towards the weights after a batch; a half-life of 0 copies them."""
         halflife = min(self.halflife_images, RAMP * images_seen)
         weight = 1 - 0.5 ** (batch_size / halflife) if halflife > 0 else 1.0
-        torch._foreach_lerp_(self._average, [tensor.detach() for tensor in self._live], weight)
+        n = self._parameters
+        torch._foreach_lerp_(self._average[:n], [tensor.detach() for tensor in self._live[:n]], weight)
+        for average, buffer in zip(self._average[n:], self._live[n:], strict=True):
+            average.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self._names, self._average, strict=True))

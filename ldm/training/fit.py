@@ -1,7 +1,7 @@
 """The one training loop: AdamW, schedules counted in images, an average of the weights, exact resume."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,8 @@ GRADIENT_NORM = 1.0  # gradients are clipped to this norm
 class Objective(Protocol):
     """What is minimised: a module holding every trained parameter, and the loss of the batch at a position."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]: ...
 
@@ -77,7 +78,7 @@ def fit(
 ) -> Fitted:
     """Train `objective.module` for `schedule.images` images, resuming from `store` where it holds a checkpoint.
 
-    Raises `FloatingPointError` at a loss that is not finite, naming the position and the last good checkpoint, and
+    Raises `FloatingPointError` at a loss or gradient that is not finite, naming the position and the last good checkpoint, and
     `KeyboardInterrupt`, after saving a checkpoint, when `should_stop()` turns true.
     """
     groups = objective.parameter_groups(schedule.lr)
@@ -86,10 +87,10 @@ def fit(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     ema = Ema(objective.module, schedule.ema_halflife_images)
     run = _Run(objective, optimizer, ema, journal, store)
-    images_seen = run.resume()
+    resumed = run.resume()
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
-    for images_seen in _positions(images_seen, schedule):
+    for images_seen in range(resumed, schedule.images, schedule.batch_size):
         for group, multiplier in zip(optimizer.param_groups, multipliers, strict=True):
             group["lr"] = multiplier * learning_rate(schedule, images_seen)
         loss, metrics = objective.loss(images_seen, schedule.batch_size, generator(seed, "loss", images_seen))
@@ -104,24 +105,22 @@ def fit(
         if done % every < schedule.batch_size or done >= schedule.images:
             row = run.log(done, learning_rate(schedule, images_seen))
             progress(done, row)
-        if done % schedule.checkpoint_images < schedule.batch_size and done < schedule.images:
+        stop = should_stop()
+        if done < schedule.images and (stop or done % schedule.checkpoint_images < schedule.batch_size):
             run.save(done)
-        if should_stop() and done < schedule.images:
-            run.save(done)
-            raise KeyboardInterrupt(f"stopped at a checkpoint after {done} images")
+            if stop:
+                raise KeyboardInterrupt(f"stopped at a checkpoint after {done} images")
     journal.flush()
     objective.module.eval()
     return Fitted(ema.state_dict(), run.curve)
 
 
-def _positions(start: int, schedule: Schedule) -> Iterator[int]:
-    return iter(range(start, schedule.images, schedule.batch_size))
-
-
 class _Run:
     """What a checkpoint holds: weights, optimizer state, average, loss curve, sums since the last row, undelivered metrics."""
 
-    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, ema: Ema, journal: Journal, store: CheckpointStore):
+    def __init__(
+        self, objective: Objective, optimizer: torch.optim.Optimizer, ema: Ema, journal: Journal, store: CheckpointStore
+    ):
         self.objective, self.optimizer, self.ema, self.journal, self.store = objective, optimizer, ema, journal, store
         self.curve: list[dict[str, float]] = []
         self._sums: dict[str, Tensor] = {}
@@ -130,32 +129,38 @@ class _Run:
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().double().cpu()
+            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
         self._count += 1
 
     def log(self, images_seen: int, lr: float) -> dict[str, float]:
         """Close a row of the loss curve: means since the last one."""
-        row = {name: float(total / self._count) for name, total in self._sums.items()}
-        if not math.isfinite(row["loss"]):
-            kept = f"the checkpoint at {self._saved} images in {self.store.folder}" if self._saved else "no checkpoint"
-            raise FloatingPointError(
-                f"loss is {row['loss']} within the {self._count} batches before image {images_seen}; "
-                f"{kept} is the last good state; lower the learning rate"
-            )
+        row = self._finite_means(images_seen)
         self._sums, self._count = {}, 0
         self.curve.append({"images": images_seen, **row, "lr": lr})
         self.journal.log({**row, "lr": lr}, images_seen)
         return row
 
+    def _finite_means(self, images_seen: int) -> dict[str, float]:
+        row = {name: float(total / self._count) for name, total in self._sums.items()}
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(row.get(name, 0.0)):
+                kept = f"the checkpoint at {self._saved} images in {self.store.folder}" if self._saved else "none was saved"
+                raise FloatingPointError(
+                    f"{name} is {row[name]} within the {self._count} batches before image {images_seen}; "
+                    f"last good state: {kept}; lower the learning rate"
+                )
+        return row
+
     def save(self, images_seen: int) -> None:
-        self.journal.flush()
+        self._finite_means(images_seen)  # a checkpoint never holds weights that a retry could not go on from
         tensors = {f"model.{k}": v for k, v in self.objective.module.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
         tensors |= {f"sums.{k}": v for k, v in self._sums.items()}
-        state = {"images_seen": images_seen, "curve": self.curve, "count": self._count, "journal": self.journal.state_dict()}
-        self.store.save(tensors, state)
+        state = {"images_seen": images_seen, "curve": self.curve, "count": self._count, "sums": list(self._sums)}
+        self.store.save(tensors, {**state, "journal": self.journal.state_dict()})
         self._saved = images_seen
+        self.journal.flush()  # after the checkpoint: a kill in between delivers the same metrics again, not new ones
 
     def resume(self) -> int:
         loaded = self.store.load()
@@ -169,7 +174,8 @@ class _Run:
         self.objective.module.load_state_dict(under("model."))
         self.ema.load_state_dict(under("ema."))
         load_optimizer_tensors(self.optimizer, under("optimizer."))
-        self._sums, self._count, self.curve = under("sums."), state["count"], state["curve"]
+        sums = under("sums.")
+        self._sums, self._count, self.curve = {name: sums[name] for name in state["sums"]}, state["count"], state["curve"]
         self.journal.load_state_dict(state["journal"])
         self._saved = state["images_seen"]
         print(f"resuming after {self._saved} images from {self.store.folder}", flush=True)

@@ -30,7 +30,8 @@ class VaeObjective:
         ]
 
     def loss(self, images_seen: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        x = to_float(self.reader.images(order(self.seed, len(self.reader), images_seen, batch_size)))
+        pixels = self.reader.images(order(self.seed, len(self.reader), images_seen, batch_size))
+        x = to_float(pixels).to(self.likelihood.log_scale.device)
         bound = elbo(self.autoencoder, self.likelihood, x, posterior_noise(self.autoencoder, x, rng))
         loss = (self.beta * bound.kl - bound.reconstruction).mean() / bound.dims
         return loss, summary(bound)
@@ -44,16 +45,17 @@ def summary(bound: Elbo) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def evaluate_elbo(autoencoder: AutoencoderKL, likelihood: DiscretizedLogistic, reader: ShardReader, seed: int, batch_size: int = 256) -> Elbo:
+def evaluate_elbo(
+    autoencoder: AutoencoderKL, likelihood: DiscretizedLogistic, reader: ShardReader, seed: int, batch_size: int = 256
+) -> Elbo:
     """The ELBO (beta = 1) of every image of a split."""
     parts = []
     for start in range(0, len(reader), batch_size):
-        x = to_float(reader.images(range(start, min(start + batch_size, len(reader)))))
+        x = to_float(reader.images(range(start, min(start + batch_size, len(reader))))).to(likelihood.log_scale.device)
         parts.append(elbo(autoencoder, likelihood, x, posterior_noise(autoencoder, x, generator(seed, "elbo", start))))
     return Elbo(torch.cat([p.reconstruction for p in parts]), torch.cat([p.kl for p in parts]), parts[0].dims)
 
 
 def posterior_noise(autoencoder: AutoencoderKL, x: Tensor, rng: torch.Generator) -> Tensor:
     """Standard normal noise of the latents' shape for images x."""
-    channels, factor = autoencoder.config["latent_channels"], 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
-    return torch.randn(len(x), channels, x.shape[2] // factor, x.shape[3] // factor, generator=rng).to(x)
+    return torch.randn(len(x), *autoencoder.latent_shape(*x.shape[2:]), generator=rng).to(x)

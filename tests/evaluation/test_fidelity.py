@@ -29,8 +29,7 @@ def noise(*shape: int) -> np.ndarray:
 def test_psnr_by_hand() -> None:
     a, b = noise(4, 3, 5, 6), noise(4, 3, 5, 6)
     error = [
-        np.mean([(int(p) - int(q)) ** 2 for p, q in zip(x.ravel(), y.ravel(), strict=True)])
-        for x, y in zip(a, b, strict=True)
+        np.mean([(int(p) - int(q)) ** 2 for p, q in zip(x.ravel(), y.ravel(), strict=True)]) for x, y in zip(a, b, strict=True)
     ]
     np.testing.assert_allclose(psnr(a, b), [10 * np.log10(255**2 / e) for e in error])
 

@@ -93,9 +93,7 @@ def test_a_bound_that_is_not_finite_never_becomes_champion(bad: float) -> None:
 
 
 def test_differing_keys_name_the_first() -> None:
-    with pytest.raises(
-        ValueError, match=r"image 'b' has a value of the challenger but none of the champion \(2 such\)"
-    ):
+    with pytest.raises(ValueError, match=r"image 'b' has a value of the challenger but none of the champion \(2 such\)"):
         decide(nats([-1, -2, -3], ["c", "b", "a"]), nats([-1], ["a"]))
     with pytest.raises(ValueError, match="image 'z' has a value of the champion but none of the challenger"):
         decide(nats([-1], ["a"]), nats([-1, -2], ["z", "a"]))
@@ -171,9 +169,7 @@ def test_page_says_what_was_decided(tmp_path: Path, gain: float, title: str, wor
     assert "script" not in page.tags
     # the heights of the bars, by colour, are the shares of images on either side of zero
     gains = (challenger - champion).to_numpy()
-    heights = {
-        kind: sum(float(b["height"] or 0) for b in page.bars if kind in (b["fill"] or "")) for kind in ("good", "bad")
-    }
+    heights = {kind: sum(float(b["height"] or 0) for b in page.bars if kind in (b["fill"] or "")) for kind in ("good", "bad")}
     assert heights["good"] / sum(heights.values()) == pytest.approx((gains > 0).mean(), abs=0.01)
 
 

@@ -23,9 +23,7 @@ def find(picture: np.ndarray, tile: np.ndarray) -> list[tuple[int, int]]:
     rows, columns = np.nonzero((picture[: -tile.shape[0] + 1, : -tile.shape[1] + 1] == tile[0, 0]).all(axis=-1))
     height, width = tile.shape[:2]
     return [
-        (int(r), int(c))
-        for r, c in zip(rows, columns, strict=True)
-        if (picture[r : r + height, c : c + width] == tile).all()
+        (int(r), int(c)) for r, c in zip(rows, columns, strict=True) if (picture[r : r + height, c : c + width] == tile).all()
     ]
 
 

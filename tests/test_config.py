@@ -1,0 +1,137 @@
+"""params.yaml: what is wrong is said with the file, the key and what to do."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ldm.config import find_root, load_settings
+from ldm.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+VALUES = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+VALUES["data"] |= {"image_size": 32}
+VALUES["autoencoder"] |= {"block_out_channels": [32, 64, 64], "norm_num_groups": 8}
+VALUES["unet"] |= {"block_out_channels": [64, 96], "cross_attention": [False, True], "num_heads": 4, "norm_num_groups": 8}
+GONE = object()
+
+
+def write(folder: Path, edits: dict[str, Any]) -> Path:
+    """`params.yaml` of the project with dotted keys changed, added or (GONE) removed."""
+    values = copy.deepcopy(VALUES)
+    for key, value in edits.items():
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+        if value is GONE:
+            del section[name]
+        else:
+            section[name] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def complaint(folder: Path) -> str:
+    with pytest.raises(InputError) as error:
+        load_settings(folder)
+    message = str(error.value)
+    assert message.startswith(f"{folder / 'params.yaml'}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{folder / 'params.yaml'}: ")
+
+
+def test_the_projects_own_settings_are_read_as_written() -> None:
+    assert load_settings(ROOT).model_dump(mode="json") == yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def test_latents_are_halved_after_the_first_level(tmp_path: Path) -> None:
+    assert load_settings(write(tmp_path, {})).latent_size == 8
+
+
+def test_settings_are_frozen(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings(write(tmp_path, {})).data.image_size = 64  # type: ignore[misc]
+
+
+def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
+    assert isinstance(yaml.safe_load("2e-3"), str)  # to YAML 1.1
+    write(tmp_path, {"train_vae.lr": "2e-3"})
+    assert load_settings(tmp_path).train_vae.lr == 0.002
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        ({"data.image_sise": 32}, ["unknown key data.image_sise", "did you mean data.image_size?"]),
+        ({"evaluat": {}}, ["unknown key evaluat", "did you mean evaluate?"]),
+        ({"registry.zzz": 1}, ["unknown key registry.zzz", "known here: name, level"]),
+        ({"unet.num_heads": GONE}, ["missing key unet.num_heads"]),
+        ({"diffusion": GONE}, ["missing key diffusion"]),
+        ({"train_vae.images": "many"}, ["train_vae.images", "found 'many'", "integer"]),
+        ({"train_vae.batch_size": 1.5}, ["train_vae.batch_size", "found 1.5", "integer"]),
+        ({"train_unet.lr": 0}, ["train_unet.lr", "found 0", "greater than 0"]),
+        ({"train_unet.lr": float("inf")}, ["train_unet.lr", "found inf", "finite"]),
+        ({"train_unet.lr": float("nan")}, ["train_unet.lr", "found nan"]),
+        ({"data.channels": 4}, ["data.channels", "found 4", "1 or 3"]),
+        ({"data.path": 7}, ["data.path", "found 7", "string"]),
+        ({"diffusion.kind": "epsilon"}, ["diffusion.kind", "found 'epsilon'", "'eps'"]),
+        ({"data.val_fraction": 1.0}, ["data.val_fraction", "found 1.0", "less than 1"]),
+        ({"unet": 3}, ["unet", "found 3"]),
+        ({"unet": None}, ["unet", "found None"]),
+        ({"unet.block_out_channels": [64, "x"]}, ["unet.block_out_channels.1", "found 'x'"]),
+        ({"unet.block_out_channels": 64}, ["unet.block_out_channels", "found 64"]),
+        ({"autoencoder.block_out_channels": []}, ["autoencoder.block_out_channels", "at least 1"]),
+        # sizes that do not fit each other
+        ({"data.image_size": 30}, ["data.image_size 30", "factor 4"]),
+        ({"data.image_size": 36, "unet.block_out_channels": [8, 8], "unet.num_heads": 1}, ["latents of side 9", "unet.block_out_channels"]),
+        ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, ["data", "val_fraction + test_fraction", "below 1"]),
+        ({"unet.block_out_channels": [64, 96, 96]}, ["unet", "cross_attention", "block_out_channels"]),
+        ({"unet.norm_num_groups": 7}, ["unet.block_out_channels has 64", "norm_num_groups 7"]),
+        ({"autoencoder.norm_num_groups": 5}, ["autoencoder.block_out_channels has 32", "norm_num_groups 5"]),
+        ({"unet.num_heads": 5}, ["unet.block_out_channels has 64", "num_heads 5"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named(edits: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+    message = complaint(write(tmp_path, edits))
+    for words in expected:
+        assert words in message
+
+
+def test_every_problem_is_said_at_once(tmp_path: Path) -> None:
+    message = complaint(write(tmp_path, {"seed": -1, "unet.num_heads": GONE, "data.shard_sise": 3}))
+    assert all(words in message for words in ("seed: found -1", "missing key unet.num_heads", "did you mean data.shard_size?"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: [0\ndata: 1\n", ["YAML", "line 2"]),
+        ("\tseed: 0\n", ["YAML", "line 1"]),
+        ("- 1\n- 2\n", ["expected keys and values", "list"]),
+        ("", ["expected keys and values", "NoneType"]),
+        ("1: 2\n", ["missing key seed", "found 1"]),
+    ],
+)
+def test_a_file_that_is_no_mapping(text: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    message = complaint(tmp_path)
+    for words in expected:
+        assert words in message
+
+
+def test_a_missing_or_foreign_file(tmp_path: Path) -> None:
+    assert "not found" in complaint(tmp_path)
+    (tmp_path / "params.yaml").write_bytes(b"seed: \xff\xfe")
+    assert "YAML" in complaint(tmp_path)
+
+
+def test_the_root_is_found_from_below(tmp_path: Path) -> None:
+    below = write(tmp_path, {}) / "models" / "autoencoder"
+    below.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"no dvc\.yaml and params\.yaml here or above"):
+        find_root(below)
+    (tmp_path / "dvc.yaml").touch()
+    assert find_root(below) == tmp_path.resolve()

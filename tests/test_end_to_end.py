@@ -1,0 +1,158 @@
+"""The whole pipeline as its users run it: real DVC, Prefect and MLflow, in clones, at tiny settings."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from tiny import TINY, clone, set_params
+
+UNREACHABLE = "http://127.0.0.1:9"  # the discard port: nothing answers there
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory, shell) -> Path:
+    """A clone after a plain `dvc repro`, without tracking."""
+    root = clone(tmp_path_factory.mktemp("first") / "project")
+    set_params(root, TINY)
+    succeed(shell(root, "dvc", "repro"))
+    return root
+
+
+def test_plain_dvc_repro_is_byte_identical_in_two_clones(reproduced, tmp_path, shell):
+    """The second clone lies elsewhere, cannot import Prefect, and its tracking server does not answer."""
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent/prefect.py").write_text("raise ImportError('prefect is not installed')")
+    root = clone(tmp_path / "somewhere/else")
+    set_params(root, TINY)
+    result = shell(root, "dvc", "repro", MLFLOW_TRACKING_URI=UNREACHABLE, PYTHONPATH=str(tmp_path / "absent"))
+    assert "goes on without tracking" in succeed(result) + result.stderr
+    for name in ("dvc.lock", "reports/metrics.json", "reports/samples.png", "reports/report.html"):
+        assert (root / name).read_bytes() == (reproduced / name).read_bytes(), name
+
+
+def test_metrics_hold_what_the_issue_asks_for(reproduced):
+    metrics = json.loads((reproduced / "reports/metrics.json").read_text())
+    frame = pd.read_csv(reproduced / "reports/bounds.csv")
+    assert metrics["nats"] == pytest.approx(frame.nats.mean())
+    assert metrics["bits_per_dim"] == pytest.approx(-metrics["nats"] / (32 * 32 * np.log(2)))
+    assert metrics["nats"] == pytest.approx(metrics["reconstruction_nats"] + metrics["entropy_nats"] + metrics["prior_nats"])
+    assert metrics["image"] == "32x32x1, lanczos"
+    assert {"psnr", "fd", "fd_floor", "fd_n", "prompt_accuracy", "unseen_prompt_accuracy", "variance_ratio"} <= metrics.keys()
+    assert metrics["judge_accuracy"] > 0.97  # it is trained on real images, whatever the model is like
+
+
+def test_run_registers_once_and_then_has_nothing_to_do(reproduced, shell, tmp_path):
+    home = {"PREFECT_HOME": str(tmp_path / "prefect")}
+    first = succeed(shell(reproduced, "ldm", "run", **home))
+    assert "models:/ldm/1 (new)" in first and "promoted: no champion yet" in first
+    second = succeed(shell(reproduced, "ldm", "run", **home))
+    assert "models:/ldm/1 (registered before)" in second and "executed" not in second
+    listed = succeed(shell(reproduced, "ldm", "registry", "list"))
+    assert len(listed.strip().splitlines()) == 2 and "challenger, champion" in listed
+    tags = succeed(shell(reproduced, "ldm", "registry", "show"))
+    lock = hashlib.sha256((reproduced / "dvc.lock").read_bytes()).hexdigest()
+    index = hashlib.sha256((reproduced / "data/shards/index.json").read_bytes()).hexdigest()
+    assert lock in tags and index in tags
+
+    out = reproduced / "sheet.png"
+    prompt = "a handwritten seven"
+    succeed(shell(reproduced, "ldm", "sample", "--prompt", prompt, "-n", "3", "--seed", "5", "--out", str(out)))
+    once = out.read_bytes()
+    succeed(shell(reproduced, "ldm", "sample", "--prompt", prompt, "-n", "3", "--seed", "5", "--out", str(out)))
+    assert out.read_bytes() == once
+    succeed(shell(reproduced, "ldm", "sample", "--prompt", prompt, "-n", "3", "--seed", "6", "--out", str(out)))
+    assert out.read_bytes() != once
+
+    code = (
+        "import mlflow.pyfunc, pandas, sys\n"
+        "model = mlflow.pyfunc.load_model('models:/ldm@champion')\n"
+        "png = model.predict(pandas.DataFrame({'prompt': ['a handwritten seven']}))['png'][0]\n"
+        "again = model.predict(pandas.DataFrame({'prompt': ['a handwritten seven']}))['png'][0]\n"
+        "assert png == again\n"
+        "open(sys.argv[1], 'wb').write(png)\n"
+    )
+    png = tmp_path / "seven.png"
+    succeed(shell(reproduced, sys.executable, "-c", code, str(png)))  # a plain MLflow user: no variable set
+    assert Image.open(io.BytesIO(png.read_bytes())).size == (32, 32)
+
+    walk = succeed(
+        shell(reproduced, "ldm", "interpolate", prompt, "a handwritten one", "-n", "4", "--out", str(tmp_path / "walk"))
+    )
+    assert "4 images" in walk and len(list((tmp_path / "walk").glob("*.png"))) == 4
+    a, b = (str(reproduced / f"data/raw/digits/{n:04d}.png") for n in (0, 1))
+    succeed(shell(reproduced, "ldm", "interpolate", a, b, "--out", str(tmp_path / "images.png")))
+
+
+def colour_folder(folder: Path, count: int) -> None:
+    """JPEGs of unequal sizes: gradients between two colours, captioned by the first; no labels."""
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        height, width = rng.integers(20, 90, 2)
+        colours = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
+        name = sorted(colours)[i % 3]
+        ramp = np.linspace(0, 1, width)[None, :, None]
+        pixels = np.array(colours[name]) * (1 - ramp) + rng.integers(0, 255, 3) * ramp
+        Image.fromarray(np.broadcast_to(pixels, (height, width, 3)).astype(np.uint8)).save(folder / f"photos/{i:03d}.jpg")
+        rows.append({"file_name": f"photos/{i:03d}.jpg", "text": f"a {name} gradient", "photographer": "nobody"})
+    pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
+
+
+def test_a_users_own_folder_needs_no_code_change(project, shell):
+    colour_folder(project / "my/folder", 90)
+    set_params(project, {"data": {"path": "my/folder", "channels": 3}})
+    succeed(shell(project, "dvc", "repro", "evaluate"))
+    metrics = json.loads((project / "reports/metrics.json").read_text())
+    assert metrics["image"] == "32x32x3, lanczos" and "prompt_accuracy" not in metrics
+    assert not (project / "data/raw/digits").exists()  # nothing that this data does not need has run
+
+
+BAD = {
+    "unknown key": ({"train_vae": {"learning_rate": 1.0}}, None, "train_vae.learning_rate"),
+    "mistyped key": ({"evaluate": {"sampels": 3}}, None, "did you mean evaluate.samples?"),
+    "wrong value": ({"diffusion": {"kind": "epsilon"}}, None, "diffusion.kind"),
+    "missing folder": ({"data": {"path": "my/folder"}}, None, "my/folder"),
+    "empty folder": ({"data": {"path": "my/folder"}}, "empty", "holds no images"),
+    "captions of missing images": ({"data": {"path": "my/folder"}}, "dangling", "gone.jpg"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, project, shell, tmp_path):
+    changes, folder, expected = BAD[case]
+    set_params(project, changes)
+    if folder:
+        (project / "my/folder").mkdir(parents=True)
+    if folder == "dangling":
+        colour_folder(project / "my/folder", 6)
+        with (project / "my/folder/metadata.csv").open("a") as file:
+            file.write("photos/gone.jpg,a gone gradient,nobody\n")
+    result = shell(project, "ldm", "run", PREFECT_HOME=str(tmp_path / "prefect"))
+    output = result.stdout + result.stderr
+    assert result.returncode == 2, output
+    assert expected in output and "Traceback" not in output
+    assert output.count("error:") == 1, output
+    assert not (project / "data/shards").exists() and not list((project / "data").glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "command", (["sample", "--prompt", "x", "--out", "x.png"], ["registry", "show"], ["registry", "rollback"])
+)
+def test_a_registry_without_champion_says_so(command, project, shell):
+    result = shell(project, "ldm", *command)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error:") and "ldm run" in result.stderr
+    assert not (project / "x.png").exists() and not (project / "mlflow.db").exists()

@@ -1,0 +1,376 @@
+"""The whole system as one object, tiny and untrained."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+
+import ldm.model
+from ldm import LatentDiffusion
+from ldm.bayes.likelihoods import DiscretizedLogistic
+from ldm.errors import InputError
+from ldm.model import Recipe, slerp
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.text import TextEncoder
+from ldm.nets.unet import UNet
+from ldm.randomness import generator
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "handwritten", "seven", "nine", "the", "number", "eight", "of", "clubs"]
+PROMPTS = ["a handwritten seven", "nine", "the number eight of clubs", "a nine", "seven"]
+FEW = {"steps": 4, "sampler": "heun"}
+
+
+def write_text_encoder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        initializer_range=1.0,
+    )
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+def loud(net: torch.nn.Module, gain: float) -> torch.nn.Module:
+    """The last layer scaled, so that an untrained network's output shows in 8-bit pixels."""
+    with torch.no_grad():
+        net.conv_out.weight.mul_(gain)
+    return net
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> Path:
+    return write_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def model(text_encoder) -> LatentDiffusion:
+    torch.manual_seed(1)
+    autoencoder = AutoencoderKL(1, 1, 2, [8, 16], norm_num_groups=4)
+    loud(autoencoder.decoder, 3)
+    unet = UNet(2, 2, [16, 16], 1, [True, True], cross_attention_dim=8, num_heads=2, norm_num_groups=4)
+    recipe = Recipe(
+        kind="v",
+        noise="cosine",
+        sigma_max=80.0,
+        autoencoder="0" * 64,
+        preprocessing={"image_size": 16, "channels": 1, "resize_filter": "lanczos"},
+        latent_mean=[0.3, -0.2],
+        latent_std=[1.5, 0.8],
+        text={
+            "encoder": str(text_encoder),
+            "max_tokens": 12,
+            "sha256": TextEncoder.from_pretrained(str(text_encoder), 12).sha256,
+        },
+        sampling={"sampler": "dpmpp_2m", "steps": 5, "guidance": 3.0},
+    )
+    return LatentDiffusion(autoencoder, DiscretizedLogistic(-1.0), loud(unet, 3), recipe)
+
+
+def changed(model: LatentDiffusion, **recipe) -> LatentDiffusion:
+    return LatentDiffusion(model.autoencoder, model.likelihood, model.unet, replace(model.recipe, **recipe))
+
+
+def images(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 1, 16, 16), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_same_images(a: Tensor, b: Tensor) -> None:
+    assert a.shape == b.shape
+    assert (a.int() - b.int()).abs().max() <= 1
+
+
+# Saving and loading
+
+
+def test_saved_bytes_are_stable_and_samples_survive(model, tmp_path):
+    model.save(tmp_path / "one")
+    loaded = LatentDiffusion.load(tmp_path / "one")
+    loaded.save(tmp_path / "two")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert loaded.recipe == model.recipe
+    assert_same_images(loaded.sample(PROMPTS, seed=3), model.sample(PROMPTS, seed=3))
+    again = LatentDiffusion.load(tmp_path / "two")
+    assert torch.equal(loaded.sample(PROMPTS, seed=3), again.sample(PROMPTS, seed=3))  # same folder, same bytes
+    before, after = (m.bound(images(3), PROMPTS[:3], levels=4).nats for m in (model, loaded))
+    torch.testing.assert_close(before, after, rtol=1e-4, atol=0)
+    assert loaded.likelihood.log_scale == model.likelihood.log_scale
+
+
+def test_save_replaces_a_model_and_nothing_else(model, tmp_path):
+    target = tmp_path / "models"
+    model.save(target)
+    changed(model, latent_mean=[0.0, 0.0]).save(target)
+    assert LatentDiffusion.load(target).recipe.latent_mean == [0.0, 0.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+    (tmp_path / "empty").mkdir()
+    model.save(tmp_path / "empty")
+    theses = tmp_path / "theses"
+    theses.mkdir()
+    (theses / "mine.txt").write_text("years of work")
+    for place in (theses, theses / "mine.txt"):
+        with pytest.raises(InputError, match="is not a saved model; name another folder"):
+            model.save(place)
+    assert files(theses) == {"mine.txt": b"years of work"}
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty folder", "a file"])
+def test_what_is_no_model_is_refused(what, tmp_path):
+    place = tmp_path / "place"
+    if what == "a file":
+        place.write_text("hello")
+    elif what == "an empty folder":
+        place.mkdir()
+    with pytest.raises(InputError, match=r"place: holds no model\.json; give a folder"):
+        LatentDiffusion.load(place)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "autoencoder/config.json",
+        "autoencoder/diffusion_pytorch_model.safetensors",
+        "autoencoder/likelihood.safetensors",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_a_lost_file_is_named(lost, model, tmp_path):
+    model.save(tmp_path / "model")
+    (tmp_path / "model" / lost).unlink()
+    with pytest.raises(InputError, match=lost):
+        LatentDiffusion.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"kind": "v"}', None])
+def test_a_damaged_or_foreign_recipe_is_refused(content, model, tmp_path):
+    model.save(tmp_path / "model")
+    text = json.dumps(asdict(model.recipe) | {"novelty": 1}) if content is None else content
+    (tmp_path / "model/model.json").write_text(text)
+    with pytest.raises(InputError, match=r"model\.json: not a model of this version"):
+        LatentDiffusion.load(tmp_path / "model")
+
+
+def test_another_text_encoder_is_refused(model):
+    other = changed(model, text=model.recipe.text | {"sha256": "f" * 64})
+    with pytest.raises(InputError, match=f"the model was trained with {'f' * 64}"):
+        other.sample(["nine"])
+
+
+# Sampling
+
+
+def test_samples_depend_on_seed_and_prompt(model):
+    first, again, other = (model.sample(PROMPTS, seed=seed, **FEW) for seed in (0, 0, 1))
+    assert first.dtype == torch.uint8
+    assert first.shape == (5, 1, 16, 16)
+    assert torch.equal(first, again)
+    assert (first.int() - other.int()).abs().float().mean() > 5
+    swapped = model.sample(PROMPTS[::-1], seed=0, **FEW)
+    assert (first.int() - swapped.int()).abs().float().mean((1, 2, 3))[[0, 1, 3, 4]].min() > 1
+    assert_same_images(first[2:3], swapped[2:3])
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_image_does_not_depend_on_its_batch(sampler, count, model):
+    whole = model.sample(PROMPTS, seed=7, steps=4, sampler=sampler)
+    assert_same_images(model.sample(PROMPTS[:count], seed=7, steps=4, sampler=sampler), whole[:count])
+
+
+def test_an_image_does_not_depend_on_how_batches_are_split(model, monkeypatch):
+    whole = model.sample(PROMPTS, seed=7, **FEW)
+    monkeypatch.setattr(ldm.model, "BATCH", 2)
+    assert_same_images(model.sample(PROMPTS, seed=7, **FEW), whole)
+
+
+@torch.inference_mode()
+def test_sampling_is_guided_euler_written_out(model):
+    """One image at a time in plain loops, from the draws that (seed, number) names; another kind of network too."""
+    for kind, guidance in (("v", 2.5), ("v", 1.0), ("flow", 2.5)):
+        system = changed(model, kind=kind)
+        text, mask = TextEncoder.from_pretrained(model.recipe.text["encoder"], 12)([*PROMPTS[:3], ""])
+        high, low = (level ** (1 / 7) for level in (system.levels.sigma_max, system.levels.sigma_min))
+        sigmas = [(high + i / 5 * (low - high)) ** 7 for i in range(6)] + [0.0]
+        expected = []
+        for i in range(3):
+            x = sigmas[0] * torch.randn(1, 2, 8, 8, generator=generator(11, "sample", i))
+            for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+                level = torch.tensor([sigma])
+                wanted, empty = (system.denoiser(x, level, context=text[r, None], context_mask=mask[r, None]) for r in (i, 3))
+                x0 = empty + guidance * (wanted - empty)
+                x = x + (following - sigma) * (x - x0) / sigma
+            shift, scale = (torch.tensor(v).view(1, 2, 1, 1) for v in (model.recipe.latent_mean, model.recipe.latent_std))
+            pixels = model.autoencoder.decode(x * scale + shift)
+            expected.append(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+        found = system.sample(PROMPTS[:3], steps=6, guidance=guidance, sampler="euler", seed=11)
+        assert_same_images(found, torch.cat(expected))
+
+
+def test_the_models_own_defaults(model):
+    assert torch.equal(model.sample(PROMPTS, seed=2), model.sample(PROMPTS, seed=2, steps=5, guidance=3.0, sampler="dpmpp_2m"))
+    for other in ({"steps": 6}, {"guidance": 1.0}, {"sampler": "euler"}):
+        assert not torch.equal(model.sample(PROMPTS, seed=2), model.sample(PROMPTS, seed=2, **other))
+
+
+def test_an_unknown_sampler_is_named_with_the_known(model):
+    with pytest.raises(InputError, match="sampler 'plms' is unknown; choose one of euler, heun, dpmpp_2m"):
+        model.sample(["nine"], sampler="plms")
+
+
+# Encoding, decoding, interpolation
+
+
+def test_decode_of_encode(model):
+    pixels = images(3)
+    posterior = model.encode(pixels)
+    assert posterior.mean.shape == (3, *model.latent_shape)
+    with torch.no_grad():
+        expected = model.autoencoder.decode(model.autoencoder.encode(pixels.float() / 127.5 - 1).mean)
+    assert_same_images(model.decode(posterior.mean), ((expected + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 1), (1, 2), (2, 0)])  # prompts of unequal lengths
+def test_a_walk_between_prompts_starts_and_ends_at_their_samples(a, b, model):
+    walk = model.interpolate(PROMPTS[a], PROMPTS[b], 5, seed=6, **FEW)
+    assert walk.shape == (5, 1, 16, 16)
+    ends = torch.cat([model.sample([PROMPTS[i]], seed=6, **FEW) for i in (a, b)])
+    assert_same_images(walk[[0, -1]], ends)
+    assert (ends[0].int() - ends[1].int()).abs().float().mean() > 1
+    assert all(not torch.equal(x, y) for x, y in zip(walk[:-1], walk[1:], strict=True))
+
+
+def test_a_walk_between_images_starts_and_ends_at_their_reconstructions(model):
+    a, b = images(2)
+    walk = model.interpolate(a, b, 6)
+    assert walk.shape == (6, 1, 16, 16)
+    assert_same_images(walk[[0, -1]], model.decode(model.encode(images(2)).mean))
+
+
+def test_a_walk_needs_two_of_a_kind(model):
+    with pytest.raises(InputError, match="two prompts or two images"):
+        model.interpolate("nine", images(1)[0], 3)
+
+
+def test_slerp_is_a_great_circle():
+    a, b = torch.randn(2, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = 2 * a / a.norm(), 2 * b / b.norm()
+    path = slerp(a, b, torch.linspace(0, 1, 9, dtype=torch.float64))
+    torch.testing.assert_close(path.flatten(1).norm(dim=1), torch.full((9,), 2.0, dtype=torch.float64))
+    steps = torch.cosine_similarity(path[:-1].flatten(1), path[1:].flatten(1))
+    torch.testing.assert_close(steps, steps[:1].expand(8))
+    torch.testing.assert_close(path[[0, -1]], torch.cat([a, b]))
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, -1.0, -0.5, 0.0])
+def test_slerp_of_parallel_latents_stays_between_them(factor):
+    a = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    path = slerp(a, factor * a, torch.linspace(0, 1, 5))
+    assert path.isfinite().all()
+    assert path.abs().max() <= a.abs().max() * max(1, abs(factor)) * 1.001
+    torch.testing.assert_close(path[[0, -1]], torch.cat([a, factor * a]))
+
+
+# The bound
+
+
+def test_bound_is_per_key_and_independent_of_the_batch(model):
+    pixels, keys = images(5), list("abcde")
+    whole = model.bound(pixels, PROMPTS, levels=6, seed=1, keys=keys)
+    assert whole.dims == 256
+    order = [3, 0, 4, 2, 1]
+    parts = [[3, 0], [4], [2, 1]]
+    for term in ("reconstruction", "entropy", "prior", "nats"):
+        found = torch.cat(
+            [
+                getattr(
+                    model.bound(pixels[part], [PROMPTS[i] for i in part], levels=6, seed=1, keys=[keys[i] for i in part]), term
+                )
+                for part in parts
+            ]
+        )
+        torch.testing.assert_close(found, getattr(whole, term)[order], rtol=1e-4, atol=1e-3)
+
+
+def test_bound_repeats_and_other_keys_or_seeds_draw_otherwise(model):
+    pixels = images(2)
+
+    def nats(seed: int, keys: list[str] | None) -> Tensor:
+        return model.bound(pixels, PROMPTS[:2], levels=3, seed=seed, keys=keys).nats
+
+    first = nats(0, ["a", "b"])
+    assert torch.equal(first, nats(0, ["a", "b"]))
+    assert (first != nats(1, ["a", "b"])).all()
+    assert (first != nats(0, ["c", "d"])).all()
+    assert torch.equal(nats(0, None), nats(0, ["0", "1"]))
+
+
+def test_bound_takes_no_guidance_but_the_prompt(model):
+    pixels = images(2)
+    first = model.bound(pixels, PROMPTS[:2], levels=3)
+    other = changed(model, sampling={"sampler": "euler", "steps": 1, "guidance": 9.0})
+    assert torch.equal(first.nats, other.bound(pixels, PROMPTS[:2], levels=3).nats)
+    prompted = model.bound(pixels, PROMPTS[2:4], levels=3)
+    assert torch.equal(first.reconstruction, prompted.reconstruction)
+    assert (first.prior != prompted.prior).all()
+
+
+@torch.inference_mode()
+def test_bound_written_out(model):
+    """One image, one level, in plain float64 arithmetic from the same draws."""
+    pixels, key = images(1), "some key"
+    random = generator(5, "bound", key)
+    z_noise, noise = torch.randn(1, 2, 8, 8, generator=random), torch.randn(1, 2, 8, 8, generator=random)
+    position = float(torch.rand(1, generator=random))
+    low, high = float(model.levels.table[0]), float(model.levels.table[-1])
+    sigma = low * (high / low) ** position
+
+    posterior = model.encode(pixels)
+    z = posterior.mean + (posterior.logvar / 2).exp() * z_noise
+    shift, scale = (torch.tensor(v).view(1, 2, 1, 1) for v in (model.recipe.latent_mean, model.recipe.latent_std))
+    standard = (z - shift) / scale
+    text, mask = TextEncoder.from_pretrained(model.recipe.text["encoder"], 12)([PROMPTS[0]])
+    denoised = model.denoiser(standard + sigma * noise, torch.tensor([sigma]), context=text, context_mask=mask)
+    error = float((standard - denoised).double().square().sum())
+    end = torch.distributions.kl_divergence(
+        torch.distributions.Normal(standard.double(), high), torch.distributions.Normal(0.0, math.sqrt(high**2 + 1))
+    )
+    prior = -float(end.sum()) - math.log(high / low) * error / sigma**2 - 64 * (1 + math.log(2 * math.pi * low**2))
+    entropy = float(torch.distributions.Normal(posterior.mean, posterior.std).entropy().sum()) - 64 * math.log(1.5 * 0.8)
+    reconstruction = float(model.likelihood.log_prob(pixels / 127.5 - 1, model.autoencoder.decode(z)).sum())
+
+    found = model.bound(pixels, PROMPTS[:1], levels=1, seed=5, keys=[key])
+    assert float(found.prior) == pytest.approx(prior, rel=1e-4)
+    assert float(found.entropy) == pytest.approx(entropy, rel=1e-4)
+    assert float(found.reconstruction) == pytest.approx(reconstruction, rel=1e-4)
+    assert float(found.bits_per_dim) == pytest.approx(-(prior + entropy + reconstruction) / 256 / math.log(2), rel=1e-4)
+
+
+def test_more_levels_mean_the_same_bound_with_less_spread(model):
+    """The draws of one key spread over ln sigma without favouring any."""
+    pixels = images(1).expand(64, -1, -1, -1)
+
+    def prior(levels: int) -> Tensor:
+        return model.bound(pixels, ["nine"] * 64, levels=levels, keys=[str(i) for i in range(64)]).prior
+
+    few, many = prior(2), prior(32)
+    assert abs(few.mean() - many.mean()) < 4 * few.std() / 8
+    assert many.std() < few.std() / 2

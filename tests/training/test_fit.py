@@ -1,0 +1,400 @@
+"""The training loop against float64 recursions in numpy, and against itself killed, stopped and resumed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ldm.data.batches import order
+from ldm.training.checkpoint import CheckpointStore
+from ldm.training.ema import Ema, global_norm
+from ldm.training.fit import Fitted, fit, learning_rate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Plan:
+    images: int = 96
+    batch_size: int = 8
+    lr: float = 0.05
+    warmup_images: int = 24
+    weight_decay: float = 0.1
+    ema_halflife_images: int = 40
+    checkpoint_images: int = 32
+
+
+class Journal:
+    """A tracker with MLflow's rule: a metric with the same key, value, time and position is stored once."""
+
+    clock = 0  # time never stands still, not even over a restart
+
+    def __init__(self, stored: set[tuple[str, float, int, int]]) -> None:
+        self.stored, self.buffer, self.flushes = stored, [], 0
+        self.die_after_flush = math.inf
+
+    def log(self, metrics: dict[str, float], images_seen: int) -> None:
+        Journal.clock += 1
+        self.buffer += [(key, value, Journal.clock, images_seen) for key, value in metrics.items()]
+
+    def flush(self) -> None:
+        self.stored.update(self.buffer)
+        self.buffer = []
+        self.flushes += 1
+        if self.flushes >= self.die_after_flush:
+            raise Died
+
+    def state_dict(self) -> Any:
+        return [list(metric) for metric in self.buffer]
+
+    def load_state_dict(self, state: Any) -> None:
+        self.buffer = [tuple(metric) for metric in state] + self.buffer
+
+
+class Died(BaseException):
+    """Stands for the end of a process."""
+
+
+class Regression:
+    """Least squares on fixed data; `poison` puts a NaN into one target."""
+
+    def __init__(self, size: int = 50, noise: float = 0.0, poison: int | None = None) -> None:
+        random = np.random.default_rng(0)
+        self.x, self.y = random.standard_normal((size, 3)), random.standard_normal((size, 1))
+        if poison is not None:
+            self.y[poison] = np.nan
+        self.module, self.noise = nn.Linear(3, 1), noise
+        nn.init.constant_(self.module.weight, 0.5)
+        nn.init.constant_(self.module.bias, -0.25)
+        self.seen: list[int] = []
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        return [{"params": [self.module.weight]}, {"params": [self.module.bias], "lr_multiplier": 3.0}]
+
+    def loss(self, images_seen: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        self.seen.append(images_seen)
+        index = order(5, len(self.x), images_seen, batch_size)
+        x, y = (torch.from_numpy(values[index]).float() for values in (self.x, self.y))
+        x = x + self.noise * torch.randn(x.shape, generator=rng)
+        loss = 10 * (self.module(x) - y).square().mean()
+        return loss, {"z_first": x.mean(), "a_second": self.module.bias.detach().sum()}
+
+
+def run(
+    folder: Path, objective: Regression, plan: Plan, journal: Journal | None = None, stop: Callable[[], bool] = lambda: False
+) -> Fitted:
+    """`fit` with the folder's store."""
+    journal = journal or Journal(set())
+    store = CheckpointStore(folder / "store")
+    return fit(objective, plan, seed=7, journal=journal, store=store, progress=lambda done, row: None, should_stop=stop)
+
+
+def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
+
+
+# schedules and arithmetic
+
+
+@given(
+    batch=st.integers(1, 512),
+    warmup=st.integers(0, 40),
+    rest=st.integers(1, 200),
+    lr=st.floats(1e-6, 1.0),
+)
+def test_learning_rate_is_a_line_and_then_a_cosine(batch: int, warmup: int, rest: int, lr: float) -> None:
+    plan = Plan(images=(warmup + rest) * batch, batch_size=batch, lr=lr, warmup_images=warmup * batch)
+    rates = np.array([learning_rate(plan, images_seen) for images_seen in range(0, plan.images, batch)])
+    rising = lr * np.arange(1, warmup + 1) / (warmup + 1)
+    falling = lr * np.cos(np.pi / 2 * np.arange(rest) / rest) ** 2  # = lr (1 + cos πt) / 2
+    np.testing.assert_allclose(rates, np.concatenate([rising, falling]), rtol=1e-9, atol=1e-12 * lr)
+
+
+def numpy_ema(values: np.ndarray, initial: np.ndarray, batch: int, halflife: int) -> np.ndarray:
+    average = initial
+    for step, value in enumerate(values, start=1):
+        half = min(halflife, 0.05 * step * batch)
+        keep = 2.0 ** (-batch / half) if half > 0 else 0.0
+        average = keep * average + (1 - keep) * value
+    return average
+
+
+@pytest.mark.parametrize("halflife", [0, 10, 100, 100_000])
+def test_ema_is_a_recursion_with_its_halflife_in_images(halflife: int) -> None:
+    values = np.random.default_rng(0).standard_normal((60, 4))
+    module = nn.Linear(4, 1, bias=False).double()
+    module.register_buffer("count", torch.zeros((), dtype=torch.int64))
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(values[0]))
+    ema = Ema(module, halflife)
+    for step, value in enumerate(values[1:], start=1):
+        with torch.no_grad():
+            module.weight.copy_(torch.from_numpy(value))
+            module.count += 1
+        ema.update(step * 16, 16)
+    found = ema.state_dict()
+    np.testing.assert_allclose(found["weight"][0].numpy(), numpy_ema(values[1:], values[0], 16, halflife), rtol=1e-12)
+    assert found.keys() == module.state_dict().keys()
+    assert found["count"] == 59  # a counter is no weight
+
+
+def test_ema_of_a_step_forgets_half_in_a_halflife() -> None:
+    module = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(module.weight)
+    ema = Ema(module, 640)
+    nn.init.ones_(module.weight)
+    for step in range(20):  # 20 batches of 32 are 640 images, long after the ramp
+        ema.update(10**6 + 32 * step, 32)
+    assert float(ema.state_dict()["weight"]) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_global_norm_is_that_of_all_values_together() -> None:
+    tensors = [torch.randn(3, 4), torch.randn(()), torch.randn(5)]
+    expected = np.linalg.norm(np.concatenate([t.double().numpy().ravel() for t in tensors]))
+    assert float(global_norm(tensors)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_training_equals_adamw_in_float64(tmp_path: Path) -> None:
+    """Loshchilov & Hutter 2019, algorithm 2, with gradients clipped to norm 1 and the learning rate of each position."""
+    plan, objective = Plan(), Regression()
+    w = np.array([0.5, 0.5, 0.5, -0.25])
+    fitted = run(tmp_path, objective, plan)
+    m, v, average, losses, norms = np.zeros(4), np.zeros(4), w, [], []
+    multiplier = np.array([1, 1, 1, 3.0])
+    for step in range(12):
+        index = order(5, 50, step * 8, 8)
+        x, y = np.c_[objective.x[index], np.ones(8)], objective.y[index, 0]
+        error = x @ w - y
+        gradient = 20 * error @ x / 8
+        losses.append(10 * (error**2).mean())
+        norms.append(np.linalg.norm(gradient))
+        gradient /= max(1.0, norms[-1])
+        m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
+        rate = multiplier * 0.05 * ((step + 1) / 4 if step < 3 else np.cos(np.pi / 2 * (step - 3) / 9) ** 2)
+        w = w - rate * 0.1 * w
+        w = w - rate * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
+        half = min(40, 0.05 * (step + 1) * 8)
+        average = w + (average - w) * 0.5 ** (8 / half)
+    assert max(norms) > 1.5  # clipping was at work
+    found = torch.cat([objective.module.weight[0], objective.module.bias]).detach().numpy()
+    np.testing.assert_allclose(found, w, rtol=1e-4, atol=1e-6)
+    found = torch.cat([fitted.ema["weight"][0], fitted.ema["bias"]]).numpy()
+    np.testing.assert_allclose(found, average, rtol=1e-4, atol=1e-6)
+    assert [row["images"] for row in fitted.curve] == list(range(8, 97, 8))
+    np.testing.assert_allclose([row["loss"] for row in fitted.curve], losses, rtol=1e-4)
+    np.testing.assert_allclose([row["gradient_norm"] for row in fitted.curve], norms, rtol=1e-4)
+
+
+def test_a_row_of_the_curve_is_the_mean_since_the_last(tmp_path: Path) -> None:
+    """With 100 batches there is a row every second one; the journal gets the same rows."""
+    stored: set[tuple[str, float, int, int]] = set()
+    fitted = run(tmp_path, Regression(), Plan(images=800, batch_size=8, lr=1e-30), Journal(stored))
+    objective = Regression()
+    losses = [float(objective.loss(position, 8, torch.Generator())[0].detach()) for position in range(0, 800, 8)]
+    assert [row["images"] for row in fitted.curve] == list(range(16, 801, 16))
+    np.testing.assert_allclose([row["loss"] for row in fitted.curve], np.reshape(losses, (-1, 2)).mean(axis=1), rtol=1e-5)
+    logged = {(images, key): value for key, value, _, images in stored}
+    assert logged == {(row["images"], key): value for row in fitted.curve for key, value in row.items() if key != "images"}
+
+
+@pytest.mark.parametrize(("images", "batch"), [(100, 8), (8, 8), (5, 8)])
+def test_the_last_batch_is_whole(images: int, batch: int, tmp_path: Path) -> None:
+    objective = Regression()
+    fitted = run(tmp_path, objective, Plan(images=images, batch_size=batch))
+    assert objective.seen == list(range(0, images, batch))
+    assert fitted.curve[-1]["images"] == batch * math.ceil(images / batch)
+    assert not objective.module.training
+
+
+# the end of a process, at any moment
+
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from safetensors.torch import save_file
+from torch import nn
+torch.set_num_threads(1)
+from ldm.training.checkpoint import CheckpointStore
+from ldm.training.fit import fit
+
+folder, pause = Path(sys.argv[1]), float(sys.argv[2])
+
+class Objective:
+    def __init__(self):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(8, 3, 3, padding=1)
+        self.module = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+    def parameter_groups(self, lr):
+        return [{"params": list(self.module.parameters())}]
+
+    def loss(self, images_seen, batch_size, rng):
+        print(images_seen, flush=True)
+        time.sleep(pause)
+        x = torch.randn(batch_size, 3, 8, 8, generator=rng).to(memory_format=torch.channels_last)
+        loss = (self.module(x) - x.roll(1, 3)).square().mean()
+        return loss, {"pixels": x.abs().mean()}
+
+class Silent:
+    def log(self, metrics, images_seen): ...
+    def flush(self): ...
+    def state_dict(self): return None
+    def load_state_dict(self, state): ...
+
+plan = SimpleNamespace(images=480, batch_size=4, lr=3e-3, warmup_images=40, weight_decay=0.01, ema_halflife_images=100, checkpoint_images=96)
+objective = Objective()
+fitted = fit(objective, plan, seed=1, journal=Silent(), store=CheckpointStore(folder / "store"), progress=lambda done, row: None)
+save_file({k: v.contiguous() for k, v in objective.module.state_dict().items()}, folder / "raw.safetensors")
+save_file({k: v.contiguous() for k, v in fitted.ema.items()}, folder / "ema.safetensors")
+(folder / "curve.json").write_text(json.dumps(fitted.curve))
+"""
+
+
+def start(folder: Path, pause: float) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "train.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "train.py"), str(folder), str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_killed_and_resumed_process_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    straight = start(tmp_path / "straight", 0.0)
+    killed = start(tmp_path / "killed", 0.01)
+    moment = 4 * (24 + int(np.random.default_rng(0).integers(4, 16)))  # after the first checkpoint, well before the second
+    assert killed.stdout is not None and straight.stdout is not None
+    reported = []
+    for line in killed.stdout:
+        reported.append(int(line))
+        if reported[-1] == moment:
+            killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    loaded = CheckpointStore(tmp_path / "killed/store").load()
+    assert loaded is not None
+    saved = loaded[1]["images_seen"]
+    assert 96 <= saved < reported[-1] < 480  # in the middle of work that no checkpoint holds
+    assert not (tmp_path / "killed/raw.safetensors").exists()
+
+    resumed = start(tmp_path / "killed", 0.0)
+    lines = resumed.communicate(timeout=60)[0].split("\n")
+    assert resumed.returncode == 0
+    assert f"resuming after {saved} images" in lines[0]
+    assert [int(line) for line in lines[1:-1]] == list(range(saved, 480, 4))
+    assert [int(line) for line in straight.communicate(timeout=60)[0].split()] == list(range(0, 480, 4))
+    for name in ("raw.safetensors", "ema.safetensors", "curve.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("batches", [1, 3, 4, 7])
+def test_a_stop_saves_a_checkpoint_from_which_the_same_bytes_come(batches: int, tmp_path: Path) -> None:
+    """Rows close every second batch here: an odd stop leaves one half summed."""
+    plan = Plan(images=640, checkpoint_images=160)
+    straight = Regression(noise=0.5)
+    expected = run(tmp_path / "straight", straight, plan)
+    first, stored = Regression(noise=0.5), set()
+    with pytest.raises(KeyboardInterrupt, match=f"after {8 * batches} images"):
+        run(tmp_path / "stopped", first, plan, Journal(stored), stop=lambda: len(first.seen) == batches)
+    loaded = CheckpointStore(tmp_path / "stopped/store").load()
+    assert loaded is not None and loaded[1]["images_seen"] == 8 * batches
+    second = Regression(noise=0.5)
+    found = run(tmp_path / "stopped", second, plan, Journal(stored))
+    assert first.seen + second.seen == straight.seen
+    assert same_bytes(second.module.state_dict(), straight.module.state_dict())
+    assert same_bytes(found.ema, expected.ema)
+    assert pd.DataFrame(found.curve).to_csv() == pd.DataFrame(expected.curve).to_csv()  # columns in the same order, too
+    positions = [(key, images) for key, _, _, images in stored]
+    assert len(positions) == len(set(positions)) == 5 * len(expected.curve)
+
+
+def test_a_stop_at_a_checkpoint_writes_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replacing a checkpoint by its twin would leave a moment without any."""
+    saves: list[int] = []
+    save = CheckpointStore.save
+    monkeypatch.setattr(CheckpointStore, "save", lambda self, t, state: (saves.append(state["images_seen"]), save(self, t, state))[1])
+    objective = Regression()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, objective, Plan(), stop=lambda: len(objective.seen) == 8)  # 64 images
+    assert saves == [32, 64]
+
+
+def test_a_stop_in_the_last_batch_finishes(tmp_path: Path) -> None:
+    objective = Regression()
+    fitted = run(tmp_path, objective, Plan(), stop=lambda: len(objective.seen) == 12)
+    assert fitted.curve[-1]["images"] == 96
+
+
+@pytest.mark.parametrize("death", [1, 2])
+def test_no_metric_is_lost_or_doubled_by_a_death_after_delivery(death: int, tmp_path: Path) -> None:
+    stored: set[tuple[str, float, int, int]] = set()
+    journal = Journal(stored)
+    journal.die_after_flush = death
+    with pytest.raises(Died):
+        run(tmp_path, Regression(), Plan(), journal)
+    assert stored
+    fitted = run(tmp_path, Regression(), Plan(), Journal(stored))
+    positions = sorted((images, key) for key, _, _, images in stored)
+    assert positions == sorted((row["images"], key) for row in fitted.curve for key in row if key != "images")
+
+
+# a loss that is not finite
+
+
+def first_use(sample: int) -> int:
+    """Where the order comes to a sample."""
+    return int(np.flatnonzero(order(5, 50, 0, 200) == sample)[0])
+
+
+@pytest.mark.parametrize("place", [3, 37])
+def test_a_nan_in_the_data_is_reported_with_position_and_last_good_state(place: int, tmp_path: Path) -> None:
+    poison = int(order(5, 50, place, 1)[0])
+    assert first_use(poison) == place
+    with pytest.raises(FloatingPointError, match="loss is nan") as error:
+        run(tmp_path, Regression(poison=poison), Plan())
+    assert f"before image {place // 8 * 8 + 8}" in str(error.value)
+    kept = f"the checkpoint at 32 images in {tmp_path / 'store'}" if place > 32 else "none was saved"
+    assert f"last good state: {kept}" in str(error.value)
+
+
+def test_a_checkpoint_never_holds_a_nan(tmp_path: Path) -> None:
+    """The checkpoint is due at 56 images, between the rows at 48 and 64: the NaN of image 50 must not get in."""
+    plan = Plan(images=640, checkpoint_images=56)
+    poison = int(order(5, 50, 49, 1)[0])
+    assert first_use(poison) == 49
+    with pytest.raises(FloatingPointError, match=r"loss is nan within the 1 batches before image 56; last good state: none"):
+        run(tmp_path, Regression(poison=poison), plan)
+    assert CheckpointStore(tmp_path / "store").load() is None
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_reported(tmp_path: Path) -> None:
+    class Cusp(Regression):
+        def loss(self, images_seen: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+            x = torch.zeros(batch_size, 3) if images_seen == 16 else torch.ones(batch_size, 3)
+            return (self.module.weight * x).square().sum().sqrt(), {}  # its derivative at 0 is 0/0
+
+    with pytest.raises(FloatingPointError, match=r"gradient_norm is nan .* before image 24"):
+        run(tmp_path, Cusp(), Plan())
+
+
+def test_the_state_of_a_checkpoint_is_plain_json_and_tensors(tmp_path: Path) -> None:
+    objective = Regression()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, objective, Plan(), stop=lambda: len(objective.seen) == 5)
+    (folder,) = (tmp_path / "store").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
+    assert json.loads((folder / "state.json").read_text())["images_seen"] == 40
