@@ -91,7 +91,7 @@ class Unet(Section):
 class Diffusion(Section):
     kind: Literal["eps", "x0", "v", "edm", "flow"]  # what the network predicts; see ldm/diffusion/denoiser.py
     noise: Literal["linear", "scaled_linear", "cosine", "lognormal", "uniform"]  # training noise levels
-    sigma_max: Rate  # noise levels stop here
+    sigma_max: Annotated[float, Field(ge=1)]  # noise levels stop here; latents have unit variance
 
 
 class Sampling(Section):

@@ -10,12 +10,14 @@ import functools
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 EXPERIMENT = "ldm"
 BATCH = 1000  # metrics a request, MLflow's limit
@@ -80,6 +82,7 @@ class Run:
 
     def _open(self, tags: Mapping[str, str], params: Mapping[str, Any], key: str | None) -> None:
         def connect() -> None:
+            _knock(uri)
             client, entities = mlflow_client(), _entities()
             experiment = experiment_id(client)
             self.id = _earlier_run(client, experiment, tags, key) if key else None
@@ -123,6 +126,14 @@ class Run:
             self._warned = True
             return False
         return True
+
+
+def _knock(uri: str) -> None:
+    """Raise OSError at once where nothing listens: MLflow's own attempts take many seconds, its import some too."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        socket.create_connection((parts.hostname, port), timeout=4).close()
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """Fixtures that more than one folder of tests uses."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import TINY, clone, environment, set_params
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: more threads only wait for each other
 
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 

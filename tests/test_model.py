@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -213,7 +214,7 @@ def test_sampling_is_guided_euler_written_out(model):
         expected = []
         for i in range(3):
             x = sigmas[0] * torch.randn(1, 2, 8, 8, generator=generator(11, "sample", i))
-            for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+            for sigma, following in pairwise(sigmas):
                 level = torch.tensor([sigma])
                 wanted, empty = (system.denoiser(x, level, context=text[r, None], context_mask=mask[r, None]) for r in (i, 3))
                 x0 = empty + guidance * (wanted - empty)
@@ -255,7 +256,7 @@ def test_a_walk_between_prompts_starts_and_ends_at_their_samples(a, b, model):
     ends = torch.cat([model.sample([PROMPTS[i]], seed=6, **FEW) for i in (a, b)])
     assert_same_images(walk[[0, -1]], ends)
     assert (ends[0].int() - ends[1].int()).abs().float().mean() > 1
-    assert all(not torch.equal(x, y) for x, y in zip(walk[:-1], walk[1:], strict=True))
+    assert all(not torch.equal(x, y) for x, y in pairwise(walk))
 
 
 def test_a_walk_between_images_starts_and_ends_at_their_reconstructions(model):
@@ -362,6 +363,18 @@ def test_bound_written_out(model):
     assert float(found.entropy) == pytest.approx(entropy, rel=1e-4)
     assert float(found.reconstruction) == pytest.approx(reconstruction, rel=1e-4)
     assert float(found.bits_per_dim) == pytest.approx(-(prior + entropy + reconstruction) / 256 / math.log(2), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "noise"),
+    [("eps", "linear"), ("x0", "scaled_linear"), ("v", "cosine"), ("edm", "lognormal"), ("flow", "uniform")],
+)
+def test_every_kind_is_finite_over_its_whole_range(kind, noise, model):
+    system = changed(model, kind=kind, noise=noise)
+    assert system.bound(images(3), PROMPTS[:3], levels=16).nats.isfinite().all()
+    once, again = system.sample(PROMPTS, **FEW), system.sample(PROMPTS[:1], **FEW)
+    assert_same_images(once[:1], again)
+    assert once.float().std() > 1
 
 
 def test_more_levels_mean_the_same_bound_with_less_spread(model):

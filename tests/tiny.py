@@ -49,5 +49,5 @@ def environment(**extra: str) -> dict[str, str]:
     """Of a shell with this interpreter's environment active, offline, and with nothing of the user's own set."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PREFECT_", "LDM_", "DVC_", "PYTHONPATH"))}
     kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "2"}
+    quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
     return {**kept, **quiet, **extra}

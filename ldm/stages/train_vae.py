@@ -52,7 +52,7 @@ def run(root: Path) -> None:
         (root / CURVE).parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(fitted.curve).to_csv(root / CURVE, index=False)
         store.clear()
-    print(f"train_vae: validation ELBO {held_out['elbo_nats']:.1f} nats, {-held_out['elbo_bits_per_dim']:.4f} bits/dim")
+    print(f"train_vae: validation ELBO {held_out['elbo_nats']:.1f} nats, {held_out['elbo_bits_per_dim']:.4f} bits/dim")
 
 
 if __name__ == "__main__":

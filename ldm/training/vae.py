@@ -38,10 +38,17 @@ class VaeObjective:
 
 
 def summary(bound: Elbo) -> dict[str, Tensor]:
-    """The bound's terms, averaged over a batch: nats per image, and bits per dimension for the whole."""
-    terms = {"elbo_nats": bound.nats, "reconstruction_nats": bound.reconstruction, "kl_nats": bound.kl}
-    bits = {name.replace("nats", "bits_per_dim"): value / (bound.dims * math.log(2)) for name, value in terms.items()}
-    return {name: value.detach().mean() for name, value in (terms | bits).items()}
+    """Means over a batch: the bound and its terms in nats per image, and as code lengths in bits per dimension."""
+    per_dim = 1 / (bound.dims * math.log(2))
+    terms = {
+        "elbo_nats": bound.nats,
+        "reconstruction_nats": bound.reconstruction,
+        "kl_nats": bound.kl,
+        "elbo_bits_per_dim": bound.bits_per_dim,
+        "reconstruction_bits_per_dim": -bound.reconstruction * per_dim,
+        "kl_bits_per_dim": bound.kl * per_dim,
+    }
+    return {name: value.detach().mean() for name, value in terms.items()}
 
 
 @torch.inference_mode()

@@ -100,9 +100,13 @@ def test_the_manifest_names_what_the_latents_were_made_from(shards: Path, latent
     index = json.loads((shards / "index.json").read_text())
     assert {name: manifest[name] for name in IDENTITY} == IDENTITY
     assert manifest["preprocessing"] == index["preprocessing"]
-    hashes = [hashlib.sha256((shards / shard["name"]).read_bytes()).hexdigest() for shard in index["shards"] if shard["split"] != "test"]
+    hashes = [
+        hashlib.sha256((shards / shard["name"]).read_bytes()).hexdigest() for shard in index["shards"] if shard["split"] != "test"
+    ]
     assert [file["shard_sha256"] for file in manifest["files"]] == hashes
-    assert {file["name"] for file in manifest["files"]} | {"empty.safetensors", "manifest.json"} == {p.name for p in latents.iterdir()}
+    assert {file["name"] for file in manifest["files"]} | {"empty.safetensors", "manifest.json"} == {
+        p.name for p in latents.iterdir()
+    }
 
 
 def test_a_second_run_with_other_batches_gives_the_same_bytes(shards: Path, latents: Path, tmp_path: Path) -> None:

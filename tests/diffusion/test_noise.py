@@ -85,7 +85,9 @@ def test_uniform_levels_are_uniform_in_flow_time():
 
 
 def test_lognormal_levels():
-    log_sigma = np.log(draws("lognormal", 3000))
+    log_sigma = np.log(draws("lognormal", 4000))
+    assert log_sigma.mean() == pytest.approx(-1.2, abs=4 * 1.2 / np.sqrt(4000))
+    assert log_sigma.std() == pytest.approx(1.2, rel=4 / np.sqrt(8000))
     assert stats.kstest(log_sigma, stats.norm(-1.2, 1.2).cdf).pvalue > 0.001
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import ldm.nets.text
@@ -186,6 +187,15 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_folder_without_its_files_is_named(lost, bert):
     (bert / lost).unlink()
     with pytest.raises(InputError, match=r"text\.encoder .*bert.*does not load as a transformers model"):
+        TextEncoder.from_pretrained(str(bert), 12)
+
+
+def test_a_lost_tensor_is_named(bert):
+    """transformers only warns, and goes on with random weights."""
+    state = load_file(bert / "model.safetensors")
+    lost = next(key for key in sorted(state) if "attention" in key)
+    save_file({key: value for key, value in state.items() if key != lost}, bert / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"lacks weights, the first {lost}"):
         TextEncoder.from_pretrained(str(bert), 12)
 
 

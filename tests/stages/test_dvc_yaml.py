@@ -15,10 +15,13 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 def import_closure(stage: str) -> set[str]:
     """Files of every module of ours that the stage imports, at whatever depth and wherever in a function."""
-    module = f"ldm.stages.{stage}"
-    modules = grimp.build_graph("ldm").find_upstream_modules(module) | {module}
-    modules |= {".".join(parts[:depth]) for parts in (m.split(".") for m in modules) for depth in range(1, len(parts))}
-    return {str(path.relative_to(ROOT)) for path in map(file_of, modules)}
+    graph, closure, pending = grimp.build_graph("ldm"), set(), {f"ldm.stages.{stage}"}
+    while pending:  # importing a.b.c runs a/__init__.py and a/b/__init__.py first
+        module = pending.pop()
+        closure.add(module)
+        parent = {module.rpartition(".")[0]} - {""}
+        pending |= (graph.find_modules_directly_imported_by(module) | parent) - closure
+    return {str(file_of(module).relative_to(ROOT)) for module in closure}
 
 
 def file_of(module: str) -> Path:

@@ -77,7 +77,10 @@ def test_a_stage_that_returns_ends_with_0(start: Start) -> None:
 
 
 def test_bad_input_is_one_line_and_exit_code_2(start: Start) -> None:
-    assert end(start("raise InputError('params.yaml: unknown key data.sise')")) == (2, "error: params.yaml: unknown key data.sise\n")
+    assert end(start("raise InputError('params.yaml: unknown key data.sise')")) == (
+        2,
+        "error: params.yaml: unknown key data.sise\n",
+    )
 
 
 def test_outside_of_a_project_is_bad_input(start: Start, tmp_path: Path) -> None:
@@ -232,7 +235,10 @@ def test_a_work_folder_has_one_holder(tmp_path: Path) -> None:
         (folder / "checkpoint").touch()
         with work_folder(tmp_path, "train_vae", "abd"):
             pass
-        with pytest.raises(InputError, match=r"abc: another process trains this very run"), work_folder(tmp_path, "train_vae", "abc"):
+        with (
+            pytest.raises(InputError, match=r"abc: another process trains this very run"),
+            work_folder(tmp_path, "train_vae", "abc"),
+        ):
             pass
     with work_folder(tmp_path, "train_vae", "abc") as folder:
         assert (folder / "checkpoint").exists()
@@ -275,7 +281,8 @@ def test_progress_is_a_plain_line_every_few_seconds(
     lines = capsys.readouterr().out.splitlines()
     note = "  loss 0.25 elbo_nats -1234 kl_nats 30"
     assert lines == [
-        f"train_vae: {done:,}/10,000 images  1,000 images/s  {left} s left{note}" for done, left in ((3_000, 7), (8_000, 2), (10_000, 0))
+        f"train_vae: {done:,}/10,000 images  1,000 images/s  {left} s left{note}"
+        for done, left in ((3_000, 7), (8_000, 2), (10_000, 0))
     ]
 
 

@@ -45,17 +45,18 @@ class Journal:
 
     def __init__(self, stored: set[tuple[str, float, int, int]]) -> None:
         self.stored, self.buffer, self.flushes = stored, [], 0
-        self.die_after_flush = math.inf
+        self.dies_at, self.delivers_first = math.inf, True  # the flush at which the process ends
 
     def log(self, metrics: dict[str, float], images_seen: int) -> None:
         Journal.clock += 1
         self.buffer += [(key, value, Journal.clock, images_seen) for key, value in metrics.items()]
 
     def flush(self) -> None:
-        self.stored.update(self.buffer)
-        self.buffer = []
         self.flushes += 1
-        if self.flushes >= self.die_after_flush:
+        if self.flushes < self.dies_at or self.delivers_first:
+            self.stored.update(self.buffer)
+            self.buffer = []
+        if self.flushes >= self.dies_at:
             raise Died
 
     def state_dict(self) -> Any:
@@ -326,7 +327,9 @@ def test_a_stop_at_a_checkpoint_writes_it_once(tmp_path: Path, monkeypatch: pyte
     """Replacing a checkpoint by its twin would leave a moment without any."""
     saves: list[int] = []
     save = CheckpointStore.save
-    monkeypatch.setattr(CheckpointStore, "save", lambda self, t, state: (saves.append(state["images_seen"]), save(self, t, state))[1])
+    monkeypatch.setattr(
+        CheckpointStore, "save", lambda self, t, state: (saves.append(state["images_seen"]), save(self, t, state))[1]
+    )
     objective = Regression()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, objective, Plan(), stop=lambda: len(objective.seen) == 8)  # 64 images
@@ -340,13 +343,14 @@ def test_a_stop_in_the_last_batch_finishes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("death", [1, 2])
-def test_no_metric_is_lost_or_doubled_by_a_death_after_delivery(death: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("delivered", [True, False])
+def test_no_metric_is_lost_or_doubled_by_a_death_around_delivery(delivered: bool, death: int, tmp_path: Path) -> None:
     stored: set[tuple[str, float, int, int]] = set()
     journal = Journal(stored)
-    journal.die_after_flush = death
+    journal.dies_at, journal.delivers_first = death, delivered
     with pytest.raises(Died):
         run(tmp_path, Regression(), Plan(), journal)
-    assert stored
+    assert bool(stored) == (delivered or death > 1)
     fitted = run(tmp_path, Regression(), Plan(), Journal(stored))
     positions = sorted((images, key) for key, _, _, images in stored)
     assert positions == sorted((row["images"], key) for row in fitted.curve for key in row if key != "images")
