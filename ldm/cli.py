@@ -185,9 +185,9 @@ def _name(name: str | None) -> str:
 
 
 def _load(model: str) -> "LatentDiffusion":
-    import torch
+    from ldm.device import default_device
 
-    device = os.environ.get("LDM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if not model.startswith("models:"):
         from ldm.model import LatentDiffusion
 

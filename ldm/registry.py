@@ -27,6 +27,8 @@ from ldm.errors import InputError
 from ldm.hashing import content_hash, folder_hash
 
 if TYPE_CHECKING:
+    import torch
+
     from ldm.evaluation.gate import Decision
     from ldm.model import LatentDiffusion
 
@@ -91,14 +93,12 @@ def compare(root: Path, champion: int) -> pd.DataFrame:
 
     The champion is read on the test images in `root` as `evaluate` reads the challenger: the same levels and noise.
     """
-    import torch
-
     from ldm.data.shards import open_shards
+    from ldm.device import default_device
     from ldm.evaluation.bounds import image_bounds
 
     settings = load_settings(root)
-    device = os.environ.get("LDM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(f"models:/{settings.registry.name}/{champion}", device)
+    model = load(f"models:/{settings.registry.name}/{champion}", default_device())
     samples = open_shards(root / "data/shards", "test")
     other = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed)
     return pd.DataFrame({"challenger": _own_nats(root), "champion": _nats(other)})
@@ -190,7 +190,7 @@ def versions(name: str = "ldm") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["version", "aliases", "created", "run_id"])
 
 
-def load(uri: str, device: str = "cpu") -> "LatentDiffusion":
+def load(uri: str, device: "torch.device | str" = "cpu") -> "LatentDiffusion":
     """Download the version behind a `models:/…` URI and load it."""
     from ldm.model import LatentDiffusion
 

@@ -3,14 +3,13 @@
 MLflow stores this file with the model and executes it on load (models from code); nothing is unpickled.
 """
 
-import io
-import os
 from typing import Any
 
 import mlflow.models
 import mlflow.pyfunc
 import pandas as pd
-from PIL import Image
+
+from ldm.data.images import from_array, to_png
 
 
 class PromptsToImages(mlflow.pyfunc.PythonModel):
@@ -20,9 +19,10 @@ class PromptsToImages(mlflow.pyfunc.PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
+        from ldm.device import default_device
         from ldm.model import LatentDiffusion
 
-        self._model = LatentDiffusion.load(context.artifacts["model"], device=os.environ.get("LDM_DEVICE") or "cpu")
+        self._model = LatentDiffusion.load(context.artifacts["model"], default_device())
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         options = dict(params or {})
@@ -34,16 +34,10 @@ class PromptsToImages(mlflow.pyfunc.PythonModel):
         for seed in out["seed"].unique().tolist():
             same = out[out["seed"] == seed]
             images = self._model.sample(list(same["prompt"]), seed=seed, **options)  # uint8 (N, C, H, W)
-            out.loc[same.index, "png"] = pd.Series([png(image) for image in images], index=same.index, dtype=object)
+            out.loc[same.index, "png"] = pd.Series(
+                [to_png(from_array(image)) for image in images.numpy()], index=same.index, dtype=object
+            )
         return out
-
-
-def png(image: Any) -> bytes:
-    """A uint8 image tensor (C, H, W) as PNG."""
-    pixels = image.permute(1, 2, 0).cpu().numpy()  # (H, W, C)
-    file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="PNG")
-    return file.getvalue()
 
 
 mlflow.models.set_model(PromptsToImages())

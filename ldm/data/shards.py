@@ -83,23 +83,14 @@ def write_shards(
             f"{folder}: {len(table)} images leave the {' and '.join(empty)} split empty; "
             "add images or raise data.val_fraction or data.test_fraction"
         )
-    shards: list[dict[str, Any]] = []
-    offsets: list[np.ndarray] = []
-    for split, top in sorted(groups, key=lambda group: (SPLITS.index(group[0]), group[1])):
-        members = groups[split, top]
-        for number, start in enumerate(range(0, len(members), shard_size)):
-            path = partial / f"{split}-{top + '-' if top else ''}{number:05d}.tar"
-            chunk = members[start : start + shard_size]
-            rows = _write_tar(path, (_encode(folder, row, digest, image_size, channels, resize_filter) for row, digest in chunk))
-            offsets.append(np.insert(rows, 0, len(shards), axis=1))
-            entry = {"name": path.name, "split": split, "count": len(rows)}
-            shards.append({**entry, "sha256": file_hash(path), "bytes": path.stat().st_size})
-    np.save(partial / "offsets.npy", np.concatenate(offsets))
+    preprocessing = {"image_size": image_size, "channels": channels, "resize_filter": resize_filter, "fit": "cover"}
+    shards, offsets = _write_groups(folder, partial, groups, preprocessing, shard_size)
+    np.save(partial / "offsets.npy", offsets)
     ends = np.cumsum([sum(shard["count"] for shard in shards if shard["split"] == split) for split in SPLITS]).tolist()
     splits = {split: [start, end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)}
     index = {
         "version": 1,
-        "preprocessing": {"image_size": image_size, "channels": channels, "resize_filter": resize_filter, "fit": "cover"},
+        "preprocessing": preprocessing,
         "splits": splits,
         "shards": shards,
         "offsets_sha256": file_hash(partial / "offsets.npy"),
@@ -114,7 +105,7 @@ def write_shards(
     return index
 
 
-Groups = dict[tuple[str, str], list[tuple[dict[str, Any], str]]]
+Groups = dict[tuple[str, str], list[tuple[dict[str, Any], str]]]  # (split, top-level folder): caption row, content hash
 
 
 def _group(
@@ -137,14 +128,32 @@ def _group(
     return groups, quarantined
 
 
-def _encode(folder: Path, row: dict[str, Any], digest: str, image_size: int, channels: int, resize_filter: str) -> dict[str, Any]:
-    image = images.decode((folder / row["file_name"]).read_bytes(), channels=channels)
+def _write_groups(
+    folder: Path, out: Path, groups: Groups, preprocessing: dict[str, Any], shard_size: int
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Write the tars of all groups, split by split; returns their entries of the index and the offset table."""
+    shards: list[dict[str, Any]] = []
+    offsets: list[np.ndarray] = []
+    for split, top in sorted(groups, key=lambda group: (SPLITS.index(group[0]), group[1])):
+        members = groups[split, top]
+        for number, start in enumerate(range(0, len(members), shard_size)):
+            path = out / f"{split}-{top + '-' if top else ''}{number:05d}.tar"
+            chunk = members[start : start + shard_size]
+            rows = _write_tar(path, (_encode(folder, row, digest, preprocessing) for row, digest in chunk))
+            offsets.append(np.insert(rows, 0, len(shards), axis=1))
+            entry = {"name": path.name, "split": split, "count": len(rows)}
+            shards.append({**entry, "sha256": file_hash(path), "bytes": path.stat().st_size})
+    return shards, np.concatenate(offsets)
+
+
+def _encode(folder: Path, row: dict[str, Any], digest: str, preprocessing: dict[str, Any]) -> dict[str, Any]:
+    image = images.decode((folder / row["file_name"]).read_bytes(), channels=preprocessing["channels"])
     # Equal files may stand under several names, so the key needs both: content first, then name.
     key = digest[:16] + content_hash(row["file_name"].encode())[:8]
     meta = {name: value for name, value in row.items() if name != "text"}
     return {
         "__key__": key,
-        "png": images.to_png(images.fit_square(image, image_size, resize_filter)),
+        "png": images.to_png(images.fit_square(image, preprocessing["image_size"], preprocessing["resize_filter"])),
         "txt": row["text"].encode(),
         "json": canonical_json(meta).encode(),
     }

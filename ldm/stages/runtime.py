@@ -75,13 +75,15 @@ def _watch_owner() -> None:
 
 
 def set_up(deterministic: bool) -> Any:
-    """The torch device (`LDM_DEVICE`, else a GPU where there is one), with deterministic kernels where asked."""
+    """The device to compute on, with deterministic kernels where asked."""
     import torch
+
+    from ldm.device import default_device
 
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return torch.device(os.environ.get("LDM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return default_device()
 
 
 def work_key(stage: str, params: dict[str, Any], inputs: dict[str, str]) -> str:

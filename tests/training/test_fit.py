@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -111,6 +111,7 @@ def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # schedules and arithmetic
 
 
+@settings(deadline=None)
 @given(
     batch=st.integers(1, 512),
     warmup=st.integers(0, 40),
@@ -258,7 +259,8 @@ class Silent:
     def state_dict(self): return None
     def load_state_dict(self, state): ...
 
-plan = SimpleNamespace(images=480, batch_size=4, lr=3e-3, warmup_images=40, weight_decay=0.01, ema_halflife_images=100, checkpoint_images=96)
+plan = SimpleNamespace(images=480, batch_size=4, lr=3e-3, warmup_images=40, weight_decay=0.01)
+plan.ema_halflife_images, plan.checkpoint_images = 100, 96
 objective = Objective()
 fitted = fit(objective, plan, seed=1, journal=Silent(), store=CheckpointStore(folder / "store"), progress=lambda done, row: None)
 save_file({k: v.contiguous() for k, v in objective.module.state_dict().items()}, folder / "raw.safetensors")
