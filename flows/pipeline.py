@@ -157,11 +157,12 @@ PLAIN = {"plain": True}  # marks the log lines that someone at a console wants t
 
 
 class _Plain(logging.Handler):
-    """Marked lines as they are, on stdout."""
+    """Marked lines as they are: on stdout, a stage's `error: …` on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "plain", False):
-            print(record.getMessage(), flush=True)
+            line = record.getMessage()
+            print(line, file=sys.stderr if line.startswith("error: ") else sys.stdout, flush=True)
 
 
 def _of_interest(record: logging.LogRecord) -> bool:
@@ -205,7 +206,7 @@ def main() -> int:
     except supervise.StageFailed as failure:
         if failure.bad_input:
             return supervise.BAD_INPUT  # the stage's own line says it all, and it is the last one shown
-        print(*failure.tail[-1:], "`ldm run` goes on from the last checkpoint", sep="\n", file=sys.stderr)
+        print(f"{failure}; `ldm run` goes on from the last checkpoint", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; `ldm run` continues where this stopped", file=sys.stderr)

@@ -43,7 +43,14 @@ def run(root: Path) -> None:
     unet = build(settings, latents.text.shape[-1]).place(device)
     options, diffusion = settings.train_unet, settings.diffusion
     denoiser = Denoiser(unet, diffusion.kind, noise_levels(diffusion.noise, diffusion.sigma_max))
-    params = {"seed": settings.seed, **settings.unet.model_dump(), **diffusion.model_dump(), **options.model_dump()}
+    params = {
+        "seed": settings.seed,
+        "deterministic": settings.deterministic,
+        "device": str(device),
+        **settings.unet.model_dump(),
+        **diffusion.model_dump(),
+        **options.model_dump(),
+    }
     key = work_key("train_unet", params, {"latents": file_hash(root / "data/latents/manifest.json")})
     with work_folder(root, "train_unet", key) as work, stage_run("train_unet", params, key) as tracker:
         store = CheckpointStore(work / "checkpoint")

@@ -34,7 +34,13 @@ def run(root: Path) -> None:
     autoencoder, likelihood = build(settings)
     autoencoder.place(device), likelihood.to(device)
     options = settings.train_vae
-    params = {"seed": settings.seed, **settings.autoencoder.model_dump(), **options.model_dump()}
+    params = {
+        "seed": settings.seed,
+        "deterministic": settings.deterministic,
+        "device": str(device),
+        **settings.autoencoder.model_dump(),
+        **options.model_dump(),
+    }
     key = work_key("train_vae", params, {"shards": file_hash(root / "data/shards/index.json")})
     with work_folder(root, "train_vae", key) as work, stage_run("train_vae", params, key) as tracker:
         store = CheckpointStore(work / "checkpoint")
