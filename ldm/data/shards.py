@@ -25,6 +25,7 @@ from ldm.errors import InputError
 from ldm.hashing import canonical_json, content_hash, file_hash
 
 SPLITS = ("train", "val", "test")
+SMALLEST_SPLIT = 2  # images; a mean of fewer has no standard error
 PARTS = ("png", "txt", "json")  # offsets.npy: shard number, then offset and size of each of these
 
 
@@ -61,7 +62,7 @@ def write_shards(
     A shard holds images of one split and one top-level subfolder, so that a new subfolder leaves every other
     shard as it is. Unreadable images are listed in the index with the reason.
     Raises `InputError` for bad folders and captions (see `images.list_images`), for more than
-    `max_bad_fraction` unreadable images, and for a split that ends up empty; `out` is untouched then.
+    `max_bad_fraction` unreadable images, and for a split with fewer than `SMALLEST_SPLIT`; `out` is untouched then.
     """
     table = images.list_images(folder)
     prompts = _prompts(folder)
@@ -76,17 +77,18 @@ def write_shards(
             f"{folder}: {len(quarantined)} of {len(table)} images are unreadable, more than data.max_bad_fraction "
             f"{max_bad_fraction} allows; the first is {first['file_name']!r} ({first['reason']})"
         )
-    empty = [split for split in SPLITS if not any(group[0] == split for group in groups)]
-    if empty:
+    sizes = {split: sum(len(members) for group, members in groups.items() if group[0] == split) for split in SPLITS}
+    small = [split for split in SPLITS if sizes[split] < SMALLEST_SPLIT]
+    if small:
         shutil.rmtree(partial)
         raise InputError(
-            f"{folder}: {len(table)} images leave the {' and '.join(empty)} split empty; "
+            f"{folder}: its {len(table)} images leave fewer than {SMALLEST_SPLIT} for the {' and '.join(small)} split; "
             "add images or raise data.val_fraction or data.test_fraction"
         )
     preprocessing = {"image_size": image_size, "channels": channels, "resize_filter": resize_filter, "fit": "cover"}
     shards, offsets = _write_groups(folder, partial, groups, preprocessing, shard_size)
     np.save(partial / "offsets.npy", offsets)
-    ends = np.cumsum([sum(shard["count"] for shard in shards if shard["split"] == split) for split in SPLITS]).tolist()
+    ends = np.cumsum([sizes[split] for split in SPLITS]).tolist()
     splits = {split: [start, end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)}
     index = {
         "version": 1,

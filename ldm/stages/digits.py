@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ldm.stages.runtime import stage_main
+from ldm.tracking import stage_run
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = (
@@ -48,7 +49,9 @@ def write_digits(out: Path) -> int:
 
 
 def run(root: Path) -> None:
-    count = write_digits(root / "data/raw/digits")
+    with stage_run("digits", {}) as tracker:
+        count = write_digits(root / "data/raw/digits")
+        tracker.log({"images": float(count)}, 0)
     print(f"digits: {count} scans written to data/raw/digits", flush=True)
 
 

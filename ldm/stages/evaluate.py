@@ -122,7 +122,9 @@ def draw(
     judge = Judge.fit(known, known_labels)
     metrics["judge_accuracy"] = judge.accuracy(real, held_out)
     metrics["prompt_accuracy"] = judge.accuracy(drawn, prompts.label.to_numpy())
-    metrics["variance_ratio"] = variance_ratio(known, known_labels, drawn, prompts.label.tolist())
+    counts = (pd.Series(known_labels).value_counts(), prompts.label.value_counts())
+    if set.intersection(*(set(count.index[count >= 2]) for count in counts)):  # else no label has a variance
+        metrics["variance_ratio"] = variance_ratio(known, known_labels, drawn, prompts.label.tolist())
     if len(train.prompts):
         unseen = balanced(train.prompts, settings.evaluate.unseen_samples)
         images = model.sample(unseen.text.tolist(), seed=seed_for(settings.seed, "evaluate unseen")).numpy()
@@ -155,7 +157,7 @@ def distance(features: int, known: np.ndarray, real: np.ndarray, drawn: np.ndarr
     Real images come in random order, so that the first `count` stand for all.
     """
     count = min(len(real), len(drawn), len(known))
-    dim = min(features, count - 1)
+    dim = min(features, count - 1, known[0].size)
     extract = PixelPCA.fit(known, dim)
     at = extract(real[:count])
     return {

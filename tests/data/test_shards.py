@@ -251,7 +251,7 @@ def no_test_images(source: Path) -> None:
 
 FAILURES = {
     "too many unreadable": (too_many_bad, ["9 of 40", "data.max_bad_fraction 0.2", "'000.png'"]),
-    "an empty split": (no_test_images, ["3 images leave", "split empty", "data.val_fraction"]),
+    "an empty split": (no_test_images, ["3 images leave fewer than 2", "split", "data.val_fraction"]),
     "prompts without labels": (lambda source: (source / "prompts.csv").write_text("text\nx\n"), ["prompts.csv", "found text"]),
     "prompts that are no table": (lambda source: (source / "prompts.csv").write_text(""), ["prompts.csv", "not readable"]),
 }  # fmt: skip
