@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
@@ -51,3 +52,8 @@ def environment(**extra: str) -> dict[str, str]:
     kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
     return {**kept, **quiet, **extra}
+
+
+def with_soak(few: int, many: int) -> list[Any]:
+    """Seeds of a loop: the first `few` in `make test`, the rest up to `many` in `make soak`."""
+    return [*range(few), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(few, many))]

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import webdataset
 from PIL import Image
+from tiny import with_soak
 
 from ldm.data import images
 from ldm.data.shards import SPLITS, open_shards, split_of, write_shards
@@ -272,7 +273,7 @@ def test_a_refused_folder_leaves_the_shards_as_they_were(case: str, source: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "source"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", with_soak(3, 20))
 def test_killed_in_the_middle_of_writing_and_run_again(seed: int, source: Path, tmp_path: Path) -> None:
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "shards"
     index = write_shards(source, undisturbed, **OPTIONS)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import with_soak
 from torch import Tensor, nn
 
 from ldm.data.batches import order
@@ -277,10 +278,11 @@ def start(folder: Path, pause: float) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_a_killed_and_resumed_process_ends_in_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", with_soak(1, 10))
+def test_a_killed_and_resumed_process_ends_in_the_same_bytes(seed: int, tmp_path: Path) -> None:
     straight = start(tmp_path / "straight", 0.0)
     killed = start(tmp_path / "killed", 0.01)
-    moment = 4 * (24 + int(np.random.default_rng(0).integers(4, 16)))  # after the first checkpoint, well before the second
+    moment = 4 * (24 + int(np.random.default_rng(seed).integers(4, 16)))  # after the first checkpoint, well before the second
     assert killed.stdout is not None and straight.stdout is not None
     reported = []
     for line in killed.stdout:
