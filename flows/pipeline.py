@@ -93,9 +93,12 @@ def pipeline(root: str = ".") -> Summary:
         start = time.monotonic()
         decision = gate(str(folder), registered.version)
         steps.append(Step("gate", "executed" if decision.n else "cached", time.monotonic() - start))
-    champion = registry.lookup(f"models:/{settings.registry.name}@champion").version
+    champions = [v for v in registry.find({}, settings.registry.name) if "champion" in v.aliases]
+    champion = champions[0].version if champions else None  # none, where the first model's bound is not finite
     summary = summarise(folder, settings, steps, registered, decision, champion)
     create_markdown_artifact(markdown(summary, folder), key="ldm-pipeline-summary")
+    for what, value in summary.results:
+        get_run_logger().info("%s: %s", what, value)  # for the logs of scheduled runs
     return summary
 
 
@@ -104,11 +107,15 @@ def _alone(root: Path) -> Iterator[None]:
     """One run at a time in a folder: two would change the same files."""
     path = root / ".ldm/pipeline.lock"
     path.parent.mkdir(exist_ok=True)
-    with path.open("w") as lock:
+    with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{root}: another run of the pipeline works here; wait for it or stop it") from None
+            lock.seek(0)
+            process = f"process {lock.read()}"
+            raise InputError(f"{root}: another run of the pipeline ({process}) works here; wait for it or stop it") from None
+        lock.truncate(0)
+        print(os.getpid(), end="", file=lock, flush=True)
         yield
 
 

@@ -107,7 +107,7 @@ def _quality(metrics: dict[str, float | str]) -> list[tuple[str, str]]:
     def number(key: str) -> float:
         return float(metrics[key])
 
-    about = f"({metrics['test_images']} test images of {metrics['image']})"
+    about = f"({metrics['test_images']} test images of {metrics['image']}, given their captions)"
     lines = [
         ("bits/dim", f"{number('bits_per_dim'):.4f} ± {number('bits_per_dim_se'):.4f} {about}"),
         ("PSNR", f"{number('psnr'):.2f} dB"),

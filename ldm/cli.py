@@ -1,7 +1,6 @@
 """The command line: `ldm run`, `ldm sample`, `ldm interpolate`, `ldm registry …`. `ldm COMMAND --help` explains each."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +14,16 @@ if TYPE_CHECKING:
 
     from ldm.model import LatentDiffusion
 
-CHAMPION = "models:/ldm@champion"
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # an argument that ends so is meant as a file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 registry_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(registry_app, name="registry", help="Registered models: list, show, register, promote, roll back.")
 
-Model = Annotated[str, typer.Option(help="`models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the folder of a saved model.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="`models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the folder of a saved model. The champion otherwise."),
+]
 Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps; the model's own default otherwise.")]
 Guidance = Annotated[
@@ -52,7 +54,9 @@ def run() -> None:
 
     Environment: `LDM_STAGE_RETRIES` (default 1), `LDM_STAGE_TIMEOUT` (seconds a stage; default none).
     """
-    sys.exit(subprocess.run([sys.executable, "-m", "flows.pipeline"], cwd=_root()).returncode)
+    os.chdir(_root())
+    # Become the flow: a parent in between would have to pass every signal on, and could die before it.
+    os.execv(sys.executable, [sys.executable, "-m", "flows.pipeline"])
 
 
 @app.command()
@@ -60,7 +64,7 @@ def sample(
     prompt: Annotated[list[str], typer.Option(help="What the image shows; may be given several times.")],
     out: Annotated[Path, typer.Option(help="A `.png`: one image, or a sheet of several; any other name: a folder of PNGs.")],
     n: Annotated[int, typer.Option("-n", min=1, help="Images a prompt.")] = 1,
-    model: Model = CHAMPION,
+    model: Model = None,
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -83,7 +87,7 @@ def interpolate(
     b: Annotated[str, typer.Argument(help="Another of the same kind.")],
     out: Annotated[Path, typer.Option(help="A `.png`: one strip; any other name: a folder of PNGs.")],
     n: Annotated[int, typer.Option("-n", min=2, help="Images, the two ends included.")] = 8,
-    model: Model = CHAMPION,
+    model: Model = None,
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -98,6 +102,9 @@ def interpolate(
     """
     _check_out(out)
     files = [Path(end).is_file() for end in (a, b)]
+    for end, is_file in zip((a, b), files, strict=True):
+        if not is_file and Path(end).suffix.lower() in IMAGES:
+            raise InputError(f"{end}: no such file")
     if files[0] != files[1]:
         raise InputError(f"{a!r} and {b!r}: one is a file and one is not; give two images or two prompts")
     loaded = _load(model)
@@ -111,19 +118,25 @@ def list_versions(name: Name = None) -> None:
     """Registered versions, newest first, with their aliases and bits per dimension."""
     from ldm import registry
 
-    frame = registry.versions(_name(name))
-    _table(
-        frame[[column for column in ("version", "aliases", "created", "bits_per_dim", "image", "git_commit") if column in frame]]
-    )
+    name = _name(name)
+    frame = registry.versions(name)
+    if frame.empty:
+        raise InputError(f"model {name!r} has no versions; `ldm run` registers one")
+    frame["created"] = [f"{created:%Y-%m-%d %H:%M}" for created in frame.created]
+    frame["bits_per_dim"] = [f"{float(bits):.4f}" for bits in frame.bits_per_dim]
+    frame["git_commit"] = [str(commit)[:8] for commit in frame.get("git_commit", [""] * len(frame))]
+    _table(frame[["version", "aliases", "created", "bits_per_dim", "image", "git_commit"]])
 
 
 @registry_app.command()
-def show(model: Annotated[str, typer.Argument(help="`models:/NAME@ALIAS` or `models:/NAME/VERSION`.")] = CHAMPION) -> None:
+def show(
+    model: Annotated[str | None, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION, else the champion.")] = None,
+) -> None:
     """One version: aliases, where it came from, how it was evaluated."""
     from ldm import registry
 
     _in_project()
-    found = registry.lookup(model)
+    found = registry.lookup(model or _champion())
     rows = {"version": found.uri, "aliases": ", ".join(found.aliases), "created": f"{found.created:%Y-%m-%d %H:%M} UTC"}
     rows |= {"run": found.run_id or "", **{key.removeprefix("ldm."): value for key, value in sorted(found.tags.items())}}
     for key, value in rows.items():
@@ -184,10 +197,15 @@ def _name(name: str | None) -> str:
     return name or load_settings(root).registry.name
 
 
-def _load(model: str) -> "LatentDiffusion":
+def _champion() -> str:
+    return f"models:/{_name(None)}@champion"
+
+
+def _load(model: str | None) -> "LatentDiffusion":
     from ldm.device import default_device
 
     device = default_device()
+    model = model or _champion()
     if not model.startswith("models:"):
         from ldm.model import LatentDiffusion
 

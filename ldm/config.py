@@ -21,11 +21,11 @@ Levels = Annotated[tuple[Positive, ...], Field(min_length=1)]  # channels of eac
 class Section(BaseModel):
     """A frozen group of keys that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
-    path: str  # folder of images with captions, relative to the project root or absolute
+    path: Annotated[str, Field(min_length=1)]  # folder of images with captions, relative to the project root or absolute
     image_size: Positive  # pixels; images are scaled to cover a square and cropped at its centre
     channels: Literal[1, 3]  # greyscale or RGB
     resize_filter: Literal["lanczos", "bicubic", "bilinear", "box"]
@@ -42,7 +42,7 @@ class Data(Section):
 
 
 class Text(Section):
-    encoder: str  # "minilm" (shipped in a wheel), a local folder, or a hub id; loaded with transformers, frozen
+    encoder: str  # "minilm" (shipped in a wheel), a local folder, or ID@COMMIT on the hub; loaded with transformers, frozen
     max_tokens: Positive
 
 
@@ -105,14 +105,14 @@ class TrainUnet(Optimizer):
 
 
 class Evaluate(Section):
-    samples: Positive  # images drawn for accuracy, variance and Fréchet distance
+    samples: Annotated[int, Field(ge=2)]  # images drawn for accuracy, variance and Fréchet distance
     unseen_samples: Positive  # images drawn for the prompts of prompts.csv
     features: Positive  # dimensions of the feature space of the Fréchet distance
     bound_levels: Positive  # noise levels a test image, for the diffusion term of the bound
 
 
 class Registry(Section):
-    name: str
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     level: Annotated[float, Field(gt=0, lt=0.5)]  # chance of promoting an equal model; see ldm/evaluation/gate.py
 
 
@@ -174,10 +174,14 @@ def load_settings(root: Path) -> Settings:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values, found {type(values).__name__}")
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(_explain(problem, values) for problem in error.errors())
         raise InputError(f"{path}: {problems}") from None
+    encoder = settings.text.encoder  # checked now: the stage that loads it comes after the autoencoder's training
+    if encoder != "minilm" and "@" not in encoder and not (root / encoder).is_dir():
+        raise InputError(f"{path}: text.encoder: found {encoder!r}, neither minilm, nor a folder, nor ID@COMMIT on the hub")
+    return settings
 
 
 def _explain(problem: Any, values: dict[str, Any]) -> str:

@@ -211,7 +211,10 @@ class LatentDiffusion:
         if step_function is None:
             raise InputError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
         scale = defaults["guidance"] if guidance is None else guidance
-        sigmas = karras_sigmas(steps or defaults["steps"], self.levels.sigma_min, self.levels.sigma_max)
+        count = defaults["steps"] if steps is None else steps
+        if count < 1:
+            raise InputError(f"steps {count}: a sampler takes at least one")
+        sigmas = karras_sigmas(count, self.levels.sigma_min, self.levels.sigma_max)
         latents = []
         for part, part_mask, start in zip(context[:-1].split(BATCH), mask[:-1].split(BATCH), noise.split(BATCH), strict=True):
             guided = classifier_free(self.denoiser, scale, part, part_mask, context[-1], mask[-1])

@@ -5,6 +5,7 @@ use, `previous` the champion before it. Every function works on the store that `
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import yaml
 
 from ldm import lineage, tracking
 from ldm.config import Settings, load_settings
@@ -80,6 +82,7 @@ def register(root: Path, run_id: str | None = None) -> Registered:
     with _registry(settings.registry.name, create=True) as client:
         known = _search(client, settings.registry.name, {HASH: digest})
         if known:
+            _mark_challenger(client, settings.registry.name)  # a kill may have come between version and alias
             return Registered(known[0].version, created=False)
         if run_id is None:
             with lineage.pipeline_run(root, settings.model_dump(), name="register") as run:
@@ -107,8 +110,8 @@ def compare(root: Path, champion: int) -> pd.DataFrame:
 def gate_and_promote(root: Path, version: int) -> "Decision":
     """Make `version` (the outs in `root`) champion if it beats the champion on the test images; writes decision.html.
 
-    A decision is made once for a champion and level: a version that lost, or that someone rolled back from, does not
-    come back by itself.
+    A decision is made once for a champion and level, and a version that was champion does not come back by itself:
+    someone, or a better model, replaced it.
     """
     settings = load_settings(root)
     name, level = settings.registry.name, settings.registry.level
@@ -118,16 +121,24 @@ def gate_and_promote(root: Path, version: int) -> "Decision":
             return _undecided(level, f"version {version} is the champion already")
         challenger = _get(client, name, version)
         earlier = json.loads(challenger.tags.get(GATE, "{}"))
-        if champion and (earlier.get("champion"), earlier.get("level")) == (champion.version, level):
+        if champion and earlier.get("promote") and earlier["applied"]:
+            back = f"`ldm registry promote {version}` brings it back"
+            return _undecided(level, f"version {version} was champion before version {champion.version}; {back}")
+        if champion and (earlier.get("champion"), earlier.get("level")) == (champion.version, level) and earlier["applied"]:
             return _undecided(level, f"decided before against version {champion.version}: {earlier['reason']}")
         decision, frame = _decide(root, challenger, champion, level)
         page = _write_page(root, decision, frame, challenger, champion)
         if challenger.run_id:
             client.log_artifact(challenger.run_id, str(page))
+        record = asdict(decision) | {"champion": champion.version if champion else None}
+
+        def note(applied: bool) -> None:
+            client.set_model_version_tag(name, str(version), GATE, json.dumps(record | {"applied": applied}))
+
+        note(applied=not decision.promote)  # before the aliases: a kill in between leaves a decision to be applied
         if decision.promote:
             _crown(client, name, version, champion.version if champion else None)
-        record = asdict(decision) | {"champion": champion.version if champion else None}
-        client.set_model_version_tag(name, str(version), GATE, json.dumps(record))
+            note(applied=True)
         return decision
 
 
@@ -206,6 +217,21 @@ def _check_outs(root: Path) -> None:
     for path in (root / MODEL, *(root / kept for kept in KEPT)):
         if not path.exists():
             raise InputError(f"{path}: not found; `dvc repro` (or `ldm run`) makes it")
+    params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    for stage, locked in yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8")).get("stages", {}).items():
+        for key, value in locked.get("params", {}).get("params.yaml", {}).items():
+            if _at(params, key) != value:
+                raise InputError(f"params.yaml: {key} changed since stage {stage} ran; `dvc repro` first, then register")
+        for out in locked.get("outs", []):
+            path = root / out["path"]
+            if path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() != out["md5"]:
+                raise InputError(f"{path}: changed since stage {stage} wrote it; `dvc repro` first, then register")
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: str | None) -> Registered:
@@ -231,8 +257,14 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
     tags = lineage.lineage(root) | _evaluation_tags(root, settings) | {HASH: digest}
     source = f"models:/{logged.model_id}"
     made = client.create_model_version(name, source, run_id, tags=tags, model_id=logged.model_id)
-    client.set_registered_model_alias(name, "challenger", made.version)
+    _mark_challenger(client, name)
     return Registered(int(made.version), created=True)
+
+
+def _mark_challenger(client: Any, name: str) -> None:
+    newest = _search(client, name, {})[0]
+    if "challenger" not in newest.aliases:
+        client.set_registered_model_alias(name, "challenger", str(newest.version))
 
 
 def _save(path: Path, root: Path, settings: Settings, model_id: str, run_id: str | None) -> None:
@@ -248,7 +280,7 @@ def _save(path: Path, root: Path, settings: Settings, model_id: str, run_id: str
             python_model=str(package / "serving.py"),
             artifacts={"model": str(root / MODEL)},
             code_paths=[str(package)],
-            signature=_signature(settings),
+            signature=_signature(json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))["sampling"]),
             pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS],
             mlflow_model=Model(model_id=model_id, run_id=run_id),
         )
@@ -268,18 +300,18 @@ def _metrics(root: Path, model_id: str) -> list[Any]:
     return [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()]
 
 
-def _signature(settings: Settings) -> Any:
+def _signature(defaults: Mapping[str, Any]) -> Any:
+    """Prompts in, PNGs out; `defaults` are the model's own, because MLflow fills in what a caller leaves out."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
-    own = settings.sampling
     return ModelSignature(
         inputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed", required=False)]),
         outputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "png")]),
         params=ParamSchema([
-            ParamSpec("steps", "long", own.steps),
-            ParamSpec("guidance", "double", own.guidance),
-            ParamSpec("sampler", "string", own.sampler),
+            ParamSpec("steps", "long", defaults["steps"]),
+            ParamSpec("guidance", "double", defaults["guidance"]),
+            ParamSpec("sampler", "string", defaults["sampler"]),
             ParamSpec("seed", "long", 0),
         ]),
     )  # fmt: skip
@@ -291,6 +323,7 @@ def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
     keys = pd.read_csv(root / "reports/bounds.csv", dtype={"key": str})["key"].sort_values()
     identity = {key: metrics.get(key) for key in ("image", "test_images", "fd_name", "fd_n", "fd_dim")}
     identity |= settings.evaluate.model_dump() | {"seed": settings.seed}
+    identity |= {name: getattr(settings.data, name) for name in ("val_fraction", "test_fraction")}
     identity["test_keys"] = content_hash("\n".join(keys).encode())
     return {
         "ldm.evaluation": json.dumps(identity, sort_keys=True),
@@ -307,6 +340,10 @@ def _decide(root: Path, challenger: Version, champion: Version | None, level: fl
     ours, theirs = challenger.tags.get(IMAGE), champion.tags.get(IMAGE)
     if ours != theirs:
         reason = f"not comparable: its images are {ours}, those of champion version {champion.version} are {theirs}"
+        return _undecided(level, f"{reason}; `ldm registry promote {challenger.version}` decides by hand"), None
+    test, held_out = (json.loads(found.tags["ldm.evaluation"]) for found in (challenger, champion))
+    if test["test_fraction"] > held_out["test_fraction"] + held_out["val_fraction"]:
+        reason = f"not comparable: champion version {champion.version} was trained on some of its test images"
         return _undecided(level, f"{reason}; `ldm registry promote {challenger.version}` decides by hand"), None
     frame = compare(root, champion.version)
     return decide(frame["challenger"], frame["champion"], level), frame

@@ -111,7 +111,8 @@ class Run:
         return True
 
     def _close(self, status: str) -> None:
-        if self._client is not None and self._deliver():
+        if self._client is not None:
+            self._deliver()
             self._attempt("its status was not stored", lambda: self._client.set_terminated(self.id, status))
 
     def _attempt(self, what: str, call: Callable[[], Any]) -> bool:

@@ -1,5 +1,6 @@
 """Registering, looking up, gating and serving a tiny model in a real MLflow store."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -106,7 +107,7 @@ def test_the_same_files_are_registered_once(root: Path, models: dict[str, Latent
     write_outs(root, models["poor"])
     first = registry.register(root)
     assert first == registry.Registered(1, created=True)
-    (root / "dvc.lock").write_text("another commit, the same weights")
+    (root / "dvc.lock").write_text("schema: '2.0'  # another commit, the same weights")
     assert registry.register(root) == registry.Registered(1, created=False)
     write_outs(root, models["good"])
     assert registry.register(root) == registry.Registered(2, created=True)
@@ -143,7 +144,7 @@ def test_the_gate_lets_the_better_model_through_and_decides_once(root: Path, mod
     assert registry.rollback() == 1
     assert aliases(root) == {"champion": 1, "previous": 2, "challenger": 2}
     again = registry.gate_and_promote(root, 2)  # the next night, nothing changed: what was rolled back stays so
-    assert not again.promote and "decided before" in again.reason
+    assert not again.promote and "was champion before" in again.reason
     assert aliases(root)["champion"] == 1
 
 
@@ -160,6 +161,48 @@ def test_the_gate_keeps_a_worse_model_out_until_someone_says_so(root: Path, mode
     assert aliases(root) == {"champion": 2, "previous": 1, "challenger": 2}
     registry.promote(2)  # again changes nothing: previous stays
     assert aliases(root)["previous"] == 1
+
+
+def test_what_changed_since_the_last_repro_is_not_registered(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    """A version's stored settings and metrics are those that made it."""
+    write_outs(root, models["poor"])
+    settings = yaml.safe_load((root / "params.yaml").read_text())
+    metrics = root / "reports/metrics.json"
+    out = {"path": "reports/metrics.json", "md5": hashlib.md5(metrics.read_bytes()).hexdigest()}
+    stage = {"params": {"params.yaml": {"train_unet.lr": settings["train_unet"]["lr"]}}, "outs": [out]}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"evaluate": stage}}))
+    settings["train_unet"]["lr"] *= 2
+    (root / "params.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match=r"params\.yaml: train_unet\.lr changed since stage evaluate ran"):
+        registry.register(root)
+    settings["train_unet"]["lr"] /= 2
+    (root / "params.yaml").write_text(yaml.safe_dump(settings))
+    metrics.write_text(metrics.read_text() + " ")
+    with pytest.raises(InputError, match=r"metrics\.json: changed since stage evaluate wrote it"):
+        registry.register(root)
+    assert registry.versions().empty
+
+
+def test_an_alias_lost_to_a_kill_is_set_by_the_next_run(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["poor"])
+    registry.register(root)
+    from mlflow.tracking import MlflowClient
+
+    MlflowClient().delete_registered_model_alias("ldm", "challenger")
+    assert aliases(root) == {}
+    registry.register(root)
+    assert aliases(root) == {"challenger": 1}
+
+
+def test_a_champion_that_someone_replaced_does_not_come_back_by_itself(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["poor"])
+    registry.gate_and_promote(root, registry.register(root).version)
+    write_outs(root, models["good"])
+    assert registry.gate_and_promote(root, registry.register(root).version).promote
+    registry.promote(1)
+    again = registry.gate_and_promote(root, registry.register(root).version)
+    assert not again.promote and "was champion before version 1" in again.reason
+    assert aliases(root)["champion"] == 1
 
 
 def test_models_of_other_images_are_not_compared(root: Path, models: dict[str, LatentDiffusion]) -> None:

@@ -2,4 +2,4 @@
 
 from ldm._lazy import exports
 
-__getattr__, __all__ = exports(__name__, {"Bound": "bound", "elbo": "elbo"})
+__getattr__, __all__ = exports(__name__, {"Bound": "bound", "elbo": "elbo", "whole_bound": "bound"})

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ldm.errors import InputError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # by content: a suffix proves nothing, and Pillow's EPS runs a program
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
@@ -67,6 +68,8 @@ def _from_table(path: Path, found: set[str]) -> pd.DataFrame:
     for number, row in enumerate(zip(table.file_name, table.text, strict=True), start=1):
         if not all(isinstance(value, str) for value in row):
             raise InputError(f"{path}: row {number}: file_name and text must be strings, found {row[0]!r} and {row[1]!r}")
+    if "label" in table:
+        table["label"] = _labels(path, table.label)
     duplicated = table.file_name[table.file_name.duplicated()]
     if len(duplicated):
         raise InputError(f"{path}: {duplicated.iloc[0]!r} has more than one row; keep one caption an image")
@@ -85,6 +88,14 @@ def _from_table(path: Path, found: set[str]) -> pd.DataFrame:
     return table.sort_values("file_name", ignore_index=True)
 
 
+def _labels(path: Path, labels: pd.Series) -> pd.Series:
+    """Labels as text; a label here and none there is a mistake."""
+    missing = labels.isna() | (labels.astype(str).str.strip() == "")
+    if missing.any():
+        raise InputError(f"{path}: row {int(missing.argmax()) + 1} has no label; give every image one, or drop the column")
+    return labels.astype(str)
+
+
 def _from_sidecars(folder: Path, found: list[str]) -> pd.DataFrame:
     captions = []
     for name in found:
@@ -101,13 +112,27 @@ def _from_sidecars(folder: Path, found: list[str]) -> pd.DataFrame:
 def decode(blob: bytes, *, channels: int) -> Image.Image:
     """Decode an image file to greyscale (`channels` 1) or RGB (3), upright; `UnreadableImage` says why not."""
     try:
-        with Image.open(io.BytesIO(blob)) as image:
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("L" if channels == 1 else "RGB")
+        with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
+            return _to_eight_bits(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
     except UnidentifiedImageError:  # its message holds a memory address, which would differ between runs
         raise UnreadableImage("not an image of a known format" if blob else "the file is empty") from None
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UnreadableImage(f"{type(error).__name__}: {error}") from None
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit greys scaled to 8, transparency composited on white; other modes as they are."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise UnreadableImage(f"{image.mode} pixels from {values.min()} to {values.max()}; 8 or 16 bits are read")
+        return Image.fromarray((values // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise UnreadableImage("floating-point pixels; 8 or 16 bits are read")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
+    return image
 
 
 def fit_square(image: Image.Image, size: int, resize_filter: str) -> Image.Image:

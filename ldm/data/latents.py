@@ -44,6 +44,7 @@ def write_latents(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     files, moments, done = [], _Moments(), 0
+    progress(done)
     for split in ("train", "val"):
         reader = open_shards(shards, split)
         for shard, positions in reader.shard_positions():

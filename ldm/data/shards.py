@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import webdataset
 
 from ldm.data import images
 from ldm.errors import InputError
@@ -65,7 +64,7 @@ def write_shards(
     `max_bad_fraction` unreadable images, and for a split with fewer than `SMALLEST_SPLIT`; `out` is untouched then.
     """
     table = images.list_images(folder)
-    prompts = _prompts(folder)
+    prompts = _prompts(folder, table)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -163,6 +162,8 @@ def _encode(folder: Path, row: dict[str, Any], digest: str, preprocessing: dict[
 
 def _write_tar(path: Path, samples: Iterator[dict[str, Any]]) -> np.ndarray:
     """Write one tar; returns offset and size of each part, int64 (N, 2 * len(PARTS))."""
+    import webdataset  # only to write: a machine that trains on shards need not have it
+
     with webdataset.TarWriter(str(path), user="", group="", mtime=0, encoder=False) as tar:
         for sample in samples:
             tar.write(sample)
@@ -174,17 +175,20 @@ def _write_tar(path: Path, samples: Iterator[dict[str, Any]]) -> np.ndarray:
     return np.array([[n for part in PARTS for n in place[part]] for place in places.values()], dtype=np.int64)
 
 
-def _prompts(folder: Path) -> Path | None:
+def _prompts(folder: Path, table: pd.DataFrame) -> Path | None:
     """The source's optional `prompts.csv` (`text,label`: prompts to evaluate that no caption contains)."""
     source = folder / "prompts.csv"
     if not source.is_file():
         return None
     try:
-        columns = pd.read_csv(source, dtype=str, keep_default_na=False).columns
+        prompts = pd.read_csv(source, dtype=str, keep_default_na=False)
     except ValueError as error:
         raise InputError(f"{source}: not readable as a table: {error}") from None
-    if not {"text", "label"} <= set(columns):
-        raise InputError(f"{source}: expected columns text,label; found {', '.join(columns)}")
+    if not {"text", "label"} <= set(prompts.columns):
+        raise InputError(f"{source}: expected columns text,label; found {', '.join(prompts.columns)}")
+    unknown = sorted(set(prompts.label) - set(table.get("label", [])))
+    if unknown:
+        raise InputError(f"{source}: label {unknown[0]!r} is no image's label; mend it, or label the images")
     return source
 
 

@@ -25,6 +25,7 @@ def image_bounds(
     """
     captions = samples.captions
     frames = []
+    progress(0)
     for start in range(0, len(samples), batch_size):
         rows = captions.iloc[start : start + batch_size]
         pixels = torch.from_numpy(samples.images(range(start, start + len(rows))))

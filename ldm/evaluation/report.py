@@ -67,13 +67,11 @@ def write_report(
     title: str,
     metrics: Mapping[str, float | str],
     figures: Sequence[Figure],
-    tables: Mapping[str, DataFrame],
     settings: Mapping[str, Any],
 ) -> None:
     """Write the report of one evaluation. `metrics` as in `reports/metrics.json`; what is absent is left out."""
     body = [f"<p>{_summary(metrics)}</p>", f'<div class="cards">{"".join(_cards(metrics))}</div>', _terms(metrics)]
     body += [f"<h2>{escape(figure.title)}</h2>{_figure(figure)}" for figure in figures]
-    body += [f"<h2>{escape(name)}</h2>{table(frame)}" for name, frame in tables.items()]
     rows = DataFrame(_flat(settings), columns=["setting", "value"])
     numbers = DataFrame([(key, format_value(metrics[key])) for key in sorted(metrics)], columns=["metric", "value"])
     body.append(f"<details><summary>Settings</summary>{table(rows, 'settings')}</details>")
@@ -167,7 +165,7 @@ def _cards(metrics: Mapping[str, Any]) -> Iterable[str]:
             "Unseen phrasings followed",
             f"{metrics['unseen_prompt_accuracy']:.1%}",
             "of samples",
-            "The same with prompts in words that no caption of the training data uses.",
+            "The same with prompts that no caption says in these words.",
         )
     if has("variance_ratio"):
         yield card(

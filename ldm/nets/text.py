@@ -40,7 +40,7 @@ class TextEncoder:
 
     @classmethod
     def from_pretrained(cls, name: str, max_tokens: int, sha256: str | None = None) -> "TextEncoder":
-        """Load `minilm` (shipped in a wheel), a local folder, or a hub id.
+        """Load `minilm` (shipped in a wheel), a local folder, or `ID@COMMIT` from the hub.
 
         Raises `InputError` where it cannot be found, or where its hash is not `sha256`.
         """
@@ -48,7 +48,8 @@ class TextEncoder:
         encoder = cls(folder, name, max_tokens)
         if sha256 is not None and encoder.sha256 != sha256:
             raise InputError(
-                f"text encoder {name!r}: its weights have sha256 {encoder.sha256}, the model was trained with {sha256}"
+                f"text encoder {name!r}: its weights have sha256 {encoder.sha256}, the model was trained with {sha256}; "
+                "restore them, or embed the captions again (dvc repro --force cache_latents)"
             )
         return encoder
 
@@ -91,12 +92,18 @@ def _locate(name: str) -> Path:
         return folder
     if Path(name).is_dir():
         return Path(name)
+    repository, _, commit = name.partition("@")
+    if not commit:  # a hub id alone names something else tomorrow
+        raise InputError(f"text.encoder {name!r}: neither a folder here nor a hub id with a commit, written ID@COMMIT")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        files = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=files))
     except Exception as error:  # the hub's client raises many kinds; each means that the name leads nowhere
-        raise InputError(f"text.encoder {name!r}: neither a folder here nor loadable from the hub ({error})") from None
+        raise InputError(
+            f"text.encoder {name!r}: neither a folder here nor loadable from the hub ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _hash(folder: Path) -> str:

@@ -6,6 +6,7 @@ enter here and not in training, so that changing them trains nothing again.
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ldm.errors import InputError
 from ldm.evaluation.bounds import image_bounds
 from ldm.evaluation.features import PixelPCA
 from ldm.evaluation.fidelity import Judge, psnr, variance_ratio
-from ldm.evaluation.frechet import frechet_distance
+from ldm.evaluation.frechet import frechet_distance, kernel_distance
 from ldm.evaluation.plots import image_grid, loss_curves
 from ldm.evaluation.report import Figure, write_report
 from ldm.hashing import canonical_json, folder_hash
@@ -48,10 +49,10 @@ def run(root: Path) -> None:
     (root / "reports/plots").mkdir(parents=True, exist_ok=True)
     with stage_run("evaluate", params) as tracker:
         metrics, figures = bound_metrics(root, settings, model, test)
-        for part, more in (reconstruct(root, model, test), draw(root, settings, model, train, test)):
+        for part, more in (reconstruct(root, settings, model, test), draw(root, settings, model, train, test)):
             metrics |= part
             figures += more
-        report(root, settings, metrics, figures)
+        report(root, settings, model, metrics, figures)
         tracker.log({name: float(value) for name, value in metrics.items() if not isinstance(value, str)}, 0)
         for figure in figures:
             tracker.artifact(Path(figure.png_path), "plots")
@@ -90,9 +91,9 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
     }, []
 
 
-def reconstruct(root: Path, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
+def reconstruct(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
     """How closely the autoencoder alone gives test images back."""
-    pixels = test.images(range(min(len(test), REAL)))
+    pixels = test.images(order(seed_for(settings.seed, "real"), len(test), 0, min(len(test), REAL)))
     parts = torch.from_numpy(pixels).split(256)
     back = torch.cat([model.decode(model.encode(part).mean) for part in parts]).numpy()
     path = root / "reports/plots/reconstructions.png"
@@ -125,22 +126,23 @@ def draw(
     counts = (pd.Series(known_labels).value_counts(), prompts.label.value_counts())
     if set.intersection(*(set(count.index[count >= 2]) for count in counts)):  # else no label has a variance
         metrics["variance_ratio"] = variance_ratio(known, known_labels, drawn, prompts.label.tolist())
-    if len(train.prompts):
-        unseen = balanced(train.prompts, settings.evaluate.unseen_samples)
+    new = train.prompts[~train.prompts.text.isin([*captions.text, *test.captions.text])]
+    if len(new):
+        unseen = balanced(new, settings.evaluate.unseen_samples)
         images = model.sample(unseen.text.tolist(), seed=seed_for(settings.seed, "evaluate unseen")).numpy()
         metrics["unseen_prompt_accuracy"] = judge.accuracy(images, unseen.label.to_numpy())
         path = root / "reports/plots/unseen_prompts.png"
-        figures.append(
-            grid(path, "Unseen phrasings", "Prompts in words that no caption of the training data uses.", unseen, images)
-        )
+        figures.append(grid(path, "Unseen phrasings", "Prompts that no caption says in these words.", unseen, images))
     return metrics, figures
 
 
 def labelled(captions: pd.DataFrame) -> pd.DataFrame | None:
-    """Distinct captions with their labels, or None where the data has fewer than two labels."""
-    if "label" not in captions or captions.label.nunique() < 2:
+    """Distinct captions that stand for one label, with it; None where they tell fewer than two labels apart."""
+    if "label" not in captions:
         return None
-    return captions[["text", "label"]].drop_duplicates("text", ignore_index=True)
+    distinct = captions[["text", "label"]].drop_duplicates()
+    told = distinct[~distinct.text.duplicated(keep=False)].reset_index(drop=True)
+    return told if told.label.nunique() > 1 else None
 
 
 def balanced(prompts: pd.DataFrame, count: int) -> pd.DataFrame:
@@ -152,16 +154,19 @@ def balanced(prompts: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def distance(features: int, known: np.ndarray, real: np.ndarray, drawn: np.ndarray) -> Metrics:
-    """Fréchet distance of equally many samples and test images, beside that of training and test images.
+    """Fréchet and kernel distance of equally many samples and test images, beside that of training and test images.
 
     Real images come in random order, so that the first `count` stand for all.
     """
     count = min(len(real), len(drawn), len(known))
     dim = min(features, count - 1, known[0].size)
     extract = PixelPCA.fit(known, dim)
-    at = extract(real[:count])
+    at, samples = extract(real[:count]), extract(drawn[:count])
+    kernel, error = kernel_distance(samples, at)
     return {
-        "fd": frechet_distance(extract(drawn[:count]), at),
+        "kd": kernel,
+        "kd_se": error,
+        "fd": frechet_distance(samples, at),
         "fd_floor": frechet_distance(extract(known[:count]), at),
         "fd_name": extract.name,
         "fd_n": count,
@@ -181,7 +186,7 @@ def grid(path: Path, title: str, caption: str, prompts: pd.DataFrame, images: np
     return Figure(title, caption, path)
 
 
-def report(root: Path, settings: Settings, metrics: Metrics, figures: list[Figure]) -> None:
+def report(root: Path, settings: Settings, model: LatentDiffusion, metrics: Metrics, figures: list[Figure]) -> None:
     """Write `metrics.json` and the self-contained `report.html`, with the loss curves of both trainings."""
     (root / "reports/metrics.json").write_text(canonical_json(metrics))
     curves = []
@@ -195,8 +200,14 @@ def report(root: Path, settings: Settings, metrics: Metrics, figures: list[Figur
         title="Latent diffusion model: evaluation",
         metrics=metrics,
         figures=[*figures, *curves],
-        tables={},
-        settings=settings.model_dump(exclude={"registry"}),
+        settings={
+            "seed": settings.seed,
+            "sampling": settings.sampling.model_dump(),
+            "evaluate": settings.evaluate.model_dump(),
+            "model": {name: value for name, value in asdict(model.recipe).items() if name != "sampling"},
+            "autoencoder": model.autoencoder.config,
+            "unet": model.unet.config,
+        },
     )
 
 

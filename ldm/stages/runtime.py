@@ -1,5 +1,6 @@
 """What every stage process shares: its entry point, its end, its device, its work folder, its progress lines."""
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -116,9 +117,10 @@ class Progress:
 
     INTERVAL = 5.0  # seconds between plain lines
 
-    def __init__(self, label: str, total: int, done: int = 0):
+    def __init__(self, label: str, total: int):
         self.label, self.total = label, total
-        self._start, self._first, self._printed = time.monotonic(), done, 0.0
+        self._origin: tuple[float, int] | None = None  # when and where the first call found the work
+        self._printed = 0.0
         self._bar: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -127,12 +129,18 @@ class Progress:
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
             self._bar = Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True))
-            self._task = self._bar.add_task(label, total=total, completed=done, rate="", note="")
+            self._task = self._bar.add_task(label, total=total, rate="", note="")
             self._bar.start()
+            atexit.register(self._bar.stop)  # also after a failure, or the terminal keeps a hidden cursor
 
     def __call__(self, done: int, metrics: dict[str, float] | None = None) -> None:
+        """`done` of the total are through. The first call says where the work stands before it begins."""
         now = time.monotonic()
-        rate = (done - self._first) / max(now - self._start, 1e-9)
+        if self._origin is None:
+            self._origin = now, done
+            return
+        start, first = self._origin
+        rate = (done - first) / max(now - start, 1e-9)
         note = " ".join(f"{name} {value:.4g}" for name, value in list((metrics or {}).items())[:3])
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=f"{rate:,.0f} images/s", note=note)
@@ -142,7 +150,3 @@ class Progress:
             self._printed = now
             left = (self.total - done) / max(rate, 1e-9)
             print(f"{self.label}: {done:,}/{self.total:,} images  {rate:,.0f} images/s  {left:.0f} s left  {note}", flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()

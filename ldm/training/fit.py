@@ -90,6 +90,7 @@ def fit(
     resumed = run.resume()
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
+    progress(resumed, {})
     for images_seen in range(resumed, schedule.images, schedule.batch_size):
         for group, multiplier in zip(optimizer.param_groups, multipliers, strict=True):
             group["lr"] = multiplier * learning_rate(schedule, images_seen)

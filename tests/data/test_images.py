@@ -36,20 +36,55 @@ def put(folder: Path, *names: str) -> None:
 
 def test_metadata_csv_keeps_further_columns_and_sorts_by_file_name(tmp_path: Path) -> None:
     put(tmp_path, "b c.png", "a.JPG", "sub/ü.webp")
-    (tmp_path / "metadata.csv").write_text('file_name,text,label\nsub/ü.webp,"one, two",01\na.JPG,NA,\nb c.png,"new\nline",x\n')
+    (tmp_path / "metadata.csv").write_text('file_name,text,label\nsub/ü.webp,"one, two",01\na.JPG,NA,NA\nb c.png,"new\nline",x\n')
     table = list_images(tmp_path)
     assert table.to_dict("records") == [
-        {"file_name": "a.JPG", "text": "NA", "label": ""},
+        {"file_name": "a.JPG", "text": "NA", "label": "NA"},
         {"file_name": "b c.png", "text": "new\nline", "label": "x"},
         {"file_name": "sub/ü.webp", "text": "one, two", "label": "01"},
     ]
 
 
-def test_metadata_jsonl_keeps_types(tmp_path: Path) -> None:
+def test_metadata_jsonl_keeps_types_but_makes_labels_text(tmp_path: Path) -> None:
+    """`prompts.csv` and class folders have text labels, and 3 is not "3"."""
     put(tmp_path, "a.png", "b.png")
-    rows = [{"file_name": "b.png", "text": "2020", "label": 3}, {"file_name": "a.png", "text": "x\u2028y", "label": 1}]
+    first, second = {"file_name": "b.png", "text": "2020"}, {"file_name": "a.png", "text": "x\u2028y"}
+    rows = [first | {"label": 3, "n": 3}, second | {"label": 1, "n": 1}]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    assert list_images(tmp_path).to_dict("records") == rows[::-1]
+    assert list_images(tmp_path).to_dict("records") == [row | {"label": str(row["label"])} for row in rows[::-1]]
+
+
+@pytest.mark.parametrize("row", ['{"file_name": "a.png", "text": "x"}', '{"file_name": "a.png", "text": "x", "label": ""}'])
+def test_a_label_here_and_none_there_is_refused(row: str, tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "y", "label": 3}\n' + row + "\n")
+    with pytest.raises(InputError, match=r"metadata\.jsonl: row 2 has no label"):
+        list_images(tmp_path)
+
+
+def test_sixteen_bit_greys_are_scaled(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "ramp.png")
+    read = to_array(decode((tmp_path / "ramp.png").read_bytes(), channels=1))[0]
+    np.testing.assert_allclose(read, values / 257, atol=1)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_composited_on_white(mode: str, tmp_path: Path) -> None:
+    image = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    image.putpixel((0, 0), (0, 0, 0, 255))
+    image.convert(mode).save(tmp_path / "x.png")
+    read = to_array(decode((tmp_path / "x.png").read_bytes(), channels=3))
+    assert read[:, 0, 0].tolist() == [0, 0, 0] and (read[:, 1, :] == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "GIF"])
+def test_other_formats_are_refused_whatever_their_suffix(kind: str) -> None:
+    """Pillow would run Ghostscript on an EPS that calls itself a PNG."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, kind)
+    with pytest.raises(UnreadableImage, match="not an image of a known format"):
+        decode(file.getvalue(), channels=3)
 
 
 def test_sidecars_and_class_folders(tmp_path: Path) -> None:

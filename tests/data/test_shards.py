@@ -156,9 +156,9 @@ def test_a_column_named_key_does_not_replace_the_samples(source: Path, tmp_path:
 def test_prompts_travel_with_the_shards(source: Path, tmp_path: Path) -> None:
     write_shards(source, tmp_path / "without", **OPTIONS)
     assert open_shards(tmp_path / "without").prompts.columns.tolist() == ["text", "label"]
-    (source / "prompts.csv").write_text("text,label\nan unseen 7,07\n")
+    (source / "prompts.csv").write_text("text,label\nan unseen 7,7\n")
     write_shards(source, tmp_path / "with", **OPTIONS)
-    assert open_shards(tmp_path / "with").prompts.to_dict("records") == [{"text": "an unseen 7", "label": "07"}]
+    assert open_shards(tmp_path / "with").prompts.to_dict("records") == [{"text": "an unseen 7", "label": "7"}]
 
 
 # splits
@@ -254,6 +254,7 @@ FAILURES = {
     "too many unreadable": (too_many_bad, ["9 of 40", "data.max_bad_fraction 0.2", "'000.png'"]),
     "an empty split": (no_test_images, ["3 images leave fewer than 2", "split", "data.val_fraction"]),
     "prompts without labels": (lambda source: (source / "prompts.csv").write_text("text\nx\n"), ["prompts.csv", "found text"]),
+    "prompts of no label": (lambda source: (source / "prompts.csv").write_text("text,label\nx,zzz\n"), ["prompts.csv", "'zzz'"]),
     "prompts that are no table": (lambda source: (source / "prompts.csv").write_text(""), ["prompts.csv", "not readable"]),
 }  # fmt: skip
 

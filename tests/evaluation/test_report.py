@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -70,7 +69,6 @@ def write(folder: Path, **changes: Any) -> str:
         "title": "Latent diffusion on digits",
         "metrics": METRICS,
         "figures": [Figure("Samples", "One row per prompt.", png)],
-        "tables": {"Prompts": pd.DataFrame({"prompt": ["a seven", "a two"], "accuracy": [0.95, 1 / 3]})},
         "settings": {"seed": 7, "unet": {"channels": [64, 128], "lr": 0.0003141592653}},
     }
     write_report(folder / "report.html", **(given | changes))
@@ -92,8 +90,6 @@ def test_headline_terms_and_settings_are_there_in_order(tmp_path: Path) -> None:
         "-1,664.9",
         "2.510 bits/dim",
         "One row per prompt.",
-        "0.950",
-        "0.333",
         "unet.channels 64, 128",
         "unet.lr 0.0003141592653",
     ]
@@ -128,7 +124,6 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
         title=nasty,
         metrics=METRICS | {"image": nasty, "fd_name": nasty},
         figures=[Figure(nasty, nasty, tmp_path / "figure.png")],
-        tables={nasty: pd.DataFrame({nasty: [nasty]})},
         settings={nasty: {nasty: [nasty]}},
     )
     reader = Reader(source)
@@ -138,7 +133,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
 
 
 def test_absent_metrics_leave_no_card(tmp_path: Path) -> None:
-    source = write(tmp_path, metrics={"bits_per_dim": 3.0, "test_images": 12}, figures=[], tables={}, settings={})
+    source = write(tmp_path, metrics={"bits_per_dim": 3.0, "test_images": 12}, figures=[], settings={})
     text = Reader(source).text
     assert "3.000 bits/dim" in text
     for word in ("Prompts followed", "FD-", "PSNR", "Variety", "What the bound is made of", "nan", "None"):

@@ -1,7 +1,9 @@
 """The flow on a small project, with Prefect, DVC and MLflow as they are."""
 
 import asyncio
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -135,3 +137,24 @@ def test_help_reads_like_a_short_manual() -> None:
     for module in ("flows.pipeline", "flows.serve"):
         done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_ldm_run_that_is_signalled_ends_with_all_it_started(
+    number: signal.Signals, code: int, project: Path, main: Callable[[], int], gone: Callable[[int], bool]
+) -> None:
+    """The command itself, from outside: no stage outlives it, and its MLflow run says what happened."""
+    (project / "knob.txt").write_text("train_unet sleep")
+    command = [Path(sys.executable).with_name("ldm"), "run"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pid = project / "train_unet.pid"
+    while not pid.exists() or not pid.read_text():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    time.sleep(1)
+    (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)  # Ctrl-C reaches all of a terminal's group
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == code, err
+    assert gone(int(pid.read_text()))
+    assert statuses() == ["KILLED"]
+    assert number != signal.SIGINT or "continues where this stopped" in err

@@ -179,7 +179,7 @@ def test_a_hash_names_weights_configuration_and_tokenizer(bert):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"text\.encoder .*no-such-encoder.*neither a folder here nor loadable"):
+    with pytest.raises(InputError, match=r"text\.encoder .*no-such-encoder.*neither a folder here nor a hub id with a commit"):
         TextEncoder.from_pretrained(str(tmp_path / "no-such-encoder"), 12)
 
 

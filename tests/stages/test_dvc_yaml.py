@@ -1,5 +1,6 @@
 """dvc.yaml must name everything a stage depends on, or DVC would take a stale result for a fresh one."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -46,9 +47,9 @@ def test_importing_a_stage_loads_no_module_beyond_its_dependencies(stage):
     assert {os.path.relpath(file, ROOT) for file in loaded} <= set(STAGES[stage]["deps"])
 
 
-def test_stages_run_with_prefect_dvc_and_mlflow_absent(tmp_path):
+def test_stages_load_where_the_orchestration_is_absent(tmp_path):
     """The training core starts on a machine that has none of the orchestration installed."""
-    for name in ("prefect", "dvc", "mlflow"):
+    for name in ("prefect", "dvc", "mlflow", "webdataset"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')")
     code = f"import {', '.join(f'ldm.stages.{stage}' for stage in STAGES)}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True)
@@ -61,3 +62,16 @@ def test_params_named_in_dvc_yaml_exist():
             value = params
             for part in name.split("."):
                 value = value[part]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_reads_no_setting_that_dvc_yaml_does_not_name(stage):
+    """Every `settings.a.b` of the stage's own module (others get values, never the settings) lies in one of its params."""
+    tree = ast.parse((ROOT / f"ldm/stages/{stage}.py").read_text())
+    chains = {ast.unparse(node).removeprefix("settings.") for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+              and ast.unparse(node).startswith("settings.")}  # fmt: skip
+    read = {chain for chain in chains if not any(other.startswith(chain + ".") for other in chains)}
+    params = STAGES[stage].get("params", [])
+    assert {chain for chain in read if not any(f"{chain}.".startswith(f"{param}.") for param in params)} == set()
+    unused = {param for param in params if not any(f"{chain}.".startswith(f"{param}.") for chain in read)}
+    assert unused == set()

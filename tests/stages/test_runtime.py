@@ -274,7 +274,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_progress_is_a_plain_line_every_few_seconds(
     clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    progress = Progress("train_vae", 10_000, done=2_000)
+    progress = Progress("train_vae", 10_000)
+    progress(2_000)  # resumed here: what an earlier process did counts neither for the rate nor for the time left
     for second in range(1, 9):
         clock[0] = 100.0 + second
         progress(2_000 + 1_000 * second, {"loss": 0.25, "elbo_nats": -1234.5, "kl_nats": 30.0, "lr": 0.1})
@@ -293,7 +294,7 @@ def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     progress = Progress("train_vae", 10)
-    for done in range(1, 11):
+    for done in range(11):
         progress(done, {"loss": 0.25})
     assert all(words in terminal.getvalue() for words in ("train_vae", "10/10", "images/s", "loss 0.25"))
     assert capsys.readouterr().out == ""
