@@ -28,7 +28,7 @@ lint: install
 	lint-imports
 
 bench: install        ## speed as ratios against peers; see tests/benchmarks
-	python -m pytest tests/benchmarks -o addopts="--import-mode=importlib -s" -o timeout=0
+	OMP_NUM_THREADS=$$(nproc) python -m pytest tests/benchmarks -o addopts="--import-mode=importlib -s" -o timeout=0
 
 ui: install           ## MLflow at http://127.0.0.1:5000, Prefect at http://127.0.0.1:4200; ctrl-C ends both
 	trap 'kill 0' INT TERM; mlflow ui --port 5000 & prefect server start & wait
