@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from ldm.model import LatentDiffusion
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # an argument that ends so is meant as a file
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 registry_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(registry_app, name="registry", help="Registered models: list, show, register, promote, roll back.")
@@ -101,9 +99,11 @@ def interpolate(
     Example: `ldm interpolate "a handwritten three" "a handwritten eight" -n 8 --out walk.png`
     """
     _check_out(out)
+    from ldm.data.images import SUFFIXES
+
     files = [Path(end).is_file() for end in (a, b)]
     for end, is_file in zip((a, b), files, strict=True):
-        if not is_file and Path(end).suffix.lower() in IMAGES:
+        if not is_file and Path(end).suffix.lower() in SUFFIXES:  # so it is meant as a file
             raise InputError(f"{end}: no such file")
     if files[0] != files[1]:
         raise InputError(f"{a!r} and {b!r}: one is a file and one is not; give two images or two prompts")
