@@ -1,4 +1,4 @@
-"""The command line: `ldm run`, `ldm sample`, `ldm interpolate`, `ldm registry …`. `ldm COMMAND --help` explains each."""
+"""The command line: `ldm run`, `ldm sample`, `ldm interpolate`, `ldm data …`, `ldm registry …`. `--help` explains each."""
 
 import os
 import sys
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(data_app, name="data", help="Images and shards: check, stats, ingest, purge.")
 registry_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(registry_app, name="registry", help="Registered models: list, show, register, promote, roll back.")
 
@@ -111,6 +113,45 @@ def interpolate(
     first, last = (_read_image(end, loaded) for end in (a, b)) if files[0] else (a, b)
     images = loaded.interpolate(first, last, n, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     _write(images, out, None)
+
+
+@data_app.command()
+def check(path: Annotated[Path, typer.Argument(help="A folder of shards.")] = Path("data/shards")) -> None:
+    """Verify every hash and offset of a shard folder, and decode every image. Exit code 1 where something is wrong.
+
+    Example: `ldm data check data/shards`
+    """
+    from ldm.data.inspect import check_shards
+
+    problems = 0
+    for problem in check_shards(path):
+        print(problem)
+        problems += 1
+    if problems:
+        print(f"{problems} problems; run the `shard` stage again: dvc repro --force shard", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"{path}: every hash, offset and image is as the index says")
+
+
+@data_app.command()
+def stats(
+    path: Annotated[Path, typer.Argument(help="A folder of shards, of images or of tars.")] = Path("data/shards"),
+    sheet: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("contact_sheet.png"),
+) -> None:
+    """Counts, sizes and caption lengths of a collection, before or after sharding, and a contact sheet of some images.
+
+    Example: `ldm data stats data/raw/source`
+    """
+    _check_out(sheet)
+    from ldm.data.inspect import inspect
+    from ldm.evaluation.plots import image_grid
+
+    found = inspect(path)
+    for name, value in found.summary().items():
+        print(f"{name:<12}{value}")
+    if len(found.sheet):
+        image_grid(found.sheet, min(8, len(found.sheet)), sheet)
+        print(f"{'sheet':<12}{sheet}")
 
 
 @registry_app.command("list")

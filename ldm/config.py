@@ -25,10 +25,16 @@ class Section(BaseModel):
 
 
 class Data(Section):
+    source: Annotated[str, Field(pattern=r"^(digits|huggingface:.+)$")]  # what the `source` stage writes to data/raw/source
     path: Annotated[str, Field(min_length=1)]  # folder of images with captions, relative to the project root or absolute
-    image_size: Positive  # pixels; images are scaled to cover a square and cropped at its centre
+    image_size: Positive  # pixels, the side of the square that models see
+    margin: Annotated[int, Field(ge=0)]  # pixels stored beyond image_size, for the autoencoder's random crops
     channels: Literal[1, 3]  # greyscale or RGB
+    fit: Literal["cover", "contain", "stretch"]  # how an image becomes square
     resize_filter: Literal["lanczos", "bicubic", "bilinear", "box"]
+    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]  # behind transparency, and beside a contained image
+    min_side: Positive  # pixels; smaller images are quarantined
+    max_pixels: Annotated[int, Field(gt=0, le=178_956_970)]  # larger ones too; Pillow itself refuses beyond this bound
     val_fraction: Fraction
     test_fraction: Fraction
     shard_size: Positive  # images per shard at most
@@ -70,6 +76,12 @@ class Optimizer(Section):
 
 class TrainVae(Optimizer):
     beta: Annotated[float, Field(ge=0)]  # weight of the KL term in the objective; reported ELBOs have beta = 1
+    flip: bool  # half of the images are mirrored, at random
+    shuffle: Literal["global", "shard"]  # "shard" reads shard by shard, for shards that do not fit on this disk
+
+
+class CacheLatents(Section):
+    flip: bool  # training images are encoded a second time, mirrored
 
 
 class Unet(Section):
@@ -123,6 +135,7 @@ class Settings(Section):
     text: Text
     autoencoder: Autoencoder
     train_vae: TrainVae
+    cache_latents: CacheLatents
     unet: Unet
     diffusion: Diffusion
     train_unet: TrainUnet

@@ -1,8 +1,6 @@
 """The trained system as one object: autoencoder, likelihood, U-Net, text encoder and what ties them together."""
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,7 @@ from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.noise import karras_sigmas, noise_levels
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import InputError
+from ldm.files import replacing
 from ldm.hashing import canonical_json
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.nets.text import TextEncoder, trim
@@ -79,15 +78,11 @@ class LatentDiffusion:
         folder = Path(folder)
         if folder.exists() and not (folder / "model.json").is_file() and (folder.is_file() or any(folder.iterdir())):
             raise InputError(f"{folder}: exists and is not a saved model; name another folder")
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self.autoencoder.save_pretrained(partial / "autoencoder")
-        self.likelihood.save_pretrained(partial / "autoencoder")
-        self.unet.save_pretrained(partial / "unet")
-        (partial / "model.json").write_text(canonical_json(asdict(self.recipe)))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        with replacing(folder) as partial:
+            self.autoencoder.save_pretrained(partial / "autoencoder")
+            self.likelihood.save_pretrained(partial / "autoencoder")
+            self.unet.save_pretrained(partial / "unet")
+            (partial / "model.json").write_text(canonical_json(asdict(self.recipe)))
 
     @property
     def device(self) -> torch.device:

@@ -96,7 +96,7 @@ def compare(root: Path, champion: int) -> pd.DataFrame:
 
     The champion is read on the test images in `root` as `evaluate` reads the challenger: the same levels and noise.
     """
-    from ldm.data.shards import open_shards
+    from ldm.data.reader import open_shards
     from ldm.device import default_device
     from ldm.evaluation.bounds import image_bounds
 

@@ -91,7 +91,7 @@ def test_run_registers_once_and_then_has_nothing_to_do(reproduced, shell, tmp_pa
         shell(reproduced, "ldm", "interpolate", prompt, "a handwritten one", "-n", "4", "--out", str(tmp_path / "walk"))
     )
     assert "4 images" in walk and len(list((tmp_path / "walk").glob("*.png"))) == 4
-    a, b = (str(reproduced / f"data/raw/digits/{n:04d}.png") for n in (0, 1))
+    a, b = (str(reproduced / f"data/raw/source/{n:04d}.png") for n in (0, 1))
     succeed(shell(reproduced, "ldm", "interpolate", a, b, "--out", str(tmp_path / "images.png")))
 
 
@@ -117,7 +117,7 @@ def test_a_users_own_folder_needs_no_code_change(project, shell):
     succeed(shell(project, "dvc", "repro", "evaluate"))
     metrics = json.loads((project / "reports/metrics.json").read_text())
     assert metrics["image"] == "32x32x3, lanczos" and "prompt_accuracy" not in metrics
-    assert not (project / "data/raw/digits").exists()  # nothing that this data does not need has run
+    assert not (project / "data/raw/source").exists()  # nothing that this data does not need has run
 
 
 BAD = {

@@ -16,7 +16,8 @@ from PIL import Image
 from ldm import registry
 from ldm.bayes.likelihoods import DiscretizedLogistic
 from ldm.config import load_settings
-from ldm.data.shards import open_shards, write_shards
+from ldm.data.reader import open_shards
+from ldm.data.shards import write_shards
 from ldm.errors import InputError
 from ldm.evaluation.bounds import image_bounds
 from ldm.model import LatentDiffusion, Recipe

@@ -1,10 +1,21 @@
-"""The order of samples: a function of (seed, epoch, position), so that any position can be resumed at once."""
+"""Batches of images in an order that is a function of (seed, epoch, position), so that any position can be resumed at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.reader import ShardReader
+from ldm.errors import InputError
 from ldm.randomness import seed_for
 
 ROUNDS = 8
+WINDOW = 4  # shards whose samples are mixed, in a shuffle that reads shard by shard
+AHEAD = 4  # batches that each worker decodes ahead
+
+Order = Callable[[int, int], np.ndarray]  # (start, count) -> sample indices at these global positions, int64 (count,)
 
 
 def order(seed: int, size: int, start: int, count: int) -> np.ndarray:
@@ -47,3 +58,118 @@ def _mix(values: np.ndarray, key: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
+
+
+def order_by_shard(seed: int, counts: Sequence[int], start: int, count: int, window: int = WINDOW) -> np.ndarray:
+    """As `order`, over shards of `counts` samples, so that only `window` shards are read at a time.
+
+    Each epoch permutes the shards and cuts them into windows; within a window all samples are permuted. Memory grows
+    with the number of shards, not of samples.
+    """
+    sizes = np.asarray(counts, dtype=np.int64)
+    firsts = np.cumsum(sizes) - sizes  # index of the first sample of each shard
+    size = int(sizes.sum())
+    positions = np.arange(start, start + count)
+    indices = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(positions // size).tolist():
+        shards = permute(np.arange(len(sizes)), len(sizes), seed_for(seed, "shards", epoch))
+        ends = np.cumsum(sizes[shards])  # of the shards in this epoch's order
+        here = np.flatnonzero(positions // size == epoch)
+        within = positions[here] % size
+        windows = np.searchsorted(ends, within, side="right") // window
+        for number in np.unique(windows).tolist():
+            first, last = number * window, min((number + 1) * window, len(sizes)) - 1
+            begin, end = int(ends[first] - sizes[shards[first]]), int(ends[last])
+            mine = windows == number
+            mixed = begin + permute(within[mine] - begin, end - begin, seed_for(seed, "window", epoch, number))
+            places = np.searchsorted(ends, mixed, side="right")
+            indices[here[mine]] = firsts[shards[places]] + mixed - (ends[places] - sizes[shards[places]])
+    return indices
+
+
+def views(seed: int, start: int, count: int, margin: int, flip: bool) -> np.ndarray:
+    """Where each image is cropped (0 … `margin` pixels from the top and from the left) and whether it is mirrored, (count, 3).
+
+    A function of the global position, like the order itself.
+    """
+    positions = np.arange(start, start + count).astype(np.uint64)
+    draws = [_mix(positions, seed_for(seed, "view", part)) for part in range(3)]
+    return np.stack([*(draw % np.uint64(margin + 1) for draw in draws[:2]), draws[2] & np.uint64(flip)], axis=1).astype(np.int64)
+
+
+class Batches:
+    """Training batches of a split, decoded ahead by worker processes; the same whatever their number.
+
+    `at(position)` is the batch of `batch_size` images at a global position, uint8 (N, C, H, W); of `ranks` processes
+    each gets its share, and in the order of ranks the shares are the batch. Positions are cheapest one batch after another.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        seed: int,
+        *,
+        shuffle: str = "global",  # or "shard": see `order_by_shard`
+        flip: bool = False,  # half of the images are mirrored
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.workers, self.rank, self.ranks = workers, rank, ranks
+        self._images = _Images(reader, seed, shuffle, flip)
+        self._stream: Iterator[torch.Tensor | InputError] | None = None
+        self._next: tuple[int, int] | None = None
+
+    def at(self, position: int, batch_size: int) -> torch.Tensor:
+        """Raises `InputError`, naming the sample, where one cannot be decoded, in whichever process that happens."""
+        if batch_size % self.ranks:
+            raise InputError(f"a batch of {batch_size} cannot be shared evenly by {self.ranks} ranks; choose a multiple")
+        if self._stream is None or self._next != (position, batch_size):
+            self._stream = self._read(position, batch_size)
+        self._next = position + batch_size, batch_size
+        batch = next(self._stream)
+        if isinstance(batch, InputError):
+            self._stream = None
+            raise batch
+        return batch
+
+    def _read(self, position: int, batch_size: int) -> Iterator[torch.Tensor | InputError]:
+        share = batch_size // self.ranks
+        spans = _Spans(position + self.rank * share, batch_size, share)
+        if not self.workers:
+            return (self._images[span] for span in spans)
+        unused = torch.Generator()  # else the loader would draw a seed for its workers from the global state
+        return iter(
+            DataLoader(self._images, None, sampler=spans, num_workers=self.workers, prefetch_factor=AHEAD, generator=unused)
+        )
+
+
+class _Spans:
+    """`(start, count)` of one batch after another, without end."""
+
+    def __init__(self, start: int, step: int, count: int):
+        self.start, self.step, self.count = start, step, count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        start = self.start
+        while True:
+            yield start, self.count
+            start += self.step
+
+
+class _Images(Dataset[torch.Tensor | InputError]):
+    """Images by span of global positions. Errors are values: torch would wrap a worker's in its traceback."""
+
+    def __init__(self, reader: ShardReader, seed: int, shuffle: str, flip: bool):
+        self.reader, self.seed, self.flip = reader, seed, flip
+        self.order: Order = partial(order, seed, len(reader))
+        if shuffle == "shard":
+            self.order = partial(order_by_shard, seed, [len(positions) for _, positions in reader.shard_positions()])
+
+    def __getitem__(self, span: tuple[int, int]) -> torch.Tensor | InputError:
+        margin = self.reader.preprocessing.margin
+        try:
+            seen = views(self.seed, *span, margin, self.flip) if margin or self.flip else None
+            return torch.from_numpy(self.reader.images(self.order(*span), seen))
+        except InputError as error:
+            return error

@@ -1,127 +1,108 @@
-"""Read a folder of captioned images: which images there are, what their captions say, and their pixels."""
+"""Pixels: image files, the preprocessing that makes them squares of one size, arrays."""
 
 import io
-from pathlib import Path
+import math
+import re
+import warnings
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from ldm.errors import InputError
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # by content: a suffix proves nothing, and Pillow's EPS runs a program
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # by content: a suffix proves nothing, and Pillow's EPS runs a program
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "box": Image.Resampling.BOX,
 }
+MAX_PIXELS = 89_478_485  # Pillow warns beyond this
+ORIENTATION = 0x0112  # EXIF tag
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our own limit speaks, as an error
 
 
 class UnreadableImage(Exception):
     """A file that is not an image we can decode; the message is the reason."""
 
 
-def list_images(folder: Path) -> pd.DataFrame:
-    """The captioned images of `folder`, one row each, sorted by `file_name`.
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file becomes a stored image; part of the identity of shards, latents and models."""
 
-    Captions follow the conventions people already have, the first that is found: `metadata.csv` or
-    `metadata.jsonl` (`file_name,text` and any further columns, such as `label`); a `.txt` file beside each
-    image; subfolders named after a class, whose name then is caption and label.
+    image_size: int  # pixels, the side of the square that models see
+    channels: int  # 1 greyscale, 3 RGB
+    resize_filter: str = "lanczos"  # a key of FILTERS
+    fit: str = "cover"  # cover: crop at the centre; contain: pad with the background; stretch
+    background: str = "#ffffff"  # behind transparency and padding
+    margin: int = 0  # pixels stored beyond image_size, from which random crops are taken
 
-    Returns columns `file_name` (POSIX path relative to `folder`), `text` and what else the table holds.
-    Raises `InputError` for a folder that is missing or empty, and for captions that name missing images.
+    @property
+    def side(self) -> int:
+        """Of stored images, in pixels."""
+        return self.image_size + self.margin
+
+    def read(self, blob: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """Decode an image file and make it a stored image; `UnreadableImage` says why not."""
+        image = decode(blob, channels=self.channels, background=self.background, min_side=min_side, max_pixels=max_pixels)
+        return fit_square(image, self.side, self.resize_filter, self.fit, self.background)
+
+    def is_stored(self, blob: bytes) -> bool:
+        """Whether a file is a JPEG that already is what would be stored, so that storing it as it is loses nothing."""
+        if not blob.startswith(b"\xff\xd8"):
+            return False
+        with Image.open(io.BytesIO(blob), formats=("JPEG",)) as image:
+            mode = "L" if self.channels == 1 else "RGB"
+            return image.mode == mode and image.size == (self.side, self.side) and image.getexif().get(ORIENTATION, 1) == 1
+
+
+def decode(
+    blob: bytes, *, channels: int, background: str = "#ffffff", min_side: int = 1, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Decode an image file to greyscale (`channels` 1) or RGB (3), upright, the first frame of several.
+
+    `UnreadableImage` says why not. `min_side` and `max_pixels` are checked before pixels are decoded.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; set data.path in params.yaml to a folder of captioned images")
-    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-    if not found:
-        raise InputError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))}); put captioned images there")
-    for name in ("metadata.csv", "metadata.jsonl"):
-        if (folder / name).is_file():
-            return _from_table(folder / name, set(found))
-    if any((folder / name).with_suffix(".txt").is_file() for name in found):
-        return _from_sidecars(folder, found)
-    if all("/" in name for name in found):
-        classes = [name.rsplit("/", 2)[-2] for name in found]
-        return pd.DataFrame({"file_name": found, "text": classes, "label": classes})
-    raise InputError(
-        f"{folder}: {len(found)} images but no captions; add metadata.csv with columns file_name,text, "
-        "or a .txt file beside each image, or one subfolder per class"
-    )
-
-
-def _from_table(path: Path, found: set[str]) -> pd.DataFrame:
-    try:
-        if path.suffix == ".csv":
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        else:
-            table = pd.read_json(path, lines=True, dtype=False)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as a table: {error}") from None
-    for column in ("file_name", "text"):
-        if column not in table:
-            raise InputError(f"{path}: column {column!r} is missing; found {', '.join(map(str, table.columns)) or 'none'}")
-    if path.suffix == ".csv" and len(table) and not isinstance(table.index, pd.RangeIndex):
-        raise InputError(f"{path}: its rows have more fields than its header; put captions that hold commas in double quotes")
-    for number, row in enumerate(zip(table.file_name, table.text, strict=True), start=1):
-        if not all(isinstance(value, str) for value in row):
-            raise InputError(f"{path}: row {number}: file_name and text must be strings, found {row[0]!r} and {row[1]!r}")
-    if "label" in table:
-        table["label"] = _labels(path, table.label)
-    duplicated = table.file_name[table.file_name.duplicated()]
-    if len(duplicated):
-        raise InputError(f"{path}: {duplicated.iloc[0]!r} has more than one row; keep one caption an image")
-    missing = sorted(set(table.file_name) - found)
-    if missing:
-        raise InputError(
-            f"{path}: names {len(missing)} images that are not in {path.parent}, the first {missing[0]!r}; "
-            "add them or remove their rows"
-        )
-    uncaptioned = sorted(found - set(table.file_name))
-    if uncaptioned:
-        raise InputError(
-            f"{path}: has no row for {len(uncaptioned)} images in {path.parent}, the first {uncaptioned[0]!r}; "
-            "caption them or move them away"
-        )
-    return table.sort_values("file_name", ignore_index=True)
-
-
-def _labels(path: Path, labels: pd.Series) -> pd.Series:
-    """Labels as text; a label here and none there is a mistake."""
-    missing = labels.isna() | (labels.astype(str).str.strip() == "")
-    if missing.any():
-        raise InputError(f"{path}: row {int(missing.argmax()) + 1} has no label; give every image one, or drop the column")
-    return labels.astype(str)
-
-
-def _from_sidecars(folder: Path, found: list[str]) -> pd.DataFrame:
-    captions = []
-    for name in found:
-        sidecar = (folder / name).with_suffix(".txt")
-        try:
-            captions.append(sidecar.read_text(encoding="utf-8").strip())
-        except FileNotFoundError:
-            raise InputError(f"{folder / name}: has no caption file {sidecar.name} beside it, as other images here do") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{sidecar}: not UTF-8 text: {error}") from None
-    return pd.DataFrame({"file_name": found, "text": captions})
-
-
-def decode(blob: bytes, *, channels: int) -> Image.Image:
-    """Decode an image file to greyscale (`channels` 1) or RGB (3), upright; `UnreadableImage` says why not."""
+    if not blob:
+        raise UnreadableImage("the file is empty")
     try:
         with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
-            return _to_eight_bits(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
-    except UnidentifiedImageError:  # its message holds a memory address, which would differ between runs
-        raise UnreadableImage("not an image of a known format" if blob else "the file is empty") from None
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from None
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels {max_pixels}")
+            if min(width, height) < min_side:
+                raise UnreadableImage(f"{width} x {height} pixels, smaller than data.min_side {min_side}")
+            upright = ImageOps.exif_transpose(image)
+            return _to_eight_bits(upright, background).convert("L" if channels == 1 else "RGB")
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImage("not an image of a known format") from None
+    except Exception as error:  # decoders of foreign bytes raise anything: struct.error, KeyError, ZeroDivisionError, …
+        raise UnreadableImage(_described(error)) from None
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit greys scaled to 8, transparency composited on white; other modes as they are."""
+def decode_stored(blob: bytes, preprocessing: Preprocessing) -> np.ndarray:
+    """Pixels of an image that `preprocessing` stored, uint8 (H, W, C); `UnreadableImage` for one that is not such an image."""
+    try:
+        with Image.open(io.BytesIO(blob), formats=("PNG", "JPEG")) as image:
+            pixels = np.asarray(image)
+    except Exception as error:
+        raise UnreadableImage(_described(error)) from None
+    shape = preprocessing.side, preprocessing.side, preprocessing.channels
+    if pixels.size != math.prod(shape) or pixels.shape[:2] != shape[:2]:
+        raise UnreadableImage(f"pixels of shape {pixels.shape}, expected {shape}")
+    return pixels.reshape(shape)
+
+
+def _described(error: Exception) -> str:
+    """Without memory addresses, which would differ between runs."""
+    return f"{type(error).__name__}: {re.sub(r' at 0x[0-9a-f]+', '', ' '.join(str(error).split()))}"
+
+
+def _to_eight_bits(image: Image.Image, background: str) -> Image.Image:
+    """16-bit greys scaled to 8, transparency composited on the background; other modes as they are."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -131,13 +112,17 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         raise UnreadableImage("floating-point pixels; 8 or 16 bits are read")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
+        return Image.alpha_composite(Image.new("RGBA", layers.size, background), layers)
     return image
 
 
-def fit_square(image: Image.Image, size: int, resize_filter: str) -> Image.Image:
-    """Scale `image` to cover a square of `size` pixels and crop it at the centre."""
-    return ImageOps.fit(image, (size, size), method=FILTERS[resize_filter])
+def fit_square(image: Image.Image, size: int, resize_filter: str, fit: str = "cover", background: str = "#ffffff") -> Image.Image:
+    """Make `image` a square of `size` pixels: `cover` crops at the centre, `contain` pads, `stretch` distorts."""
+    if fit == "cover":
+        return ImageOps.fit(image, (size, size), method=FILTERS[resize_filter])
+    if fit == "contain":
+        return ImageOps.pad(image, (size, size), FILTERS[resize_filter], ImageColor.getcolor(background, image.mode))
+    return image.resize((size, size), FILTERS[resize_filter])
 
 
 def to_array(image: Image.Image) -> np.ndarray:

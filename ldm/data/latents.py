@@ -1,8 +1,8 @@
 """The latent cache: posterior moments of every image and the text embeddings, with what they were made from.
 
-One safetensors file per shard (`mean`, `logvar` (N, c, h, w), `caption` (N,) pointing into `text` (U, T, D) and
-`text_mask` (U, T), one row for each distinct caption of the shard), `empty.safetensors` (the embedded empty
-caption) and `manifest.json`. Never a baked sample and never a baked scale.
+One safetensors file per shard: `mean`, `logvar` (N, c, h, w), mirrored images after the others; `caption` (N,) pointing
+into `text` (U, T, D) and `text_mask` (U, T), one row for each distinct caption of the shard. Beside them
+`empty.safetensors` (the embedded empty caption) and `manifest.json`. Never a baked sample and never a baked scale.
 """
 
 import json
@@ -18,73 +18,124 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.data.shards import ShardReader, open_shards
+from ldm.data.reader import ShardReader
 from ldm.errors import InputError
-from ldm.hashing import canonical_json, content_hash
+from ldm.files import replacing
+from ldm.hashing import canonical_json, content_hash, file_hash
 
 Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]  # uint8 images -> posterior mean and log-variance
 Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # texts -> token embeddings and masks
 
 
 def write_latents(
-    shards: Path,
+    readers: dict[str, ShardReader],
     out: Path,
     encode: Encode,
     embed: Embed,
     identity: dict[str, Any],
     progress: Callable[[int], None],
+    *,
+    store: Path,
+    code: str,
+    flip: bool = False,
     batch_size: int = 256,
-) -> dict[str, Any]:
-    """Encode every image and caption of the train and val splits to `out`, all or nothing; returns the manifest.
+) -> tuple[dict[str, Any], int]:
+    """Encode every image and caption of `readers` (by split) to `out`, all or nothing; returns the manifest and how many
+    files were reused.
 
     `identity` names what they are made by (hash of the autoencoder, of the text encoder, …) and stands in the
-    manifest beside the hash of each input shard and per-channel statistics of the training latents.
+    manifest beside the hash of each input shard and per-channel statistics of the training latents. With `flip`,
+    training images are encoded a second time, mirrored: their rows follow those of the shard's images.
+
+    Files are kept in `store` under the hash of `identity`, `code` (what else decides about the bytes: versions, device),
+    and their shard, and linked to `out`; a shard that was encoded before is not encoded again. At the end the store holds
+    what `out` holds and nothing else, so that an image that left the shards leaves the store.
     """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    files, moments, done = [], _Moments(), 0
+    store.mkdir(parents=True, exist_ok=True)
+    files, moments, reused = [], _Moments(), 0
+    current: set[Path] = set()
+    done = 0
     progress(done)
-    for split in ("train", "val"):
-        reader = open_shards(shards, split)
-        for shard, positions in reader.shard_positions():
-            tensors = _encode_shard(reader, positions, encode, embed, batch_size)
-            if split == "train":
-                moments.add(tensors["mean"], tensors["logvar"])
-            name = Path(shard["name"]).with_suffix(".safetensors").name
-            save_file(tensors, partial / name)
-            files.append({"name": name, "split": split, "count": len(positions), "shard_sha256": shard["sha256"]})
-            done += len(positions)
-            progress(done)
-    text, mask = embed([""])
-    save_file({"text": text, "text_mask": mask}, partial / "empty.safetensors")
-    manifest = {
-        "version": 1,
-        **identity,
-        "preprocessing": reader.index["preprocessing"],
-        "files": files,
-        "latent_mean": moments.mean.tolist(),
-        "latent_std": moments.std.tolist(),
-    }
-    (partial / "manifest.json").write_text(canonical_json(manifest))
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
-    return manifest
+    with replacing(out) as partial:
+        for split, reader in readers.items():
+            for shard, positions in reader.shard_positions():
+                mirrored = flip and split == "train"
+                preprocessing = reader.index["preprocessing"]
+                made_from = {"preprocessing": preprocessing, "shard": shard["sha256"], "flip": mirrored, "code": code}
+                key = content_hash(canonical_json({**identity, **made_from}).encode())
+                kept = _find(store, key)
+                if kept:
+                    reused += 1
+                else:
+                    kept = _keep(store, key, _encode_shard(reader, positions, encode, embed, batch_size, mirrored))
+                tensors = load_file(kept)
+                if split == "train":
+                    moments.add(tensors["mean"], tensors["logvar"])
+                name = Path(shard["name"]).with_suffix(".safetensors").name
+                _link(kept, partial / name)
+                files.append({"name": name, "split": split, "count": len(tensors["mean"]), "shard_sha256": shard["sha256"]})
+                current.add(kept)
+                done += len(positions)
+                progress(done)
+        text, mask = embed([""])
+        save_file({"text": text, "text_mask": mask}, partial / "empty.safetensors")
+        manifest = {
+            "version": 2,
+            **identity,
+            "preprocessing": preprocessing,
+            "flip": flip,
+            "files": files,
+            "latent_mean": moments.mean.tolist(),
+            "latent_std": moments.std.tolist(),
+        }
+        (partial / "manifest.json").write_text(canonical_json(manifest))
+    for path in set(store.iterdir()) - current:
+        path.unlink(missing_ok=True)  # another run may have been faster
+    return manifest, reused
 
 
-def _encode_shard(reader: ShardReader, positions: range, encode: Encode, embed: Embed, batch_size: int) -> dict[str, Tensor]:
-    parts = [encode(reader.images(positions[i : i + batch_size])) for i in range(0, len(positions), batch_size)]
-    texts = reader.captions.text.iloc[positions.start : positions.stop].tolist()
+def _encode_shard(
+    reader: ShardReader, positions: range, encode: Encode, embed: Embed, batch_size: int, mirrored: bool
+) -> dict[str, Tensor]:
+    batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
+    parts = [encode(reader.images(batch)) for batch in batches]
+    if mirrored:
+        parts += [encode(np.flip(reader.images(batch), -1).copy()) for batch in batches]
+    texts = reader.captions_of(positions).text.tolist()
     distinct = sorted(set(texts), key=lambda text: content_hash(text.encode()))
     number = {text: i for i, text in enumerate(distinct)}
     text, mask = embed(distinct)
     return {
         "mean": torch.cat([mean for mean, _ in parts]).contiguous(),
         "logvar": torch.cat([logvar for _, logvar in parts]).contiguous(),
-        "caption": torch.tensor([number[text] for text in texts]),
+        "caption": torch.tensor([number[text] for text in texts] * (2 if mirrored else 1)),
         "text": text,
         "text_mask": mask,
     }
+
+
+def _find(store: Path, key: str) -> Path | None:
+    """The file of a key, if its bytes are still what its name says: `KEY-SHA256.safetensors`."""
+    for path in store.glob(f"{key}-*.safetensors"):
+        if path.name == f"{key}-{file_hash(path)}.safetensors":
+            return path
+        path.unlink()
+    return None
+
+
+def _keep(store: Path, key: str, tensors: dict[str, Tensor]) -> Path:
+    partial = store / f"{key}.{os.getpid()}.partial"
+    save_file(tensors, partial)
+    path = store / f"{key}-{file_hash(partial)}.safetensors"
+    os.replace(partial, path)
+    return path
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
 
 
 class _Moments:

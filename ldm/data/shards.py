@@ -1,39 +1,73 @@
-"""Folder of images -> WebDataset tars with an index, and random access to what they hold.
+"""Folder of images -> WebDataset tars with an index.
 
-A shard folder holds plain tars that any WebDataset client reads (`KEY.png`, `KEY.txt`, `KEY.json` per image),
-`index.json` (what is in them, by which preprocessing, with their hashes), `offsets.npy` (where each file starts)
-and, where the source has one, `prompts.csv`. Equal inputs give equal bytes.
+A shard folder holds plain tars that any WebDataset client reads (`KEY.png` or `KEY.jpg`, `KEY.txt`, `KEY.json` per
+image), `index.json` (what is in them, by which preprocessing, with their hashes), `offsets.npy` (where each file starts),
+`quarantine.csv` (images that were not taken, with the reason), `duplicates.csv` (images that repeat or resemble another)
+and, where the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the number of processes.
 """
 
-import json
-import os
+import re
 import shutil
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ldm.data import images
+from ldm.data.duplicates import SIDE, near_duplicates, thumbnail
+from ldm.data.folders import Collection, Place, read_folder
+from ldm.data.images import MAX_PIXELS, SUFFIXES, Preprocessing, UnreadableImage, to_png
+from ldm.data.parallel import parallel_map
+from ldm.data.reader import PARTS, SPLITS, VERSION
+from ldm.data.tars import read_tars
 from ldm.errors import InputError
+from ldm.files import replacing
 from ldm.hashing import canonical_json, content_hash, file_hash
 
-SPLITS = ("train", "val", "test")
 SMALLEST_SPLIT = 2  # images; a mean of fewer has no standard error
-PARTS = ("png", "txt", "json")  # offsets.npy: shard number, then offset and size of each of these
+HASHED_AT_ONCE = 256  # files
+IMAGES_PER_WORKER = 500  # fewer are done before another process has started
+
+Row = dict[str, Any]  # of the caption table
+
+
+class TooManyUnreadable(InputError):
+    """More unreadable images than allowed; `quarantined` (columns `file_name,reason`) lists them."""
+
+    def __init__(self, message: str, quarantined: pd.DataFrame):
+        super().__init__(message)
+        self.quarantined = quarantined
 
 
 @dataclass(frozen=True)
-class Sample:
-    key: str
-    image: np.ndarray  # uint8 (C, H, W)
-    text: str
-    meta: dict[str, Any]  # `file_name` and the further columns of the caption table
+class _Limits:
+    min_side: int
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One shard to be written: what goes into it and how."""
+
+    path: Path
+    split: str
+    members: list[tuple[Row, Place, str]]  # caption row, where the image is, its content hash
+    preprocessing: Preprocessing
+    limits: _Limits
+
+
+@dataclass(frozen=True)
+class _Written:
+    offsets: np.ndarray  # int64 (N, 2 * len(PARTS))
+    identity: dict[str, str | int]  # sha256, bytes
+    names: list[str]
+    digests: list[str]  # content hashes of the files
+    looks: list[bytes]  # thumbnails
+    quarantined: list[tuple[str, str]]
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
@@ -42,6 +76,16 @@ def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
     if position < test_fraction:
         return "test"
     return "val" if position < test_fraction + val_fraction else "train"
+
+
+def read_collection(folder: Path) -> Collection:
+    """The captioned images of a folder, as files (`images.read_folder`) or in WebDataset tars (`tars.read_tars`)."""
+    if next(folder.rglob("*.tar"), None) is None:
+        return read_folder(folder)
+    stray = next((path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES), None)
+    if stray:
+        raise InputError(f"{folder}: holds tars and also images, such as {stray.relative_to(folder)}; keep one kind in a folder")
+    return read_tars(folder)
 
 
 def write_shards(
@@ -55,112 +99,168 @@ def write_shards(
     test_fraction: float,
     shard_size: int,
     max_bad_fraction: float,
+    fit: str = "cover",
+    background: str = "#ffffff",
+    margin: int = 0,
+    min_side: int = 1,
+    max_pixels: int = MAX_PIXELS,
+    workers: int = 1,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Write the images of `folder` as shards to `out`, all or nothing, and return the index.
+    """Write the images of `folder` (see `read_collection`) as shards to `out`, all or nothing, and return the index.
 
     A shard holds images of one split and one top-level subfolder, so that a new subfolder leaves every other
-    shard as it is. Unreadable images are listed in the index with the reason.
-    Raises `InputError` for bad folders and captions (see `images.list_images`), for more than
-    `max_bad_fraction` unreadable images, and for a split with fewer than `SMALLEST_SPLIT`; `out` is untouched then.
+    shard as it is. Every image found is either in a shard or in `quarantine.csv` with the reason. `workers` processes
+    share the work; `progress(what, done, total)` is told how many images are hashed, then written.
+
+    Raises `InputError` for bad folders and captions, for a split with fewer than `SMALLEST_SPLIT` images, and
+    `TooManyUnreadable` for more than `max_bad_fraction` unreadable ones; `out` is untouched then.
     """
-    table = images.list_images(folder)
-    prompts = _prompts(folder, table)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    groups, quarantined = _group(folder, table, channels, val_fraction, test_fraction)
-    if len(quarantined) > max_bad_fraction * len(table):
-        shutil.rmtree(partial)
-        first = quarantined[0]
-        raise InputError(
-            f"{folder}: {len(quarantined)} of {len(table)} images are unreadable, more than data.max_bad_fraction "
-            f"{max_bad_fraction} allows; the first is {first['file_name']!r} ({first['reason']})"
-        )
-    sizes = {split: sum(len(members) for group, members in groups.items() if group[0] == split) for split in SPLITS}
-    small = [split for split in SPLITS if sizes[split] < SMALLEST_SPLIT]
-    if small:
-        shutil.rmtree(partial)
-        raise InputError(
-            f"{folder}: its {len(table)} images leave fewer than {SMALLEST_SPLIT} for the {' and '.join(small)} split; "
-            "add images or raise data.val_fraction or data.test_fraction"
-        )
-    preprocessing = {"image_size": image_size, "channels": channels, "resize_filter": resize_filter, "fit": "cover"}
-    shards, offsets = _write_groups(folder, partial, groups, preprocessing, shard_size)
-    np.save(partial / "offsets.npy", offsets)
-    ends = np.cumsum([sizes[split] for split in SPLITS]).tolist()
-    splits = {split: [start, end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)}
-    index = {
-        "version": 1,
-        "preprocessing": preprocessing,
-        "splits": splits,
-        "shards": shards,
-        "offsets_sha256": file_hash(partial / "offsets.npy"),
-        "found": len(table),
-        "quarantined": quarantined,
-    }
-    if prompts:
-        shutil.copyfile(prompts, partial / "prompts.csv")
-    (partial / "index.json").write_text(canonical_json(index), encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    collection = read_collection(folder)
+    prompts = _prompts(folder, collection.table)
+    preprocessing = Preprocessing(image_size, channels, resize_filter, fit, background, margin)
+    found = len(collection.places) + len(collection.refused)
+    workers = min(workers, len(collection.places) // IMAGES_PER_WORKER)
+    with replacing(out) as partial:
+        digests = _digests(collection.places, workers, progress)
+        groups, unread = _group(collection, digests, val_fraction, test_fraction)
+        limits = _Limits(min_side, max_pixels)
+        tasks = list(_tasks(partial, groups, preprocessing, limits, shard_size))
+        kept, done, bad = [], 0, [*collection.refused.items(), *unread]
+        progress("write", done, len(collection.places))
+        for task, shard in zip(tasks, parallel_map(_write_shard, tasks, workers), strict=True):
+            bad += shard.quarantined
+            if shard.names:
+                kept.append((task, shard))
+            else:
+                task.path.unlink()
+            done += len(task.members)
+            progress("write", done, len(collection.places))
+        quarantined = pd.DataFrame(sorted(bad), columns=["file_name", "reason"])
+        _refuse_if_too_many(folder, quarantined, found, max_bad_fraction)
+        sizes = {split: sum(len(shard.names) for task, shard in kept if task.split == split) for split in SPLITS}
+        _refuse_small_splits(folder, found, sizes)
+        numbered = [np.insert(shard.offsets, 0, number, axis=1) for number, (_, shard) in enumerate(kept)]
+        np.save(partial / "offsets.npy", np.concatenate(numbered))
+        duplicates = _duplicates(kept)
+        quarantined.to_csv(partial / "quarantine.csv", index=False)
+        duplicates.to_csv(partial / "duplicates.csv", index=False)
+        if prompts:
+            shutil.copyfile(prompts, partial / "prompts.csv")
+        ends = np.cumsum([sizes[split] for split in SPLITS]).tolist()
+        files = [path for path in sorted(partial.iterdir()) if path.suffix != ".tar"]
+        index = {
+            "version": VERSION,
+            "preprocessing": asdict(preprocessing),
+            "splits": {split: [start, end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)},
+            "shards": [
+                {"name": task.path.name, "split": task.split, "count": len(shard.names), **shard.identity} for task, shard in kept
+            ],
+            "files": {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in files},
+            "found": found,
+            "quarantined": len(quarantined),
+            "ignored": collection.ignored,
+            "duplicates": dict(sorted(Counter(duplicates.kind).items())),
+        }
+        (partial / "index.json").write_text(canonical_json(index), encoding="utf-8")
     return index
 
 
-Groups = dict[tuple[str, str], list[tuple[dict[str, Any], str]]]  # (split, top-level folder): caption row, content hash
+Groups = dict[tuple[str, str], list[tuple[Row, Place, str]]]  # (split, top-level folder): caption row, place, content hash
 
 
 def _group(
-    folder: Path, table: pd.DataFrame, channels: int, val_fraction: float, test_fraction: float
-) -> tuple[Groups, list[dict[str, str]]]:
-    """Readable images by (split, top-level folder), and the unreadable ones with the reason."""
+    collection: Collection, digests: list[tuple[str, str]], val_fraction: float, test_fraction: float
+) -> tuple[Groups, list[tuple[str, str]]]:
+    """Images by (split, top-level folder), and those that cannot even be read, with the reason."""
     groups: Groups = {}
-    quarantined = []
-    for row in ({str(k): v for k, v in row.items()} for row in table.to_dict("records")):
-        try:
-            blob = (folder / row["file_name"]).read_bytes()
-            images.decode(blob, channels=channels)
-        except (images.UnreadableImage, OSError) as error:
-            reason = str(getattr(error, "strerror", error))  # without the path, which is this machine's
-            quarantined.append({"file_name": row["file_name"], "reason": reason})
+    unread = []
+    for row, place, (digest, reason) in zip(collection.table.to_dict("records"), collection.places, digests, strict=True):
+        name = row["file_name"]
+        if reason:
+            unread.append((name, reason))
             continue
-        digest = content_hash(blob)
-        top = row["file_name"].split("/")[0] if "/" in row["file_name"] else ""
-        groups.setdefault((split_of(digest, val_fraction, test_fraction), top), []).append((row, digest))
-    return groups, quarantined
+        top = name.split("/")[0] if "/" in name else ""
+        member = ({str(column): value for column, value in row.items()}, place, digest)
+        groups.setdefault((split_of(digest, val_fraction, test_fraction), top), []).append(member)
+    return groups, unread
 
 
-def _write_groups(
-    folder: Path, out: Path, groups: Groups, preprocessing: dict[str, Any], shard_size: int
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Write the tars of all groups, split by split; returns their entries of the index and the offset table."""
-    shards: list[dict[str, Any]] = []
-    offsets: list[np.ndarray] = []
+def _digests(places: list[Place], workers: int, progress: Callable[[str, int, int], None]) -> list[tuple[str, str]]:
+    chunks = [places[start : start + HASHED_AT_ONCE] for start in range(0, len(places), HASHED_AT_ONCE)]
+    digests: list[tuple[str, str]] = []
+    progress("hash", 0, len(places))
+    for chunk in parallel_map(_hash, chunks, workers):
+        digests += chunk
+        progress("hash", len(digests), len(places))
+    return digests
+
+
+def _hash(places: list[Place]) -> list[tuple[str, str]]:
+    """Content hash of each file, or why it cannot be read."""
+    results = []
+    for place in places:
+        try:
+            results.append((content_hash(place.read()), ""))
+        except UnreadableImage as error:
+            results.append(("", str(error)))
+    return results
+
+
+def _tasks(out: Path, groups: Groups, preprocessing: Preprocessing, limits: _Limits, shard_size: int) -> Iterator[_Task]:
     for split, top in sorted(groups, key=lambda group: (SPLITS.index(group[0]), group[1])):
         members = groups[split, top]
         for number, start in enumerate(range(0, len(members), shard_size)):
-            path = out / f"{split}-{top + '-' if top else ''}{number:05d}.tar"
-            chunk = members[start : start + shard_size]
-            rows = _write_tar(path, (_encode(folder, row, digest, preprocessing) for row, digest in chunk))
-            offsets.append(np.insert(rows, 0, len(shards), axis=1))
-            entry = {"name": path.name, "split": split, "count": len(rows)}
-            shards.append({**entry, "sha256": file_hash(path), "bytes": path.stat().st_size})
-    return shards, np.concatenate(offsets)
+            path = out / f"{split}-{_plain(top)}{number:05d}.tar"
+            yield _Task(path, split, members[start : start + shard_size], preprocessing, limits)
 
 
-def _encode(folder: Path, row: dict[str, Any], digest: str, preprocessing: dict[str, Any]) -> dict[str, Any]:
-    image = images.decode((folder / row["file_name"]).read_bytes(), channels=preprocessing["channels"])
+def _plain(top: str) -> str:
+    """A folder's name as part of a shard's: what shells, URLs and WebDataset's brace notation treat specially is replaced."""
+    if not top or re.fullmatch(r"[\w.-]{1,100}", top, re.ASCII):
+        return top and f"{top}-"
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', top)[:80]}-{content_hash(top.encode())[:8]}-"
+
+
+def _write_shard(task: _Task) -> _Written:
+    """Write one tar; images that turn out unreadable are left out of it."""
+    names: list[str] = []
+    digests: list[str] = []
+    looks: list[bytes] = []
+    quarantined: list[tuple[str, str]] = []
+
+    def samples() -> Iterator[Row]:
+        for row, place, digest in task.members:
+            try:
+                sample, look = _encode(row, place, digest, task)
+            except UnreadableImage as error:
+                quarantined.append((row["file_name"], str(error)))
+                continue
+            names.append(row["file_name"])
+            digests.append(digest)
+            looks.append(look)
+            yield sample
+
+    offsets = _write_tar(task.path, samples())
+    identity: dict[str, str | int] = {"sha256": file_hash(task.path), "bytes": task.path.stat().st_size}
+    return _Written(offsets, identity, names, digests, looks, quarantined)
+
+
+def _encode(row: Row, place: Place, digest: str, task: _Task) -> tuple[Row, bytes]:
+    """A sample of the tar, and the thumbnail of its image."""
+    blob = place.read()
+    if content_hash(blob) != digest:
+        raise InputError(f"{place.path}: changed while it was read; run the `shard` stage when nothing writes to its folder")
+    image = task.preprocessing.read(blob, min_side=task.limits.min_side, max_pixels=task.limits.max_pixels)
+    keep = task.preprocessing.is_stored(blob)
     # Equal files may stand under several names, so the key needs both: content first, then name.
     key = digest[:16] + content_hash(row["file_name"].encode())[:8]
-    meta = {name: value for name, value in row.items() if name != "text"}
-    return {
-        "__key__": key,
-        "png": images.to_png(images.fit_square(image, preprocessing["image_size"], preprocessing["resize_filter"])),
-        "txt": row["text"].encode(),
-        "json": canonical_json(meta).encode(),
-    }
+    meta = {name: value for name, value in row.items() if name != "text" and value == value}  # NaN: the row has no such column
+    stored = {"jpg": blob} if keep else {"png": to_png(image)}
+    return {"__key__": key, **stored, "txt": row["text"].encode(), "json": canonical_json(meta).encode()}, thumbnail(image)
 
 
-def _write_tar(path: Path, samples: Iterator[dict[str, Any]]) -> np.ndarray:
+def _write_tar(path: Path, samples: Iterator[Row]) -> np.ndarray:
     """Write one tar; returns offset and size of each part, int64 (N, 2 * len(PARTS))."""
     import webdataset  # only to write: a machine that trains on shards need not have it
 
@@ -171,8 +271,45 @@ def _write_tar(path: Path, samples: Iterator[dict[str, Any]]) -> np.ndarray:
     with tarfile.open(path) as written:
         for member in written:
             key, part = member.name.split(".", 1)
-            places.setdefault(key, {})[part] = (member.offset_data, member.size)
-    return np.array([[n for part in PARTS for n in place[part]] for place in places.values()], dtype=np.int64)
+            places.setdefault(key, {})["image" if f".{part}" in SUFFIXES else part] = (member.offset_data, member.size)
+    table = [[n for part in PARTS for n in place[part]] for place in places.values()]
+    return np.array(table, dtype=np.int64).reshape(-1, 2 * len(PARTS))
+
+
+def _refuse_if_too_many(folder: Path, quarantined: pd.DataFrame, found: int, max_bad_fraction: float) -> None:
+    if len(quarantined) > max_bad_fraction * found:
+        first = quarantined.iloc[0]
+        raise TooManyUnreadable(
+            f"{folder}: {len(quarantined)} of {found} images are unreadable, more than data.max_bad_fraction "
+            f"{max_bad_fraction} allows; the first is {first.file_name!r} ({first.reason})",
+            quarantined,
+        )
+
+
+def _refuse_small_splits(folder: Path, found: int, sizes: dict[str, int]) -> None:
+    small = [split for split in SPLITS if sizes[split] < SMALLEST_SPLIT]
+    if small:
+        raise InputError(
+            f"{folder}: its {found} images leave fewer than {SMALLEST_SPLIT} for the {' and '.join(small)} split; "
+            "add images or raise data.val_fraction or data.test_fraction"
+        )
+
+
+def _duplicates(kept: Sequence[tuple[_Task, _Written]]) -> pd.DataFrame:
+    """Images that repeat (`exact`: same bytes) or resemble (`near`: see `ldm.data.duplicates`) one that comes before."""
+    names = [name for _, shard in kept for name in shard.names]
+    digests = [digest for _, shard in kept for digest in shard.digests]
+    splits = [task.split for task, shard in kept for _ in shard.names]
+    looks = np.frombuffer(b"".join(look for _, shard in kept for look in shard.looks), dtype=np.uint8)
+    first: dict[str, int] = {}
+    near = dict(near_duplicates(looks.reshape(-1, SIDE, SIDE)))
+    pairs = []
+    for i, digest in enumerate(digests):
+        exact = first.setdefault(digest, i)
+        j = exact if exact < i else near.get(i)
+        if j is not None:
+            pairs.append((names[i], names[j], "exact" if exact < i else "near", splits[i], splits[j]))
+    return pd.DataFrame(pairs, columns=["file_name", "of", "kind", "split", "split_of"])
 
 
 def _prompts(folder: Path, table: pd.DataFrame) -> Path | None:
@@ -190,93 +327,3 @@ def _prompts(folder: Path, table: pd.DataFrame) -> Path | None:
     if unknown:
         raise InputError(f"{source}: label {unknown[0]!r} is no image's label; mend it, or label the images")
     return source
-
-
-class ShardReader:
-    """Random access to the samples of one split: `len(reader)`, `reader[i]`. Holds one open file per shard."""
-
-    def __init__(self, folder: Path, split: str):
-        self.folder = folder
-        path = folder / "index.json"
-        try:
-            self.index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: not found; run the `shard` stage (dvc repro shard)") from None
-        if split not in self.index["splits"]:
-            raise InputError(f"{path}: no split {split!r}; found {', '.join(self.index['splits'])}")
-        start, stop = self.index["splits"][split]
-        self._rows = np.load(folder / "offsets.npy", mmap_mode="r")[start:stop]
-        self._files: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, position: int) -> Sample:
-        shard, *places = (int(n) for n in self._rows[position])
-        text, meta = self._read(shard, *places[2:4]), self._read(shard, *places[4:6])
-        return Sample(
-            key=self._key(shard, places[0]),
-            image=self._image(position),
-            text=text.decode(),
-            meta=json.loads(meta),
-        )
-
-    def images(self, positions: np.ndarray | range) -> np.ndarray:
-        """Decoded pixels of several samples, uint8 (N, C, H, W)."""
-        return np.stack([self._image(int(i)) for i in positions])
-
-    def shard_positions(self) -> list[tuple[dict[str, Any], range]]:
-        """The shards of this split, each with the positions of its samples."""
-        numbers = np.asarray(self._rows[:, 0])
-        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-        return [(self.index["shards"][int(numbers[a])], range(a, b)) for a, b in pairwise(edges) if a < b]
-
-    @cached_property
-    def prompts(self) -> pd.DataFrame:
-        """`prompts.csv`: columns `text,label`; empty where the source has none."""
-        path = self.folder / "prompts.csv"
-        return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame({"text": [], "label": []})
-
-    @cached_property
-    def captions(self) -> pd.DataFrame:
-        """`key`, `text` and the caption table's further columns of every sample, without decoding pixels."""
-        rows = []
-        for shard, *places in self._rows.tolist():
-            text, meta = self._read(shard, *places[2:4]).decode(), json.loads(self._read(shard, *places[4:6]))
-            own = {"key": self._key(shard, places[0]), "text": text}
-            rows.append(own | meta | own)  # a column `key` of the caption table does not replace the sample's
-        return pd.DataFrame(rows)
-
-    def _image(self, position: int) -> np.ndarray:
-        shard, offset, size, *_ = (int(n) for n in self._rows[position])
-        channels = self.index["preprocessing"]["channels"]
-        try:
-            return images.to_array(images.decode(self._read(shard, offset, size), channels=channels))
-        except images.UnreadableImage as error:
-            key, name = self._key(shard, offset), self.folder / self.index["shards"][shard]["name"]
-            raise InputError(f"{name}: sample {key} is damaged ({error}); run the `shard` stage again") from None
-
-    def _key(self, shard: int, png_offset: int) -> str:
-        header = self._read(shard, png_offset - tarfile.BLOCKSIZE, 100)  # the name field that opens a tar header
-        return header.split(b"\0", 1)[0].decode().split(".", 1)[0]
-
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        name = self.folder / self.index["shards"][shard]["name"]
-        if shard not in self._files:
-            try:
-                self._files[shard] = os.open(name, os.O_RDONLY)
-            except FileNotFoundError:
-                raise InputError(f"{name}: not found, though index.json lists it; run the `shard` stage again") from None
-        blob = os.pread(self._files[shard], size, offset)
-        if len(blob) != size:
-            raise InputError(f"{name}: ends before byte {offset + size}; it is damaged, run the `shard` stage again")
-        return blob
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
-
-
-def open_shards(folder: Path | str, split: str = "train") -> ShardReader:
-    """Open one split of a shard folder; `InputError` where there is none."""
-    return ShardReader(Path(folder), split)

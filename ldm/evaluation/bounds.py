@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ldm.data.shards import ShardReader
+from ldm.data.reader import ShardReader
 
 
 def image_bounds(

@@ -9,11 +9,11 @@ from torch import Tensor
 from ldm.bayes.likelihoods import to_float
 from ldm.config import load_settings
 from ldm.data.latents import write_latents
-from ldm.data.shards import open_shards
 from ldm.hashing import folder_hash
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.text import TextEncoder
-from ldm.stages.runtime import Progress, set_up, stage_main
+from ldm.stages.inputs import stage_shards
+from ldm.stages.runtime import Progress, set_up, stage_main, work_key
 from ldm.tracking import stage_run
 
 
@@ -33,11 +33,24 @@ def run(root: Path) -> None:
         posterior = autoencoder.encode(to_float(images).to(device))
         return posterior.mean.cpu(), posterior.logvar.cpu()
 
-    with stage_run("cache_latents", {**settings.text.model_dump()}) as tracker:
-        total = sum(len(open_shards(root / "data/shards", split)) for split in ("train", "val"))
+    options = {**settings.text.model_dump(), **settings.cache_latents.model_dump()}
+    with stage_run("cache_latents", options) as tracker:
+        readers = {split: stage_shards(root, split) for split in ("train", "val")}
+        total = sum(map(len, readers.values()))
         progress = Progress("cache_latents", total)
-        manifest = write_latents(root / "data/shards", root / "data/latents", encode, encoder, identity, progress)
-        tracker.log({f"latent_std_{i}": std for i, std in enumerate(manifest["latent_std"])}, total)
+        manifest, reused = write_latents(
+            readers,
+            root / "data/latents",
+            encode,
+            encoder,
+            identity,
+            progress,
+            store=root / ".ldm/store/latents",
+            code=work_key("cache_latents", {"device": device.type}, {}),
+            flip=settings.cache_latents.flip,
+        )
+        tracker.log({f"latent_std_{i}": std for i, std in enumerate(manifest["latent_std"])} | {"reused_shards": reused}, total)
+    print(f"cache_latents: {len(manifest['files'])} shards, {reused} of them encoded before and reused")
 
 
 if __name__ == "__main__":

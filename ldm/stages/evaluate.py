@@ -16,7 +16,7 @@ import torch
 from ldm.bayes.likelihoods import DiscretizedLogistic
 from ldm.config import Settings, load_settings
 from ldm.data.batches import order
-from ldm.data.shards import ShardReader, open_shards
+from ldm.data.reader import ShardReader
 from ldm.errors import InputError
 from ldm.evaluation.bounds import image_bounds
 from ldm.evaluation.features import PixelPCA
@@ -29,6 +29,7 @@ from ldm.model import LatentDiffusion, Recipe
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
 from ldm.randomness import seed_for
+from ldm.stages.inputs import stage_shards
 from ldm.stages.runtime import Progress, set_up, stage_main
 from ldm.tracking import stage_run
 from ldm.training.vae import evaluate_elbo
@@ -42,7 +43,7 @@ Metrics = dict[str, float | int | str]
 def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
-    train, test = (open_shards(root / "data/shards", split) for split in ("train", "test"))
+    train, test = (stage_shards(root, split) for split in ("train", "test"))
     assemble(root, settings)
     model = LatentDiffusion.load(root / "models/ldm", device)
     params = {"seed": settings.seed, **settings.evaluate.model_dump(), **settings.sampling.model_dump()}

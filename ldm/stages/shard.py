@@ -2,25 +2,52 @@
 
 from pathlib import Path
 
+import pandas as pd
+
 from ldm.config import load_settings
-from ldm.data.shards import write_shards
-from ldm.stages.runtime import stage_main
+from ldm.data.parallel import default_workers
+from ldm.data.shards import TooManyUnreadable, write_shards
+from ldm.stages.runtime import Progress, stage_main
 from ldm.tracking import stage_run
+
+SHOWN = 20  # quarantined images that are printed; quarantine.csv has all
 
 
 def run(root: Path) -> None:
     settings = load_settings(root)
-    data = settings.data.model_dump()
+    data = settings.data.model_dump(exclude={"source"})
+    out = root / "data/shards"
     with stage_run("shard", data) as tracker:
-        index = write_shards(root / data.pop("path"), root / "data/shards", **data)
+        bars: dict[str, Progress] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = Progress(f"shard: {what}", total)
+            bars[what](done)
+
+        try:
+            index = write_shards(root / data.pop("path"), out, **data, workers=default_workers(), progress=progress)
+        except TooManyUnreadable as error:
+            show(error.quarantined)
+            raise
         counts = {split: stop - start for split, (start, stop) in index["splits"].items()}
-        tracker.log({f"{split}_images": float(n) for split, n in counts.items()} | {"quarantined": len(index["quarantined"])}, 0)
+        tracker.log({f"{split}_images": float(n) for split, n in counts.items()} | {"quarantined": index["quarantined"]}, 0)
     split = ", ".join(f"{n} {name}" for name, n in counts.items())
-    print(
-        f"shard: {index['found']} images found, {split}, {len(index['quarantined'])} quarantined, {len(index['shards'])} shards"
-    )
-    for bad in index["quarantined"]:
-        print(f"shard: quarantined {bad['file_name']!r}: {bad['reason']}")
+    print(f"shard: {index['found']} images found, {split}, {index['quarantined']} quarantined, {len(index['shards'])} shards")
+    show(pd.read_csv(out / "quarantine.csv", dtype=str, keep_default_na=False))
+    if index["ignored"]:
+        ignored = ", ".join(f"{n} {suffix}" for suffix, n in index["ignored"].items())
+        print(f"shard: ignored what is no image: {ignored}")
+    if index["duplicates"]:
+        found = ", ".join(f"{n} {kind}" for kind, n in index["duplicates"].items())
+        print(f"shard: {found} duplicates, listed in data/shards/duplicates.csv")
+
+
+def show(quarantined: pd.DataFrame) -> None:
+    for bad in quarantined[:SHOWN].itertuples():
+        print(f"shard: quarantined {bad.file_name!r}: {bad.reason}")
+    if len(quarantined) > SHOWN:
+        print(f"shard: and {len(quarantined) - SHOWN} more")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import torch
 
 from ldm.bayes.likelihoods import DiscretizedLogistic
 from ldm.config import Settings, load_settings
-from ldm.data.shards import open_shards
-from ldm.hashing import file_hash
+from ldm.data.batches import Batches
+from ldm.data.parallel import loader_workers
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.randomness import seed_for
+from ldm.stages.inputs import index_hash, stage_shards
 from ldm.stages.runtime import Progress, set_up, stage_main, stop_at_checkpoint, work_folder, work_key
 from ldm.tracking import stage_run
 from ldm.training.checkpoint import CheckpointStore
@@ -30,7 +31,7 @@ def build(settings: Settings) -> tuple[AutoencoderKL, DiscretizedLogistic]:
 def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
-    train, val = (open_shards(root / "data/shards", split) for split in ("train", "val"))
+    train, val = (stage_shards(root, split) for split in ("train", "val"))
     autoencoder, likelihood = build(settings)
     autoencoder.place(device), likelihood.to(device)
     options = settings.train_vae
@@ -41,10 +42,11 @@ def run(root: Path) -> None:
         **settings.autoencoder.model_dump(),
         **options.model_dump(),
     }
-    key = work_key("train_vae", params, {"shards": file_hash(root / "data/shards/index.json")})
+    key = work_key("train_vae", params, {"shards": index_hash(train)})
     with work_folder(root, "train_vae", key) as work, stage_run("train_vae", params, key) as tracker:
         store = CheckpointStore(work / "checkpoint")
-        objective = VaeObjective(autoencoder, likelihood, train, options.beta, settings.seed)
+        batches = Batches(train, settings.seed, shuffle=options.shuffle, flip=options.flip, workers=loader_workers(device.type))
+        objective = VaeObjective(autoencoder, likelihood, batches, options.beta)
         with stop_at_checkpoint() as should_stop:
             progress = Progress("train_vae", options.images)
             fitted = fit(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ldm.bayes.elbo import Elbo, elbo
 from ldm.bayes.likelihoods import DiscretizedLogistic, to_float
-from ldm.data.batches import order
-from ldm.data.shards import ShardReader
+from ldm.data.batches import Batches
+from ldm.data.reader import ShardReader
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.randomness import generator
 
@@ -19,9 +19,9 @@ SCALE_LR = 10.0  # the likelihood's one scale has far to go and Adam moves every
 class VaeObjective:
     """-ELBO per value of an image, with the KL term weighted by `beta` (Higgins et al. 2017; 1 is the bound itself)."""
 
-    def __init__(self, autoencoder: AutoencoderKL, likelihood: DiscretizedLogistic, reader: ShardReader, beta: float, seed: int):
+    def __init__(self, autoencoder: AutoencoderKL, likelihood: DiscretizedLogistic, batches: Batches, beta: float):
         self.module = nn.ModuleDict({"autoencoder": autoencoder, "likelihood": likelihood})
-        self.autoencoder, self.likelihood, self.reader, self.beta, self.seed = autoencoder, likelihood, reader, beta, seed
+        self.autoencoder, self.likelihood, self.batches, self.beta = autoencoder, likelihood, batches, beta
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         return [
@@ -30,8 +30,7 @@ class VaeObjective:
         ]
 
     def loss(self, images_seen: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = self.reader.images(order(self.seed, len(self.reader), images_seen, batch_size))
-        x = to_float(pixels).to(self.likelihood.log_scale.device)
+        x = to_float(self.batches.at(images_seen, batch_size)).to(self.likelihood.log_scale.device)
         bound = elbo(self.autoencoder, self.likelihood, x, posterior_noise(self.autoencoder, x, rng))
         loss = (self.beta * bound.kl - bound.reconstruction).mean() / bound.dims
         return loss, summary(bound)

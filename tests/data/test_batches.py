@@ -1,14 +1,25 @@
 """The data order against a second implementation, and its promises as properties over sizes, ranks and kill points."""
 
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.stats import chisquare
 
-from ldm.data.batches import ROUNDS, order, permute
+from ldm.data.batches import ROUNDS, Batches, order, order_by_shard, permute, views
+from ldm.data.reader import open_shards
+from ldm.data.shards import write_shards
+from ldm.errors import InputError
 from ldm.randomness import seed_for
 
 SIZES = st.one_of(st.integers(1, 40), st.integers(1, 3000), st.sampled_from([63, 64, 65, 255, 256, 257, 1023, 1024, 1025]))
@@ -116,3 +127,200 @@ def test_a_trillion_samples_need_no_memory() -> None:
     assert indices[:5_000].tolist()[::1000] == [
         permute_one(p % size, size, seed_for(3, "order", 4)) for p in range(start, start + 5_000, 1000)
     ]
+
+
+# shard by shard, for shards that come from afar
+
+COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(counts=COUNTS, seed=SEEDS, window=st.integers(1, 5), epoch=st.integers(0, 10**6))
+def test_shard_by_shard_every_epoch_holds_each_sample_once(counts: list[int], seed: int, window: int, epoch: int) -> None:
+    size = sum(counts)
+    indices = order_by_shard(seed, counts, epoch * size, size, window)
+    assert np.array_equal(np.sort(indices), np.arange(size))
+
+
+@settings(max_examples=100, deadline=None)
+@given(counts=COUNTS, seed=SEEDS, window=st.integers(1, 5), start=st.floats(0, 3), count=st.integers(0, 60))
+def test_shard_by_shard_any_position_is_resumed(counts: list[int], seed: int, window: int, start: float, count: int) -> None:
+    begin = int(start * sum(counts))
+    whole = order_by_shard(seed, counts, 0, begin + count, window)
+    assert np.array_equal(order_by_shard(seed, counts, begin, count, window), whole[begin:])
+    one_by_one = [order_by_shard(seed, counts, position, 1, window)[0] for position in range(begin, begin + min(count, 9))]
+    assert one_by_one == whole[begin : begin + 9].tolist()[: len(one_by_one)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts=COUNTS, seed=SEEDS, window=st.integers(1, 4))
+def test_shard_by_shard_few_shards_are_read_at_a_time(counts: list[int], seed: int, window: int) -> None:
+    shard_of = np.repeat(np.arange(len(counts)), counts)
+    for epoch in range(2):
+        shards = shard_of[order_by_shard(seed, counts, epoch * len(shard_of), len(shard_of), window)]
+        first_seen = dict.fromkeys(shards.tolist())  # shards in the order in which they begin
+        last = {shard: np.flatnonzero(shards == shard)[-1] for shard in first_seen}
+        begins = {shard: np.flatnonzero(shards == shard)[0] for shard in first_seen}
+        open_at_once = max(sum(begins[s] <= t <= last[s] for s in first_seen) for t in range(len(shards)))
+        assert open_at_once <= window
+
+
+def test_shard_by_shard_mixes_within_a_window_and_between_epochs() -> None:
+    counts = [50] * 8
+    epochs = [order_by_shard(0, counts, epoch * 400, 400) for epoch in range(2)]
+    assert (epochs[0] == epochs[1]).sum() < 15
+    first_window = epochs[0][:200] // 50
+    assert len(set(first_window)) == 4 and (np.diff(first_window) != 0).mean() > 0.6  # shards alternate
+
+
+# crops and flips
+
+
+def test_crops_and_flips_are_a_function_of_position_and_uniform() -> None:
+    seen = views(3, 0, 20_000, 4, True)
+    assert np.array_equal(views(3, 7_000, 100, 4, True), seen[7_000:7_100])
+    for column, values in ((0, 5), (1, 5), (2, 2)):
+        assert chisquare(np.bincount(seen[:, column], minlength=values)).pvalue > 1e-4
+    assert chisquare(np.bincount(seen @ [10, 2, 1])[np.unique(seen @ [10, 2, 1])]).pvalue > 1e-4  # independent of each other
+    assert not views(3, 0, 1000, 0, False).any()
+
+
+# batches of images
+
+
+SIDE, MARGIN, COUNT = 6, 2, 60
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, random = tmp_path_factory.mktemp("batches"), np.random.default_rng(0)
+    (folder / "source").mkdir()
+    rows = []
+    for number in range(COUNT):
+        side = SIDE + MARGIN
+        Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"source/{number:03d}.png")
+        rows.append({"file_name": f"{number:03d}.png", "text": "x"})
+    pd.DataFrame(rows).to_csv(folder / "source/metadata.csv", index=False)
+    write_shards(
+        folder / "source", folder / "shards", image_size=SIDE, margin=MARGIN, channels=3, resize_filter="box",
+        val_fraction=0.1, test_fraction=0.1, shard_size=7, max_bad_fraction=0,
+    )  # fmt: skip
+    return folder / "shards"
+
+
+def expected(shards: Path, seed: int, shuffle: str, position: int) -> np.ndarray:
+    """The image at a global position, from the source file: the reader, the views and the order are each applied by hand."""
+    reader = open_shards(shards)
+    counts = [len(positions) for _, positions in reader.shard_positions()]
+    one = order(seed, len(reader), position, 1) if shuffle == "global" else order_by_shard(seed, counts, position, 1)
+    top, left, mirrored = views(seed, position, 1, MARGIN, True)[0]
+    source = np.asarray(Image.open(shards.parent / "source" / reader[int(one[0])].meta["file_name"]))
+    crop = source[top : top + SIDE, left : left + SIDE]
+    return (crop[:, ::-1] if mirrored else crop).transpose(2, 0, 1)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=SEEDS,
+    shuffle=st.sampled_from(["global", "shard"]),
+    ranks=st.integers(1, 3),
+    workers=st.integers(0, 2),
+    each=st.integers(1, 9),
+    kills=st.lists(st.integers(0, 12), max_size=2),
+)
+def test_batches_of_all_ranks_are_one_global_order_resumed_or_not(
+    shards: Path, seed: int, shuffle: str, ranks: int, workers: int, each: int, kills: list[int]
+) -> None:
+    """With real worker processes. A kill throws all loaders away and goes back to the last checkpoint, every 3 batches."""
+    reader, batch = open_shards(shards), ranks * each
+    options = {"shuffle": shuffle, "flip": True, "workers": workers, "ranks": ranks}
+
+    def loaders() -> list[Batches]:
+        return [Batches(open_shards(shards), seed, rank=rank, **options) for rank in range(ranks)]
+
+    batches, number, pending = math.ceil(2 * len(reader) / batch), 0, sorted(kills)
+    consumed: list[np.ndarray] = []
+    running = loaders()
+    while number < batches:
+        if pending and pending[0] <= number:
+            pending.pop(0)
+            number = number // 3 * 3
+            consumed, running = consumed[: number * batch], loaders()
+        for one in running:
+            consumed += list(one.at(number * batch, batch).numpy())
+        number += 1
+    assert len(consumed) == batches * batch
+    for position, image in enumerate(consumed):
+        assert np.array_equal(image, expected(shards, seed, shuffle, position))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_position_may_follow_any_other(shards: Path, workers: int) -> None:
+    batches = Batches(open_shards(shards), 5, flip=True, workers=workers)
+    for position in (0, 8, 16, 8, 800, 808, 0):
+        for offset, image in enumerate(batches.at(position, 8)):
+            assert np.array_equal(image.numpy(), expected(shards, 5, "global", position + offset))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_is_named_from_whichever_process(shards: Path, workers: int, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    reader = open_shards(copy)
+    _, image, size, *_ = reader.offsets(3)
+    shard, key = reader.shard_positions()[0][0]["name"], reader[3].key
+    with (copy / shard).open("r+b") as file:
+        file.seek(image + 20)
+        file.write(bytes(size - 20))
+    batches = Batches(open_shards(copy), 0, workers=workers)
+    where = int(np.flatnonzero(order(0, len(reader), 0, len(reader)) == 3)[0])
+    sound = where // 4 * 4
+    for position in range(0, sound, 4):
+        batches.at(position, 4)
+    with pytest.raises(InputError, match=f"{shard}: sample {key} is damaged .*run the `shard` stage again") as error:
+        batches.at(sound, 4)
+    assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(shards: Path) -> None:
+    with pytest.raises(InputError, match="a batch of 7 cannot be shared evenly by 2 ranks"):
+        Batches(open_shards(shards), 0, ranks=2).at(0, 7)
+
+
+def test_loading_leaves_the_global_random_state_alone(shards: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    Batches(open_shards(shards), 0, workers=1).at(0, 4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_workers_end_with_their_owner(shards: Path) -> None:
+    """Killed outright, the owner cannot tell its workers; they notice by themselves."""
+    code = (
+        "import sys, os, multiprocessing, time\n"
+        "from ldm.data.batches import Batches\n"
+        "from ldm.data.reader import open_shards\n"
+        f"batches = Batches(open_shards({str(shards)!r}), 0, workers=2)\n"
+        "batches.at(0, 4)\n"
+        "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout
+    workers = [int(pid) for pid in owner.stdout.readline().split()]
+    assert len(workers) == 2
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 20  # torch's workers look every five seconds
+    while any(_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.2)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -1,8 +1,6 @@
-"""Folders of captioned images: conventions and complaints; pixels against float64 arithmetic in numpy."""
+"""Pixels against float64 arithmetic in numpy; damaged files."""
 
 import io
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +8,7 @@ import pytest
 from PIL import Image
 
 from ldm.data import images
-from ldm.data.images import UnreadableImage, decode, fit_square, from_array, list_images, to_array, to_png
-from ldm.errors import InputError
+from ldm.data.images import Preprocessing, UnreadableImage, decode, decode_stored, fit_square, from_array, to_array, to_png
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -25,41 +22,7 @@ def encoded(image: Image.Image | np.ndarray, suffix: str = "PNG", **options: obj
     return buffer.getvalue()
 
 
-def put(folder: Path, *names: str) -> None:
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(encoded(noise(4, 4, seed=number)))
-
-
-# which images there are and what their captions say
-
-
-def test_metadata_csv_keeps_further_columns_and_sorts_by_file_name(tmp_path: Path) -> None:
-    put(tmp_path, "b c.png", "a.JPG", "sub/ü.webp")
-    (tmp_path / "metadata.csv").write_text('file_name,text,label\nsub/ü.webp,"one, two",01\na.JPG,NA,NA\nb c.png,"new\nline",x\n')
-    table = list_images(tmp_path)
-    assert table.to_dict("records") == [
-        {"file_name": "a.JPG", "text": "NA", "label": "NA"},
-        {"file_name": "b c.png", "text": "new\nline", "label": "x"},
-        {"file_name": "sub/ü.webp", "text": "one, two", "label": "01"},
-    ]
-
-
-def test_metadata_jsonl_keeps_types_but_makes_labels_text(tmp_path: Path) -> None:
-    """`prompts.csv` and class folders have text labels, and 3 is not "3"."""
-    put(tmp_path, "a.png", "b.png")
-    first, second = {"file_name": "b.png", "text": "2020"}, {"file_name": "a.png", "text": "x\u2028y"}
-    rows = [first | {"label": 3, "n": 3}, second | {"label": 1, "n": 1}]
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    assert list_images(tmp_path).to_dict("records") == [row | {"label": str(row["label"])} for row in rows[::-1]]
-
-
-@pytest.mark.parametrize("row", ['{"file_name": "a.png", "text": "x"}', '{"file_name": "a.png", "text": "x", "label": ""}'])
-def test_a_label_here_and_none_there_is_refused(row: str, tmp_path: Path) -> None:
-    put(tmp_path, "a.png", "b.png")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "y", "label": 3}\n' + row + "\n")
-    with pytest.raises(InputError, match=r"metadata\.jsonl: row 2 has no label"):
-        list_images(tmp_path)
+# pixels
 
 
 def test_sixteen_bit_greys_are_scaled(tmp_path: Path) -> None:
@@ -78,89 +41,13 @@ def test_transparency_is_composited_on_white(mode: str, tmp_path: Path) -> None:
     assert read[:, 0, 0].tolist() == [0, 0, 0] and (read[:, 1, :] == 255).all()
 
 
-@pytest.mark.parametrize("kind", ["EPS", "PPM", "GIF"])
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA"])
 def test_other_formats_are_refused_whatever_their_suffix(kind: str) -> None:
     """Pillow would run Ghostscript on an EPS that calls itself a PNG."""
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, kind)
     with pytest.raises(UnreadableImage, match="not an image of a known format"):
         decode(file.getvalue(), channels=3)
-
-
-def test_sidecars_and_class_folders(tmp_path: Path) -> None:
-    put(tmp_path / "sidecars", "one.png", "deep/two.png")
-    (tmp_path / "sidecars/one.txt").write_text(" the first\n")
-    (tmp_path / "sidecars/deep/two.txt").write_text("the second")
-    assert list_images(tmp_path / "sidecars").text.tolist() == ["the second", "the first"]
-    put(tmp_path / "classes", "cat/1.png", "batch/dog/2.png")
-    table = list_images(tmp_path / "classes")
-    assert table.text.tolist() == table.label.tolist() == ["dog", "cat"]
-
-
-def test_a_folder_with_an_images_suffix_is_no_image(tmp_path: Path) -> None:
-    put(tmp_path, "album.png/1.png")
-    assert list_images(tmp_path).file_name.tolist() == ["album.png/1.png"]
-
-
-def table_of(text: str, name: str = "metadata.csv") -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        put(folder, "a.png", "b.png")
-        (folder / name).write_text(text)
-
-    return make
-
-
-def sidecar_missing(folder: Path) -> None:
-    put(folder, "a.png", "b.png")
-    (folder / "a.txt").write_text("x")
-
-
-def sidecar_latin1(folder: Path) -> None:
-    put(folder, "a.png")
-    (folder / "a.txt").write_bytes("ü".encode("latin-1"))
-
-
-COMPLAINTS = {
-    "missing folder": (lambda folder: folder.rmdir(), ["no such folder", "data.path"]),
-    "no images": (lambda folder: (folder / "a.txt").write_text("x"), ["holds no images", ".png"]),
-    "no captions": (lambda folder: put(folder, "a.png", "b/c.png"), ["2 images but no captions", "metadata.csv"]),
-    "no text column": (table_of("file_name,caption\na.png,x\nb.png,y\n"), ["metadata.csv", "'text'", "file_name, caption"]),
-    "image not there": (table_of("file_name,text\na.png,x\nb.png,y\nc.png,z\n"), ["metadata.csv", "names 1 images", "'c.png'"]),
-    "image without row": (table_of("file_name,text\na.png,x\n"), ["metadata.csv", "no row for 1 images", "'b.png'"]),
-    "two rows": (table_of("file_name,text\na.png,x\nb.png,y\na.png,z\n"), ["metadata.csv", "'a.png'", "more than one row"]),
-    "unquoted commas": (table_of("file_name,text\na.png,x,y\nb.png,x,z\n"), ["metadata.csv", "more fields", "double quotes"]),
-    "one unquoted comma": (table_of("file_name,text\na.png,x\nb.png,x,z\n"), ["metadata.csv", "not readable", "line 3"]),
-    "empty csv": (table_of(""), ["metadata.csv", "not readable"]),
-    "header alone": (table_of("file_name,text\n"), ["metadata.csv", "no row for 2 images", "'a.png'"]),
-    "no JSON": (table_of("nonsense\n", "metadata.jsonl"), ["metadata.jsonl", "not readable"]),
-    "null caption": (
-        table_of('{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": null}\n', "metadata.jsonl"),
-        ["metadata.jsonl", "row 2", "'b.png'", "strings"],
-    ),
-    "number as caption": (
-        table_of('{"file_name": "a.png", "text": 1}\n{"file_name": "b.png", "text": 2}\n', "metadata.jsonl"),
-        ["metadata.jsonl", "row 1", "'a.png' and 1"],
-    ),
-    "sidecar missing": (sidecar_missing, ["b.png", "no caption file b.txt"]),
-    "sidecar not UTF-8": (sidecar_latin1, ["a.txt", "UTF-8"]),
-}
-
-
-@pytest.mark.parametrize("case", COMPLAINTS)
-def test_bad_folders_are_named_with_what_to_do(case: str, tmp_path: Path) -> None:
-    make, expected = COMPLAINTS[case]
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    make(folder)
-    with pytest.raises(InputError) as error:
-        list_images(folder)
-    message = str(error.value)
-    assert str(folder) in message
-    for words in expected:
-        assert words in message
-
-
-# pixels
 
 
 @pytest.mark.parametrize("suffix", ["PNG", "BMP", "TIFF", "WEBP"])
@@ -289,3 +176,74 @@ def test_mutated_files_are_read_or_refused_never_more() -> None:
             refused += 1
             assert "0x" not in str(error)
     assert 100 < refused < 700
+
+
+# what becomes of sizes
+
+
+def test_contain_pads_with_the_background_and_stretch_distorts() -> None:
+    pixels = noise(8, 16)
+    image = Image.fromarray(pixels)
+    padded = to_array(fit_square(image, 16, "box", "contain", "#102030")).transpose(1, 2, 0)
+    assert np.array_equal(padded[4:12], pixels) and (padded[[0, 3, 12, 15]] == [0x10, 0x20, 0x30]).all()
+    grey = to_array(fit_square(image.convert("L"), 16, "box", "contain", "#ffffff"))[0]
+    assert (grey[:4] == 255).all()
+    wide = to_array(fit_square(image, 8, "box", "stretch")).transpose(1, 2, 0)
+    assert np.abs(wide - pixels.reshape(8, 8, 2, 3).mean(axis=2)).max() <= 1
+
+
+def test_the_background_shows_through_transparency() -> None:
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 128))
+    read = to_array(decode(encoded(image), channels=3, background="#0000ff"))[:, 0, 0]
+    assert np.abs(read - np.array([200, 0, 0]) * 128 / 255 - np.array([0, 0, 255]) * 127 / 255).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_several_is_read(kind: str) -> None:
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ("#ff0000", "#00ff00", "#0000ff")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    blob = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert (to_array(decode(blob, channels=3))[:, 3, 3] == [255, 0, 0]).all()
+
+
+def test_limits_are_checked_before_pixels_are_decoded() -> None:
+    blob = encoded(noise(20, 30))
+    assert decode(blob, channels=3, min_side=20, max_pixels=600).size == (30, 20)
+    with pytest.raises(UnreadableImage, match=r"30 x 20 pixels, smaller than data\.min_side 21"):
+        decode(blob, channels=3, min_side=21)
+    cut = blob[:60]  # the header alone
+    with pytest.raises(UnreadableImage, match=r"30 x 20 pixels, more than data\.max_pixels 599"):
+        decode(cut, channels=3, max_pixels=599)
+
+
+# stored images
+
+
+@pytest.mark.parametrize(
+    ("channels", "mode", "side", "options", "kept"),
+    [
+        (3, "RGB", 16, {}, True),
+        (3, "RGB", 16, {"progressive": True}, True),
+        (1, "L", 16, {}, True),
+        (3, "L", 16, {}, False),
+        (1, "RGB", 16, {}, False),
+        (3, "CMYK", 16, {}, False),
+        (3, "RGB", 17, {}, False),
+        (3, "RGB", 16, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}, False),
+    ],
+)
+def test_a_jpeg_is_kept_as_it_is_only_if_nothing_would_change(
+    channels: int, mode: str, side: int, options: dict[str, object], kept: bool
+) -> None:
+    blob = encoded(Image.fromarray(noise(side, side)).convert(mode), "JPEG", **options)
+    preprocessing = Preprocessing(image_size=12, margin=4, channels=channels)
+    assert preprocessing.is_stored(blob) == kept
+    if kept:
+        pixels = to_array(preprocessing.read(blob)).transpose(1, 2, 0)
+        assert np.array_equal(decode_stored(blob, preprocessing), pixels)
+    assert not preprocessing.is_stored(encoded(noise(16, 16)))
+
+
+def test_a_stored_image_of_another_shape_is_refused() -> None:
+    with pytest.raises(UnreadableImage, match=r"pixels of shape \(9, 8, 3\), expected \(8, 8, 3\)"):
+        decode_stored(encoded(noise(9, 8)), Preprocessing(image_size=8, channels=3))

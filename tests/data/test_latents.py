@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.latents import Latents, open_latents, write_latents
-from ldm.data.shards import open_shards, write_shards
+from ldm.data.reader import ShardReader, open_shards
+from ldm.data.shards import write_shards
 from ldm.errors import InputError
 
 SIZE, TOKENS, WIDTH = 8, 5, 3
@@ -48,8 +49,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def cache(shards: Path, out: Path, **options: Any) -> dict[str, Any]:
-    return write_latents(shards, out, encode, embed, IDENTITY, lambda done: None, **options)
+def splits(shards: Path) -> dict[str, ShardReader]:
+    return {split: open_shards(shards, split) for split in ("train", "val")}
+
+
+def cache(shards: Path, out: Path, store: Path | None = None, encode: Any = encode, **options: Any) -> dict[str, Any]:
+    """The manifest, and under `reused` how many files came from the store."""
+    options = {"code": "c", "progress": lambda done: None} | options
+    store = store or out.with_name(out.name + "-store")
+    manifest, reused = write_latents(splits(shards), out, encode, embed, IDENTITY, store=store, **options)
+    return manifest | {"reused": reused}
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +120,14 @@ def test_the_manifest_names_what_the_latents_were_made_from(shards: Path, latent
 
 def test_a_second_run_with_other_batches_gives_the_same_bytes(shards: Path, latents: Path, tmp_path: Path) -> None:
     reports: list[int] = []
-    write_latents(shards, tmp_path / "again", encode, embed, IDENTITY, reports.append, batch_size=4)
+    cache(shards, tmp_path / "again", progress=reports.append, batch_size=4)
     for path in latents.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     assert reports == sorted(reports)
     assert reports[-1] == sum(len(open_shards(shards, split)) for split in ("train", "val"))
 
 
-def test_a_failure_leaves_what_was_there(shards: Path, latents: Path) -> None:
+def test_a_failure_leaves_what_was_there(shards: Path, latents: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in latents.iterdir()}
     calls = []
 
@@ -129,7 +138,7 @@ def test_a_failure_leaves_what_was_there(shards: Path, latents: Path) -> None:
         return encode(pixels)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        write_latents(shards, latents, fail_later, embed, IDENTITY, lambda done: None)
+        cache(shards, latents, tmp_path / "an empty store", encode=fail_later)
     assert {path.name: path.read_bytes() for path in latents.iterdir()} == before
     cache(shards, latents)  # and the next run is not hindered
     assert {path.name: path.read_bytes() for path in latents.iterdir()} == before
@@ -144,3 +153,119 @@ def test_latents_of_another_autoencoder_are_refused_by_name(latents: Path) -> No
 def test_absent_latents_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"latents/manifest\.json: not found; run the `cache_latents` stage"):
         open_latents(tmp_path / "latents", "train")
+
+
+# the store: what was encoded before is not encoded again, and what left the shards leaves the store
+
+
+def counting() -> tuple[Any, list[int]]:
+    seen: list[int] = []
+
+    def count(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+        seen.append(len(pixels))
+        return encode(pixels)
+
+    return count, seen
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def grown(shards: Path, tmp_path: Path, names: list[str], gone: str | None = None) -> Path:
+    """Shards of the same images, with those of a new folder `c`, and without `gone`."""
+    import shutil
+
+    source = shutil.copytree(shards.parent / "source", tmp_path / "source", dirs_exist_ok=True)
+    table = pd.read_csv(source / "metadata.csv", keep_default_na=False)
+    random = np.random.default_rng(9)
+    for name in names:
+        (source / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).save(source / name)
+    table = pd.concat([table, pd.DataFrame({"file_name": names, "text": "new"})]).drop_duplicates("file_name")
+    if gone:
+        (source / gone).unlink()
+    table[table.file_name != gone].to_csv(source / "metadata.csv", index=False)
+    options: dict[str, Any] = {"image_size": SIZE, "channels": 1, "resize_filter": "box", "shard_size": 11, "max_bad_fraction": 0}
+    write_shards(source, tmp_path / "shards", val_fraction=0.2, test_fraction=0.2, **options)
+    return tmp_path / "shards"
+
+
+def test_only_new_shards_are_encoded(shards: Path, tmp_path: Path) -> None:
+    store, (count, seen) = tmp_path / "store", counting()
+    first = cache(shards, tmp_path / "out", store, count)
+    assert first["reused"] == 0 and sum(seen) == sum(file["count"] for file in first["files"])
+    seen.clear()
+    again = cache(shards, tmp_path / "out", store, count)
+    assert again["reused"] == len(first["files"]) and not seen
+    more = grown(shards, tmp_path, [f"c/{n:02d}.png" for n in range(30)])
+    manifest = cache(more, tmp_path / "out", store, count)
+    new = [file for file in manifest["files"] if file["name"].split("-")[1] == "c"]
+    assert manifest["reused"] == len(first["files"]) == len(manifest["files"]) - len(new)
+    assert sum(seen) == sum(file["count"] for file in new) > 0
+    cache(more, tmp_path / "fresh", tmp_path / "empty store")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("change", ["autoencoder", "text_encoder", "text", "code"])
+def test_nothing_stale_is_reused(change: str, shards: Path, tmp_path: Path) -> None:
+    cache(shards, tmp_path / "out", tmp_path / "store")
+    code = "another" if change == "code" else "c"
+    identity = IDENTITY | ({} if change == "code" else {change: "another"})
+    _, reused = write_latents(
+        splits(shards), tmp_path / "out", encode, embed, identity, lambda done: None, store=tmp_path / "store", code=code
+    )
+    assert reused == 0
+
+
+def test_a_file_of_the_store_that_was_altered_is_encoded_again(shards: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    cache(shards, tmp_path / "out", store)
+    sound = contents(tmp_path / "out")
+    victim = sorted(store.iterdir())[0]
+    blob = victim.read_bytes()
+    victim.unlink()  # or the out, a link to the same bytes, would be altered too
+    victim.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    manifest = cache(shards, tmp_path / "out", store)
+    assert manifest["reused"] == len(manifest["files"]) - 1
+    assert contents(tmp_path / "out") == sound
+
+
+def test_an_image_that_was_removed_is_in_no_shard_latent_or_file_of_the_store(shards: Path, tmp_path: Path) -> None:
+    before = grown(shards, tmp_path, [])
+    store, gone = tmp_path / "store", open_shards(before)[7].meta["file_name"]
+    cache(before, tmp_path / "out", store)
+    mean, _ = encode(open_shards(before).images([7]))
+    needle = mean.numpy().tobytes()
+
+    def holders() -> list[Path]:
+        return [path for path in tmp_path.rglob("*.safetensors") if needle in path.read_bytes()]
+
+    assert len(holders()) == 2  # the out and the store
+    after = grown(shards, tmp_path, [], gone)
+    manifest = cache(after, tmp_path / "out", store)
+    assert gone not in open_shards(after).captions.file_name.tolist()
+    assert not holders()
+    assert 0 < manifest["reused"] < len(manifest["files"])
+    assert len(list(store.iterdir())) == len(manifest["files"])
+
+
+def test_flips_are_a_second_encoding_of_training_images(shards: Path, tmp_path: Path) -> None:
+    cache(shards, tmp_path / "out", flip=True)
+    plain = open_latents(tmp_path / "out", "val")
+    assert len(plain) == len(open_shards(shards, "val"))
+    reader, cached = open_shards(shards, "train"), open_latents(tmp_path / "out", "train")
+    assert len(cached) == 2 * len(reader)
+    row = 0
+    for _, positions in reader.shard_positions():
+        for mirrored in (False, True):
+            for i in positions:
+                pixels = reader.images([i])
+                mean, logvar = encode(pixels[..., ::-1].copy() if mirrored else pixels)
+                text, _ = embed([reader[i].text])
+                assert torch.equal(cached.mean[row], mean[0]) and torch.equal(cached.logvar[row], logvar[0])
+                assert torch.equal(cached.text[cached.caption[row]], text[0])
+                row += 1
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    mean, _ = moments(cached)
+    np.testing.assert_allclose(manifest["latent_mean"], mean.mean((0, 2, 3)), rtol=1e-12)

@@ -3,54 +3,29 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
+import re
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import webdataset
+from collection import OPTIONS, contents, make_folder, numbered
 from PIL import Image
-from tiny import with_soak
+from tiny import clone, environment, set_params, with_soak
 
-from ldm.data import images
-from ldm.data.shards import SPLITS, open_shards, split_of, write_shards
+from ldm.config import load_settings
+from ldm.data import shards
+from ldm.data.reader import SPLITS, open_shards
+from ldm.data.shards import split_of, write_shards
 from ldm.errors import InputError
-
-SIZE = 8
-OPTIONS: dict[str, Any] = {
-    "image_size": SIZE,
-    "channels": 3,
-    "resize_filter": "lanczos",
-    "val_fraction": 0.2,
-    "test_fraction": 0.3,
-    "shard_size": 7,
-    "max_bad_fraction": 0.2,
-}
-
-
-def make_folder(folder: Path, names: list[str], seed: int = 0) -> dict[str, np.ndarray]:
-    """Noise images of the shards' own size under `names`, with captions; returns their pixels (C, H, W)."""
-    random, pixels, rows = np.random.default_rng(seed), {}, []
-    for number, name in enumerate(names):
-        pixels[name] = random.integers(0, 256, (3, SIZE, SIZE), dtype=np.uint8)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[name].transpose(1, 2, 0)).save(folder / name)
-        rows.append({"file_name": name, "text": f"caption {number % 5} ä", "label": str(number)})
-    pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
-    return pixels
-
-
-def numbered(count: int, top: str = "") -> list[str]:
-    return [f"{top}{'/' if top else ''}{i:03d}.png" for i in range(count)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def members(path: Path) -> list[tarfile.TarInfo]:
@@ -119,7 +94,9 @@ def test_the_index_says_what_tarfile_and_hashlib_say(source: Path, tmp_path: Pat
             assert offsets[row].tolist() == [number, *places]
             row += 1
     assert row == len(offsets)
-    assert sorted(contents(tmp_path / "shards")) == sorted([s["name"] for s in index["shards"]] + ["index.json", "offsets.npy"])
+    assert sorted(contents(tmp_path / "shards")) == sorted(
+        [s["name"] for s in index["shards"]] + ["index.json", "offsets.npy", "quarantine.csv", "duplicates.csv"]
+    )
 
 
 def test_shard_positions_cut_a_split_at_its_shards(source: Path, tmp_path: Path) -> None:
@@ -204,7 +181,114 @@ def test_growth_moves_no_image_and_a_new_folder_changes_no_shard(tmp_path: Path)
         assert len(tops) == 1
 
 
+def test_duplicates_are_listed_exact_ones_and_near_ones(tmp_path: Path) -> None:
+    random, source = np.random.default_rng(0), tmp_path / "source"
+    make_folder(source, numbered(60))
+    soft = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+    soft.save(source / "010.png")
+    soft.save(source / "011.png", compress_level=1)  # the same pixels in another file
+    soft.resize((60, 60)).save(source / "012.png")
+    (source / "013.png").write_bytes((source / "010.png").read_bytes())
+    index = write_shards(source, tmp_path / "shards", **OPTIONS | {"image_size": 32})
+    found = pd.read_csv(tmp_path / "shards/duplicates.csv").set_index("file_name")
+    assert index["duplicates"] == {"exact": 1, "near": 2} and len(found) == 3
+    group = {"010.png", "011.png", "012.png", "013.png"}
+    assert set(found.index) | set(found.of) == group
+    (pair,) = found[found.kind == "exact"].itertuples()
+    assert {pair.Index, pair.of} == {"010.png", "013.png"} and pair.split == pair.split_of
+    for split in SPLITS:
+        names = set(open_shards(tmp_path / "shards", split).captions.file_name)
+        for row in found.itertuples():
+            assert (row.Index in names) == (row.split == split) and (row.of in names) == (row.split_of == split)
+
+
+def test_shard_names_hold_nothing_that_shells_urls_or_braces_treat_specially(tmp_path: Path) -> None:
+    tops = ["plain-1.a", "with space", "new\nline", "{000..999}", "ü", "a" * 200, "%41?#"]
+    make_folder(tmp_path / "source", [name for top in tops for name in numbered(12, top)])
+    index = write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS)
+    names = [shard["name"] for shard in index["shards"]]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"(train|val|test)-[A-Za-z0-9_.-]+-\d{5}\.tar", name) and len(name) < 130 for name in names)
+    assert any(name.startswith("train-plain-1.a-0") for name in names)
+    assert {name.split("/")[0] for split in SPLITS for name in open_shards(tmp_path / "shards", split).captions.file_name} == set(
+        tops
+    )
+
+
+def test_a_further_column_of_some_rows_stays_with_them(tmp_path: Path) -> None:
+    make_folder(tmp_path / "source", numbered(40, "one"))
+    (tmp_path / "source/metadata.csv").rename(tmp_path / "source/one/metadata.csv")
+    table = pd.read_csv(tmp_path / "source/one/metadata.csv", dtype=str)
+    table.assign(file_name=table.file_name.str.removeprefix("one/")).to_csv(tmp_path / "source/one/metadata.csv", index=False)
+    make_folder(tmp_path / "more", numbered(10, "two"))
+    (tmp_path / "more/two").rename(tmp_path / "source/two")
+    rows = [{"file_name": name, "text": "x", "label": "1", "n": i} for i, name in enumerate(numbered(10))]
+    pd.DataFrame(rows).to_json(tmp_path / "source/two/metadata.jsonl", orient="records", lines=True)
+    write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS)
+    for split in SPLITS:
+        reader = open_shards(tmp_path / "shards", split)
+        for sample in (reader[i] for i in range(len(reader))):
+            top, number = sample.meta["file_name"].removesuffix(".png").split("/")
+            assert sample.meta.get("n") == (int(number) if top == "two" else None) and ("n" in sample.meta) == (top == "two")
+
+
 # the same bytes, or nothing
+
+
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path) -> None:
+    names = numbered(700, "a") + numbered(800, "b")
+    make_folder(tmp_path / "source", names)
+    for name in names[::97]:
+        (tmp_path / "source" / name).write_bytes(b"damaged")
+    heard: list[tuple[str, int, int]] = []
+    for workers in (1, 2, 3):
+        out, options = tmp_path / f"{workers}", OPTIONS | {"shard_size": 50, "workers": workers}
+        write_shards(tmp_path / "source", out, **options, progress=lambda *values: heard.append(values))
+        assert contents(out) == contents(tmp_path / "1")
+    for what in ("hash", "write"):
+        counts = [done for kind, done, _ in heard if kind == what]
+        assert counts[0] == 0 and counts[-1] == len(names) and {total for _, _, total in heard} == {len(names)}
+
+
+def test_what_a_process_raises_is_raised_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that changes between the two readings: here its hash is told wrong."""
+    make_folder(tmp_path / "source", numbered(1200))
+    read = shards._hash
+    monkeypatch.setattr(shards, "_digests", lambda places, *_: [("0" * 64, ""), *read(places[1:])])
+    with pytest.raises(InputError, match=r"000\.png: changed while it was read"):
+        write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS, workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("seed", with_soak(1, 5))
+def test_the_stage_killed_with_its_processes_at_work(seed: int, tmp_path: Path) -> None:
+    """The real entry point with two workers: after SIGKILL to it alone the workers end, and a second run gives the same bytes."""
+    random = np.random.default_rng(seed)
+    root = clone(tmp_path / "project")
+    make_folder(root / "data/raw/mine", numbered(1500), seed)
+    params = {"path": "data/raw/mine", "image_size": 64, "channels": 3, "shard_size": 50}
+    set_params(root, {"data": params})
+    command, env = [sys.executable, "-m", "ldm.stages.shard"], environment(LDM_WORKERS="2", PYTHONPATH=str(root))
+    stage = subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.DEVNULL)
+    partial, wanted = root / "data/shards.partial", int(random.integers(1, 20))
+    deadline = time.monotonic() + 60
+    while len(list(partial.glob("*.tar"))) < wanted:
+        assert stage.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    workers = [int(pid) for pid in Path(f"/proc/{stage.pid}/task/{stage.pid}/children").read_text().split()]
+    stage.kill()
+    stage.wait()
+    assert 0 < len(list(partial.glob("*.tar"))) < 33 and not (partial / "index.json").exists()  # it was writing
+    assert not (root / "data/shards").exists()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    subprocess.run(command, cwd=root, env=env, check=True, stdout=subprocess.DEVNULL)
+    settings = load_settings(root).data.model_dump(exclude={"source", "path"})
+    write_shards(root / "data/raw/mine", tmp_path / "undisturbed", **settings)
+    assert contents(root / "data/shards") == contents(tmp_path / "undisturbed")
+    assert not partial.exists()
 
 
 def test_a_second_run_elsewhere_and_later_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -231,8 +315,9 @@ def test_unreadable_images_are_listed_and_everything_is_accounted_for(source: Pa
         else:
             (source / name).write_bytes(blob)
     index = write_shards(source, tmp_path / "shards", **OPTIONS)
-    assert {bad["file_name"] for bad in index["quarantined"]} == set(planted)
-    assert all(bad["reason"] and str(tmp_path) not in bad["reason"] for bad in index["quarantined"])
+    bad = pd.read_csv(tmp_path / "shards/quarantine.csv")
+    assert set(bad.file_name) == set(planted) and index["quarantined"] == len(planted)
+    assert all(reason and str(tmp_path) not in reason for reason in bad.reason)
     kept = {name for split in SPLITS for name in open_shards(tmp_path / "shards", split).captions.file_name}
     assert kept | set(planted) == set(numbered(40))
     assert len(kept) + len(planted) == index["found"] == 40
@@ -283,8 +368,8 @@ def test_killed_in_the_middle_of_writing_and_run_again(seed: int, source: Path, 
     child = os.fork()
     if child == 0:  # the child slows down at each image and says so; only the parent ends it
         try:
-            to_png = images.to_png
-            images.to_png = lambda image: (os.write(writes, b"."), time.sleep(0.02), to_png(image))[2]
+            to_png = shards.to_png
+            shards.to_png = lambda image: (os.write(writes, b"."), time.sleep(0.02), to_png(image))[2]
             write_shards(source, out, **OPTIONS)
         finally:
             os._exit(1)

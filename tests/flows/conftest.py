@@ -81,7 +81,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stage.py").write_text(STAGE)
     (folder / "knob.txt").write_text("none")
     shutil.copy(ROOT / "params.yaml", folder)
-    (folder / "data/raw/digits").mkdir(parents=True)  # the data.path of those settings
+    (folder / "data/raw/source").mkdir(parents=True)  # the data.path of those settings
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=folder, check=True)
     return folder

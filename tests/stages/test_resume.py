@@ -28,7 +28,7 @@ def trained(tmp_path_factory) -> Path:
     set_params(root, TINY)
     lengths = {"images": 1536, "batch_size": 32, "checkpoint_images": 512}
     set_params(root, {"train_vae": lengths, "train_unet": lengths})
-    for stage in ("digits", "shard", "train_vae", "cache_latents", "train_unet"):
+    for stage in ("source", "shard", "train_vae", "cache_latents", "train_unet"):
         assert start(root, stage).wait(timeout=120) == 0
     return root
 

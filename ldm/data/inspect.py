@@ -1,0 +1,149 @@
+"""What a folder of images or of shards holds, and whether shards are what their index says."""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from ldm.data.batches import order
+from ldm.data.folders import Place
+from ldm.data.images import UnreadableImage, decode, fit_square, from_array, to_array
+from ldm.data.parallel import default_workers, parallel_map
+from ldm.data.reader import PARTS, SPLITS, ShardReader, open_shards
+from ldm.data.shards import read_collection
+from ldm.errors import InputError
+from ldm.hashing import file_hash
+
+SHOWN = 12  # labels, reasons
+SHEET, TILE = 48, 96  # images of a contact sheet, and the side of each in pixels
+
+
+def check_shards(folder: Path) -> Iterator[str]:
+    """Every way in which a shard folder is not what its index says, a line each: hashes, sizes, offsets, images, strays."""
+    readers = {split: open_shards(folder, split) for split in SPLITS}
+    index = readers["train"].index
+    for entry in [*index["shards"], *({"name": name, **file} for name, file in index["files"].items())]:
+        path = folder / entry["name"]
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif path.stat().st_size != entry["bytes"]:
+            yield f"{path}: {path.stat().st_size} bytes, the index says {entry['bytes']}"
+        elif file_hash(path) != entry["sha256"]:
+            yield f"{path}: its sha256 is not that of the index"
+    known = {"index.json", *index["files"], *(shard["name"] for shard in index["shards"])}
+    yield from (f"{folder / name}: not in the index" for name in sorted({path.name for path in folder.iterdir()} - known))
+    for split, reader in readers.items():
+        counted = {shard["name"]: len(positions) for shard, positions in reader.shard_positions()}
+        for shard in index["shards"]:
+            if shard["split"] == split and counted.get(shard["name"]) != shard["count"]:
+                found = counted.get(shard["name"], 0)
+                yield f"{folder / 'offsets.npy'}: {found} samples of {shard['name']}, the index says {shard['count']}"
+        for shard, positions in reader.shard_positions():
+            yield from _check_shard(reader, folder / shard["name"], positions)
+
+
+def _check_shard(reader: ShardReader, path: Path, positions: range) -> Iterator[str]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = {(member.offset_data, member.size) for member in tar}
+    except (OSError, tarfile.TarError) as error:
+        yield f"{path}: not a readable tar: {error}"
+        return
+    for position in positions:
+        _, *places = reader.offsets(position)
+        for part, offset, size in zip(PARTS, places[::2], places[1::2], strict=True):
+            if (offset, size) not in members:
+                yield f"{path}: no file of {size} bytes at {offset}, where offsets.npy has the {part} of sample {position}"
+        try:
+            reader[position]
+        except (InputError, ValueError) as error:
+            yield str(error)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What was found: a row per image (`file_name`, `text`, `width`, `height`, `bytes`, and `split` of shards), and a sheet."""
+
+    images: pd.DataFrame
+    unreadable: pd.DataFrame  # file_name, reason
+    sheet: np.ndarray  # uint8 (N, 3, TILE, TILE): some images, taken at random
+
+    def summary(self) -> dict[str, str]:
+        """What a reader wants to know first, a line each."""
+        images = self.images
+        lines = {"images": f"{len(images):,}"}
+        if "split" in images:
+            lines["images"] += f" ({', '.join(f'{(images.split == split).sum():,} {split}' for split in SPLITS)})"
+        lines["unreadable"] = f"{len(self.unreadable):,}"
+        for reason, count in self.unreadable.reason.value_counts().head(SHOWN).items():
+            lines[f"  {count}"] = str(reason)
+        if len(images):
+            for name in ("width", "height", "bytes"):
+                lines[name] = _spread(images[name])
+            empty = (images.text.str.strip() == "").sum()
+            lines["captions"] = (
+                f"{images.text.nunique():,} distinct, {empty:,} empty; {_spread(images.text.str.len())} characters"
+            )
+            if "label" in images:
+                counts = images.label.value_counts()
+                shown = ", ".join(f"{label} {count:,}" for label, count in counts.head(SHOWN).items())
+                lines["labels"] = f"{len(counts)}: {shown}{', …' if len(counts) > SHOWN else ''}"
+        return lines
+
+
+def inspect(folder: Path) -> Inventory:
+    """Look through a shard folder, or through a folder of images or tars that is yet to be sharded."""
+    return _of_shards(folder) if (folder / "index.json").is_file() else _of_collection(folder)
+
+
+def _of_shards(folder: Path) -> Inventory:
+    parts, tiles = [], []
+    readers = [open_shards(folder, split) for split in SPLITS]
+    total = sum(map(len, readers))
+    chosen = order(0, total, 0, min(SHEET, total))
+    for reader in readers:
+        side = reader.preprocessing.side
+        sizes = [reader.offsets(i)[2] for i in range(len(reader))]
+        parts.append(reader.captions.assign(width=side, height=side, bytes=sizes, split=reader.split))
+    starts = np.cumsum([0, *map(len, readers)])
+    for i in chosen.tolist():
+        number = int(np.searchsorted(starts, i, side="right")) - 1
+        tiles.append(_tile(from_array(readers[number].images([i - starts[number]])[0])))
+    quarantined = pd.read_csv(folder / "quarantine.csv", dtype=str, keep_default_na=False)
+    return Inventory(pd.concat(parts, ignore_index=True), quarantined, np.array(tiles))
+
+
+def _of_collection(folder: Path) -> Inventory:
+    collection = read_collection(folder)
+    looks = pd.DataFrame(
+        parallel_map(_look, collection.places, default_workers()), columns=["width", "height", "bytes", "reason"]
+    )
+    frame = pd.concat([collection.table, looks], axis=1)
+    refused = pd.DataFrame(collection.refused.items(), columns=["file_name", "reason"])
+    unreadable = pd.concat([refused, frame.loc[frame.reason != "", ["file_name", "reason"]]], ignore_index=True)
+    readable = np.flatnonzero(frame.reason == "")
+    chosen = readable[order(0, len(readable), 0, min(SHEET, len(readable)))].tolist() if len(readable) else []
+    tiles = [_tile(decode(collection.places[i].read(), channels=3)) for i in chosen]
+    return Inventory(frame.iloc[readable].drop(columns="reason"), unreadable, np.array(tiles))
+
+
+def _look(place: Place) -> tuple[int, int, int, str]:
+    """Width, height and bytes of an image, and why it cannot be read if so."""
+    try:
+        blob = place.read()
+        return *decode(blob, channels=3).size, len(blob), ""
+    except UnreadableImage as error:
+        return 0, 0, 0, str(error)
+
+
+def _spread(values: pd.Series) -> str:
+    low, middle, high = values.quantile([0, 0.5, 1])
+    return f"{low:,.0f} to {high:,.0f}, median {middle:,.0f}"
+
+
+def _tile(image: Image.Image) -> np.ndarray:
+    return to_array(fit_square(image.convert("RGB"), TILE, "lanczos", "contain"))

@@ -1,0 +1,184 @@
+"""Random access to the samples of a shard folder, here or behind a URL."""
+
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ldm.data.images import Preprocessing, UnreadableImage, decode_stored
+from ldm.data.remote import ShardCache, is_url
+from ldm.errors import InputError
+
+VERSION = 2  # of index.json
+SPLITS = ("train", "val", "test")
+PARTS = ("image", "txt", "json")  # offsets.npy: shard number, then offset and size of each of these
+OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    image: np.ndarray  # uint8 (C, H, W)
+    text: str
+    meta: dict[str, Any]  # `file_name` and the further columns of the caption table
+
+
+class ShardReader:
+    """Random access to the samples of one split: `len(reader)`, `reader[i]`. Safe to use in a forked process.
+
+    Of a folder here, or of one behind a URL, whose shards come through a bounded cache on this disk.
+    """
+
+    def __init__(self, place: Path | str, split: str, cache: ShardCache | None = None):
+        self.place, self.split, self._cache = place, split, cache
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor, least recently used first
+        path = f"{place}/index.json"
+        text = cache.text("index.json") if cache else _text(Path(path))
+        if text is None:
+            raise InputError(f"{path}: not found; run the `shard` stage (dvc repro shard)")
+        self.index: dict[str, Any] = json.loads(text)
+        if self.index.get("version") != VERSION:
+            raise InputError(f"{path}: version {self.index.get('version')}, expected {VERSION}; run the `shard` stage again")
+        if split not in self.index["splits"]:
+            raise InputError(f"{path}: no split {split!r}; found {', '.join(self.index['splits'])}")
+        start, stop = self.index["splits"][split]
+        table = self._offsets()
+        if len(table) < stop:
+            raise InputError(f"{place}/offsets.npy: {len(table)} rows, {stop} expected; run the `shard` stage again")
+        self._rows = table[start:stop]
+        self.preprocessing = Preprocessing(**self.index["preprocessing"])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample, its image cropped at the centre; `InputError` names a sample that is damaged."""
+        shard, *places = (int(n) for n in self._rows[position])
+        text, meta = self._read(shard, *places[2:4]), self._read(shard, *places[4:6])
+        image = self.images([position])[0]
+        return Sample(key=self._key(shard, places[0]), image=image, text=text.decode(), meta=json.loads(meta))
+
+    def images(self, positions: Sequence[int] | np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """Decoded pixels of several samples, uint8 (N, C, H, W), cropped at the centre.
+
+        `views` (N, 3) instead says where each crop begins, from the top and from the left, and whether it is mirrored.
+        """
+        p = self.preprocessing
+        images = np.empty((len(positions), p.image_size, p.image_size, p.channels), dtype=np.uint8)
+        for i, position in enumerate(positions):
+            top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if views is None else views[i]
+            crop = self._stored(int(position))[top : top + p.image_size, left : left + p.image_size]
+            images[i] = crop[:, ::-1] if mirrored else crop
+        return images.transpose(0, 3, 1, 2)  # a view: pixels lie as decoders write them and as convolutions like them
+
+    def offsets(self, position: int) -> list[int]:
+        """The row of offsets.npy: shard number, then offset and size of each of `PARTS`."""
+        return self._rows[position].tolist()
+
+    def shard_positions(self) -> list[tuple[dict[str, Any], range]]:
+        """The shards of this split, each with the positions of its samples."""
+        numbers = np.asarray(self._rows[:, 0])
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        return [(self.index["shards"][int(numbers[a])], range(a, b)) for a, b in pairwise(edges) if a < b]
+
+    @cached_property
+    def prompts(self) -> pd.DataFrame:
+        """`prompts.csv`: columns `text,label`; empty where the source has none."""
+        if "prompts.csv" not in self.index["files"]:
+            return pd.DataFrame({"text": [], "label": []})
+        with os.fdopen(self._open("prompts.csv", self.index["files"]["prompts.csv"]), "rb") as file:
+            return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+    @cached_property
+    def captions(self) -> pd.DataFrame:
+        """`key`, `text` and the caption table's further columns of every sample, without decoding pixels."""
+        return self.captions_of(range(len(self)))
+
+    def captions_of(self, positions: range) -> pd.DataFrame:
+        """The rows of `captions` at these positions."""
+        rows = []
+        for shard, *places in self._rows[positions.start : positions.stop].tolist():
+            text, meta = self._read(shard, *places[2:4]).decode(), json.loads(self._read(shard, *places[4:6]))
+            own = {"key": self._key(shard, places[0]), "text": text}
+            rows.append(own | meta | own)  # a column `key` of the caption table does not replace the sample's
+        return pd.DataFrame(rows)
+
+    def _stored(self, position: int) -> np.ndarray:
+        """The stored image, uint8 (H, W, C)."""
+        shard, offset, size, *_ = (int(n) for n in self._rows[position])
+        try:
+            return decode_stored(self._read(shard, offset, size), self.preprocessing)
+        except UnreadableImage as error:
+            name = f"{self.place}/{self.index['shards'][shard]['name']}"
+            key = self._key(shard, offset)
+            raise InputError(f"{name}: sample {key} is damaged ({error}); run the `shard` stage again") from None
+
+    def _key(self, shard: int, image_offset: int) -> str:
+        header = self._read(shard, image_offset - tarfile.BLOCKSIZE, 100)  # the name field that opens a tar header
+        return header.split(b"\0", 1)[0].decode(errors="replace").split(".", 1)[0]
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        entry = self.index["shards"][shard]
+        if shard not in self._files:
+            if len(self._files) >= OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = self._open(entry["name"], entry)
+        self._files.move_to_end(shard)
+        blob = os.pread(self._files[shard], size, offset)
+        if len(blob) != size:
+            name = f"{self.place}/{entry['name']}"
+            raise InputError(f"{name}: ends before byte {offset + size}; it is damaged, run the `shard` stage again")
+        return blob
+
+    def _offsets(self) -> np.ndarray:
+        with os.fdopen(self._open("offsets.npy", self.index["files"]["offsets.npy"]), "rb") as file:
+            try:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                return np.memmap(file, dtype, "r", file.tell(), shape)
+            except ValueError as error:
+                raise InputError(f"{self.place}/offsets.npy: damaged ({error}); run the `shard` stage again") from None
+
+    def _open(self, name: str, entry: dict[str, Any]) -> int:
+        if self._cache:
+            return self._cache.open(name, entry["sha256"], entry["bytes"])
+        try:
+            return os.open(f"{self.place}/{name}", os.O_RDONLY)
+        except FileNotFoundError:
+            message = f"{self.place}/{name}: not found, though index.json lists it; run the `shard` stage again"
+            raise InputError(message) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self.place, self.split, self._cache)
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def open_shards(
+    place: Path | str, split: str = "train", *, cache: Path | None = None, cache_bytes: int = 50 * 2**30
+) -> ShardReader:
+    """Open one split of a shard folder; `InputError` where there is none.
+
+    `place` may be any URL that fsspec knows (`s3://`, `https://`, `file://`, …). Its shards are fetched when first read
+    into the folder `cache` (default: `ldm-shards` in the user's cache folder), which holds `cache_bytes` at most,
+    and are verified by their sha256.
+    """
+    if not is_url(place):
+        return ShardReader(Path(place), split)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return ShardReader(str(place), split, ShardCache(str(place), cache or home / "ldm-shards", cache_bytes))

@@ -1,0 +1,234 @@
+"""Shards on object storage or a web server: a bounded folder of their files, each verified when it arrives."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, TypeVar
+from urllib.parse import quote
+
+from ldm.errors import InputError
+
+CHUNK = 8 << 20  # bytes held in memory, and of one request to object storage
+PAUSES = (0.2, 1.0)  # seconds between the attempts
+CONNECT, STALL = 5.0, 20.0  # seconds without a connection, or without a further byte, that end an attempt
+SHA256 = re.compile("[0-9a-f]{64}")
+PART = ".part"  # suffix of a file that is on its way
+
+T = TypeVar("T")
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether `place` has a scheme, as s3://bucket/folder and file:///folder have; a plain path has none."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
+
+
+class ShardCache:
+    """Files below a URL, kept in `folder` under their sha256: at most `max_bytes`, those opened longest ago go first.
+
+    Threads and processes may share the folder, and a fork or a pickle this object: each file is fetched by the first that
+    wants it. Where the storage is and how to sign in is read from the environment, as fsspec and the scheme's package do.
+    Raises `InputError` for files that are absent, refused, out of reach, larger than `max_bytes` or not what was expected.
+    """
+
+    def __init__(self, url: str, folder: Path, max_bytes: int):
+        self.url, self.folder, self.max_bytes = url.rstrip("/"), folder, max_bytes
+
+    def text(self, name: str) -> str | None:
+        """A small file as it stands there now, never from the folder; None where there is none."""
+
+        def read(filesystem: Any, url: str) -> str | None:
+            try:
+                return filesystem.cat_file(url).decode()
+            except FileNotFoundError:
+                return None
+
+        return self._attempt(name, read)
+
+    def open(self, name: str, sha256: str, size: int) -> int:
+        """A read-only descriptor of the local copy, which the caller closes; until then it is readable though evicted."""
+        if not SHA256.fullmatch(sha256):  # it becomes a file name here
+            raise InputError(f"{self.url}/{name}: its sha256 is {sha256!r}; upload the shard folder again")
+        if size > self.max_bytes:
+            raise InputError(
+                f"{self.url}/{name}: its {size:,} bytes do not fit in {self.folder}, which may hold {self.max_bytes:,}; "
+                "raise that bound or write smaller shards"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self._kept(sha256, size)
+            if file is None:
+                with _held(self.folder / f"{sha256}{PART}") as part:
+                    file = self._kept(sha256, size)  # whoever held the part before may have completed it
+                    if file is None:
+                        file = self._fetch(name, sha256, size, part)
+            return file
+        except OSError as error:  # the server's have become InputErrors
+            raise InputError(f"{self.folder}: {error}; shards of {self.url} are kept there, make it writable") from None
+
+    def _kept(self, sha256: str, size: int) -> int | None:
+        """The kept file, now the one opened last. Its hash was verified on arrival: here its size must do."""
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(self.folder / sha256, os.O_RDONLY)
+            if os.fstat(file).st_size == size:
+                os.utime(file, ns=(time.time_ns(),) * 2)  # the kernel's clock for "now" has steps of milliseconds
+                return file
+            os.close(file)
+        return None
+
+    def _fetch(self, name: str, sha256: str, size: int, part: IO[bytes]) -> int:
+        self._make_room(part, size)
+        self._attempt(name, lambda filesystem, url: _download(filesystem, url, sha256, size, part))
+        os.fsync(part.fileno())  # its length stood before its bytes did: after a power cut the size would prove nothing
+        path = self.folder / sha256
+        file = os.open(f"{path}{PART}", os.O_RDONLY)
+        with _locked(self.folder):  # a listing during a rename may show neither name
+            os.replace(f"{path}{PART}", path)
+        return file
+
+    def _make_room(self, part: IO[bytes], size: int) -> None:
+        """Evict until `size` bytes fit and claim them as the length of `part`; wait while other parts leave too few."""
+        while True:
+            with _locked(self.folder):
+                names = os.listdir(self.folder)
+                parts = [self.folder / name for name in names if SHA256.fullmatch(name.removesuffix(PART)) and PART in name]
+                stats = {path: path.stat() for path in map(self.folder.joinpath, names) if SHA256.fullmatch(path.name)}
+                claimed = size + sum(map(_claimed, parts))
+                if claimed <= self.max_bytes:
+                    excess = claimed + sum(stat.st_size for stat in stats.values()) - self.max_bytes
+                    for path in sorted(stats, key=lambda path: stats[path].st_mtime_ns):
+                        if excess > 0:
+                            path.unlink()
+                            excess -= stats[path].st_size
+                    part.truncate(size)
+                    return
+            time.sleep(0.1)
+
+    def _attempt(self, name: str, read: Callable[[Any, str], T]) -> T:
+        """`read(filesystem, url)` of a file, tried again after errors that may pass."""
+        url = f"{self.url}/{quote(name) if _is_http(self.url) else name}"
+        for pause in (*PAUSES, None):
+            try:
+                return read(_filesystem(self.url, os.getpid()), url)
+            except InputError:
+                raise
+            except FileNotFoundError:
+                raise InputError(f"{url}: not found; check the URL, or upload the shard folder again") from None
+            except _WrongBytes as error:
+                problem = f"found {error}; it was changed or damaged there, upload the shard folder again"
+            except Exception as error:  # every filesystem brings exceptions of its own
+                cause = f"{type(error).__name__} {' '.join(str(error).split())}".strip()
+                if isinstance(error, PermissionError | ValueError) or "Credentials" in type(error).__name__:
+                    raise InputError(f"{url}: not readable ({cause}); check the URL and the credentials") from None
+                problem = f"not read in {len(PAUSES) + 1} attempts ({cause}); check the server, the network and this disk"
+            if pause:
+                time.sleep(pause)
+        raise InputError(f"{url}: {problem}")
+
+
+class _WrongBytes(Exception):
+    """What arrived is not what was expected."""
+
+
+def _download(filesystem: Any, url: str, sha256: str, size: int, part: IO[bytes]) -> None:
+    # Over http, fsspec's look at the size calls every failure an absent file, and its reads in ranges need a server with them.
+    stream = {"block_size": 0, "size": size} if _is_http(url) else {"cache_type": "none"}
+    digest, found = hashlib.sha256(), 0
+    part.seek(0)
+    with filesystem.open(url, "rb", **stream) as remote:
+        while found <= size and (chunk := remote.read(CHUNK)):
+            digest.update(chunk)
+            part.write(chunk[: size - found])
+            found += len(chunk)
+    part.flush()
+    if found != size:
+        raise _WrongBytes(f"{'over ' * (found > size)}{min(found, size):,} bytes, expected {size:,}")
+    if digest.hexdigest() != sha256:
+        raise _WrongBytes(f"sha256 {digest.hexdigest()}, expected {sha256}")
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+@cache
+def _filesystem(url: str, pid: int) -> Any:
+    """The fsspec filesystem of `url` in the process `pid`; `InputError` where a package for it is missing.
+
+    One per process, since its thread does not survive a fork. It is never dropped: a child that closed the one it
+    inherited would take the parent's sockets out of the epoll that both share.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    scheme = url.partition("://")[0]
+    try:
+        import fsspec
+
+        if scheme == "s3":
+            timeouts = {"connect_timeout": CONNECT, "read_timeout": STALL, "retries": {"total_max_attempts": 1}}
+            options = {"config_kwargs": timeouts}
+        elif _is_http(url):
+            from aiohttp import ClientTimeout
+
+            options = {"client_kwargs": {"timeout": ClientTimeout(connect=CONNECT, sock_read=STALL)}}
+        theirs = fsspec.config.conf.get(scheme, {})  # FSSPEC_S3_… and the like, which an argument replaces as a whole
+        options = {key: ours | theirs.get(key, {}) for key, ours in options.items()}
+        filesystem, _ = fsspec.url_to_fs(url, skip_instance_cache=True, **options)
+    except ImportError as error:
+        raise InputError(f"{url}: {error}; for s3:// and https://, pip install ldm-pipeline[s3]") from None
+    if scheme == "s3":
+        filesystem.retries = 1  # its 5 would be multiplied with each other and with ours
+    return filesystem
+
+
+@contextlib.contextmanager
+def _flock(file: IO[Any]) -> Iterator[None]:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it to a child forked meanwhile
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / "lock", "w") as file, _flock(file):
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[IO[bytes]]:
+    """An empty file at `path` that is the caller's alone: removed at the end, unless renamed before."""
+    while True:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file, _flock(file):
+            if not _lies_at(file, path):
+                continue  # who held it has renamed or removed it while we waited
+            try:
+                file.truncate(0)
+                yield file
+            finally:
+                if _lies_at(file, path):
+                    path.unlink()
+            return
+
+
+def _lies_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _claimed(part: Path) -> int:
+    """Length of a part that a live process holds; one that a dead process left is removed."""
+    with contextlib.suppress(FileNotFoundError), part.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.fstat(file.fileno()).st_size
+        part.unlink()
+    return 0

@@ -1,0 +1,103 @@
+"""Read a folder of WebDataset tars as a collection of captioned images."""
+
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pandas as pd
+
+from ldm.data.folders import Collection, Place
+from ldm.data.images import SUFFIXES
+from ldm.errors import InputError
+
+PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}  # what loaders are known to unpickle
+TEXTS = ("txt", "caption")
+MAX_TEXT = 2**20  # bytes of a caption or of JSON
+
+
+def read_tars(folder: Path) -> Collection:
+    """The images of every `*.tar` below `folder`, by WebDataset's convention: files of one name are one sample.
+
+    A sample is an image with its caption in `.txt` or `.caption`, or in the JSON's `text` or `caption`, and optionally
+    `.json` (an object: further columns) and `.cls` (its label). `file_name` is `TAR/KEY.SUFFIX`.
+
+    Raises `InputError`, naming tar and member, for damaged tars, members that lead out of the tar (absolute paths, `..`,
+    links, devices), pickles, samples without a caption, and names that occur twice.
+    """
+    rows: list[dict[str, Any]] = []
+    places: list[Place] = []
+    ignored: Counter[str] = Counter()
+    for path in sorted(folder.rglob("*.tar")):
+        name = path.relative_to(folder).as_posix()
+        for key, parts in sorted(_samples(path, ignored).items()):
+            image = next((part for part in parts if f".{part}" in SUFFIXES), None)
+            if image is None:
+                ignored[f"(samples without an image in {name})"] += 1
+                continue
+            member = parts[image]
+            rows.append({"file_name": f"{name}/{key}.{image}", **_caption(path, key, parts)})
+            places.append(Place(path, member.offset_data, member.size))
+    if not rows:
+        raise InputError(f"{folder}: its tars hold no images ({', '.join(sorted(SUFFIXES))})")
+    table = pd.DataFrame(rows)
+    if "label" in table and table.label.isna().any():
+        raise InputError(f"{folder}: {table.file_name[table.label.isna()].iloc[0]!r} has no label, as other samples do")
+    order = table.file_name.argsort(kind="stable")
+    return Collection(table.iloc[order].reset_index(drop=True), [places[i] for i in order], {}, dict(sorted(ignored.items())))
+
+
+def _samples(path: Path, ignored: Counter[str]) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Members by sample and extension, all of them checked."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:  # plain tars only: a compressed one has no random access
+            for member in tar:
+                if member.isdir():
+                    continue
+                pure = PurePosixPath(member.name)
+                if pure.is_absolute() or ".." in pure.parts:
+                    raise InputError(f"{path}: member {member.name!r} leads out of the tar; write it again with plain names")
+                if not member.isreg():
+                    raise InputError(f"{path}: member {member.name!r} is a link or a device; only plain files are read")
+                stem, _, extension = pure.name.lower().partition(".")
+                if extension.rpartition(".")[2] in PICKLES:
+                    raise InputError(f"{path}: member {member.name!r} is a pickle, which can run any program; remove it")
+                if not stem or (f".{extension}" not in SUFFIXES and extension not in (*TEXTS, "json", "cls")):
+                    ignored[f".{extension}"] += 1
+                    continue
+                key = str(pure.with_name(pure.name.partition(".")[0]))
+                if extension in samples.setdefault(key, {}):
+                    raise InputError(f"{path}: member {member.name!r} is there twice; keep one")
+                if f".{extension}" not in SUFFIXES and member.size > MAX_TEXT:
+                    raise InputError(f"{path}: member {member.name!r} has {member.size:,} bytes; at most {MAX_TEXT:,} are read")
+                samples[key][extension] = member
+    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable plain tar: {error}; restore it") from None
+    return samples
+
+
+def _caption(path: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
+    """`text`, `label` where there is one, and the columns of the sample's JSON."""
+
+    def text(part: str) -> str:
+        try:
+            return Place(path, parts[part].offset_data, parts[part].size).read().decode().strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: {key}.{part} is not UTF-8 text: {error}") from None
+
+    try:
+        columns = json.loads(text("json")) if "json" in parts else {}
+    except ValueError as error:
+        raise InputError(f"{path}: {key}.json is not JSON: {error}") from None
+    if not isinstance(columns, dict):
+        raise InputError(f"{path}: {key}.json holds {type(columns).__name__}, expected an object")
+    columns = {name: value for name, value in columns.items() if name != "file_name"}
+    captions = [*(text(part) for part in TEXTS if part in parts), *(columns.pop(n) for n in ("text", "caption") if n in columns)]
+    label = text("cls") if "cls" in parts else columns.pop("label", None)
+    if not captions and label is None:
+        raise InputError(f"{path}: sample {key!r} has no caption; add {key}.txt")
+    if captions and not isinstance(captions[0], str):
+        raise InputError(f"{path}: sample {key!r} has the caption {captions[0]!r}, which is no text")
+    return {"text": captions[0] if captions else str(label), **({} if label is None else {"label": str(label)}), **columns}

@@ -1,0 +1,28 @@
+"""Folders that are written whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """An empty folder `OUT.partial` to write to, which takes the place of `out` at the end; after an error nothing has changed.
+
+    A reader finds the old folder, the new one, or for an instant none: never a part. What a killed process left is removed.
+    """
+    partial, aside = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
+    for folder in (partial, aside):
+        shutil.rmtree(folder, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(out, aside)  # two renames, not a removal that may take minutes
+    os.rename(partial, out)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,37 @@
+"""The shards that a stage reads."""
+
+import json
+import os
+from pathlib import Path
+
+from ldm.data.reader import ShardReader, open_shards
+from ldm.errors import InputError
+from ldm.hashing import canonical_json, content_hash
+
+CACHE_GB = 50.0
+
+
+def stage_shards(root: Path, split: str) -> ShardReader:
+    """A split of `data/shards`, or of the same shards at the URL `LDM_SHARDS`, which come through `.ldm/shards`.
+
+    That cache holds `LDM_SHARD_CACHE_GB` (default 50) at most. Where the project has an index of its own, the one at the
+    URL must be equal.
+    """
+    url, local = os.environ.get("LDM_SHARDS"), root / "data/shards"
+    if not url:
+        return open_shards(local, split)
+    size = os.environ.get("LDM_SHARD_CACHE_GB") or CACHE_GB
+    try:
+        limit = int(float(size) * 1e9)
+    except ValueError:
+        raise InputError(f"LDM_SHARD_CACHE_GB is {size!r}; set it to a number of gigabytes") from None
+    reader = open_shards(url, split, cache=root / ".ldm/shards", cache_bytes=limit)
+    index = local / "index.json"
+    if index.is_file() and json.loads(index.read_text(encoding="utf-8")) != reader.index:
+        raise InputError(f"LDM_SHARDS {url}: its index.json is not that of {local}; copy {local} there again")
+    return reader
+
+
+def index_hash(reader: ShardReader) -> str:
+    """Identity of the shards, which are named in the index with their hashes."""
+    return content_hash(canonical_json(reader.index).encode())

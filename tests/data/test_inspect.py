@@ -1,0 +1,116 @@
+"""`ldm data check` finds every planted damage; `ldm data stats` counts what pandas counts."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from collection import OPTIONS, make_folder, numbered
+from PIL import Image
+
+from ldm.data.inspect import TILE, check_shards, inspect
+from ldm.data.reader import open_shards
+from ldm.data.shards import write_shards
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    make_folder(tmp_path / "source", numbered(40) + numbered(10, "b"))
+    write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS)
+    return tmp_path / "shards"
+
+
+def test_sound_shards_have_no_problems(shards: Path) -> None:
+    assert list(check_shards(shards)) == []
+
+
+def altered(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_altered_byte_is_found(seed: int, shards: Path) -> None:
+    random = np.random.default_rng(seed)
+    path = random.choice([path for path in sorted(shards.iterdir()) if path.name not in ("index.json", "duplicates.csv")])
+    altered(path, 128 if path.suffix == ".npy" else int(random.integers(path.stat().st_size)))
+    assert any(str(path) in problem for problem in check_shards(shards))
+
+
+def test_each_kind_of_damage_is_named(shards: Path) -> None:
+    tars = sorted(shards.glob("*.tar"))
+    tars[0].unlink()
+    os.truncate(tars[1], 3000)
+    (shards / "stray.tar").write_bytes(b"")
+    index = json.loads((shards / "index.json").read_text())
+    index["shards"][2]["count"] += 1
+    (shards / "index.json").write_text(json.dumps(index))
+    problems = "\n".join(check_shards(shards))
+    for words in (
+        f"{tars[0]}: missing",
+        f"{tars[1]}: 3000 bytes, the index says",
+        "stray.tar: not in the index",
+        "the index says",
+    ):
+        assert words in problems
+
+
+def test_offsets_that_point_elsewhere_are_found(shards: Path) -> None:
+    offsets = np.load(shards / "offsets.npy")
+    offsets[5, 1] += 512
+    np.save(shards / "offsets.npy", offsets)
+    problems = list(check_shards(shards))
+    assert any("its sha256 is not that of the index" in problem for problem in problems)
+    assert any("where offsets.npy has the image of sample 5" in problem for problem in problems)
+
+
+def test_stats_of_a_folder_and_of_its_shards(shards: Path) -> None:
+    (shards.parent / "source/007.png").write_bytes(b"damaged")
+    found = inspect(shards.parent / "source")
+    assert len(found.images) == 49 and found.unreadable.file_name.tolist() == ["007.png"]
+    assert (found.images.width == 8).all() and found.images.bytes.sum() == sum(
+        path.stat().st_size
+        for path in (shards.parent / "source").rglob("*.png")
+        if path.name != "007.png" or path.parent.name == "b"
+    )
+    summary = found.summary()
+    assert summary["images"] == "49" and summary["unreadable"] == "1" and summary["captions"].startswith("5 distinct, 0 empty")
+    assert found.sheet.shape == (48, 3, TILE, TILE)
+
+    found = inspect(shards)
+    counts = {split: len(open_shards(shards, split)) for split in ("train", "val", "test")}
+    assert found.images.split.value_counts().to_dict() == counts
+    assert found.summary()["images"] == f"50 ({', '.join(f'{n} {split}' for split, n in counts.items())})"
+    assert found.images.text.str.len().eq(len("caption 0 ä")).all() and "11 to 11, median 11" in found.summary()["captions"]
+
+
+def test_the_commands(shards: Path, shell, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = shell(tmp_path, "ldm", "data", "check", str(shards))
+    assert (done.returncode, done.stderr) == (0, "") and "is as the index says" in done.stdout
+    done = shell(tmp_path, "ldm", "data", "stats", str(shards), "--sheet", "sheet.png")
+    assert done.returncode == 0 and "median" in done.stdout
+    assert Image.open(tmp_path / "sheet.png").width > 8 * TILE
+    altered(sorted(shards.glob("*.tar"))[0], 600)
+    done = shell(tmp_path, "ldm", "data", "check", str(shards))
+    assert (
+        done.returncode == 1 and "sha256" in done.stdout and "1 problems" not in done.stdout + "x"
+    ) or "problem" in done.stderr
+    done = shell(tmp_path, "ldm", "data", "check", "nowhere")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere/index.json: not found" in done.stderr
+    done = shell(tmp_path, "ldm", "data", "stats", "nowhere")
+    assert done.returncode == 2 and "nowhere: no such folder" in done.stderr
+
+
+def test_stats_show_labels_and_reasons(tmp_path: Path) -> None:
+    make_folder(tmp_path, numbered(30))
+    table = pd.read_csv(tmp_path / "metadata.csv")
+    table.assign(label=["cat"] * 20 + ["dog"] * 10).to_csv(tmp_path / "metadata.csv", index=False)
+    for number in range(3):
+        (tmp_path / f"00{number}.png").write_bytes(b"")
+    summary = inspect(tmp_path).summary()
+    assert summary["labels"] == "2: cat 17, dog 10" and summary["unreadable"] == "3" and "the file is empty" in summary.values()

@@ -1,0 +1,184 @@
+"""Interchange: tars that webdataset and tarfile wrote become shards; tars that could do harm are refused by name."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from ldm.data.reader import SPLITS, open_shards
+from ldm.data.shards import write_shards
+from ldm.data.tars import read_tars
+from ldm.errors import InputError
+
+SIDE = 8
+OPTIONS: dict[str, Any] = {
+    "image_size": SIDE, "channels": 3, "resize_filter": "box", "val_fraction": 0.2, "test_fraction": 0.3, "shard_size": 9,
+    "max_bad_fraction": 0.1,
+}  # fmt: skip
+
+
+def pixels(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(number)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def by_webdataset(path: Path, numbers: range) -> None:
+    """With webdataset's own encoders, from arrays and objects."""
+    with webdataset.TarWriter(str(path)) as tar:
+        for n in numbers:
+            sample = {"__key__": f"dir/{n:04d}", "png": pixels(n), "txt": f"caption {n}", "json": {"n": n}, "cls": n % 3}
+            tar.write(sample)
+
+
+def by_tarfile(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, blob in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+
+
+@pytest.mark.parametrize("writer", ["webdataset", "tarfile"])
+def test_tars_of_others_become_shards(writer: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number, numbers in enumerate((range(25), range(25, 40))):
+        if writer == "webdataset":
+            by_webdataset(source / f"{number}.tar", numbers)
+        else:
+            blobs: dict[str, bytes] = {}
+            for n in numbers:  # parts in any order, apart from each other
+                blobs |= {f"{n:04d}.json": json.dumps({"caption": f"caption {n}", "n": n, "label": n % 3}).encode()}
+            blobs |= {f"{n:04d}.PNG": png(n) for n in numbers}
+            by_tarfile(source / f"{number}.tar", blobs)
+    index = write_shards(source, tmp_path / "shards", **OPTIONS)
+    assert index["found"] == 40 and index["quarantined"] == 0
+    seen = set()
+    for split in SPLITS:
+        for sample in (reader := open_shards(tmp_path / "shards", split)) and (reader[i] for i in range(len(reader))):
+            n = sample.meta["n"]
+            assert np.array_equal(sample.image.transpose(1, 2, 0), pixels(n))
+            assert (sample.text, sample.meta["label"]) == (f"caption {n}", str(n % 3))
+            seen.add(n)
+    assert seen == set(range(40))
+
+
+def test_a_tar_that_was_added_changes_no_other_shard(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    by_webdataset(source / "a.tar", range(30))
+    write_shards(source, tmp_path / "before", **OPTIONS)
+    by_webdataset(source / "b.tar", range(30, 60))
+    write_shards(source, tmp_path / "after", **OPTIONS)
+    for path in (tmp_path / "before").glob("*.tar"):
+        assert (tmp_path / "after" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_our_own_shards_are_a_source_too(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    by_webdataset(tmp_path / "source/0.tar", range(40))
+    write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS)
+    (tmp_path / "copied").mkdir()
+    for path in (tmp_path / "shards").glob("*.tar"):
+        (tmp_path / "copied" / path.name).write_bytes(path.read_bytes())
+    again = read_tars(tmp_path / "copied").table
+    assert sorted(again.n) == list(range(40)) and sorted(again.text) == sorted(f"caption {n}" for n in range(40))
+
+
+def test_other_members_are_counted_and_a_damaged_image_is_quarantined(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    blobs = {f"{n:04d}.{part}": blob for n in range(40) for part, blob in (("png", png(n)), ("txt", b"x"), ("npy", b"y"))}
+    blobs["0007.png"] = blobs["0007.png"][:60]
+    blobs["lonely.txt"] = b"no image"
+    by_tarfile(source / "0.tar", blobs)
+    index = write_shards(source, tmp_path / "shards", **OPTIONS)
+    assert index["quarantined"] == 1 and index["found"] == 40 == sum(shard["count"] for shard in index["shards"]) + 1
+    assert "0.tar/0007.png" in (tmp_path / "shards/quarantine.csv").read_text()
+    assert index["ignored"] == {".npy": 40, "(samples without an image in 0.tar)": 1}
+
+
+def special(kind: bytes) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        with tarfile.open(path, "w") as tar:
+            info = tarfile.TarInfo("a.png")
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+
+    return make
+
+
+def plain(*members: tuple[str, bytes]) -> Callable[[Path], None]:
+    return lambda path: by_tarfile(path, dict(members))
+
+
+def twice(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
+
+
+def cut_short(path: Path) -> None:
+    by_webdataset(path, range(5))
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def compressed(path: Path) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
+
+
+PICTURE = ("a.png", png(0))
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "parent folder": (plain(("../a.png", b"x")), r"'\.\./a\.png' leads out"),
+    "parent folder inside": (plain(("x/../../a.png", b"x")), r"'x/\.\./\.\./a\.png' leads out"),
+    "absolute path": (plain(("/a.png", b"x")), "'/a.png' leads out"),
+    "symbolic link": (special(tarfile.SYMTYPE), "'a.png' is a link or a device"),
+    "hard link": (special(tarfile.LNKTYPE), "'a.png' is a link or a device"),
+    "device": (special(tarfile.CHRTYPE), "'a.png' is a link or a device"),
+    "named pipe": (special(tarfile.FIFOTYPE), "'a.png' is a link or a device"),
+    **{f"{suffix} pickle": (plain(PICTURE, (f"a.{suffix}", b"x")), rf"'a\.{suffix}' is a pickle")
+       for suffix in ("pkl", "pickle", "pyd", "pth", "pt", "data.pkl", "PKL")},
+    "twice": (twice, "'a.png' is there twice"),
+    "cut short": (cut_short, "not a readable plain tar"),
+    "no tar": (lambda path: path.write_bytes(b"hello" * 1000), "not a readable plain tar"),
+    "compressed": (compressed, "not a readable plain tar"),
+    "no caption": (plain(PICTURE), "sample 'a' has no caption"),
+    "caption is a number": (plain(PICTURE, ("a.json", b'{"text": 1}')), "'a' has the caption 1"),
+    "no JSON": (plain(PICTURE, ("a.json", b"{")), "a.json is not JSON"),
+    "JSON list": (plain(PICTURE, ("a.json", b"[1]")), "a.json holds list"),
+    "caption not UTF-8": (plain(PICTURE, ("a.txt", b"\xff")), "a.txt is not UTF-8"),
+    "long caption": (plain(PICTURE, ("a.txt", b"x" * (2**20 + 1))), r"a\.txt' has 1,048,577 bytes"),
+    "no images": (plain(("a.txt", b"x")), "hold no images"),
+    "label here and none there": (plain(PICTURE, ("a.cls", b"1"), ("b.png", png(1)), ("b.txt", b"x")), "b.png' has no label"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_could_do_harm_or_is_damaged_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    make, expected = REFUSED[case]
+    (tmp_path / "source").mkdir()
+    make(tmp_path / "source/bad.tar")
+    with pytest.raises(InputError, match=expected) as error:
+        write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS)
+    assert str(tmp_path / "source") in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_tars_and_images_side_by_side_are_refused(tmp_path: Path) -> None:
+    by_webdataset(tmp_path / "a.tar", range(3))
+    (tmp_path / "b.png").write_bytes(png(0))
+    with pytest.raises(InputError, match=r"holds tars and also images, such as b\.png"):
+        write_shards(tmp_path, tmp_path / "shards", **OPTIONS)
