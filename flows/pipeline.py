@@ -30,6 +30,8 @@ from flows.summary import Step, Summary, markdown, show, summarise
 from ldm import lineage, registry, tracking
 from ldm.config import Settings, find_root, load_settings
 from ldm.errors import InputError
+from ldm.ingest import Ingested
+from ldm.ingest import ingest as take_in
 
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
@@ -43,6 +45,15 @@ def _mendable(_task: Any, _run: Any, state: Any) -> bool:
     error = state.result(raise_on_failure=False)
     bad_input = isinstance(error, supervise.StageFailed) and error.bad_input
     return isinstance(error, registry.Unreachable) or not (bad_input or isinstance(error, InputError))
+
+
+@task(cache_policy=NO_CACHE)
+def ingest(root: str, inbox: str) -> Ingested:
+    """What is new in a watched folder becomes a batch of the collection: see `ldm.ingest`."""
+    ingested = take_in(Path(root), Path(inbox))
+    for line in ingested.lines():
+        get_run_logger().info("%s", line, extra=PLAIN)
+    return ingested
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=_mendable, retry_delay_seconds=2)
@@ -77,14 +88,19 @@ def gate(root: str, version: int) -> "Decision":
 
 
 @flow(name="ldm-pipeline", validate_parameters=False)
-def pipeline(root: str = ".") -> Summary:
-    """Bring every stage up to date, register the model, let the gate decide, set the aliases."""
+def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
+    """Take in what is new in `inbox`, bring every stage up to date, register the model, let the gate decide, set the aliases."""
     folder = Path(root).resolve()
     settings = load_settings(folder)
     stages = ancestors(read_graph(folder), TARGET)
     tracking.use_default_store(folder)
     with _alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
         steps = [Step("start", "", time.monotonic() - STARTED)]
+        if inbox:
+            start = time.monotonic()
+            batch = ingest(str(folder), inbox).batch
+            steps.append(Step("ingest", "executed" if batch else "cached", time.monotonic() - start))
+            _check_data(folder, settings)
         steps += _run_stages(folder, stages, run.id)
         lineage.log_results(run, folder)
         start = time.monotonic()
@@ -199,13 +215,16 @@ def _check_data(root: Path, settings: Settings) -> None:
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="python -m flows.pipeline", description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=__doc__)
+    parser.add_argument("--ingest", metavar="FOLDER", help="first take in what is new in this folder; see `ldm data ingest`")
+    inbox = parser.parse_args().ingest
     try:
-        root = find_root()
-        _check_data(root, load_settings(root))
+        root, settings = find_root(), load_settings(find_root())
+        if not inbox:  # which may bring the first images
+            _check_data(root, settings)
         with _plain_console():
             _warm_up(root)
-            summary = pipeline(str(root))
+            summary = pipeline(str(root), inbox and os.path.abspath(inbox))
         show(summary)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,13 +24,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__)
     parser.add_argument("--cron", default="0 3 * * *", help="when to run, as a cron line (default: %(default)s)")
     parser.add_argument("--timezone", help="of the cron line, e.g. Europe/Berlin (default: UTC)")
+    parser.add_argument("--ingest", metavar="FOLDER", help="before each run, take in what is new there; see `ldm data ingest`")
     parser.add_argument("--port", type=int, default=4200, help="of the server it starts (default: %(default)s)")
     options = parser.parse_args()
     try:
         root = find_root()
         load_settings(root)
+        inbox = os.path.abspath(options.ingest) if options.ingest else None
         with _server(options.port):
-            _serve(root, options.cron, options.timezone)
+            _serve(root, inbox, options.cron, options.timezone)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,7 +41,7 @@ def main() -> int:
     return 0
 
 
-def _serve(root: Path, cron: str, timezone: str | None) -> None:
+def _serve(root: Path, inbox: str | None, cron: str, timezone: str | None) -> None:
     from prefect.schedules import Cron  # reads PREFECT_API_URL, so not before there is a server
 
     from flows.pipeline import pipeline
@@ -50,7 +52,7 @@ def _serve(root: Path, cron: str, timezone: str | None) -> None:
         raise InputError(f"--cron {cron!r}, --timezone {timezone!r}: {error}") from None
     os.chdir(root)
     # one run at a time: two would change the same files
-    pipeline.serve(name="scheduled", schedule=schedule, parameters={"root": str(root)}, limit=1)
+    pipeline.serve(name="scheduled", schedule=schedule, parameters={"root": str(root), "inbox": inbox}, limit=1)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,9 @@ def about() -> None:
 
 
 @app.command()
-def run() -> None:
+def run(
+    ingest: Annotated[Path | None, typer.Option(help="First take in what is new in this folder; see `ldm data ingest`.")] = None,
+) -> None:
     """Bring the whole pipeline up to date, once, here, and register the model.
 
     Runs the stages of `dvc.yaml` that are out of date, registers the result, lets the gate decide whether it becomes
@@ -54,9 +56,10 @@ def run() -> None:
 
     Environment: `LDM_STAGE_RETRIES` (default 1), `LDM_STAGE_TIMEOUT` (seconds a stage; default none).
     """
+    arguments = ["--ingest", str(ingest.absolute())] if ingest else []
     os.chdir(_root())
     # Become the flow: a parent in between would have to pass every signal on, and could die before it.
-    os.execv(sys.executable, [sys.executable, "-m", "flows.pipeline"])
+    os.execv(sys.executable, [sys.executable, "-m", "flows.pipeline", *arguments])
 
 
 @app.command()
@@ -152,6 +155,48 @@ def stats(
     if len(found.sheet):
         image_grid(found.sheet, min(8, len(found.sheet)), sheet)
         print(f"{'sheet':<12}{sheet}")
+
+
+@data_app.command("ingest")
+def ingest_folder(
+    folder: Annotated[Path, typer.Argument(help="Images, with a metadata.csv or metadata.jsonl, or a .txt beside each.")],
+    settle: Annotated[float, typer.Option(min=0, help="Seconds without a change after which a file counts as complete.")] = 10,
+) -> None:
+    """Move what is new in a watched folder into a dated batch of the collection `data.path`, versioned by DVC.
+
+    Images that are in the collection already, have no caption yet or are still being written stay where they are. A call
+    that is killed loses nothing; the next one goes on. `ldm run --ingest FOLDER` does this first and then runs the pipeline.
+
+    Example: `ldm data ingest ~/inbox`
+    """
+    from ldm.ingest import ingest
+
+    for line in ingest(_root(), folder, settle=settle).lines():
+        print(line)
+
+
+@data_app.command("purge")
+def purge_image(
+    image: Annotated[str, typer.Argument(help="Its file_name in the collection, or the sha256 of its file.")],
+    remote: Annotated[str | None, typer.Option(help="A DVC remote; the default one otherwise.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what there is.")] = False,
+) -> None:
+    """Delete the old copies of an image that was removed from the collection, and list the models that saw it.
+
+    First delete it from the collection and run the pipeline: it then is in nothing that is current. This deletes its file
+    and every shard and latents file made of it from DVC's cache and remote; such a shard holds other images too, so that old
+    commits can no longer be checked out whole. The versions that saw it get a tag, `ldm.purged`.
+
+    Example: `ldm data purge 2025-03-01/0042.png --dry-run`
+    """
+    from ldm.purge import UNTOUCHED, purge
+
+    purged = purge(_root(), image, remote=remote, dry_run=dry_run)
+    for line in (*purged.lines(), *purged.notes):
+        print(line)
+    if len(purged.versions):
+        _table(purged.versions)
+    print("dry run: nothing was deleted" if dry_run else "deleted", f"not touched: {UNTOUCHED}", sep="; ")
 
 
 @registry_app.command("list")

@@ -201,6 +201,25 @@ def versions(name: str = "ldm") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["version", "aliases", "created", "run_id"])
 
 
+def kept(version: Version, file: str) -> str | None:
+    """The text of one of the files `KEPT` with a version, e.g. "dvc.lock"; None where the store no longer has it."""
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    with _registry(version.name), tempfile.TemporaryDirectory() as folder:
+        try:
+            place = mlflow.artifacts.download_artifacts(f"{version.uri}/lineage/{Path(file).name}", dst_path=folder)
+            return Path(place).read_text(encoding="utf-8")
+        except (MlflowException, OSError):
+            return None
+
+
+def tag(version: Version, key: str, value: str) -> None:
+    """Set a tag of a version."""
+    with _registry(version.name) as client:
+        client.set_model_version_tag(version.name, str(version.version), key, value)
+
+
 def load(uri: str, device: "torch.device | str" = "cpu") -> "LatentDiffusion":
     """Download the version behind a `models:/…` URI and load it."""
     from ldm.model import LatentDiffusion

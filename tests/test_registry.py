@@ -80,8 +80,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(60):
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(images / f"{number}.png")
         (images / f"{number}.txt").write_text("noise")
-    data = load_settings(root).data.model_dump()
-    data.pop("path")
+    data = load_settings(root).data.model_dump(exclude={"source", "path"})
     write_shards(images, root / "data/shards", **data)
     (root / "reports").mkdir()
     with pytest.MonkeyPatch.context() as patch:

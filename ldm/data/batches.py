@@ -1,7 +1,7 @@
 """Batches of images in an order that is a function of (seed, epoch, position), so that any position can be resumed at once."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ldm.errors import InputError
 from ldm.randomness import seed_for
 
 ROUNDS = 8
+BLOCK = 4096  # positions whose permutation is worked out at once
 WINDOW = 4  # shards whose samples are mixed, in a shuffle that reads shard by shard
 AHEAD = 4  # batches that each worker decodes ahead
 
@@ -23,13 +24,20 @@ def order(seed: int, size: int, start: int, count: int) -> np.ndarray:
 
     Each epoch is a permutation of its own: every sample exactly once, nothing materialised.
     """
-    positions = np.arange(start, start + count)
-    epochs = positions // size
+    epochs, within = np.divmod(np.arange(start, start + count), size)
+    blocks, places = np.divmod(within, BLOCK)
     indices = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = permute(positions[here] % size, size, seed_for(seed, "order", int(epoch)))
+    for epoch, block in sorted(set(zip(epochs.tolist(), blocks.tolist(), strict=True))):
+        here = (epochs == epoch) & (blocks == block)
+        indices[here] = _block(seed, size, epoch, block)[places[here]]
     return indices
+
+
+@lru_cache(maxsize=4)
+def _block(seed: int, size: int, epoch: int, block: int) -> np.ndarray:
+    """An epoch's permutation at one block of positions: many cost little more than a batch's few."""
+    positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, size))
+    return permute(positions, size, seed_for(seed, "order", epoch))
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -42,10 +50,11 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     mask = (np.uint64(1) << half) - np.uint64(1)
     values = positions.astype(np.uint64)
     outside = np.ones(len(values), dtype=bool)
+    keys = [seed_for(key, number) for number in range(ROUNDS)]
     while outside.any():
         left, right = values[outside] >> half, values[outside] & mask
-        for round_number in range(ROUNDS):
-            left, right = right, left ^ (_mix(right, seed_for(key, round_number)) & mask)
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right, round_key) & mask)
         values[outside] = (left << half) | right
         outside = values >= size
     return values.astype(np.int64)

@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.data.batches import order
 from ldm.data.folders import Place
 from ldm.data.images import UnreadableImage, decode, fit_square, from_array, to_array
-from ldm.data.parallel import default_workers, parallel_map
+from ldm.data.parallel import default_workers
 from ldm.data.reader import PARTS, SPLITS, ShardReader, open_shards
 from ldm.data.shards import read_collection
 from ldm.errors import InputError
@@ -119,9 +119,8 @@ def _of_shards(folder: Path) -> Inventory:
 
 def _of_collection(folder: Path) -> Inventory:
     collection = read_collection(folder)
-    looks = pd.DataFrame(
-        parallel_map(_look, collection.places, default_workers()), columns=["width", "height", "bytes", "reason"]
-    )
+    with processes(min(default_workers(), len(collection.places) // IMAGES_PER_WORKER)) as run:
+        looks = pd.DataFrame(run(_look, collection.places), columns=["width", "height", "bytes", "reason"])
     frame = pd.concat([collection.table, looks], axis=1)
     refused = pd.DataFrame(collection.refused.items(), columns=["file_name", "reason"])
     unreadable = pd.concat([refused, frame.loc[frame.reason != "", ["file_name", "reason"]]], ignore_index=True)

@@ -1,18 +1,18 @@
 """Work on many files with all cores."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import Any
 
 from ldm.errors import InputError
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+IMAGES_PER_WORKER = 500  # fewer are done before another process has started
 
 
 def default_workers() -> int:
@@ -30,19 +30,20 @@ def loader_workers(device: str) -> int:
     return default_workers() if os.environ.get("LDM_WORKERS") or device != "cpu" else 0
 
 
-def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Results in the order of `items`, by `workers` processes that end with this one; in this process for fewer than two.
+@contextlib.contextmanager
+def processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` whose results come in order, by `count` processes that end with this one; for fewer than two, by this one.
 
-    `function` must be a module's own. What it raises is raised here; a worker that dies is an error, never a wait.
+    What is mapped must be a module's own function. What it raises is raised here; a worker that dies is an error, never a wait.
     """
-    if workers < 2:
-        yield from map(function, items)
+    if count < 2:
+        yield map
         return
     # Spawned, not forked: forked siblings would hold each other's sentinel open and outlive a killed parent.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
     others = set(multiprocessing.active_children())
     try:
-        yield from pool.map(function, items)
+        yield pool.map
     except BaseException:
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()

@@ -21,7 +21,8 @@ from ldm.errors import InputError
 VERSION = 2  # of index.json
 SPLITS = ("train", "val", "test")
 PARTS = ("image", "txt", "json")  # offsets.npy: shard number, then offset and size of each of these
-OPEN_FILES = 64
+OPEN_FILES = 64  # at once, of shards on this disk
+OPEN_FETCHED = 8  # of fetched ones: while open, an evicted file still takes its space
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,14 @@ class ShardReader:
         """
         p = self.preprocessing
         images = np.empty((len(positions), p.image_size, p.image_size, p.channels), dtype=np.uint8)
-        for i, position in enumerate(positions):
+        rows = self._rows[np.asarray(positions, dtype=np.int64)].tolist()
+        for i, (shard, offset, size, *_) in enumerate(rows):
             top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if views is None else views[i]
-            crop = self._stored(int(position))[top : top + p.image_size, left : left + p.image_size]
-            images[i] = crop[:, ::-1] if mirrored else crop
+            stored = self._stored(shard, offset, size)
+            if p.margin or mirrored:
+                crop = stored[top : top + p.image_size, left : left + p.image_size]
+                stored = crop[:, ::-1] if mirrored else crop
+            images[i] = stored
         return images.transpose(0, 3, 1, 2)  # a view: pixels lie as decoders write them and as convolutions like them
 
     def offsets(self, position: int) -> list[int]:
@@ -112,9 +117,8 @@ class ShardReader:
             rows.append(own | meta | own)  # a column `key` of the caption table does not replace the sample's
         return pd.DataFrame(rows)
 
-    def _stored(self, position: int) -> np.ndarray:
+    def _stored(self, shard: int, offset: int, size: int) -> np.ndarray:
         """The stored image, uint8 (H, W, C)."""
-        shard, offset, size, *_ = (int(n) for n in self._rows[position])
         try:
             return decode_stored(self._read(shard, offset, size), self.preprocessing)
         except UnreadableImage as error:
@@ -127,15 +131,15 @@ class ShardReader:
         return header.split(b"\0", 1)[0].decode(errors="replace").split(".", 1)[0]
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        entry = self.index["shards"][shard]
-        if shard not in self._files:
-            if len(self._files) >= OPEN_FILES:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+        else:
+            if len(self._files) >= (OPEN_FETCHED if self._cache else OPEN_FILES):
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = self._open(entry["name"], entry)
-        self._files.move_to_end(shard)
+            self._files[shard] = self._open(self.index["shards"][shard]["name"], self.index["shards"][shard])
         blob = os.pread(self._files[shard], size, offset)
         if len(blob) != size:
-            name = f"{self.place}/{entry['name']}"
+            name = f"{self.place}/{self.index['shards'][shard]['name']}"
             raise InputError(f"{name}: ends before byte {offset + size}; it is damaged, run the `shard` stage again")
         return blob
 

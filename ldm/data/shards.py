@@ -21,7 +21,7 @@ import pandas as pd
 from ldm.data.duplicates import SIDE, near_duplicates, thumbnail
 from ldm.data.folders import Collection, Place, read_folder
 from ldm.data.images import MAX_PIXELS, SUFFIXES, Preprocessing, UnreadableImage, to_png
-from ldm.data.parallel import parallel_map
+from ldm.data.parallel import IMAGES_PER_WORKER, processes
 from ldm.data.reader import PARTS, SPLITS, VERSION
 from ldm.data.tars import read_tars
 from ldm.errors import InputError
@@ -30,7 +30,6 @@ from ldm.hashing import canonical_json, content_hash, file_hash
 
 SMALLEST_SPLIT = 2  # images; a mean of fewer has no standard error
 HASHED_AT_ONCE = 256  # files
-IMAGES_PER_WORKER = 500  # fewer are done before another process has started
 
 Row = dict[str, Any]  # of the caption table
 
@@ -121,14 +120,14 @@ def write_shards(
     preprocessing = Preprocessing(image_size, channels, resize_filter, fit, background, margin)
     found = len(collection.places) + len(collection.refused)
     workers = min(workers, len(collection.places) // IMAGES_PER_WORKER)
-    with replacing(out) as partial:
-        digests = _digests(collection.places, workers, progress)
+    with replacing(out) as partial, processes(workers) as run:
+        digests = _digests(collection.places, run, progress)
         groups, unread = _group(collection, digests, val_fraction, test_fraction)
         limits = _Limits(min_side, max_pixels)
         tasks = list(_tasks(partial, groups, preprocessing, limits, shard_size))
         kept, done, bad = [], 0, [*collection.refused.items(), *unread]
         progress("write", done, len(collection.places))
-        for task, shard in zip(tasks, parallel_map(_write_shard, tasks, workers), strict=True):
+        for task, shard in zip(tasks, run(_write_shard, tasks), strict=True):
             bad += shard.quarantined
             if shard.names:
                 kept.append((task, shard))
@@ -186,11 +185,13 @@ def _group(
     return groups, unread
 
 
-def _digests(places: list[Place], workers: int, progress: Callable[[str, int, int], None]) -> list[tuple[str, str]]:
+def _digests(
+    places: list[Place], run: Callable[..., Iterator[Any]], progress: Callable[[str, int, int], None]
+) -> list[tuple[str, str]]:
     chunks = [places[start : start + HASHED_AT_ONCE] for start in range(0, len(places), HASHED_AT_ONCE)]
     digests: list[tuple[str, str]] = []
     progress("hash", 0, len(places))
-    for chunk in parallel_map(_hash, chunks, workers):
+    for chunk in run(_hash, chunks):
         digests += chunk
         progress("hash", len(digests), len(places))
     return digests

@@ -28,9 +28,13 @@ import boto3
 import botocore.config
 import numpy as np
 import pytest
+from collection import OPTIONS, make_folder, numbered
 
 from ldm.data import remote
+from ldm.data.batches import Batches
+from ldm.data.reader import ShardReader, open_shards
 from ldm.data.remote import ShardCache, is_url
+from ldm.data.shards import write_shards
 from ldm.errors import InputError
 
 FORK = multiprocessing.get_context("fork")
@@ -580,3 +584,52 @@ def test_data_loader_workers_read_after_their_parent_has(moto: Moto, disk: Path)
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     assert list(loader) == list(blobs.values())
     assert all(moto.gets(f"loader/{name}") == 1 for name in blobs)
+
+
+# training from afar
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_s3_are_those_of_the_local_shards_through_a_small_cache(
+    workers: int, moto: Moto, tmp_path: Path, disk: Path
+) -> None:
+    """Shard by shard through a cache that holds a third of them: the same images, each shard fetched once an epoch."""
+    make_folder(tmp_path / "source", numbered(120))
+    (tmp_path / "source/prompts.csv").write_text("text,label\nan unseen 7,7\n")
+    index = write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS)
+    bucket = f"epoch{workers}"
+    moto.put(bucket, **{f"data/{path.name}": path.read_bytes() for path in (tmp_path / "shards").iterdir()})
+    sizes = {shard["name"]: shard["bytes"] for shard in index["shards"]}
+    bound = sum(sizes.values()) // 3
+
+    def reader() -> ShardReader:
+        return open_shards(f"s3://{bucket}/data", "train", cache=disk, cache_bytes=bound)
+
+    local = open_shards(tmp_path / "shards", "train")
+    assert reader().captions_of(range(9)).equals(local.captions_of(range(9)))
+    assert reader().prompts.equals(local.prompts) and len(local.prompts) == 1
+    before = {name: moto.gets(f"{bucket}/data/{name}") for name in sizes}
+    near, far = (Batches(r, 3, shuffle="shard", workers=w) for r, w in ((local, 0), (reader(), workers)))
+    last = len(local) // 4 * 4
+    for position in range(0, last, 4):
+        assert np.array_equal(far.at(position, 4), near.at(position, 4))
+        if not workers:  # else files come and go while we look
+            assert sum((disk / name).stat().st_size for name in kept(disk)) <= bound
+    fetched = {name: moto.gets(f"{bucket}/data/{name}") - before[name] for name in sizes}
+    assert workers or set(fetched.values()) == {0, 1}  # each worker reads ahead for itself
+    resumed = Batches(reader(), 3, shuffle="shard", workers=workers)  # in the middle, without what came before
+    assert np.array_equal(resumed.at(last // 2, 8), near.at(last // 2, 8))
+
+
+def test_a_damaged_shard_on_s3_is_named_by_the_reader(moto: Moto, tmp_path: Path, disk: Path) -> None:
+    make_folder(tmp_path / "source", numbered(40))
+    index = write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS)
+    name = index["shards"][0]["name"]
+    blob = (tmp_path / "shards" / name).read_bytes()
+    files = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    moto.put("damaged", **files | {name: blob[:-1] + b"x"})
+    reader = open_shards("s3://damaged", "train", cache=disk)
+    with refused(f"s3://damaged/{name}", "sha256"):
+        reader[0]
+    with refused("s3://nobody/index.json", "run the `shard` stage"):
+        open_shards("s3://nobody")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,31 @@ async def _logs(only: Any) -> list[str]:
 
     async with get_client() as client:
         return [log.message for log in await client.read_logs(only)]
+
+
+def test_a_watched_folder_is_taken_in_first(
+    project: Path, main: Callable[[], int], capfd: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may bring the first images; while there are none, that is said."""
+    params = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(params.replace("path: data/raw/source", "path: data/raw/mine"))
+    (tmp_path / "inbox").mkdir()
+    monkeypatch.setattr(sys, "argv", ["flows.pipeline", "--ingest", "../inbox"])
+    assert main() == 2
+    captured = capfd.readouterr()
+    assert f"ingest: nothing new in {tmp_path}/inbox" in captured.out and "starts" not in captured.out
+    assert captured.err.splitlines()[-1].startswith("error: data.path data/raw/mine: no such folder")
+    (tmp_path / "inbox/a.png").write_bytes(b"an image")
+    (tmp_path / "inbox/a.txt").write_text("a caption")
+    for name in ("a.png", "a.txt"):
+        os.utime(tmp_path / "inbox" / name, (0, 0))
+    assert main() == 0
+    out = capfd.readouterr().out
+    assert out.index("ingest: 1 images moved to data/raw/mine/") < out.index("shard starts")
+    assert re.search(r"^ingest +executed .*\nshard +executed", out, re.M)
+    assert (project / "data/raw/mine.dvc").is_file() and not list((tmp_path / "inbox").iterdir())
+    assert main() == 0
+    assert re.search(r"^ingest +cached .*\nshard +cached", capfd.readouterr().out, re.M)
 
 
 def test_a_stage_that_fails_once_is_tried_again(project: Path, main: Callable[[], int], capfd: Any) -> None:
