@@ -309,12 +309,13 @@ def _read_image(path: str, model: "LatentDiffusion") -> "Tensor":
 
     from ldm.data import images
 
-    prepared = model.recipe.preprocessing
+    prepared = images.Preprocessing(**model.recipe.preprocessing)
     try:
-        image = images.decode(Path(path).read_bytes(), channels=prepared["channels"])
+        pixels = images.to_array(prepared.read(Path(path).read_bytes()))
     except images.UnreadableImage as error:
         raise InputError(f"{path}: not a readable image ({error})") from None
-    return torch.tensor(images.to_array(images.fit_square(image, prepared["image_size"], prepared["resize_filter"])))
+    start, end = prepared.margin // 2, prepared.margin // 2 + prepared.image_size
+    return torch.tensor(pixels[:, start:end, start:end])
 
 
 def _check_out(out: Path) -> None:

@@ -42,6 +42,13 @@ class Preprocessing:
         """Of stored images, in pixels."""
         return self.image_size + self.margin
 
+    @property
+    def described(self) -> str:
+        """What images are compared under, in a few words, as 32x32x1, lanczos."""
+        words = [f"{self.image_size}x{self.image_size}x{self.channels}", self.resize_filter]
+        words += [self.fit] * (self.fit != "cover") + [f"of {self.side}x{self.side}"] * (self.margin > 0)
+        return ", ".join(words)
+
     def read(self, blob: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """Decode an image file and make it a stored image; `UnreadableImage` says why not."""
         image = decode(blob, channels=self.channels, background=self.background, min_side=min_side, max_pixels=max_pixels)

@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.data.batches import order
 from ldm.data.folders import Place
 from ldm.data.images import UnreadableImage, decode, fit_square, from_array, to_array
-from ldm.data.parallel import default_workers
+from ldm.data.parallel import IMAGES_PER_WORKER, default_workers, processes
 from ldm.data.reader import PARTS, SPLITS, ShardReader, open_shards
 from ldm.data.shards import read_collection
 from ldm.errors import InputError

@@ -78,11 +78,9 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
     frame = image_bounds(model, test, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
     frame.to_csv(root / "reports/bounds.csv", index=False)
     to_bits = -1 / (frame.dims.iloc[0] * math.log(2))
-    prepared = test.index["preprocessing"]
-    size = prepared["image_size"]
     metrics: Metrics = {f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")}
     return {
-        "image": f"{size}x{size}x{prepared['channels']}, {prepared['resize_filter']}",
+        "image": test.preprocessing.described,
         "test_images": len(frame),
         "nats": float(frame.nats.mean()),
         "bits_per_dim": float(frame.nats.mean() * to_bits),

@@ -35,7 +35,7 @@ class UnetObjective:
         posterior_noise, noise = torch.randn((2, *shape), generator=rng).to(self.device)
         sigma = self.denoiser.levels.draw(batch_size, rng).to(self.device)
         dropped = (torch.rand(batch_size, generator=rng) < self.caption_dropout).to(self.device)
-        x0 = self._mean[index] + self._std[index] * posterior_noise
+        x0 = self._mean.index_select(0, index) + self._std.index_select(0, index) * posterior_noise
         caption = torch.where(dropped, len(self._text) - 1, self._caption[index])
         loss = self.denoiser.loss(x0, noise, sigma, context=self._text[caption], context_mask=self._mask[caption])
         return loss.mean(), {}

@@ -172,7 +172,7 @@ def test_latents_batches(tmp_path: Path) -> None:
     def ours(latents: Latents) -> int:
         for start in range(0, size, 256):
             rows = torch.from_numpy(order(0, len(latents), start, 256))
-            latents.mean[rows], latents.logvar[rows]
+            latents.mean.index_select(0, rows), latents.logvar.index_select(0, rows)
         return size
 
     def with_webdataset() -> int:
