@@ -129,8 +129,6 @@ def _collection(root: Path, inbox: Path, repo: Any) -> Path:
     if inbox.is_relative_to(folder):
         raise InputError(f"{inbox}: lies in the collection data.path {name}; the inbox must be another folder")
     pointer = folder.with_name(folder.name + ".dvc")
-    if pointer.is_file() and not pointer.stat().st_size:
-        pointer.unlink()  # a kill came between DVC's opening and writing it
     for out in repo.index.outs:
         path, stage = Path(out.fs_path), out.stage
         if path == folder and not stage.cmd:

@@ -13,7 +13,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,6 +75,13 @@ class _Objects:
             for md5 in set(store.all()):
                 if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5):
                     self.places.setdefault(md5, []).append(place)
+        self.files: set[Entry] = set()  # of all folders, in all their versions
+        self.latents: list[dict[str, str]] = []  # folders with a manifest.json: md5 by relative path
+        for md5 in self.places:
+            listing = self.listing(md5) or [] if md5.endswith(".dir") else []
+            self.files.update(listing)
+            if any(path == "manifest.json" for path, _ in listing):
+                self.latents.append(dict(listing))
 
     @contextlib.contextmanager
     def open(self, md5: str) -> Iterator[IO[bytes]]:
@@ -105,26 +111,6 @@ class _Objects:
         entries = self.json(md5)
         return None if entries is None else [(entry["relpath"], entry["md5"]) for entry in entries]
 
-    @cached_property
-    def files(self) -> set[Entry]:
-        """Of all folders, in all their versions."""
-        return self._folders[0]
-
-    @cached_property
-    def latents(self) -> list[dict[str, str]]:
-        """Folders with a manifest.json: md5 by relative path."""
-        return self._folders[1]
-
-    @cached_property
-    def _folders(self) -> tuple[set[Entry], list[dict[str, str]]]:
-        files, latents = set[Entry](), []
-        for md5 in self.places:
-            listing = self.listing(md5) or [] if md5.endswith(".dir") else []
-            files.update(listing)
-            if any(path == "manifest.json" for path, _ in listing):
-                latents.append(dict(listing))
-        return files, latents
-
     def tars(self) -> dict[str, set[str]]:
         """Every tar with the keys of its samples. On the remote only what may be one is looked at: opening takes a request."""
         only_remote = [md5 for md5, places in self.places.items() if "cache" not in places]
@@ -133,11 +119,11 @@ class _Objects:
             other = {md5 for name, md5 in self.files if not name.endswith(".tar")}
         found = {}
         for md5 in self.places.keys() - {md5 for md5 in only_remote if md5 in other}:
-            if not md5.endswith(".dir") and self._is_tar(md5):
+            if not md5.endswith(".dir") and self.is_tar(md5):
                 found[md5] = {key for key, _ in self.samples(md5)}
         return found
 
-    def _is_tar(self, md5: str) -> bool:
+    def is_tar(self, md5: str) -> bool:
         with self.open(md5) as file:
             return file.read(262)[257:] == b"ustar"
 
@@ -212,8 +198,8 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> _Found:
     latents = _latents(objects, {objects.sha256(md5) for md5 in shards})
     others = _files_of_name(objects, image) - originals if by_name else set()
 
-    current = _current(root, repo, objects, {*shards, *originals, *latents, *others})
-    present = [current[md5] for md5 in (*shards, *originals, *latents) if md5 in current]
+    current = _current(root, repo, objects, {*originals, *shards, *latents, *others})
+    present = [current[md5] for md5 in (*originals, *shards, *latents) if md5 in current]
     present += [str(path) for path in (root / "data/shards").glob("*.tar") if _holds(path, digests)]
     if present:
         raise InputError(f"{image}: still in {present[0]}; {again}")
@@ -267,7 +253,7 @@ def _matches(objects: _Objects, md5: str, digests: set[str]) -> bool:
     starts = tuple(digests)
     if not starts:
         return False
-    if objects._is_tar(md5):
+    if objects.is_tar(md5):
         with objects.open(md5) as file, tarfile.open(fileobj=file, mode="r|") as tar:
             return any(_sha256(part).startswith(starts) for member in tar if (part := tar.extractfile(member)))
     return objects.sha256(md5).startswith(starts)

@@ -1,5 +1,6 @@
 """Ingest: what is new moves once, whatever happens in between; what is not stays and is named."""
 
+import fcntl
 import hashlib
 import io
 import json
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,7 +95,7 @@ def today() -> str:
 
 
 def test_what_is_new_becomes_a_dated_batch_that_dvc_versions(root: Path, inbox: Path) -> None:
-    texts = {"a.png": 'a "quoted", word', "b.JPG": "two\r\nlines\rand more", "é.bmp": "ümläut", "d.png": ""}
+    texts = {"a.png": 'a "quoted", word', "b.JPG": "two\r\nlines", "é.bmp": "ümläut\ralone", "d.png": ""}
     rows = [{"file_name": name, "text": text, "place": f"p{i}", "n": i} for i, (name, text) in enumerate(texts.items())]
     rows += [{"file_name": "left long ago.png", "text": "x", "place": "", "n": 9}]
     rows[2]["file_name"] = "./e\u0301.bmp"  # as macOS writes it
@@ -340,12 +342,18 @@ def test_files_of_dvc_that_a_kill_left_empty_are_no_obstacle(root: Path, inbox: 
     assert yaml.safe_load((root / f"{MINE}.dvc").read_text())["outs"][0]["nfiles"] == 4
 
 
-def test_two_at_once_double_nothing(root: Path, inbox: Path, undisturbed: tuple[dict[str, bytes], str, int]) -> None:
-    drop_many(inbox, 0, 4)
-    code = "import sys; from pathlib import Path; from ldm.ingest import ingest; ingest(Path(sys.argv[1]), Path(sys.argv[2]))"
-    both = [subprocess.Popen([sys.executable, "-c", code, root, inbox]) for _ in range(2)]
-    assert [one.wait(timeout=60) for one in both] == [0, 0]
-    assert contents(root / MINE) == undisturbed[0] and not contents(inbox)
+@pytest.mark.usefixtures("unversioned")
+def test_one_at_a_time(root: Path, inbox: Path) -> None:
+    drop_many(inbox, 0, 2)
+    (root / ".ldm").mkdir()
+    with (root / ".ldm/ingest.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = threading.Thread(target=ingest, args=(root, inbox))
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and len(contents(inbox)) == 4
+    second.join(60)
+    assert len(captions(root)) == 2 and not contents(inbox)
 
 
 def test_a_stage_that_reads_the_collection_is_not_disturbed(root: Path, inbox: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import tarfile
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +40,7 @@ class ShardReader:
 
     def __init__(self, place: Path | str, split: str, cache: ShardCache | None = None):
         self.place, self.split, self._cache = place, split, cache
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor, least recently used first
+        self._files: dict[int, int] = {}  # shard number -> file descriptor, first opened first
         path = f"{place}/index.json"
         text = cache.text("index.json") if cache else _text(Path(path))
         if text is None:
@@ -131,11 +130,9 @@ class ShardReader:
         return header.split(b"\0", 1)[0].decode(errors="replace").split(".", 1)[0]
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-        else:
+        if shard not in self._files:
             if len(self._files) >= (OPEN_FETCHED if self._cache else OPEN_FILES):
-                os.close(self._files.popitem(last=False)[1])
+                os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = self._open(self.index["shards"][shard]["name"], self.index["shards"][shard])
         blob = os.pread(self._files[shard], size, offset)
         if len(blob) != size:
