@@ -5,7 +5,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldm.data.reader import ShardReader
 from ldm.errors import InputError
@@ -176,9 +176,14 @@ class _Images(Dataset[torch.Tensor | InputError]):
             self.order = partial(order_by_shard, seed, [len(positions) for _, positions in reader.shard_positions()])
 
     def __getitem__(self, span: tuple[int, int]) -> torch.Tensor | InputError:
-        margin = self.reader.preprocessing.margin
+        p = self.reader.preprocessing
+        shape = span[1], p.image_size, p.image_size, p.channels
+        batch = torch.empty(shape, dtype=torch.uint8)
+        if get_worker_info():  # straight into memory that the main process shares, as torch's own collation does
+            batch = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(batch.numel())).view(shape)
         try:
-            seen = views(self.seed, *span, margin, self.flip) if margin or self.flip else None
-            return torch.from_numpy(self.reader.images(self.order(*span), seen))
+            seen = views(self.seed, *span, p.margin, self.flip) if p.margin or self.flip else None
+            self.reader.images(self.order(*span), seen, batch.numpy())
+            return batch.permute(0, 3, 1, 2)
         except InputError as error:
             return error

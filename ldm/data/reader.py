@@ -67,13 +67,17 @@ class ShardReader:
         image = self.images([position])[0]
         return Sample(key=self._key(shard, places[0]), image=image, text=text.decode(), meta=json.loads(meta))
 
-    def images(self, positions: Sequence[int] | np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+    def images(
+        self, positions: Sequence[int] | np.ndarray, views: np.ndarray | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Decoded pixels of several samples, uint8 (N, C, H, W), cropped at the centre.
 
         `views` (N, 3) instead says where each crop begins, from the top and from the left, and whether it is mirrored.
+        `out`, uint8 (N, H, W, C), is where they are written.
         """
         p = self.preprocessing
-        images = np.empty((len(positions), p.image_size, p.image_size, p.channels), dtype=np.uint8)
+        shape = len(positions), p.image_size, p.image_size, p.channels
+        images = np.empty(shape, dtype=np.uint8) if out is None else out
         rows = self._rows[np.asarray(positions, dtype=np.int64)].tolist()
         for i, (shard, offset, size, *_) in enumerate(rows):
             top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if views is None else views[i]

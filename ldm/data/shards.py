@@ -12,6 +12,8 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial as partial_function
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from ldm.hashing import canonical_json, content_hash, file_hash
 
 SMALLEST_SPLIT = 2  # images; a mean of fewer has no standard error
 HASHED_AT_ONCE = 256  # files
+ENCODED_AT_ONCE = 16
 
 Row = dict[str, Any]  # of the caption table
 
@@ -49,24 +52,28 @@ class _Limits:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """One shard to be written: what goes into it and how."""
+class _Member:
+    """An image to be sharded."""
 
-    path: Path
-    split: str
-    members: list[tuple[Row, Place, str]]  # caption row, where the image is, its content hash
-    preprocessing: Preprocessing
-    limits: _Limits
+    row: Row
+    place: Place
+    digest: str  # content hash of its file
 
 
 @dataclass(frozen=True)
-class _Written:
+class _Encoded:
+    sample: dict[str, Any]  # as the tar takes it
+    look: bytes  # thumbnail
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    split: str
+    members: list[_Member]  # those that could be read
+    looks: list[bytes]
     offsets: np.ndarray  # int64 (N, 2 * len(PARTS))
     identity: dict[str, str | int]  # sha256, bytes
-    names: list[str]
-    digests: list[str]  # content hashes of the files
-    looks: list[bytes]  # thumbnails
-    quarantined: list[tuple[str, str]]
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
@@ -123,49 +130,51 @@ def write_shards(
     with replacing(out) as partial, processes(workers) as run:
         digests = _digests(collection.places, run, progress)
         groups, unread = _group(collection, digests, val_fraction, test_fraction)
-        limits = _Limits(min_side, max_pixels)
-        tasks = list(_tasks(partial, groups, preprocessing, limits, shard_size))
-        kept, done, bad = [], 0, [*collection.refused.items(), *unread]
-        progress("write", done, len(collection.places))
-        for task, shard in zip(tasks, run(_write_shard, tasks), strict=True):
-            bad += shard.quarantined
-            if shard.names:
-                kept.append((task, shard))
+        planned = list(_planned(groups, shard_size))
+        encode = partial_function(_encode_all, preprocessing=preprocessing, limits=_Limits(min_side, max_pixels))
+        encoded = chain.from_iterable(run(encode, _chunks([member for _, _, members in planned for member in members])))
+        bad, done, total = [*collection.refused.items(), *unread], 0, len(collection.places)
+        shards = []
+        progress("write", done, total)
+        for name, split, members in planned:
+            shard = _write_shard(partial / name, split, members, encoded, bad)
+            if shard.members:
+                shards.append(shard)
             else:
-                task.path.unlink()
-            done += len(task.members)
-            progress("write", done, len(collection.places))
+                (partial / name).unlink()
+            done += len(members)
+            progress("write", done, total)
         quarantined = pd.DataFrame(sorted(bad), columns=["file_name", "reason"])
         _refuse_if_too_many(folder, quarantined, found, max_bad_fraction)
-        sizes = {split: sum(len(shard.names) for task, shard in kept if task.split == split) for split in SPLITS}
+        sizes = {split: sum(len(shard.members) for shard in shards if shard.split == split) for split in SPLITS}
         _refuse_small_splits(folder, found, sizes)
-        numbered = [np.insert(shard.offsets, 0, number, axis=1) for number, (_, shard) in enumerate(kept)]
-        np.save(partial / "offsets.npy", np.concatenate(numbered))
-        duplicates = _duplicates(kept)
-        quarantined.to_csv(partial / "quarantine.csv", index=False)
-        duplicates.to_csv(partial / "duplicates.csv", index=False)
         if prompts:
             shutil.copyfile(prompts, partial / "prompts.csv")
-        ends = np.cumsum([sizes[split] for split in SPLITS]).tolist()
-        files = [path for path in sorted(partial.iterdir()) if path.suffix != ".tar"]
-        index = {
-            "version": VERSION,
-            "preprocessing": asdict(preprocessing),
-            "splits": {split: [start, end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)},
-            "shards": [
-                {"name": task.path.name, "split": task.split, "count": len(shard.names), **shard.identity} for task, shard in kept
-            ],
-            "files": {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in files},
-            "found": found,
-            "quarantined": len(quarantined),
-            "ignored": collection.ignored,
-            "duplicates": dict(sorted(Counter(duplicates.kind).items())),
-        }
-        (partial / "index.json").write_text(canonical_json(index), encoding="utf-8")
+        quarantined.to_csv(partial / "quarantine.csv", index=False)
+        counts = {"found": found, "quarantined": len(quarantined), "ignored": collection.ignored}
+        return _write_index(partial, shards, sizes, {"preprocessing": asdict(preprocessing), **counts})
+
+
+def _write_index(out: Path, shards: list[_Shard], sizes: dict[str, int], facts: dict[str, Any]) -> dict[str, Any]:
+    """Offsets, duplicates, and `index.json`, which names every other file with its hash."""
+    np.save(out / "offsets.npy", np.concatenate([np.insert(s.offsets, 0, number, axis=1) for number, s in enumerate(shards)]))
+    duplicates = _duplicates(shards)
+    duplicates.to_csv(out / "duplicates.csv", index=False)
+    ends = np.cumsum([sizes[split] for split in SPLITS]).tolist()
+    files = [path for path in sorted(out.iterdir()) if path.suffix != ".tar"]
+    index = {
+        "version": VERSION,
+        **facts,
+        "duplicates": dict(sorted(Counter(duplicates.kind).items())),
+        "splits": {split: [start, end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)},
+        "shards": [{"name": s.name, "split": s.split, "count": len(s.members), **s.identity} for s in shards],
+        "files": {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in files},
+    }
+    (out / "index.json").write_text(canonical_json(index), encoding="utf-8")
     return index
 
 
-Groups = dict[tuple[str, str], list[tuple[Row, Place, str]]]  # (split, top-level folder): caption row, place, content hash
+Groups = dict[tuple[str, str], list[_Member]]  # by split and top-level folder
 
 
 def _group(
@@ -180,7 +189,7 @@ def _group(
             unread.append((name, reason))
             continue
         top = name.split("/")[0] if "/" in name else ""
-        member = ({str(column): value for column, value in row.items()}, place, digest)
+        member = _Member({str(column): value for column, value in row.items()}, place, digest)
         groups.setdefault((split_of(digest, val_fraction, test_fraction), top), []).append(member)
     return groups, unread
 
@@ -208,12 +217,16 @@ def _hash(places: list[Place]) -> list[tuple[str, str]]:
     return results
 
 
-def _tasks(out: Path, groups: Groups, preprocessing: Preprocessing, limits: _Limits, shard_size: int) -> Iterator[_Task]:
+def _planned(groups: Groups, shard_size: int) -> Iterator[tuple[str, str, list[_Member]]]:
+    """Name, split and members of each shard."""
     for split, top in sorted(groups, key=lambda group: (SPLITS.index(group[0]), group[1])):
         members = groups[split, top]
         for number, start in enumerate(range(0, len(members), shard_size)):
-            path = out / f"{split}-{_plain(top)}{number:05d}.tar"
-            yield _Task(path, split, members[start : start + shard_size], preprocessing, limits)
+            yield f"{split}-{_plain(top)}{number:05d}.tar", split, members[start : start + shard_size]
+
+
+def _chunks(members: list[_Member]) -> list[list[_Member]]:
+    return [members[start : start + ENCODED_AT_ONCE] for start in range(0, len(members), ENCODED_AT_ONCE)]
 
 
 def _plain(top: str) -> str:
@@ -223,45 +236,51 @@ def _plain(top: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', top)[:80]}-{content_hash(top.encode())[:8]}-"
 
 
-def _write_shard(task: _Task) -> _Written:
-    """Write one tar; images that turn out unreadable are left out of it."""
-    names: list[str] = []
-    digests: list[str] = []
+def _write_shard(
+    path: Path, split: str, members: list[_Member], encoded: Iterator[_Encoded | str], bad: list[tuple[str, str]]
+) -> _Shard:
+    """Write one tar from as many of `encoded` as it has members; unreadable ones go to `bad` with the reason."""
+    kept: list[_Member] = []
     looks: list[bytes] = []
-    quarantined: list[tuple[str, str]] = []
 
-    def samples() -> Iterator[Row]:
-        for row, place, digest in task.members:
-            try:
-                sample, look = _encode(row, place, digest, task)
-            except UnreadableImage as error:
-                quarantined.append((row["file_name"], str(error)))
+    def samples() -> Iterator[dict[str, Any]]:
+        for member, found in zip(members, islice(encoded, len(members)), strict=True):
+            if isinstance(found, str):
+                bad.append((member.row["file_name"], found))
                 continue
-            names.append(row["file_name"])
-            digests.append(digest)
-            looks.append(look)
-            yield sample
+            kept.append(member)
+            looks.append(found.look)
+            yield found.sample
 
-    offsets = _write_tar(task.path, samples())
-    identity: dict[str, str | int] = {"sha256": file_hash(task.path), "bytes": task.path.stat().st_size}
-    return _Written(offsets, identity, names, digests, looks, quarantined)
+    offsets = _write_tar(path, samples())
+    return _Shard(path.name, split, kept, looks, offsets, {"sha256": file_hash(path), "bytes": path.stat().st_size})
 
 
-def _encode(row: Row, place: Place, digest: str, task: _Task) -> tuple[Row, bytes]:
-    """A sample of the tar, and the thumbnail of its image."""
-    blob = place.read()
-    if content_hash(blob) != digest:
-        raise InputError(f"{place.path}: changed while it was read; run the `shard` stage when nothing writes to its folder")
-    image = task.preprocessing.read(blob, min_side=task.limits.min_side, max_pixels=task.limits.max_pixels)
-    keep = task.preprocessing.is_stored(blob)
+def _encode_all(members: list[_Member], *, preprocessing: Preprocessing, limits: _Limits) -> list[_Encoded | str]:
+    """What becomes of each image: its sample, or why it cannot be read."""
+    results: list[_Encoded | str] = []
+    for member in members:
+        try:
+            results.append(_encode(member, preprocessing, limits))
+        except UnreadableImage as error:
+            results.append(str(error))
+    return results
+
+
+def _encode(member: _Member, preprocessing: Preprocessing, limits: _Limits) -> _Encoded:
+    blob = member.place.read()
+    if content_hash(blob) != member.digest:
+        raise InputError(f"{member.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
+    image = preprocessing.read(blob, min_side=limits.min_side, max_pixels=limits.max_pixels)
+    stored = {"jpg": blob} if preprocessing.is_stored(blob) else {"png": to_png(image)}
     # Equal files may stand under several names, so the key needs both: content first, then name.
-    key = digest[:16] + content_hash(row["file_name"].encode())[:8]
-    meta = {name: value for name, value in row.items() if name != "text" and value == value}  # NaN: the row has no such column
-    stored = {"jpg": blob} if keep else {"png": to_png(image)}
-    return {"__key__": key, **stored, "txt": row["text"].encode(), "json": canonical_json(meta).encode()}, thumbnail(image)
+    key = member.digest[:16] + content_hash(member.row["file_name"].encode())[:8]
+    meta = {name: value for name, value in member.row.items() if name != "text" and value == value}  # NaN: it has no such column
+    sample = {"__key__": key, **stored, "txt": member.row["text"].encode(), "json": canonical_json(meta).encode()}
+    return _Encoded(sample, thumbnail(image))
 
 
-def _write_tar(path: Path, samples: Iterator[Row]) -> np.ndarray:
+def _write_tar(path: Path, samples: Iterator[dict[str, Any]]) -> np.ndarray:
     """Write one tar; returns offset and size of each part, int64 (N, 2 * len(PARTS))."""
     import webdataset  # only to write: a machine that trains on shards need not have it
 
@@ -296,12 +315,12 @@ def _refuse_small_splits(folder: Path, found: int, sizes: dict[str, int]) -> Non
         )
 
 
-def _duplicates(kept: Sequence[tuple[_Task, _Written]]) -> pd.DataFrame:
+def _duplicates(shards: Sequence[_Shard]) -> pd.DataFrame:
     """Images that repeat (`exact`: same bytes) or resemble (`near`: see `ldm.data.duplicates`) one that comes before."""
-    names = [name for _, shard in kept for name in shard.names]
-    digests = [digest for _, shard in kept for digest in shard.digests]
-    splits = [task.split for task, shard in kept for _ in shard.names]
-    looks = np.frombuffer(b"".join(look for _, shard in kept for look in shard.looks), dtype=np.uint8)
+    names = [member.row["file_name"] for shard in shards for member in shard.members]
+    digests = [member.digest for shard in shards for member in shard.members]
+    splits = [shard.split for shard in shards for _ in shard.members]
+    looks = np.frombuffer(b"".join(look for shard in shards for look in shard.looks), dtype=np.uint8)
     first: dict[str, int] = {}
     near = dict(near_duplicates(looks.reshape(-1, SIDE, SIDE)))
     pairs = []

@@ -107,15 +107,15 @@ class FolderOfFiles(Dataset[torch.Tensor]):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_image_batches(workers: int, photos: Path, shards: Path) -> None:
-    """256 x 256 JPEGs in shuffled batches of 64, by one process or by two workers."""
-    reader = open_shards(shards)
+    """256 x 256 JPEGs in shuffled batches of 64, by one process or by two workers that last for four epochs."""
+    reader, epochs = open_shards(shards), 4 if workers else 1
     blobs = [(photos / name).read_bytes() for name in reader.captions.file_name]
     urls = sorted(map(str, shards.glob("train-*.tar")))
     count = len(reader) // BATCH * BATCH
 
     def ours() -> int:
         batches = Batches(reader, 0, workers=workers)
-        return sum(len(batches.at(position, BATCH)) for position in range(0, count, BATCH))
+        return sum(len(batches.at(position, BATCH)) for position in range(0, epochs * count, BATCH))
 
     def bare() -> int:
         return sum(1 for blob in blobs[:count] if np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")).size)
@@ -128,8 +128,9 @@ def test_image_batches(workers: int, photos: Path, shards: Path) -> None:
         return sum(len(batch) for (batch,) in loader)
 
     def folder_of_files() -> int:
-        loader = DataLoader(FolderOfFiles(photos), BATCH, shuffle=True, num_workers=workers, drop_last=True)
-        return sum(len(batch) for batch in loader)
+        options = {"num_workers": workers, "persistent_workers": True} if workers else {}
+        loader = DataLoader(FolderOfFiles(photos), BATCH, shuffle=True, drop_last=True, **options)
+        return sum(len(batch) for _ in range(epochs) for batch in loader)
 
     passes = {"ours": ours, "webdataset": with_webdataset, "folder of files": folder_of_files}
     rates = medians({**passes, **({} if workers else {"bare decoding": bare})})
