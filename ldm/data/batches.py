@@ -1,6 +1,7 @@
 """Batches of images in an order that is a function of (seed, epoch, position), so that any position can be resumed at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 
 import numpy as np
@@ -69,31 +70,36 @@ def _mix(values: np.ndarray, key: int) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def order_by_shard(seed: int, counts: Sequence[int], start: int, count: int, window: int = WINDOW) -> np.ndarray:
+def order_by_shard(seed: int, counts: tuple[int, ...], start: int, count: int, window: int = WINDOW) -> np.ndarray:
     """As `order`, over shards of `counts` samples, so that only `window` shards are read at a time.
 
     Each epoch permutes the shards and cuts them into windows; within a window all samples are permuted. Memory grows
     with the number of shards, not of samples.
     """
-    sizes = np.asarray(counts, dtype=np.int64)
-    firsts = np.cumsum(sizes) - sizes  # index of the first sample of each shard
-    size = int(sizes.sum())
+    size = sum(counts)
     positions = np.arange(start, start + count)
     indices = np.empty(count, dtype=np.int64)
     for epoch in np.unique(positions // size).tolist():
-        shards = permute(np.arange(len(sizes)), len(sizes), seed_for(seed, "shards", epoch))
-        ends = np.cumsum(sizes[shards])  # of the shards in this epoch's order
+        sizes, firsts, ends = _shards(seed, counts, epoch)
         here = np.flatnonzero(positions // size == epoch)
         within = positions[here] % size
         windows = np.searchsorted(ends, within, side="right") // window
         for number in np.unique(windows).tolist():
             first, last = number * window, min((number + 1) * window, len(sizes)) - 1
-            begin, end = int(ends[first] - sizes[shards[first]]), int(ends[last])
+            begin, end = int(ends[first] - sizes[first]), int(ends[last])
             mine = windows == number
             mixed = begin + permute(within[mine] - begin, end - begin, seed_for(seed, "window", epoch, number))
             places = np.searchsorted(ends, mixed, side="right")
-            indices[here[mine]] = firsts[shards[places]] + mixed - (ends[places] - sizes[shards[places]])
+            indices[here[mine]] = firsts[places] + mixed - (ends[places] - sizes[places])
     return indices
+
+
+@lru_cache(maxsize=2)
+def _shards(seed: int, counts: tuple[int, ...], epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shards in an epoch's order: their sizes, their first samples' indices, the positions at which they end."""
+    sizes = np.array(counts, dtype=np.int64)
+    shards = permute(np.arange(len(sizes)), len(sizes), seed_for(seed, "shards", epoch))
+    return sizes[shards], (np.cumsum(sizes) - sizes)[shards], np.cumsum(sizes[shards])
 
 
 def views(seed: int, start: int, count: int, margin: int, flip: bool) -> np.ndarray:
@@ -144,26 +150,12 @@ class Batches:
 
     def _read(self, position: int, batch_size: int) -> Iterator[torch.Tensor | InputError]:
         share = batch_size // self.ranks
-        spans = _Spans(position + self.rank * share, batch_size, share)
+        spans = zip(itertools.count(position + self.rank * share, batch_size), itertools.repeat(share), strict=False)
         if not self.workers:
             return (self._images[span] for span in spans)
-        unused = torch.Generator()  # else the loader would draw a seed for its workers from the global state
-        return iter(
-            DataLoader(self._images, None, sampler=spans, num_workers=self.workers, prefetch_factor=AHEAD, generator=unused)
-        )
-
-
-class _Spans:
-    """`(start, count)` of one batch after another, without end."""
-
-    def __init__(self, start: int, step: int, count: int):
-        self.start, self.step, self.count = start, step, count
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        start = self.start
-        while True:
-            yield start, self.count
-            start += self.step
+        own = torch.Generator()  # or the loader would draw a seed for its workers from the global state
+        loader = DataLoader(self._images, None, sampler=spans, num_workers=self.workers, prefetch_factor=AHEAD, generator=own)
+        return iter(loader)
 
 
 class _Images(Dataset[torch.Tensor | InputError]):
@@ -173,7 +165,7 @@ class _Images(Dataset[torch.Tensor | InputError]):
         self.reader, self.seed, self.flip = reader, seed, flip
         self.order: Order = partial(order, seed, len(reader))
         if shuffle == "shard":
-            self.order = partial(order_by_shard, seed, [len(positions) for _, positions in reader.shard_positions()])
+            self.order = partial(order_by_shard, seed, tuple(len(positions) for _, positions in reader.shard_positions()))
 
     def __getitem__(self, span: tuple[int, int]) -> torch.Tensor | InputError:
         p = self.reader.preprocessing

@@ -87,14 +87,14 @@ def shards(photos: Path) -> Path:
 
 def test_sharding_with_two_processes(tmp_path: Path) -> None:
     """Landscape photographs of half a megapixel, cut and scaled to 256 x 256, stored as PNG."""
-    source = folder_of(tmp_path / "large", 1000, 800, 600)
-    rates = medians(
-        {str(workers): lambda workers=workers: shard(source, tmp_path / f"out{workers}", workers) and 1000 for workers in (1, 2)},
-        3,
-    )
-    print(
-        f"\nsharding: {rates['1']:.0f} images/s with one process, {rates['2']:.0f} with two, ratio {rates['2'] / rates['1']:.2f}"
-    )
+    source, count = folder_of(tmp_path / "large", 1000, 800, 600), 1000
+
+    def with_processes(workers: int) -> int:
+        shard(source, tmp_path / f"out{workers}", workers)
+        return count
+
+    one, two = rates({"1": lambda: with_processes(1), "2": lambda: with_processes(2)}, 3).values()
+    print(f"\nsharding: {median(one):.0f} images/s with one process, {median(two):.0f} with two, ratio {ratio(two, one):.2f}")
 
 
 class FolderOfFiles(Dataset[torch.Tensor]):
