@@ -29,6 +29,7 @@ from flows.graph import Stage, ancestors, read_graph
 from flows.summary import Step, Summary, markdown, show, summarise
 from ldm import lineage, registry, tracking
 from ldm.config import Settings, find_root, load_settings
+from ldm.data.latents import prune_store
 from ldm.errors import InputError
 from ldm.ingest import Ingested
 from ldm.ingest import ingest as take_in
@@ -102,6 +103,8 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
             steps.append(Step("ingest", "executed" if batch else "cached", time.monotonic() - start))
             _check_data(folder, settings)
         steps += _run_stages(folder, stages, run.id)
+        if (folder / "data/latents/manifest.json").is_file():
+            prune_store(folder / ".ldm/store/latents", folder / "data/latents")
         lineage.log_results(run, folder)
         start = time.monotonic()
         registered = register(str(folder), run.id)

@@ -131,7 +131,7 @@ def check(path: Annotated[Path, typer.Argument(help="A folder of shards.")] = Pa
         print(problem)
         problems += 1
     if problems:
-        print(f"{problems} problems; run the `shard` stage again: dvc repro --force shard", file=sys.stderr)
+        print(f"problems: {problems}; copy the shards again, or write them anew (dvc repro --force shard)", file=sys.stderr)
         raise typer.Exit(1)
     print(f"{path}: every hash, offset and image is as the index says")
 
@@ -145,12 +145,17 @@ def stats(
 
     Example: `ldm data stats data/raw/source`
     """
-    _check_out(sheet)
+    _check_out(sheet, "--sheet")
+    from ldm.config import find_root, load_settings
     from ldm.data.inspect import inspect
     from ldm.evaluation.plots import image_grid
 
-    found = inspect(path)
-    for name, value in found.summary().items():
+    try:
+        limits = load_settings(find_root()).data.model_dump(include={"min_side", "max_pixels"})
+    except InputError:  # outside of a project there are none
+        limits = {}
+    found = inspect(path, **limits)
+    for name, value in found.summary():
         print(f"{name:<12}{value}")
     if len(found.sheet):
         image_grid(found.sheet, min(8, len(found.sheet)), sheet)
@@ -318,13 +323,13 @@ def _read_image(path: str, model: "LatentDiffusion") -> "Tensor":
     return torch.tensor(pixels[:, start:end, start:end])
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, option: str = "--out") -> None:
     if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: the folder {out.parent} does not exist")
+        raise InputError(f"{option} {out}: the folder {out.parent} does not exist")
     if out.suffix not in ("", ".png"):
-        raise InputError(f"--out {out}: write a .png, or a folder (a name without a suffix)")
+        raise InputError(f"{option} {out}: write a .png, or a folder (a name without a suffix)")
     if out.suffix and out.is_dir():
-        raise InputError(f"--out {out}: is a folder; give a file name, or a folder without a suffix")
+        raise InputError(f"{option} {out}: is a folder; give a file name, or a folder without a suffix")
 
 
 def _write(images: Any, out: Path, row_labels: list[str] | None) -> None:

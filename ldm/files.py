@@ -13,7 +13,10 @@ def replacing(out: Path) -> Iterator[Path]:
 
     A reader finds the old folder, the new one, or for an instant none: never a part. What a killed process left is removed.
     """
+    out = out.resolve()  # the folder itself is replaced, not a link to it
     partial, aside = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
+    if aside.exists() and not out.exists():
+        os.rename(aside, out)  # a kill came between the two renames below
     for folder in (partial, aside):
         shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)

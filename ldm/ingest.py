@@ -40,7 +40,7 @@ SHOWN = 3  # names in a line of the report
 OWN = "set data.path in params.yaml to a folder of one's own, e.g. data/raw/mine"
 
 KNOWN = "already in the collection"
-WAITING = "changed just now, so perhaps still being written"
+WAITING = f"changed in the last {SETTLE:.0f} s, so perhaps still being written"
 UNCAPTIONED = "without a caption (a row of the table, or a .txt in UTF-8)"
 UNLABELLED = "without a label, which other images have"
 UNREADABLE = "not readable for this user"
@@ -73,7 +73,7 @@ class Ingested:
 
     def lines(self) -> list[str]:
         """The report, for people."""
-        lines = [f"{len(self.moved)} images moved to {self.batch}" if self.batch else f"nothing new in {self.inbox}"]
+        lines = [f"{len(self.moved)} images moved to {self.batch}" if self.batch else f"nothing moved from {self.inbox}"]
         for reason, names in sorted(self.left.items()):
             shown = ", ".join(name.encode(errors="backslashreplace").decode() for name in names[:SHOWN])
             lines.append(f"{len(names)} left, {reason}: {shown}{', …' if len(names) > SHOWN else ''}")

@@ -34,7 +34,7 @@ class Recipe:
     noise: str  # training noise levels, see `ldm.diffusion.noise`
     sigma_max: float
     autoencoder: str  # hash of the autoencoder whose latents the U-Net was trained on
-    preprocessing: dict[str, Any]  # image_size, channels, resize_filter, fit
+    preprocessing: dict[str, Any]  # of ldm.data.images.Preprocessing
     latent_mean: list[float]  # per channel; standardises the latents
     latent_std: list[float]
     text: dict[str, Any]  # encoder, max_tokens, sha256

@@ -29,7 +29,7 @@ from ldm.repository import held, open_repository
 
 TAG = "ldm.purged"  # of a version: hashes (first 16 digits) of images that it saw and that were purged since
 DIGEST, NAME = 16, 8  # hexadecimal digits in a sample's key: of the file's hash, of its name's
-KINDS = ("download", "store", "latents", "image", "shard")  # in the order of their deletion
+KINDS = ("leftover", "download", "store", "latents", "image", "shard")  # in the order of their deletion
 UNTOUCHED = "trained weights, reports and sample pictures; file names in git's history and DVC's listings"
 
 Entry = tuple[str, str]  # of a folder that DVC versions: relative path, md5
@@ -40,7 +40,7 @@ class Copy:
     """A file that holds the image or something made of it."""
 
     kind: str  # one of KINDS
-    place: str  # "cache", "remote" or ".ldm"
+    place: str  # "cache", "remote", "data" or ".ldm"
     name: str  # the object's md5, or a path
     size: int  # bytes
 
@@ -207,7 +207,10 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> _Found:
     if not (shards or originals):
         if unclear:
             raise InputError(f"{image}: in no shard; files of that name have sha256 {unclear}: purge by the one that is meant")
-        raise InputError(f"{image}: nothing, or nothing left, of it in DVC's {' or '.join(objects.stores)}")
+        raise InputError(
+            f"{image}: nothing, or nothing left, of it in DVC's {' or '.join(objects.stores)}; if it was not purged before: "
+            "its name is the whole path within data.path, as in data/shards"
+        )
     by_kind = {"latents": latents, "image": originals, "shard": shards}
     copies = [copy for kind, found in by_kind.items() for md5 in sorted(found) for copy in objects.copies(kind, md5)]
     copies += _own_files(root, digests)
@@ -279,7 +282,7 @@ def _current(root: Path, repo: Any, objects: _Objects, wanted: set[str]) -> dict
 
 
 def _own_files(root: Path, digests: set[str]) -> Iterator[Copy]:
-    """Downloaded shards that hold the image, and every file of the latents' store that is not in data/latents.
+    """What killed stages left half-done, downloads that hold the image, files of the latents' store that are not in data/latents.
 
     The store is only there to save work; a kill may have left a file of a shard in it that nothing names any more.
     """
@@ -287,6 +290,8 @@ def _own_files(root: Path, digests: set[str]) -> Iterator[Copy]:
     for path in sorted(downloads.iterdir()) if downloads.is_dir() else []:
         if path.is_file() and _holds(path, digests):
             yield Copy("download", ".ldm", str(path), path.stat().st_size)
+    for path in sorted(left for suffix in ("partial", "replaced") for left in (root / "data").glob(f"*.{suffix}/*")):
+        yield Copy("leftover", "data", str(path), path.stat().st_size)
     linked = {file_hash(path) for path in latents.glob("*.safetensors")}
     for path in sorted(store.iterdir()) if store.is_dir() else []:
         if path.stem.rpartition("-")[2] not in linked:  # KEY-SHA256.safetensors
@@ -347,7 +352,7 @@ def _delete(objects: _Objects, copies: Iterable[Copy]) -> None:
 
     for copy in copies:
         with contextlib.suppress(FileNotFoundError):
-            if copy.place == ".ldm":
+            if copy.place in (".ldm", "data"):
                 Path(copy.name).unlink()
             else:
                 objects.stores[copy.place].delete(copy.name)

@@ -483,7 +483,7 @@ def test_labels_are_those_of_all_images_or_of_none(root: Path, inbox: Path) -> N
 def test_an_empty_inbox_is_no_error(root: Path, inbox: Path) -> None:
     done = ingest(root, inbox)
     assert (done.batch, done.moved, done.left, done.pointer) == (None, (), {}, None)
-    assert done.lines() == [f"ingest: nothing new in {inbox}"]
+    assert done.lines() == [f"ingest: nothing moved from {inbox}"]
 
 
 def test_what_dvc_says_is_passed_on(root: Path, inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,6 +502,7 @@ def test_the_command(root: Path, inbox: Path, monkeypatch: pytest.MonkeyPatch) -
     drop(inbox / "a.png", blob(1), 0)
     drop(inbox / "a.txt", "a", 0)
     result = CliRunner().invoke(app, ["data", "ingest", str(inbox)])
-    assert result.exit_code == 0 and f"nothing new in {inbox}" in result.output and "1 left, changed just now" in result.output
+    assert result.exit_code == 0 and f"nothing moved from {inbox}" in result.output
+    assert "1 left, changed in the last" in result.output
     result = CliRunner().invoke(app, ["data", "ingest", "--settle", "0", "../inbox"])
     assert f"1 images moved to {MINE}/{today()}" in result.output and f"{MINE}.dvc: commit that to git" in result.output

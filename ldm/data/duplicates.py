@@ -1,4 +1,4 @@
-"""Images that look alike: small grey thumbnails, and pairs of them that differ little."""
+"""Images that look alike: small thumbnails, and pairs of them that differ little."""
 
 from collections.abc import Iterator
 
@@ -9,22 +9,23 @@ SIDE = 16  # of a thumbnail, in pixels
 EDGE = 2.0  # grey levels between neighbouring cells that count as an edge; flat areas would flip with every compression
 BANDS, BAND_BITS = 4, 14
 NEAR_BITS = BANDS - 1  # hashes that differ in fewer bits than there are bands agree in one of them
-NEAR_GREY = 4.0  # mean absolute difference of thumbnails, in grey levels
+CROWD = 1000  # images of one band that later ones are compared with, lest time grow with the square of look-alikes
+NEAR_LEVELS = 4.0  # mean absolute difference of thumbnails, in levels of 256
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """The image in grey, `SIDE` pixels square, row by row."""
-    return image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX).tobytes()
+    """The image in RGB, `SIDE` pixels square."""
+    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX).tobytes()
 
 
 def near_duplicates(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
     """`(i, j)` for images i that are nearly equal to an earlier image, of which j is the first; each i once, in order.
 
-    `thumbnails` is uint8 (N, SIDE, SIDE). Nearly equal: hashes within `NEAR_BITS` (difference hash, Krawetz 2013: whether
-    each of 8 x 8 cells is brighter than its left neighbour) and thumbnails within `NEAR_GREY`. Only images whose hashes
-    share a band of 14 bits are compared, so that time grows with the number of look-alikes, not of pairs.
+    `thumbnails` is uint8 (N, SIDE, SIDE, 3). Nearly equal: hashes within `NEAR_BITS` (difference hash, Krawetz 2013: whether
+    each of 8 x 8 cells is brighter than its left neighbour) and thumbnails within `NEAR_LEVELS`. Only images whose hashes
+    share a band of 14 bits are compared, and with the first `CROWD` of a band only.
     """
-    flat, first, inverse = np.unique(thumbnails.reshape(-1, SIDE * SIDE), axis=0, return_index=True, return_inverse=True)
+    flat, first, inverse = np.unique(thumbnails.reshape(-1, SIDE * SIDE * 3), axis=0, return_index=True, return_inverse=True)
     by_age = np.argsort(first)  # distinct thumbnails in the order of their first images
     flat, first, age = flat[by_age], first[by_age], np.argsort(by_age)
     hashes = _hashes(flat)
@@ -34,10 +35,10 @@ def near_duplicates(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
         order = np.argsort(keys, kind="stable")
         for members in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
             for position, member in enumerate(members[1:], start=1):
-                earlier = members[:position]
+                earlier = members[: min(position, CROWD)]
                 earlier = earlier[np.bitwise_count(hashes[earlier] ^ hashes[member]) <= NEAR_BITS]
                 apart = np.abs(flat[earlier].astype(np.int16) - flat[member]).mean(axis=1)
-                near = earlier[apart <= NEAR_GREY]
+                near = earlier[apart <= NEAR_LEVELS]
                 if len(near):
                     best[member] = min(best[member], near[0])
     for i, own in enumerate(age[inverse.ravel()].tolist()):
@@ -48,6 +49,6 @@ def near_duplicates(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def _hashes(flat: np.ndarray) -> np.ndarray:
     """Difference hashes of 56 bits, uint64 (N,)."""
-    cells = flat.reshape(-1, 8, SIDE // 8, 8, SIDE // 8).mean(axis=(2, 4))
+    cells = flat.reshape(-1, 8, SIDE // 8, 8, SIDE // 8, 3).mean(axis=(2, 4, 5))
     bits = (cells[:, :, 1:] - cells[:, :, :-1] > EDGE).reshape(len(flat), BANDS * BAND_BITS)
     return bits @ (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))

@@ -11,11 +11,13 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from ldm.data.images import SUFFIXES, UnreadableImage
+from ldm.data.images import SUFFIXES, UNREAD, UnreadableImage
 from ldm.errors import InputError
 
 MAX_BYTES = 2**30  # of an image file
 CAPTION_TABLES = ("metadata.csv", "metadata.jsonl")
+PROMPTS = "prompts.csv"
+LINKED_FOLDER = "a symbolic link to a folder; move the folder itself here"
 
 
 @dataclass(frozen=True)
@@ -68,50 +70,61 @@ def read_folder(folder: Path) -> Collection:
     found: list[str] = []
     tables: list[str] = []
     refused: dict[str, str] = {}
-    others: list[str] = []
-    for name, reason in _walk(folder):
-        if reason:
+    others: list[tuple[str, str]] = []
+    for name, reason in walk(folder):
+        path = PurePosixPath(name)
+        if path.suffix.lower() in UNREAD:
+            refused[name] = reason or f"{path.suffix} is not read; convert it to JPEG or PNG"
+        elif path.suffix.lower() in SUFFIXES:
+            found.append(name) if not reason else refused.update({name: reason})
+        elif reason == LINKED_FOLDER:
             refused[name] = reason
-        elif PurePosixPath(name).suffix.lower() in SUFFIXES:
-            found.append(name)
-        elif PurePosixPath(name).name in CAPTION_TABLES:
-            tables.append(name)
+        elif path.name in CAPTION_TABLES or name == PROMPTS:
+            if reason:
+                raise InputError(f"{folder / name}: {reason}")
+            tables += [name] * (name != PROMPTS)
         else:
-            others.append(name)
+            others += [(name, reason)]
     found.sort()
     if not found:
         raise InputError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))}); put captioned images there")
-    table = _captions(folder, found, tables, refused)
-    sidecars = {str(PurePosixPath(name).with_suffix(".txt")) for name in found}
-    ignored = Counter(PurePosixPath(name).suffix or name for name in others if name not in sidecars and name != "prompts.csv")
+    texts = {name for name, reason in others if name.endswith(".txt") and not reason}
+    table = _captions(folder, found, tables, texts, refused)
+    sidecars = {_sidecar(name) for name in found}
+    ignored = Counter(PurePosixPath(name).suffix or name for name, _ in others if name not in sidecars)
     return Collection(table, [Place(folder / name) for name in table.file_name], refused, dict(sorted(ignored.items())))
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every file that is not hidden, relative to `folder`, with the reason why it is refused or an empty string."""
+def walk(folder: Path) -> Iterator[tuple[str, str]]:
+    """Every file that is not hidden, relative to `folder`, with the reason why it must not be opened or an empty string."""
     root = folder.resolve()
-    for here, folders, files in os.walk(folder):
+
+    def cannot(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it away")
+
+    for here, folders, files in os.walk(folder, onerror=cannot):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted([*files, *(f for f in folders if os.path.islink(os.path.join(here, f)))]):
-            path = Path(here, name)
-            relative = path.relative_to(folder).as_posix()
-            if name.startswith("."):
-                continue
-            try:
-                relative.encode()
-            except UnicodeEncodeError:
-                yield relative.encode(errors="backslashreplace").decode(), "its name is not UTF-8; rename it"
-                continue
-            if not path.is_symlink():
-                yield relative, ""
-            elif path.is_dir():
-                yield relative, "a symbolic link to a folder; move the folder itself here"
-            else:
-                inside = path.resolve().is_relative_to(root)
-                yield relative, "" if inside else "a symbolic link that leaves the folder; move the file itself here"
+            if not name.startswith("."):
+                relative = Path(here, name).relative_to(folder).as_posix()
+                yield relative.encode(errors="backslashreplace").decode(), _refusal(Path(here, name), relative, root)
 
 
-def _captions(folder: Path, found: list[str], tables: list[str], refused: dict[str, str]) -> pd.DataFrame:
+def _refusal(path: Path, relative: str, root: Path) -> str:
+    try:
+        relative.encode()
+        if path.is_symlink() and path.is_dir():
+            return LINKED_FOLDER
+        if path.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
+            return "a symbolic link that leaves the folder; move the file itself here"
+        return "" if path.is_file() else "not a regular file"
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    except (OSError, RuntimeError):  # the latter: links that lead to each other
+        return "a symbolic link that leads nowhere; restore its target or remove it"
+
+
+def _captions(folder: Path, found: list[str], tables: list[str], texts: set[str], refused: dict[str, str]) -> pd.DataFrame:
     """Captions of all images found, sorted by file name: from tables first, then from sidecars, else from class folders."""
     uncaptioned, parts = set(found), []
     for name in sorted(tables, key=lambda name: -name.count("/")):  # the nearest table stands for an image
@@ -126,8 +139,8 @@ def _captions(folder: Path, found: list[str], tables: list[str], refused: dict[s
         uncaptioned -= set(part.file_name)
         parts.append(part)
     names = sorted(uncaptioned)
-    if names and (parts or any((folder / name).with_suffix(".txt").is_file() for name in names)):
-        parts.append(_from_sidecars(folder, names))
+    if names and (parts or any(_sidecar(name) in texts for name in names)):
+        parts.append(_from_sidecars(folder, names, texts))
     elif names and all("/" in name for name in names):
         classes = [name.rsplit("/", 2)[-2] for name in names]
         parts.append(pd.DataFrame({"file_name": names, "text": classes, "label": classes}))
@@ -149,14 +162,19 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
         else:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
             # Not pandas.read_json, to which 3 beside a null is 3.0 and a date-like caption may be a date.
             table = pd.DataFrame([json.loads(line) for line in lines if line.strip()], dtype=object)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not readable as a table: {error}") from None
+            table.to_json(force_ascii=False).encode()  # half of a surrogate pair is no character
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise InputError(f"{path}: not readable as a table: {error}{advice}") from None
     for column in ("file_name", "text"):
         if column not in table:
-            raise InputError(f"{path}: column {column!r} is missing; found {', '.join(map(str, table.columns)) or 'none'}")
+            raise InputError(
+                f"{path}: column {column!r} is missing; found {', '.join(map(str, table.columns)) or 'none'}: "
+                "its first row must be file_name,text, separated by commas"
+            )
     if path.suffix == ".csv" and len(table) and not isinstance(table.index, pd.RangeIndex):
         raise InputError(f"{path}: its rows have more fields than its header; put captions that hold commas in double quotes")
     for number, row in enumerate(zip(table.file_name, table.text, strict=True), start=1):
@@ -205,14 +223,20 @@ def _labels(path: Path, labels: pd.Series) -> pd.Series:
     return labels.astype(str)
 
 
-def _from_sidecars(folder: Path, found: list[str]) -> pd.DataFrame:
+def _sidecar(name: str) -> str:
+    return PurePosixPath(name).with_suffix(".txt").as_posix()
+
+
+def _from_sidecars(folder: Path, found: list[str], texts: set[str]) -> pd.DataFrame:
     captions = []
     for name in found:
-        sidecar = (folder / name).with_suffix(".txt")
+        sidecar = folder / _sidecar(name)
+        if _sidecar(name) not in texts:
+            raise InputError(f"{folder / name}: has no caption file {sidecar.name} beside it, as other images here do")
         try:
-            captions.append(sidecar.read_text(encoding="utf-8").strip())
-        except FileNotFoundError:
-            raise InputError(f"{folder / name}: has no caption file {sidecar.name} beside it, as other images here do") from None
+            captions.append(sidecar.read_text(encoding="utf-8-sig").strip())  # Notepad begins files with a mark
         except UnicodeDecodeError as error:
             raise InputError(f"{sidecar}: not UTF-8 text: {error}") from None
+        except OSError as error:
+            raise InputError(f"{sidecar}: cannot be read: {error.strerror}") from None
     return pd.DataFrame({"file_name": found, "text": captions})

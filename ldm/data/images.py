@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # images, but not for us
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # by content: a suffix proves nothing, and Pillow's EPS runs a program
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -48,6 +49,7 @@ class Preprocessing:
         """What images are compared under, in a few words, as 32x32x1, lanczos."""
         words = [f"{self.image_size}x{self.image_size}x{self.channels}", self.resize_filter]
         words += [self.fit] * (self.fit != "cover") + [f"of {self.side}x{self.side}"] * (self.margin > 0)
+        words += [f"on {self.background}"] * (self.background != "#ffffff")
         return ", ".join(words)
 
     def read(self, blob: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -53,7 +53,6 @@ def write_latents(
     """
     store.mkdir(parents=True, exist_ok=True)
     files, moments, reused = [], _Moments(), 0
-    current: set[Path] = set()
     done = 0
     progress(done)
     with replacing(out) as partial:
@@ -73,8 +72,9 @@ def write_latents(
                     moments.add(tensors["mean"], tensors["logvar"])
                 name = Path(shard["name"]).with_suffix(".safetensors").name
                 _link(kept, partial / name)
-                files.append({"name": name, "split": split, "count": len(tensors["mean"]), "shard_sha256": shard["sha256"]})
-                current.add(kept)
+                digest = kept.stem.rpartition("-")[2]
+                entry = {"name": name, "split": split, "count": len(tensors["mean"])}
+                files.append({**entry, "sha256": digest, "shard_sha256": shard["sha256"]})
                 done += len(positions)
                 progress(done)
         text, mask = embed([""])
@@ -89,9 +89,16 @@ def write_latents(
             "latent_std": moments.std.tolist(),
         }
         (partial / "manifest.json").write_text(canonical_json(manifest))
-    for path in set(store.iterdir()) - current:
-        path.unlink(missing_ok=True)  # another run may have been faster
+    prune_store(store, out)
     return manifest, reused
+
+
+def prune_store(store: Path, latents: Path) -> None:
+    """Remove from the store what `latents` does not hold. DVC may restore earlier latents without running the stage."""
+    kept = {file["sha256"] for file in json.loads((latents / "manifest.json").read_text())["files"]}
+    for path in store.glob("*"):
+        if path.stem.rpartition("-")[2] not in kept:
+            path.unlink(missing_ok=True)  # another run may have been faster
 
 
 def _encode_shard(

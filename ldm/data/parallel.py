@@ -1,17 +1,21 @@
 """Work on many files with all cores."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
 
 from ldm.errors import InputError
 
+AHEAD = 8  # results for each process
 IMAGES_PER_WORKER = 500  # fewer are done before another process has started
 
 
@@ -43,13 +47,26 @@ def processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
     others = set(multiprocessing.active_children())
     try:
-        yield pool.map
-    except BaseException:
+        yield functools.partial(_in_order, pool, count * AHEAD)
+    except BaseException as error:
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise InputError("a worker process was killed; if memory ran out, set LDM_WORKERS to fewer than now") from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Callable[..., Any], items: Iterable[Any]) -> Iterator[Any]:
+    """As `pool.map`, with at most `ahead` results waiting for whoever takes them."""
+    pending: deque[Future[Any]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _start() -> None:

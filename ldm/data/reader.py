@@ -21,7 +21,7 @@ VERSION = 2  # of index.json
 SPLITS = ("train", "val", "test")
 PARTS = ("image", "txt", "json")  # offsets.npy: shard number, then offset and size of each of these
 OPEN_FILES = 64  # at once, of shards on this disk
-OPEN_FETCHED = 8  # of fetched ones: while open, an evicted file still takes its space
+OPEN_FETCHED = 1  # of fetched ones: while open, an evicted file still takes its space
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,22 @@ class ShardReader:
         path = f"{place}/index.json"
         text = cache.text("index.json") if cache else _text(Path(path))
         if text is None:
-            raise InputError(f"{path}: not found; run the `shard` stage (dvc repro shard)")
-        self.index: dict[str, Any] = json.loads(text)
-        if self.index.get("version") != VERSION:
-            raise InputError(f"{path}: version {self.index.get('version')}, expected {VERSION}; run the `shard` stage again")
-        if split not in self.index["splits"]:
-            raise InputError(f"{path}: no split {split!r}; found {', '.join(self.index['splits'])}")
-        start, stop = self.index["splits"][split]
-        table = self._offsets()
+            raise InputError(f"{path}: not found, so this is no folder of shards; run the `shard` stage (dvc repro shard)")
+        try:
+            self.index: dict[str, Any] = json.loads(text)
+            version, splits = self.index.get("version"), self.index.get("splits", {})
+            if version != VERSION:
+                raise InputError(f"{path}: version {version}, expected {VERSION}; run the `shard` stage again")
+            if split not in splits:
+                raise InputError(f"{path}: no split {split!r}; found {', '.join(splits)}")
+            start, stop = splits[split]
+            self.preprocessing = Preprocessing(**self.index["preprocessing"])
+            table = self._offsets()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); run the `shard` stage again") from None
         if len(table) < stop:
             raise InputError(f"{place}/offsets.npy: {len(table)} rows, {stop} expected; run the `shard` stage again")
         self._rows = table[start:stop]
-        self.preprocessing = Preprocessing(**self.index["preprocessing"])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -149,8 +153,10 @@ class ShardReader:
             try:
                 np.lib.format.read_magic(file)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if dtype != np.int64 or shape[1:] != (1 + 2 * len(PARTS),):
+                    raise ValueError(f"{dtype} of shape {shape}")
                 return np.memmap(file, dtype, "r", file.tell(), shape)
-            except ValueError as error:
+            except Exception as error:  # numpy's reader of headers raises anything
                 raise InputError(f"{self.place}/offsets.npy: damaged ({error}); run the `shard` stage again") from None
 
     def _open(self, name: str, entry: dict[str, Any]) -> int:
@@ -171,7 +177,7 @@ class ShardReader:
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def open_shards(

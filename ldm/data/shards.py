@@ -6,6 +6,7 @@ image), `index.json` (what is in them, by which preprocessing, with their hashes
 and, where the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the number of processes.
 """
 
+import json
 import re
 import shutil
 import tarfile
@@ -14,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial as partial_function
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ldm.data.duplicates import SIDE, near_duplicates, thumbnail
-from ldm.data.folders import Collection, Place, read_folder
+from ldm.data.folders import PROMPTS, Collection, Place, read_folder, walk
 from ldm.data.images import MAX_PIXELS, SUFFIXES, Preprocessing, UnreadableImage, to_png
 from ldm.data.parallel import IMAGES_PER_WORKER, processes
 from ldm.data.reader import PARTS, SPLITS, VERSION
@@ -86,11 +87,13 @@ def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
 
 def read_collection(folder: Path) -> Collection:
     """The captioned images of a folder, as files (`images.read_folder`) or in WebDataset tars (`tars.read_tars`)."""
-    if next(folder.rglob("*.tar"), None) is None:
+    suffixes = {PurePosixPath(name).suffix.lower() for name, _ in walk(folder)} if folder.is_dir() else set()
+    if ".tar" not in suffixes:
         return read_folder(folder)
-    stray = next((path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES), None)
-    if stray:
-        raise InputError(f"{folder}: holds tars and also images, such as {stray.relative_to(folder)}; keep one kind in a folder")
+    if suffixes & SUFFIXES:
+        raise InputError(
+            f"{folder}: holds tars and also images ({', '.join(sorted(suffixes & SUFFIXES))}); keep one kind in a folder"
+        )
     return read_tars(folder)
 
 
@@ -149,8 +152,8 @@ def write_shards(
         sizes = {split: sum(len(shard.members) for shard in shards if shard.split == split) for split in SPLITS}
         _refuse_small_splits(folder, found, sizes)
         if prompts:
-            shutil.copyfile(prompts, partial / "prompts.csv")
-        quarantined.to_csv(partial / "quarantine.csv", index=False)
+            shutil.copyfile(prompts, partial / PROMPTS)
+        quarantined.to_csv(partial / "quarantine.csv", index=False, errors="backslashreplace")
         counts = {"found": found, "quarantined": len(quarantined), "ignored": collection.ignored}
         return _write_index(partial, shards, sizes, {"preprocessing": asdict(preprocessing), **counts})
 
@@ -231,7 +234,8 @@ def _chunks(members: list[_Member]) -> list[list[_Member]]:
 
 def _plain(top: str) -> str:
     """A folder's name as part of a shard's: what shells, URLs and WebDataset's brace notation treat specially is replaced."""
-    if not top or re.fullmatch(r"[\w.-]{1,100}", top, re.ASCII):
+    # A name that ends as ours do might be that of another folder.
+    if not top or (re.fullmatch(r"[\w.-]{1,100}", top, re.ASCII) and not re.search(r"-[0-9a-f]{8}$", top)):
         return top and f"{top}-"
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', top)[:80]}-{content_hash(top.encode())[:8]}-"
 
@@ -274,9 +278,15 @@ def _encode(member: _Member, preprocessing: Preprocessing, limits: _Limits) -> _
     image = preprocessing.read(blob, min_side=limits.min_side, max_pixels=limits.max_pixels)
     stored = {"jpg": blob} if preprocessing.is_stored(blob) else {"png": to_png(image)}
     # Equal files may stand under several names, so the key needs both: content first, then name.
-    key = member.digest[:16] + content_hash(member.row["file_name"].encode())[:8]
+    key = member.digest[:16] + content_hash(member.row["file_name"].encode(errors="backslashreplace"))[:8]
     meta = {name: value for name, value in member.row.items() if name != "text" and value == value}  # NaN: it has no such column
-    sample = {"__key__": key, **stored, "txt": member.row["text"].encode(), "json": canonical_json(meta).encode()}
+    try:
+        json.dumps(meta, allow_nan=False)
+        sample = {"__key__": key, **stored, "txt": member.row["text"].encode(), "json": canonical_json(meta).encode()}
+    except ValueError as error:
+        raise InputError(
+            f"{member.row['file_name']!r}: caption and columns cannot be written as UTF-8 and JSON: {error}"
+        ) from None
     return _Encoded(sample, thumbnail(image))
 
 
@@ -300,8 +310,8 @@ def _refuse_if_too_many(folder: Path, quarantined: pd.DataFrame, found: int, max
     if len(quarantined) > max_bad_fraction * found:
         first = quarantined.iloc[0]
         raise TooManyUnreadable(
-            f"{folder}: {len(quarantined)} of {found} images are unreadable, more than data.max_bad_fraction "
-            f"{max_bad_fraction} allows; the first is {first.file_name!r} ({first.reason})",
+            f"{folder}: {len(quarantined)} of {found} images are unreadable, more than data.max_bad_fraction {max_bad_fraction} "
+            f"allows; the first is {first.file_name!r} ({first.reason}); remove or mend them, or raise the bound",
             quarantined,
         )
 
@@ -322,7 +332,7 @@ def _duplicates(shards: Sequence[_Shard]) -> pd.DataFrame:
     splits = [shard.split for shard in shards for _ in shard.members]
     looks = np.frombuffer(b"".join(look for shard in shards for look in shard.looks), dtype=np.uint8)
     first: dict[str, int] = {}
-    near = dict(near_duplicates(looks.reshape(-1, SIDE, SIDE)))
+    near = dict(near_duplicates(looks.reshape(-1, SIDE, SIDE, 3)))
     pairs = []
     for i, digest in enumerate(digests):
         exact = first.setdefault(digest, i)
@@ -334,7 +344,7 @@ def _duplicates(shards: Sequence[_Shard]) -> pd.DataFrame:
 
 def _prompts(folder: Path, table: pd.DataFrame) -> Path | None:
     """The source's optional `prompts.csv` (`text,label`: prompts to evaluate that no caption contains)."""
-    source = folder / "prompts.csv"
+    source = folder / PROMPTS
     if not source.is_file():
         return None
     try:

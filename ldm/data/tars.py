@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ldm.data.folders import Collection, Place
+from ldm.data.folders import Collection, Place, walk
 from ldm.data.images import SUFFIXES
 from ldm.errors import InputError
 
@@ -29,13 +29,21 @@ def read_tars(folder: Path) -> Collection:
     rows: list[dict[str, Any]] = []
     places: list[Place] = []
     ignored: Counter[str] = Counter()
-    for path in sorted(folder.rglob("*.tar")):
-        name = path.relative_to(folder).as_posix()
+    for name, reason in walk(folder):
+        path = folder / name
+        if path.suffix != ".tar":
+            ignored[path.suffix or name] += 1
+            continue
+        if reason:
+            raise InputError(f"{path}: {reason}")
         for key, parts in sorted(_samples(path, ignored).items()):
-            image = next((part for part in parts if f".{part}" in SUFFIXES), None)
-            if image is None:
+            images = [part for part in parts if f".{part}" in SUFFIXES]
+            if len(images) > 1:
+                raise InputError(f"{path}: sample {key!r} has {len(images)} images, {' and '.join(images)}; keep one")
+            if not images:
                 ignored[f"(samples without an image in {name})"] += 1
                 continue
+            (image,) = images
             member = parts[image]
             rows.append({"file_name": f"{name}/{key}.{image}", **_caption(path, key, parts)})
             places.append(Place(path, member.offset_data, member.size))
@@ -59,8 +67,8 @@ def _samples(path: Path, ignored: Counter[str]) -> dict[str, dict[str, tarfile.T
                 pure = PurePosixPath(member.name)
                 if pure.is_absolute() or ".." in pure.parts:
                     raise InputError(f"{path}: member {member.name!r} leads out of the tar; write it again with plain names")
-                if not member.isreg():
-                    raise InputError(f"{path}: member {member.name!r} is a link or a device; only plain files are read")
+                if not member.isreg() or member.issparse():
+                    raise InputError(f"{path}: member {member.name!r} is a link, a device or sparse; only plain files are read")
                 stem, _, extension = pure.name.lower().partition(".")
                 if extension.rpartition(".")[2] in PICKLES:
                     raise InputError(f"{path}: member {member.name!r} is a pickle, which can run any program; remove it")
@@ -73,7 +81,12 @@ def _samples(path: Path, ignored: Counter[str]) -> dict[str, dict[str, tarfile.T
                 if f".{extension}" not in SUFFIXES and member.size > MAX_TEXT:
                     raise InputError(f"{path}: member {member.name!r} has {member.size:,} bytes; at most {MAX_TEXT:,} are read")
                 samples[key][extension] = member
-    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+            end = tar.offset
+        with path.open("rb") as file:  # a damaged header ends a tar as far as tarfile is concerned
+            file.seek(end)
+            if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+                raise InputError(f"{path}: damaged or cut short at byte {end} of {path.stat().st_size}; restore it")
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: not a readable plain tar: {error}; restore it") from None
     return samples
 
@@ -83,14 +96,15 @@ def _caption(path: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> dict[st
 
     def text(part: str) -> str:
         try:
-            return Place(path, parts[part].offset_data, parts[part].size).read().decode().strip()
+            return Place(path, parts[part].offset_data, parts[part].size).read().decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: {key}.{part} is not UTF-8 text: {error}") from None
 
     try:
         columns = json.loads(text("json")) if "json" in parts else {}
-    except ValueError as error:
-        raise InputError(f"{path}: {key}.json is not JSON: {error}") from None
+        json.dumps([key, columns], ensure_ascii=False).encode()  # half of a surrogate pair is no character
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {key!r}: its name or JSON is damaged: {error}") from None
     if not isinstance(columns, dict):
         raise InputError(f"{path}: {key}.json holds {type(columns).__name__}, expected an object")
     columns = {name: value for name, value in columns.items() if name != "file_name"}

@@ -46,7 +46,7 @@ def run(root: Path) -> None:
             identity,
             progress,
             store=root / ".ldm/store/latents",
-            code=work_key("cache_latents", {"device": device.type}, {}),
+            code=work_key("cache_latents", {"device": device.type, "deterministic": settings.deterministic}, {}),
             flip=settings.cache_latents.flip,
         )
         tracker.log({f"latent_std_{i}": std for i, std in enumerate(manifest["latent_std"])} | {"reused_shards": reused}, total)

@@ -23,7 +23,7 @@ def stage_shards(root: Path, split: str) -> ShardReader:
     size = os.environ.get("LDM_SHARD_CACHE_GB") or CACHE_GB
     try:
         limit = int(float(size) * 1e9)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"LDM_SHARD_CACHE_GB is {size!r}; set it to a number of gigabytes") from None
     reader = open_shards(url, split, cache=root / ".ldm/shards", cache_bytes=limit)
     index = local / "index.json"

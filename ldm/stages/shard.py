@@ -7,6 +7,7 @@ import pandas as pd
 from ldm.config import load_settings
 from ldm.data.parallel import default_workers
 from ldm.data.shards import TooManyUnreadable, write_shards
+from ldm.errors import InputError
 from ldm.stages.runtime import Progress, stage_main
 from ldm.tracking import stage_run
 
@@ -28,8 +29,10 @@ def run(root: Path) -> None:
         try:
             index = write_shards(root / data.pop("path"), out, **data, workers=default_workers(), progress=progress)
         except TooManyUnreadable as error:
-            show(error.quarantined)
-            raise
+            path = root / ".ldm/quarantine.csv"
+            path.parent.mkdir(exist_ok=True)
+            error.quarantined.to_csv(path, index=False, errors="backslashreplace")
+            raise InputError(f"{error}; all are in {path.relative_to(root)}") from None
         counts = {split: stop - start for split, (start, stop) in index["splits"].items()}
         tracker.log({f"{split}_images": float(n) for split, n in counts.items()} | {"quarantined": index["quarantined"]}, 0)
     split = ", ".join(f"{n} {name}" for name, n in counts.items())

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from ldm.data.duplicates import NEAR_BITS, NEAR_GREY, SIDE, _hashes, near_duplicates, thumbnail
+from ldm.data.duplicates import NEAR_BITS, NEAR_LEVELS, SIDE, _hashes, near_duplicates, thumbnail
 
 
 def picture(seed: int, side: int = 96) -> Image.Image:
@@ -16,7 +16,7 @@ def picture(seed: int, side: int = 96) -> Image.Image:
 
 
 def thumbnails(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.frombuffer(thumbnail(image), dtype=np.uint8).reshape(SIDE, SIDE) for image in images])
+    return np.stack([np.frombuffer(thumbnail(image), dtype=np.uint8).reshape(SIDE, SIDE, 3) for image in images])
 
 
 def recompressed(image: Image.Image, quality: int) -> Image.Image:
@@ -43,15 +43,17 @@ def test_altered_copies_are_found_and_other_pictures_are_not() -> None:
 
 def test_equals_a_comparison_of_all_pairs() -> None:
     random = np.random.default_rng(0)
-    base = random.integers(0, 256, (40, SIDE, SIDE), dtype=np.int16)
-    noisy = base[random.integers(0, 40, 300)] + random.integers(-9, 10, (300, SIDE, SIDE)) * random.integers(0, 2, (300, 1, 1))
-    looks = np.concatenate([noisy.clip(0, 255), np.zeros((20, SIDE, SIDE)), np.full((20, SIDE, SIDE), 3)]).astype(np.uint8)
+    base = random.integers(0, 256, (40, SIDE, SIDE, 3), dtype=np.int16)
+    noisy = base[random.integers(0, 40, 300)] + random.integers(-9, 10, (300, SIDE, SIDE, 3)) * random.integers(
+        0, 2, (300, 1, 1, 1)
+    )
+    looks = np.concatenate([noisy.clip(0, 255), np.zeros((20, SIDE, SIDE, 3)), np.full((20, SIDE, SIDE, 3), 3)]).astype(np.uint8)
     hashes = _hashes(looks.reshape(len(looks), -1))
     expected = {}
     for i in range(len(looks)):
         for j in range(i):
             bits = bin(int(hashes[i]) ^ int(hashes[j])).count("1")
-            if bits <= NEAR_BITS and np.abs(looks[i].astype(float) - looks[j]).mean() <= NEAR_GREY:
+            if bits <= NEAR_BITS and np.abs(looks[i].astype(float) - looks[j]).mean() <= NEAR_LEVELS:
                 expected[i] = j
                 break
     assert dict(near_duplicates(looks)) == expected
@@ -59,11 +61,11 @@ def test_equals_a_comparison_of_all_pairs() -> None:
 
 
 def test_hashes_compare_each_cell_with_its_left_neighbour() -> None:
-    ramp = np.tile(np.arange(SIDE, dtype=np.uint8) * 4, (SIDE, 1))
+    ramp = np.tile(np.arange(SIDE, dtype=np.uint8)[:, None] * 4, (SIDE, 1, 3))
     bright_to_the_right, dark, flat = _hashes(np.stack([ramp, ramp[:, ::-1], ramp * 0]).reshape(3, -1)).tolist()
     assert (bright_to_the_right, dark, flat) == (2**56 - 1, 0, 0)
 
 
 def test_none_and_one() -> None:
-    assert not list(near_duplicates(np.zeros((0, SIDE, SIDE), dtype=np.uint8)))
-    assert not list(near_duplicates(np.zeros((1, SIDE, SIDE), dtype=np.uint8)))
+    assert not list(near_duplicates(np.zeros((0, SIDE, SIDE, 3), dtype=np.uint8)))
+    assert not list(near_duplicates(np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8)))

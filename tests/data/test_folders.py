@@ -106,6 +106,10 @@ COMPLAINTS = {
     "header alone": (table_of("file_name,text\n"), ["metadata.csv", "no row for 2 images", "'a.png'"]),
     "no JSON": (table_of("nonsense\n", "metadata.jsonl"), ["metadata.jsonl", "not readable"]),
     "lists, not objects": (table_of("[1, 2]\n", "metadata.jsonl"), ["metadata.jsonl", "'file_name' is missing"]),
+    "half a character": (
+        table_of('{"file_name": "a.png", "text": "\\ud800"}\n', "metadata.jsonl"),
+        ["metadata.jsonl", "not readable"],
+    ),
     "null caption": (
         table_of('{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": null}\n', "metadata.jsonl"),
         ["metadata.jsonl", "row 2", "'b.png'", "strings"],
@@ -213,27 +217,46 @@ def test_links_that_leave_and_names_that_are_no_text_are_refused_and_counted(tmp
     (folder / "leaves.png").symlink_to(tmp_path / "outside/secret.png")
     (folder / "dots.png").symlink_to("../outside/secret.png")
     (folder / "nowhere.png").symlink_to("/nonexistent/x.png")
+    (folder / "photo.HEIC").write_bytes(b"x")
+    (folder / "paper.pdf").symlink_to("/nonexistent/x.pdf")  # no image: no reason to stop a run
     (folder / "album").symlink_to(tmp_path / "outside")
     with open(os.fsencode(folder) + b"/\xff.png", "wb") as file:
         file.write((folder / "a.png").read_bytes())
-    (folder / "metadata.csv").write_text("file_name,text\na.png,x\nsub/b.png,y\ninside.png,z\nleaves.png,w\n")
+    (folder / "metadata.csv").write_text("file_name,text\na.png,x\nsub/b.png,y\ninside.png,z\nleaves.png,w\nphoto.HEIC,v\n")
     found = read_folder(folder)
     assert found.table.file_name.tolist() == ["a.png", "inside.png", "sub/b.png"]
     reasons = {name: reason.split(";")[0] for name, reason in found.refused.items()}
     leaves = "a symbolic link that leaves the folder"
     assert reasons == {
-        "leaves.png": leaves, "dots.png": leaves, "nowhere.png": leaves, "album": "a symbolic link to a folder",
+        "leaves.png": leaves, "dots.png": leaves, "nowhere.png": "a symbolic link that leads nowhere",
+        "album": "a symbolic link to a folder", "photo.HEIC": ".HEIC is not read",
         "\\udcff.png": "its name is not UTF-8",
     }  # fmt: skip
 
 
 def test_what_is_no_image_is_counted_and_hidden_files_are_not_there(tmp_path: Path) -> None:
     put(tmp_path, "a.png", ".hidden.png", ".cache/b.png")
-    for name in ("a.txt", "notes.txt", "photo.heic", "clip.mp4", "README", "prompts.csv", ".DS_Store"):
+    for name in ("a.txt", "notes.txt", "clip.mp4", "README", "prompts.csv", ".DS_Store"):
         (tmp_path / name).write_text("x")
     found = read_folder(tmp_path)
     assert found.table.file_name.tolist() == ["a.png"]
-    assert found.ignored == {".heic": 1, ".mp4": 1, ".txt": 1, "README": 1}
+    assert found.ignored == {".mp4": 1, ".txt": 1, "README": 1}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["metadata.csv", "a.txt", "prompts.csv"])
+@pytest.mark.parametrize("kind", ["pipe", "link that leaves", "link to itself"])
+def test_captions_come_from_regular_files_of_the_folder(kind: str, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    put(folder, "a.png", "b.png")
+    (folder / "b.txt").write_text("b")
+    (tmp_path / "secret").write_text("file_name,text\na.png,SECRET\nb.png,SECRET\n")
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to(tmp_path / "secret" if kind == "link that leaves" else name)
+    with pytest.raises(InputError, match=r"a symbolic link|not a regular file|a\.png: has no caption file a\.txt"):
+        read_folder(folder)
 
 
 def test_only_regular_files_of_bearable_size_are_opened(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.latents import Latents, open_latents, write_latents
+from ldm.data.latents import Latents, open_latents, prune_store, write_latents
 from ldm.data.reader import ShardReader, open_shards
 from ldm.data.shards import write_shards
 from ldm.errors import InputError
@@ -248,6 +248,18 @@ def test_an_image_that_was_removed_is_in_no_shard_latent_or_file_of_the_store(sh
     assert not holders()
     assert 0 < manifest["reused"] < len(manifest["files"])
     assert len(list(store.iterdir())) == len(manifest["files"])
+
+
+def test_the_store_follows_latents_that_dvc_restored(shards: Path, tmp_path: Path) -> None:
+    import shutil
+
+    store = tmp_path / "store"
+    cache(shards, tmp_path / "out", store)
+    earlier = shutil.copytree(tmp_path / "out", tmp_path / "earlier")
+    cache(grown(shards, tmp_path, [f"c/{n:02d}.png" for n in range(30)]), tmp_path / "out", store)
+    more = len(list(store.iterdir()))
+    prune_store(store, earlier)
+    assert len(list(store.iterdir())) == len(list(earlier.glob("*.safetensors"))) - 1 < more  # but for the empty caption
 
 
 def test_flips_are_a_second_encoding_of_training_images(shards: Path, tmp_path: Path) -> None:

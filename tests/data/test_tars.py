@@ -145,19 +145,22 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "parent folder": (plain(("../a.png", b"x")), r"'\.\./a\.png' leads out"),
     "parent folder inside": (plain(("x/../../a.png", b"x")), r"'x/\.\./\.\./a\.png' leads out"),
     "absolute path": (plain(("/a.png", b"x")), "'/a.png' leads out"),
-    "symbolic link": (special(tarfile.SYMTYPE), "'a.png' is a link or a device"),
-    "hard link": (special(tarfile.LNKTYPE), "'a.png' is a link or a device"),
-    "device": (special(tarfile.CHRTYPE), "'a.png' is a link or a device"),
-    "named pipe": (special(tarfile.FIFOTYPE), "'a.png' is a link or a device"),
+    "symbolic link": (special(tarfile.SYMTYPE), "'a.png' is a link, a device or sparse"),
+    "hard link": (special(tarfile.LNKTYPE), "'a.png' is a link, a device or sparse"),
+    "device": (special(tarfile.CHRTYPE), "'a.png' is a link, a device or sparse"),
+    "named pipe": (special(tarfile.FIFOTYPE), "'a.png' is a link, a device or sparse"),
     **{f"{suffix} pickle": (plain(PICTURE, (f"a.{suffix}", b"x")), rf"'a\.{suffix}' is a pickle")
        for suffix in ("pkl", "pickle", "pyd", "pth", "pt", "data.pkl", "PKL")},
+    "two images": (plain(PICTURE, ("a.jpg", b"x"), ("a.txt", b"x")), "sample 'a' has 2 images, png and jpg"),
+    "deep JSON": (plain(PICTURE, ("a.json", b"[" * 100_000)), "'a': its name or JSON is damaged"),
+    "surrogate in JSON": (plain(PICTURE, ("a.json", b'{"text": "\ud800"}')), "'a': its name or JSON is damaged"),
     "twice": (twice, "'a.png' is there twice"),
     "cut short": (cut_short, "not a readable plain tar"),
     "no tar": (lambda path: path.write_bytes(b"hello" * 1000), "not a readable plain tar"),
     "compressed": (compressed, "not a readable plain tar"),
     "no caption": (plain(PICTURE), "sample 'a' has no caption"),
     "caption is a number": (plain(PICTURE, ("a.json", b'{"text": 1}')), "'a' has the caption 1"),
-    "no JSON": (plain(PICTURE, ("a.json", b"{")), "a.json is not JSON"),
+    "no JSON": (plain(PICTURE, ("a.json", b"{")), "'a': its name or JSON is damaged"),
     "JSON list": (plain(PICTURE, ("a.json", b"[1]")), "a.json holds list"),
     "caption not UTF-8": (plain(PICTURE, ("a.txt", b"\xff")), "a.txt is not UTF-8"),
     "long caption": (plain(PICTURE, ("a.txt", b"x" * (2**20 + 1))), r"a\.txt' has 1,048,577 bytes"),
@@ -177,8 +180,51 @@ def test_what_could_do_harm_or_is_damaged_is_refused_by_name(case: str, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.parametrize("damage", ["a bit of a name", "a header of zeros", "cut between members", "rubbish in a header"])
+def test_damage_in_the_middle_does_not_pass_for_the_end(damage: str, tmp_path: Path) -> None:
+    """To tarfile a bad header is where a tar ends: all that follows would be lost without a word."""
+    (tmp_path / "source").mkdir()
+    path = tmp_path / "source/0.tar"
+    by_webdataset(path, range(40))
+    with tarfile.open(path) as tar:
+        header = tar.getmembers()[60].offset
+    blob = bytearray(path.read_bytes())
+    if damage == "a bit of a name":
+        blob[header + 5] ^= 1
+    elif damage == "a header of zeros":
+        blob[header : header + 512] = bytes(512)
+    elif damage == "cut between members":
+        del blob[header:]
+    else:
+        blob[header : header + 512] = np.random.default_rng(0).bytes(512)
+    path.write_bytes(blob)
+    with pytest.raises(InputError, match=rf"0\.tar: damaged or cut short at byte {header} of {len(blob)}"):
+        write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "._a.tar", "linked.tar", "pipe.tar"])
+def test_which_tars_are_opened(name: str, tmp_path: Path) -> None:
+    import os
+
+    source = tmp_path / "source"
+    source.mkdir()
+    by_webdataset(source / "0.tar", range(40))
+    if name == "linked.tar":
+        by_webdataset(tmp_path / "outside.tar", range(40, 80))
+        (source / name).symlink_to(tmp_path / "outside.tar")
+    elif name == "pipe.tar":
+        os.mkfifo(source / name)
+    else:
+        by_webdataset(source / name, range(40, 80))
+    if name in ("linked.tar", "pipe.tar"):
+        with pytest.raises(InputError, match=r"a symbolic link that leaves the folder|not a regular file"):
+            write_shards(source, tmp_path / "shards", **OPTIONS)
+    else:
+        assert write_shards(source, tmp_path / "shards", **OPTIONS)["found"] == (80 if name == "a.tar" else 40)
+
+
 def test_tars_and_images_side_by_side_are_refused(tmp_path: Path) -> None:
     by_webdataset(tmp_path / "a.tar", range(3))
     (tmp_path / "b.png").write_bytes(png(0))
-    with pytest.raises(InputError, match=r"holds tars and also images, such as b\.png"):
+    with pytest.raises(InputError, match=r"holds tars and also images \(\.png\)"):
         write_shards(tmp_path, tmp_path / "shards", **OPTIONS)

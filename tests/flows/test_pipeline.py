@@ -110,7 +110,7 @@ def test_a_watched_folder_is_taken_in_first(
     monkeypatch.setattr(sys, "argv", ["flows.pipeline", "--ingest", "../inbox"])
     assert main() == 2
     captured = capfd.readouterr()
-    assert f"ingest: nothing new in {tmp_path}/inbox" in captured.out and "starts" not in captured.out
+    assert f"ingest: nothing moved from {tmp_path}/inbox" in captured.out and "starts" not in captured.out
     assert captured.err.splitlines()[-1].startswith("error: data.path data/raw/mine: no such folder")
     (tmp_path / "inbox/a.png").write_bytes(b"an image")
     (tmp_path / "inbox/a.txt").write_text("a caption")
