@@ -1,6 +1,7 @@
 """Batches of images in an order that is a function of (seed, epoch, position), so that any position can be resumed at once."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 
@@ -169,13 +170,14 @@ class _Images(Dataset[torch.Tensor | InputError]):
 
     def __getitem__(self, span: tuple[int, int]) -> torch.Tensor | InputError:
         p = self.reader.preprocessing
-        shape = span[1], p.image_size, p.image_size, p.channels
-        batch = torch.empty(shape, dtype=torch.uint8)
+        out = None
         if get_worker_info():  # straight into memory that the main process shares, as torch's own collation does
-            batch = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(batch.numel())).view(shape)
+            shape = span[1], p.image_size, p.image_size, p.channels
+            shared = torch.UntypedStorage._new_shared(math.prod(shape))
+            out = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
         try:
             seen = views(self.seed, *span, p.margin, self.flip) if p.margin or self.flip else None
-            self.reader.images(self.order(*span), seen, batch.numpy())
-            return batch.permute(0, 3, 1, 2)
+            images = self.reader.images(self.order(*span), seen, None if out is None else out.numpy())
+            return torch.from_numpy(images) if out is None else out.permute(0, 3, 1, 2)
         except InputError as error:
             return error

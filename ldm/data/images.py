@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # images, but not for us
@@ -95,13 +97,14 @@ def decode(
 def decode_stored(blob: bytes, preprocessing: Preprocessing) -> np.ndarray:
     """Pixels of an image that `preprocessing` stored, uint8 (H, W, C); `UnreadableImage` for one that is not such an image."""
     side, mode = preprocessing.side, "L" if preprocessing.channels == 1 else "RGB"
+    kind = JpegImageFile if blob.startswith(b"\xff\xd8") else PngImageFile  # there are no others: nothing to find out
     try:
-        image = Image.open(io.BytesIO(blob), formats=("PNG", "JPEG"))
+        image = kind(io.BytesIO(blob))
+        if image.mode != mode or image.size != (side, side):
+            raise ValueError(f"{image.mode} of {image.width} x {image.height} pixels, expected {mode} of {side} x {side}")
         pixels = image.tobytes()
     except Exception as error:
         raise UnreadableImage(_described(error)) from None
-    if image.mode != mode or image.size != (side, side):
-        raise UnreadableImage(f"{image.mode} of {image.width} x {image.height} pixels, expected {mode} of {side} x {side}")
     return np.frombuffer(pixels, dtype=np.uint8).reshape(side, side, preprocessing.channels)
 
 

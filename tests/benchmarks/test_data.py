@@ -87,13 +87,13 @@ def shards(photos: Path) -> Path:
 
 def test_sharding_with_two_processes(tmp_path: Path) -> None:
     """Landscape photographs of half a megapixel, cut and scaled to 256 x 256, stored as PNG."""
-    source, count = folder_of(tmp_path / "large", 1000, 800, 600), 1000
+    source, count = folder_of(tmp_path / "large", 2000, 800, 600), 2000
 
     def with_processes(workers: int) -> int:
         shard(source, tmp_path / f"out{workers}", workers)
         return count
 
-    one, two = rates({"1": lambda: with_processes(1), "2": lambda: with_processes(2)}, 3).values()
+    one, two = rates({"1": lambda: with_processes(1), "2": lambda: with_processes(2)}, 2).values()
     print(f"\nsharding: {median(one):.0f} images/s with one process, {median(two):.0f} with two, ratio {ratio(two, one):.2f}")
 
 
