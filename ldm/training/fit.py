@@ -1,31 +1,52 @@
 """The one training loop: AdamW, schedules counted in images, an average of the weights, exact resume."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ldm import distributed
+from ldm.errors import InputError
 from ldm.randomness import generator
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 from ldm.training.ema import Ema, global_norm
 
 POINTS = 40  # rows of a finished loss curve
 GRADIENT_NORM = 1.0  # gradients are clipped to this norm
+EXPLOSION = 1e4  # a gradient norm this many times the usual one ends the run
+USUAL = 0.05  # weight of a batch in the usual gradient norm, a running mean
+CHECK_BATCHES = 32  # batches between looks at what would make a GPU wait
 
 
 class Objective(Protocol):
-    """What is minimised: a module holding every trained parameter, and the loss of the batch at a position."""
+    """What is minimised: a module holding every trained parameter, and the loss of a part of the batch at a position."""
 
     @property
     def module(self) -> nn.Module: ...
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]: ...
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """For AdamW. `lr_multiplier` scales the schedule; groups of another `player` are clipped by themselves."""
+        ...
 
-    def loss(self, images_seen: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (scalar) and metrics of the batch whose first sample is number `images_seen`."""
+    def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss (scalar) and metrics of the images `part` of the batch whose first sample is number `images_seen`.
+
+        What is drawn from `rng` is drawn for all `batch_size` images, so that it does not depend on how they are parted.
+        """
+        ...
+
+    def batch(self, images_seen: int, batch_size: int) -> dict[str, Tensor]:
+        """What was fed in at a position, to be saved where it ended the run."""
+        ...
+
+    def compile(self) -> None:
+        """Compile the networks in place."""
         ...
 
 
@@ -48,6 +69,15 @@ class Schedule(Protocol):
     weight_decay: float
     ema_halflife_images: int
     checkpoint_images: int
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the device is used; results differ by rounding only."""
+
+    autocast: torch.dtype | None = None  # of convolutions and products; parameters and sums stay float32
+    compile: bool = False
+    micro_batch: int | None = None  # images of a forward pass at most; gradients are accumulated over a batch
 
 
 @dataclass
@@ -75,45 +105,106 @@ def fit(
     store: CheckpointStore,
     progress: Callable[[int, dict[str, float]], None],
     should_stop: Callable[[], bool] = lambda: False,
+    execution: Execution = Execution(),
 ) -> Fitted:
     """Train `objective.module` for `schedule.images` images, resuming from `store` where it holds a checkpoint.
 
-    Raises `FloatingPointError` at a loss or gradient that is not finite, naming the position and the last good checkpoint, and
-    `KeyboardInterrupt`, after saving a checkpoint, when `should_stop()` turns true.
+    In a process group each process takes its share of every batch; the first one saves and logs. Raises
+    `FloatingPointError` where a loss or gradient is not finite or explodes, after saving the batch, naming it and the last
+    good checkpoint, and `KeyboardInterrupt`, after saving a checkpoint, when `should_stop()` turns true.
     """
+    if schedule.batch_size % distributed.ranks():
+        raise InputError(f"batch_size {schedule.batch_size} cannot be shared by {distributed.ranks()} processes; use a multiple")
     groups = objective.parameter_groups(schedule.lr)
     multipliers = [group.pop("lr_multiplier", 1.0) for group in groups]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    players = [group.pop("player", 0) for group in groups]
+    defaults = {"lr": schedule.lr, "weight_decay": schedule.weight_decay, "betas": (0.9, 0.99)}
+    optimizer = torch.optim.AdamW(groups, **defaults, fused=True)
     ema = Ema(objective.module, schedule.ema_halflife_images)
     run = _Run(objective, optimizer, ema, journal, store)
     resumed = run.resume()
+    gradients = _Gradients(objective, optimizer, players, seed, execution)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
     progress(resumed, {})
     for images_seen in range(resumed, schedule.images, schedule.batch_size):
         for group, multiplier in zip(optimizer.param_groups, multipliers, strict=True):
             group["lr"] = multiplier * learning_rate(schedule, images_seen)
-        loss, metrics = objective.loss(images_seen, schedule.batch_size, generator(seed, "loss", images_seen))
-        loss.backward()
-        norm = global_norm(p.grad for p in trained if p.grad is not None)
-        torch._foreach_mul_([p.grad for p in trained if p.grad is not None], (GRADIENT_NORM / norm).clamp(max=1.0))
+        metrics = gradients(images_seen, schedule.batch_size)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = images_seen + schedule.batch_size
         ema.update(done, schedule.batch_size)
-        run.add({"loss": loss.detach(), **metrics, "gradient_norm": norm})
-        if done % every < schedule.batch_size or done >= schedule.images:
+        run.add(metrics, images_seen)
+        looks = distributed.ranks() == 1 or done // schedule.batch_size % CHECK_BATCHES == 0  # ranks must agree
+        stop = looks and distributed.any_of_them(should_stop(), metrics["loss"].device)
+        due = done < schedule.images and (stop or done % schedule.checkpoint_images < schedule.batch_size)
+        row_due = done % every < schedule.batch_size or done >= schedule.images
+        if due or row_due or done // schedule.batch_size % CHECK_BATCHES == 0:
+            run.check(schedule.batch_size)
+        if row_due:
             row = run.log(done, learning_rate(schedule, images_seen))
             progress(done, row)
-        stop = should_stop()
-        if done < schedule.images and (stop or done % schedule.checkpoint_images < schedule.batch_size):
+        if due:
             run.save(done)
             if stop:
                 raise KeyboardInterrupt(f"stopped at a checkpoint after {done} images")
     journal.flush()
     objective.module.eval()
     return Fitted(ema.state_dict(), run.curve)
+
+
+class _Loss(nn.Module):
+    """The loss as a module's forward, which is what DistributedDataParallel must wrap to synchronise gradients."""
+
+    def __init__(self, objective: Objective, autocast: torch.dtype | None):
+        super().__init__()
+        self.module, self._objective, self._autocast = objective.module, objective, autocast
+
+    def forward(self, *position: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        device = next(self.module.parameters()).device.type
+        with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
+            return self._objective.loss(*position)
+
+
+class _Gradients:
+    """Fills the parameters' gradients with those of a whole batch, clipped: over micro-batches and over processes."""
+
+    def __init__(
+        self, objective: Objective, optimizer: torch.optim.Optimizer, players: list[int], seed: int, execution: Execution
+    ):
+        self.seed, self.micro_batch = seed, execution.micro_batch
+        if execution.compile:
+            objective.compile()
+        self._loss: nn.Module = _Loss(objective, execution.autocast)
+        if distributed.ranks() > 1:
+            self._loss = DistributedDataParallel(self._loss, broadcast_buffers=False)
+        self._sides = [
+            [p for group, its in zip(optimizer.param_groups, players, strict=True) if its == player for p in group["params"]]
+            for player in sorted(set(players))
+        ]
+
+    def __call__(self, images_seen: int, batch_size: int) -> dict[str, Tensor]:
+        """The batch's metrics, and the norm of its gradients before they were clipped."""
+        share = batch_size // distributed.ranks()
+        first, step = distributed.rank() * share, min(self.micro_batch or share, share)
+        parts = [slice(start, min(start + step, first + share)) for start in range(first, first + share, step)]
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            weight = (part.stop - part.start) / share
+            last = part is parts[-1]
+            with contextlib.nullcontext() if last or distributed.ranks() == 1 else self._loss.no_sync():  # type: ignore[operator]
+                loss, metrics = self._loss(images_seen, batch_size, generator(self.seed, "loss", images_seen), part)
+                (loss if len(parts) == 1 else loss * weight).backward()
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double() * weight
+        norms = []
+        for side in self._sides:
+            found = [p.grad for p in side if p.grad is not None]
+            norms.append(global_norm(found))
+            torch._foreach_mul_(found, (GRADIENT_NORM / norms[-1]).clamp(max=1.0))
+        means = distributed.mean(torch.stack(list(sums.values())))
+        return {**dict(zip(sums, means, strict=True)), "gradient_norm": global_norm(norms).double()}
 
 
 class _Run:
@@ -127,39 +218,53 @@ class _Run:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         self._saved: int | None = None
+        device = next(objective.module.parameters()).device
+        self._bad = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64, device=device)  # position, loss, gradient norm
+        self._usual = torch.tensor(float("inf"), dtype=torch.float64, device=device)  # gradient norm
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: dict[str, Tensor], images_seen: int) -> None:
+        """Sum up metrics, and note the first batch that went wrong, without waiting for the device."""
         for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
+            self._sums[name] = self._sums.get(name, 0) + value
         self._count += 1
+        loss, norm = metrics["loss"], metrics["gradient_norm"]
+        wrong = ~(torch.isfinite(loss) & torch.isfinite(norm) & (norm <= EXPLOSION * self._usual.clamp(min=GRADIENT_NORM)))
+        position = torch.full_like(norm, images_seen)
+        self._bad = torch.where(wrong & (self._bad[0] < 0), torch.stack([position, loss, norm]), self._bad)
+        mean = torch.where(torch.isinf(self._usual), norm, torch.lerp(self._usual, norm, USUAL))
+        self._usual = torch.where(wrong, self._usual, mean)
+
+    def check(self, batch_size: int) -> None:
+        """Raise `FloatingPointError` where a batch went wrong since the last look; it is saved for a closer one."""
+        position, loss, norm = self._bad.tolist()
+        if position < 0:
+            return
+        images_seen = int(position)
+        file = self.store.folder.parent / f"bad_batch_{images_seen}.{distributed.rank()}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.cpu().contiguous() for k, v in self.objective.batch(images_seen, batch_size).items()}, file)
+        kept = f"the checkpoint at {self._saved} images in {self.store.folder}" if self._saved else "none was saved"
+        raise FloatingPointError(
+            f"the batch of images {images_seen} to {images_seen + batch_size - 1} has loss {loss:.4g} and gradient norm "
+            f"{norm:.4g}, usual is {float(self._usual):.4g}; it is in {file}; last good state: {kept}; lower the learning rate"
+        )
 
     def log(self, images_seen: int, lr: float) -> dict[str, float]:
         """Close a row of the loss curve: means since the last one."""
-        row = self._finite_means(images_seen)
+        row = {name: float(total / self._count) for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         self.curve.append({"images": images_seen, **row, "lr": lr})
         self.journal.log({**row, "lr": lr}, images_seen)
         return row
 
-    def _finite_means(self, images_seen: int) -> dict[str, float]:
-        row = {name: float(total / self._count) for name, total in self._sums.items()}
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(row.get(name, 0.0)):
-                kept = f"the checkpoint at {self._saved} images in {self.store.folder}" if self._saved else "none was saved"
-                raise FloatingPointError(
-                    f"{name} is {row[name]} within the {self._count} batches before image {images_seen}; "
-                    f"last good state: {kept}; lower the learning rate"
-                )
-        return row
-
     def save(self, images_seen: int) -> None:
-        self._finite_means(images_seen)  # a checkpoint never holds weights that a retry could not go on from
-        tensors = {f"model.{k}": v for k, v in self.objective.module.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
-        tensors |= {f"sums.{k}": v for k, v in self._sums.items()}
-        state = {"images_seen": images_seen, "curve": self.curve, "count": self._count, "sums": list(self._sums)}
-        self.store.save(tensors, {**state, "journal": self.journal.state_dict()})
+        if distributed.rank() == 0:
+            tensors = {f"model.{k}": v for k, v in self.objective.module.state_dict().items()}
+            tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+            tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+            tensors |= {f"sums.{k}": v for k, v in self._sums.items()} | {"usual": self._usual}
+            state = {"images_seen": images_seen, "curve": self.curve, "count": self._count, "sums": list(self._sums)}
+            self.store.save(tensors, {**state, "journal": self.journal.state_dict()})
         self._saved = images_seen
         self.journal.flush()  # after the checkpoint: a kill in between delivers the same metrics again, not new ones
 
@@ -175,7 +280,7 @@ class _Run:
         self.objective.module.load_state_dict(under("model."))
         self.ema.load_state_dict(under("ema."))
         load_optimizer_tensors(self.optimizer, under("optimizer."))
-        sums = under("sums.")
+        sums, self._usual = under("sums."), tensors["usual"].to(self._usual)
         self._sums, self._count, self.curve = {name: sums[name] for name in state["sums"]}, state["count"], state["curve"]
         self.journal.load_state_dict(state["journal"])
         self._saved = state["images_seen"]

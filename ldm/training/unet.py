@@ -29,16 +29,25 @@ class UnetObjective:
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters())}]
 
-    def loss(self, images_seen: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        index = torch.from_numpy(order(self.seed, len(self._mean), images_seen, batch_size)).to(self.device)
+    def loss(
+        self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        index = self.batch(images_seen, batch_size)["index"][part].to(self.device)
         shape = (batch_size, *self._mean.shape[1:])
-        posterior_noise, noise = torch.randn((2, *shape), generator=rng).to(self.device)
-        sigma = self.denoiser.levels.draw(batch_size, rng).to(self.device)
-        dropped = (torch.rand(batch_size, generator=rng) < self.caption_dropout).to(self.device)
+        posterior_noise, noise = torch.randn((2, *shape), generator=rng)[:, part].to(self.device)
+        sigma = self.denoiser.levels.draw(batch_size, rng)[part].to(self.device)
+        dropped = (torch.rand(batch_size, generator=rng) < self.caption_dropout)[part].to(self.device)
         x0 = self._mean.index_select(0, index) + self._std.index_select(0, index) * posterior_noise
         caption = torch.where(dropped, len(self._text) - 1, self._caption[index])
         loss = self.denoiser.loss(x0, noise, sigma, context=self._text[caption], context_mask=self._mask[caption])
         return loss.mean(), {}
+
+    def batch(self, images_seen: int, batch_size: int) -> dict[str, Tensor]:
+        """Which latents are fed in at a position, int64 (N,)."""
+        return {"index": torch.from_numpy(order(self.seed, len(self._mean), images_seen, batch_size))}
+
+    def compile(self) -> None:
+        self.module.compile()
 
 
 def latent_affine(manifest: dict[str, Any], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -1,67 +1,142 @@
-"""The autoencoder's objective: the negative evidence lower bound."""
+"""The autoencoder's objective: the negative evidence lower bound, its KL term weighted where asked."""
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ldm.bayes.elbo import Elbo, elbo
-from ldm.bayes.likelihoods import DiscretizedLogistic, to_float
+from ldm.bayes.likelihoods import Likelihood, make_likelihood, to_float
 from ldm.data.batches import Batches
 from ldm.data.reader import ShardReader
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder, VQModel
 from ldm.randomness import generator
 
 SCALE_LR = 10.0  # the likelihood's one scale has far to go and Adam moves every parameter by about lr a step
+SCALE_IMAGES = 512  # validation images to which a scale is fitted
+
+
+class Rate(Protocol):
+    """The part of the settings that weighs the rate; see `ldm.config.TrainVae`."""
+
+    beta: float
+    beta_warmup_images: int
+    free_bits: float
 
 
 class VaeObjective:
-    """-ELBO per value of an image, with the KL term weighted by `beta` (Higgins et al. 2017; 1 is the bound itself)."""
+    """Negative ELBO per value of an image; of a VQ model, negative log-likelihood and commitment (van den Oord et al. 2017).
 
-    def __init__(self, autoencoder: AutoencoderKL, likelihood: DiscretizedLogistic, batches: Batches, beta: float):
+    The KL term is weighted by beta (Higgins et al. 2017; 1 is the bound itself), which rises linearly from 0 over
+    `beta_warmup_images` (Bowman et al. 2016), and each channel of an image costs `free_bits` nats at least (Kingma et al. 2016).
+    What is reported is the bound itself.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, rate: Rate):
         self.module = nn.ModuleDict({"autoencoder": autoencoder, "likelihood": likelihood})
-        self.autoencoder, self.likelihood, self.batches, self.beta = autoencoder, likelihood, batches, beta
+        self.autoencoder, self.likelihood, self.batches, self.rate = autoencoder, likelihood, batches, rate
+        self._held: tuple[int, Tensor] | None = None  # the batch that is being parted
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        return [
-            {"params": list(self.autoencoder.parameters())},
-            {"params": list(self.likelihood.parameters()), "lr_multiplier": SCALE_LR},
-        ]
+        scale = [{"params": [p], "lr_multiplier": SCALE_LR} for p in self.likelihood.parameters()]
+        return [{"params": list(self.autoencoder.parameters())}, *scale]
 
-    def loss(self, images_seen: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        x = to_float(self.batches.at(images_seen, batch_size)).to(self.likelihood.log_scale.device)
-        bound = elbo(self.autoencoder, self.likelihood, x, posterior_noise(self.autoencoder, x, rng))
-        loss = (self.beta * bound.kl - bound.reconstruction).mean() / bound.dims
-        return loss, summary(bound)
+    def batch(self, images_seen: int, batch_size: int) -> dict[str, Tensor]:
+        """This process's share of the batch at a position, uint8 (N, C, H, W)."""
+        if self._held is None or self._held[0] != images_seen:
+            self._held = images_seen, self.batches.at(images_seen, batch_size)
+        return {"images": self._held[1]}
+
+    def compile(self) -> None:
+        self.autoencoder.encoder.compile()
+        self.autoencoder.decoder.compile()
+
+    def loss(
+        self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = self.batch(images_seen, batch_size)["images"]
+        first = self.batches.rank * len(pixels)
+        x = to_float(pixels[part.start - first : part.stop - first].to(next(self.module.parameters()).device))
+        noise = posterior_noise(self.autoencoder, x, rng, batch_size)[part]
+        posterior = self.autoencoder.encode(x)
+        if isinstance(self.autoencoder, VQModel):
+            quantized = self.autoencoder.quantize(posterior.mean)
+            output = self.autoencoder.decode_quantized(quantized.latents).float()
+            rate, metrics = quantized.commitment.mean(), {"commitment": quantized.commitment.mean()}
+        else:
+            output = self.autoencoder.decode(posterior.sample(noise)).float()
+            kl = posterior.kl()
+            rate = self._weighted(kl, images_seen) / x[0].numel()
+            metrics = {"kl_nats": kl.detach().flatten(1).sum(1).mean()}
+        distortion, more = self._distortion(x, output, images_seen)
+        return distortion + rate, metrics | more
+
+    def _weighted(self, kl: Tensor, images_seen: int) -> Tensor:
+        """What the objective counts of KL terms (B, c, h, w), nats per image."""
+        warm = min(1.0, images_seen / self.rate.beta_warmup_images) if self.rate.beta_warmup_images else 1.0
+        channels = kl.sum((2, 3))
+        if self.rate.free_bits:
+            channels = channels.clamp(min=self.rate.free_bits)
+        return self.rate.beta * warm * channels.sum(1).mean()
+
+    def _distortion(self, x: Tensor, output: Tensor, images_seen: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Negative log-likelihood in nats per value."""
+        negative = -self.likelihood.log_prob(x, output).mean()
+        return negative, {"distortion_nats": negative * x[0].numel()}
 
 
-def summary(bound: Elbo) -> dict[str, Tensor]:
-    """Means over a batch: the bound and its terms in nats per image, and as code lengths in bits per dimension."""
+def summary(bound: Elbo) -> dict[str, float]:
+    """Means over images: the bound and its terms in nats per image, and as code lengths in bits per dimension."""
     per_dim = 1 / (bound.dims * math.log(2))
     terms = {
         "elbo_nats": bound.nats,
         "reconstruction_nats": bound.reconstruction,
         "kl_nats": bound.kl,
         "elbo_bits_per_dim": bound.bits_per_dim,
-        "reconstruction_bits_per_dim": -bound.reconstruction * per_dim,
-        "kl_bits_per_dim": bound.kl * per_dim,
+        "distortion_bits_per_dim": -bound.reconstruction * per_dim,
+        "rate_bits_per_dim": bound.kl * per_dim,
     }
-    return {name: value.detach().mean() for name, value in terms.items()}
+    return {name: float(value.double().mean()) for name, value in terms.items()}
 
 
 @torch.inference_mode()
 def evaluate_elbo(
-    autoencoder: AutoencoderKL, likelihood: DiscretizedLogistic, reader: ShardReader, seed: int, batch_size: int = 256
+    autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader, seed: int, batch_size: int = 256
 ) -> Elbo:
     """The ELBO (beta = 1) of every image of a split."""
     parts = []
+    device = next(autoencoder.parameters()).device
     for start in range(0, len(reader), batch_size):
-        x = to_float(reader.images(range(start, min(start + batch_size, len(reader))))).to(likelihood.log_scale.device)
+        x = to_float(reader.images(range(start, min(start + batch_size, len(reader))))).to(device)
         parts.append(elbo(autoencoder, likelihood, x, posterior_noise(autoencoder, x, generator(seed, "elbo", start))))
     return Elbo(torch.cat([p.reconstruction for p in parts]), torch.cat([p.kl for p in parts]), parts[0].dims)
 
 
-def posterior_noise(autoencoder: AutoencoderKL, x: Tensor, rng: torch.Generator) -> Tensor:
-    """Standard normal noise of the latents' shape for images x."""
-    return torch.randn(len(x), *autoencoder.latent_shape(*x.shape[2:]), generator=rng).to(x)
+@torch.inference_mode()
+def fit_scale(autoencoder: Autoencoder, reader: ShardReader, seed: int) -> Likelihood:
+    """The discretised logistic whose one scale gives images of a split the highest likelihood.
+
+    It makes bits per dimension comparable for an autoencoder that was trained without a likelihood of 8-bit pixels.
+    """
+    device = next(autoencoder.parameters()).device
+    x = to_float(reader.images(range(min(len(reader), SCALE_IMAGES)))).to(device)
+    outputs = []
+    for start, part in enumerate(x.split(64)):
+        noise = posterior_noise(autoencoder, part, generator(seed, "scale", start))
+        outputs.append(autoencoder.decode(autoencoder.encode(part).sample(noise)))
+    output = torch.cat(outputs)
+    likelihood = make_likelihood("discretized_logistic").to(device)
+
+    def negative(log_scale: float) -> float:
+        likelihood.log_scale.fill_(log_scale)
+        return -float(likelihood.log_prob(x, output).double().mean())
+
+    likelihood.log_scale.fill_(float(minimize_scalar(negative, bounds=(-9, 2), method="bounded").x))
+    return likelihood
+
+
+def posterior_noise(autoencoder: Autoencoder, x: Tensor, rng: torch.Generator, count: int | None = None) -> Tensor:
+    """Standard normal noise of the latents' shape for `count` images (default: all) of the size of x (B, C, H, W)."""
+    return torch.randn(count or len(x), *autoencoder.latent_shape(*x.shape[2:]), generator=rng).to(x)

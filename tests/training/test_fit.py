@@ -17,14 +17,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny import with_soak
 from torch import Tensor, nn
 
 from ldm.data.batches import order
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.ema import Ema, global_norm
-from ldm.training.fit import Fitted, fit, learning_rate
+from ldm.training.fit import Execution, Fitted, fit, learning_rate
 
+PLAIN = Execution()
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -87,22 +89,34 @@ class Regression:
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         return [{"params": [self.module.weight]}, {"params": [self.module.bias], "lr_multiplier": 3.0}]
 
-    def loss(self, images_seen: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         self.seen.append(images_seen)
         index = order(5, len(self.x), images_seen, batch_size)
         x, y = (torch.from_numpy(values[index]).float() for values in (self.x, self.y))
-        x = x + self.noise * torch.randn(x.shape, generator=rng)
+        x = (x + self.noise * torch.randn(x.shape, generator=rng))[part]
+        y = y[part]
         loss = 10 * (self.module(x) - y).square().mean()
         return loss, {"z_first": x.mean(), "a_second": self.module.bias.detach().sum()}
 
+    def batch(self, images_seen: int, batch_size: int) -> dict[str, Tensor]:
+        return {"y": torch.from_numpy(self.y[order(5, len(self.y), images_seen, batch_size)])}
+
 
 def run(
-    folder: Path, objective: Regression, plan: Plan, journal: Journal | None = None, stop: Callable[[], bool] = lambda: False
+    folder: Path,
+    objective: Regression,
+    plan: Plan,
+    journal: Journal | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    execution: Execution = PLAIN,
 ) -> Fitted:
     """`fit` with the folder's store."""
     journal = journal or Journal(set())
     store = CheckpointStore(folder / "store")
-    return fit(objective, plan, seed=7, journal=journal, store=store, progress=lambda done, row: None, should_stop=stop)
+    return fit(
+        objective, plan, seed=7, journal=journal, store=store, progress=lambda done, row: None, should_stop=stop,
+        execution=execution,
+    )  # fmt: skip
 
 
 def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -207,7 +221,7 @@ def test_a_row_of_the_curve_is_the_mean_since_the_last(tmp_path: Path) -> None:
     stored: set[tuple[str, float, int, int]] = set()
     fitted = run(tmp_path, Regression(), Plan(images=800, batch_size=8, lr=1e-30), Journal(stored))
     objective = Regression()
-    losses = [float(objective.loss(position, 8, torch.Generator())[0].detach()) for position in range(0, 800, 8)]
+    losses = [float(objective.loss(position, 8, torch.Generator(), slice(0, 8))[0].detach()) for position in range(0, 800, 8)]
     assert [row["images"] for row in fitted.curve] == list(range(16, 801, 16))
     np.testing.assert_allclose([row["loss"] for row in fitted.curve], np.reshape(losses, (-1, 2)).mean(axis=1), rtol=1e-5)
     logged = {(images, key): value for key, value, _, images in stored}
@@ -247,7 +261,7 @@ class Objective:
     def parameter_groups(self, lr):
         return [{"params": list(self.module.parameters())}]
 
-    def loss(self, images_seen, batch_size, rng):
+    def loss(self, images_seen, batch_size, rng, part):
         print(images_seen, flush=True)
         time.sleep(pause)
         x = torch.randn(batch_size, 3, 8, 8, generator=rng).to(memory_format=torch.channels_last)
@@ -372,9 +386,14 @@ def first_use(sample: int) -> int:
 def test_a_nan_in_the_data_is_reported_with_position_and_last_good_state(place: int, tmp_path: Path) -> None:
     poison = int(order(5, 50, place, 1)[0])
     assert first_use(poison) == place
-    with pytest.raises(FloatingPointError, match="loss is nan") as error:
+    with pytest.raises(FloatingPointError, match="loss nan and gradient norm nan") as error:
         run(tmp_path, Regression(poison=poison), Plan())
-    assert f"before image {place // 8 * 8 + 8}" in str(error.value)
+    first = place // 8 * 8
+    assert f"the batch of images {first} to {first + 7}" in str(error.value)
+    (file,) = tmp_path.glob("bad_batch_*")
+    assert f"it is in {file}" in str(error.value)
+    targets = load_file(file)["y"]
+    assert torch.isnan(targets).flatten().tolist() == [index == place - first for index in range(8)]
     kept = f"the checkpoint at 32 images in {tmp_path / 'store'}" if place > 32 else "none was saved"
     assert f"last good state: {kept}" in str(error.value)
 
@@ -384,19 +403,45 @@ def test_a_checkpoint_never_holds_a_nan(tmp_path: Path) -> None:
     plan = Plan(images=640, checkpoint_images=56)
     poison = int(order(5, 50, 49, 1)[0])
     assert first_use(poison) == 49
-    with pytest.raises(FloatingPointError, match=r"loss is nan within the 1 batches before image 56; last good state: none"):
+    with pytest.raises(FloatingPointError, match=r"images 48 to 55 has loss nan .* last good state: none"):
         run(tmp_path, Regression(poison=poison), plan)
     assert CheckpointStore(tmp_path / "store").load() is None
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_reported(tmp_path: Path) -> None:
     class Cusp(Regression):
-        def loss(self, images_seen: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             x = torch.zeros(batch_size, 3) if images_seen == 16 else torch.ones(batch_size, 3)
             return (self.module.weight * x).square().sum().sqrt(), {}  # its derivative at 0 is 0/0
 
-    with pytest.raises(FloatingPointError, match=r"gradient_norm is nan .* before image 24"):
+    with pytest.raises(FloatingPointError, match=r"images 16 to 23 has loss 0 and gradient norm nan"):
         run(tmp_path, Cusp(), Plan())
+
+
+def test_an_explosion_stops_before_a_checkpoint_holds_it(tmp_path: Path) -> None:
+    """Finite, but a million times the usual gradient; the usual is that of the batches before."""
+    objective = Regression()
+    objective.y[int(order(5, 50, 49, 1)[0])] = 1e7
+    with pytest.raises(FloatingPointError, match="images 48 to 55 has loss") as error:
+        run(tmp_path, objective, Plan(images=640, checkpoint_images=24))
+    loaded = CheckpointStore(tmp_path / "store").load()
+    assert loaded is not None and loaded[1]["images_seen"] == 48
+    assert "last good state: the checkpoint at 48 images" in str(error.value)
+    usual = float(str(error.value).split("usual is ")[1].split(";")[0])
+    assert 0 < usual < 100
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch(micro: int, tmp_path: Path) -> None:
+    """Also where the parts are unequal, and with noise, which belongs to positions and not to parts."""
+    whole, parts = Regression(noise=0.5), Regression(noise=0.5)
+    expected = run(tmp_path / "whole", whole, Plan())
+    found = run(tmp_path / "parts", parts, Plan(), execution=Execution(micro_batch=micro))
+    assert len(parts.seen) == math.ceil(8 / micro) * len(whole.seen)
+    for key, value in expected.ema.items():
+        torch.testing.assert_close(found.ema[key], value, rtol=1e-5, atol=1e-6)
+    losses = [[row["loss"] for row in fitted.curve] for fitted in (expected, found)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_the_state_of_a_checkpoint_is_plain_json_and_tensors(tmp_path: Path) -> None:
