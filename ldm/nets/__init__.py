@@ -1,5 +1,14 @@
-"""The networks: autoencoder, U-Net and text encoder."""
+"""The networks: autoencoders, U-Net and text encoder."""
 
 from ldm._lazy import exports
 
-__getattr__, __all__ = exports(__name__, {"AutoencoderKL": "autoencoder", "TextEncoder": "text", "UNet": "unet"})
+__getattr__, __all__ = exports(
+    __name__,
+    {
+        "AutoencoderKL": "autoencoder",
+        "TextEncoder": "text",
+        "UNet": "unet",
+        "VQModel": "autoencoder",
+        "load_autoencoder": "autoencoder",
+    },
+)

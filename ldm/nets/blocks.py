@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import InputError
 
@@ -160,6 +161,8 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """Every block of both networks: resnets, each followed by its attention where it has one, then the resampler."""
 
+    recompute = False  # keep only the inputs, and compute the rest again in the backward pass
+
     def __init__(
         self,
         resnets: Iterable[Resnet],
@@ -173,7 +176,13 @@ class Stage(nn.Module):
         self.downsamplers = nn.ModuleList([down] if down else [])
         self.upsamplers = nn.ModuleList([up] if up else [])
 
-    def forward(
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """The output, and what each layer gave (a later stage's `skips`); `_run` says of what."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(
         self,
         x: Tensor,
         time: Tensor | None = None,
@@ -182,7 +191,7 @@ class Stage(nn.Module):
         skips: Sequence[Tensor] = (),
         size: Sequence[int] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The output, and what each layer gave (a later stage's `skips`, which go in last first)."""
+        """`skips` go in last first; `size` is what the upsampler is to reach, twice its input if None."""
         outputs = []
         for resnet, attention, skip in zip_longest(self.resnets, self.attentions, reversed(skips)):
             x = resnet(x if skip is None else torch.cat([x, skip], dim=1), time)
@@ -223,17 +232,28 @@ class Pretrained(nn.Module):
         self.config: dict[str, Any] = {key: list(v) if isinstance(v, Sequence) else v for key, v in arguments.items()}
         self.carried: dict[str, Any] = {}
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training holds only the inputs of the stages and computes them twice (Chen et al. 2016)."""
+        return any(module.recompute for module in self.modules() if isinstance(module, Stage))
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.recompute = on
+
     def place(self, device: torch.device | str) -> Self:
         """Move to a device, in channels-last layout, which convolutions run faster in."""
         return self.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    @staticmethod
-    def to_diffusers(config: dict[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def to_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
         """The constructor's arguments as diffusers' configuration."""
         raise NotImplementedError
 
-    @staticmethod
-    def from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
         """diffusers' configuration, nothing missing, as the constructor's arguments."""
         raise NotImplementedError
 
@@ -249,16 +269,12 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """The network of a folder that this class or diffusers wrote, in float32 on the CPU."""
-        file, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
-        for path in (file, weights):
-            if not path.is_file():
-                raise InputError(f"{path} is missing: expected a folder that save_pretrained wrote (safetensors)")
+        config, weights = read_config(folder), _present(folder, WEIGHTS)
         try:
-            config = dict(json.loads(file.read_bytes()))
             state = {_new_key(key): value for key, value in load_file(weights).items()}
-        except (TypeError, ValueError, SafetensorError) as error:
-            raise InputError(f"{folder}: {CONFIG} or {WEIGHTS} is damaged ({error}); fetch it again") from error
-        net = cls._skeleton(file, config)
+        except (ValueError, SafetensorError) as error:
+            raise InputError(f"{weights} is damaged ({error}); fetch it again") from error
+        net = cls._skeleton(Path(folder) / CONFIG, config)
         _check_state(weights, net.state_dict(), state)
         net.to_empty(device="cpu").load_state_dict(state)
         return net
@@ -279,6 +295,22 @@ class Pretrained(nn.Module):
             raise InputError(f"{file}: {error}") from error
         net.carried = {key: config[key] for key in cls.CARRIED if key in config}
         return net
+
+
+def _present(folder: str | Path, name: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        raise InputError(f"{path} is missing: expected a folder that save_pretrained wrote (safetensors)")
+    return path
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """`config.json` of a network's folder in diffusers' format."""
+    file = _present(folder, CONFIG)
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({error}); fetch it again") from error
 
 
 def _new_key(key: str) -> str:
