@@ -4,6 +4,7 @@ Everything here changes results. What does not (device, threads, tracking addres
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,19 +54,33 @@ class Text(Section):
 
 
 class Autoencoder(Section):
-    """Constructor arguments of `ldm.nets.AutoencoderKL`; each channel entry after the first halves the resolution."""
+    """Mostly constructor arguments of `ldm.nets.AutoencoderKL`; each channel entry after the first halves the resolution."""
 
+    pretrained: str | None  # a folder in diffusers' format, ID@COMMIT[/SUBFOLDER] on the hub, or models:/NAME/VERSION
+    regulariser: Literal["kl", "vq"]  # AutoencoderKL or VQModel
     latent_channels: Positive
     block_out_channels: Levels
     layers_per_block: Positive
     norm_num_groups: Positive
+    attention: tuple[Annotated[int, Field(ge=0)], ...]  # levels, 0 the finest, whose resnets are followed by attention
     mid_block_add_attention: bool
+    num_vq_embeddings: Positive  # codes of a VQModel
+
+    @model_validator(mode="after")
+    def _says_what_stays(self) -> "Autoencoder":
+        if beyond := [level for level in self.attention if level >= len(self.block_out_channels)]:
+            raise ValueError(f"attention names level {beyond[0]}; block_out_channels has levels 0 to {len(self.block_out_channels) - 1}")
+        if (self.pretrained or "").startswith("models:/") and not re.fullmatch(r"models:/[\w.-]+/\d+", self.pretrained or ""):
+            raise ValueError(
+                f"pretrained {self.pretrained} may change its meaning; write models:/NAME/VERSION (`ldm registry show` names it)"
+            )
+        return self
 
 
 class Optimizer(Section):
     """AdamW with linear warm-up and cosine decay, all counted in images."""
 
-    images: Positive  # images seen in training
+    images: Annotated[int, Field(ge=0)]  # images seen in training
     batch_size: Positive
     lr: Rate
     warmup_images: Annotated[int, Field(ge=0)]
@@ -74,10 +89,43 @@ class Optimizer(Section):
     checkpoint_images: Positive  # images between checkpoints (and metric deliveries)
 
 
+class LdmObjective(Section):
+    """The latent diffusion paper's objective, for `train_vae.objective: ldm`; see `ldm.training.adversarial`."""
+
+    perceptual: Annotated[str, Field(min_length=1)]  # random, or a file of VGG-16 weights
+    perceptual_sha256: str | None  # of that file
+    perceptual_weight: Annotated[float, Field(ge=0)]
+    discriminator_weight: Annotated[float, Field(ge=0)]  # 0 leaves it out
+    discriminator_start: Annotated[int, Field(ge=0)]  # images seen before it joins
+    discriminator_channels: Positive
+    discriminator_layers: Positive
+
+    @model_validator(mode="after")
+    def _a_file_has_a_hash(self) -> "LdmObjective":
+        if (self.perceptual == "random") != (self.perceptual_sha256 is None):
+            raise ValueError("perceptual_sha256 is the sha256 of the file that perceptual names, and null for `random`")
+        return self
+
+
 class TrainVae(Optimizer):
+    objective: Literal["elbo", "ldm"]
+    likelihood: Literal["discretized_logistic", "discretized_gaussian", "gaussian", "laplace", "bernoulli"]
+    scale: Literal["learned", "fixed", "per_pixel"]  # of the likelihood; per_pixel comes from the decoder
+    log_scale: float  # where it is fixed, or starts
     beta: Annotated[float, Field(ge=0)]  # weight of the KL term in the objective; reported ELBOs have beta = 1
+    beta_warmup_images: Annotated[int, Field(ge=0)]  # images over which beta rises from 0
+    free_bits: Annotated[float, Field(ge=0)]  # nats that a latent channel of an image costs at least
     flip: bool  # half of the images are mirrored, at random
     shuffle: Literal["global", "shard"]  # "shard" reads shard by shard, for shards that do not fit on this disk
+    ldm: LdmObjective
+
+    @model_validator(mode="after")
+    def _likelihood_fits(self) -> "TrainVae":
+        if self.objective == "ldm" and (self.likelihood, self.scale) != ("laplace", "learned"):
+            raise ValueError("objective ldm is absolute error with a learned scale: set likelihood: laplace and scale: learned")
+        if self.scale == "per_pixel" and not self.likelihood.startswith("discretized"):
+            raise ValueError(f"scale per_pixel needs a discretized likelihood, found {self.likelihood}")
+        return self
 
 
 class CacheLatents(Section):
@@ -121,6 +169,7 @@ class Evaluate(Section):
     unseen_samples: Positive  # images drawn for the prompts of prompts.csv
     features: Positive  # dimensions of the feature space of the Fréchet distance
     bound_levels: Positive  # noise levels a test image, for the diffusion term of the bound
+    importance_samples: Positive  # posterior samples a test image, for the autoencoder's importance-weighted bound
 
 
 class Registry(Section):
@@ -131,6 +180,8 @@ class Registry(Section):
 class Settings(Section):
     seed: Annotated[int, Field(ge=0)]
     deterministic: bool
+    precision: Literal["auto", "fp32", "bf16"]  # of training; auto is bf16 on a GPU that has it, else fp32
+    compile: bool  # training through torch.compile
     data: Data
     text: Text
     autoencoder: Autoencoder
@@ -165,6 +216,14 @@ class Settings(Section):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "Settings":
+        if not self.train_unet.images:
+            raise ValueError("train_unet.images is 0; a U-Net is trained for some images")
+        if not self.train_vae.images and not self.autoencoder.pretrained:
+            raise ValueError("train_vae.images is 0: then autoencoder.pretrained names the autoencoder that is used as it is")
+        return self
+
 
 def find_root(start: Path | None = None) -> Path:
     """The project folder at or above `start` (default: here), known by its `dvc.yaml` and `params.yaml`."""
@@ -194,6 +253,13 @@ def load_settings(root: Path) -> Settings:
     encoder = settings.text.encoder  # checked now: the stage that loads it comes after the autoencoder's training
     if encoder != "minilm" and "@" not in encoder and not (root / encoder).is_dir():
         raise InputError(f"{path}: text.encoder: found {encoder!r}, neither minilm, nor a folder, nor ID@COMMIT on the hub")
+    perceptual = settings.train_vae.ldm.perceptual
+    if perceptual != "random" and not (root / perceptual).is_file():
+        raise InputError(f"{path}: train_vae.ldm.perceptual: found {perceptual!r}, neither random nor a file")
+    pretrained = settings.autoencoder.pretrained
+    if pretrained and "@" not in pretrained and not pretrained.startswith("models:/") and not (root / pretrained).is_dir():
+        choices = "neither a folder, nor ID@COMMIT on the hub, nor models:/NAME/VERSION"
+        raise InputError(f"{path}: autoencoder.pretrained: found {pretrained!r}, {choices}")
     return settings
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.bayes.bound import Bound, whole_bound
-from ldm.bayes.likelihoods import DiscretizedLogistic, to_float, to_uint8
+from ldm.bayes.likelihoods import Likelihood, load_likelihood, to_float, to_uint8
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.noise import karras_sigmas, noise_levels
@@ -18,8 +18,9 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import InputError
 from ldm.files import replacing
 from ldm.hashing import canonical_json
-from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian, VQModel, load_autoencoder
 from ldm.nets.text import TextEncoder, trim
+from ldm.nets.tiling import decode_tiled, encode_tiled
 from ldm.nets.unet import UNet
 from ldm.randomness import generator
 
@@ -44,7 +45,7 @@ class Recipe:
 class LatentDiffusion:
     """A trained latent diffusion model (Rombach et al. 2022). Images cross its edges as uint8 (N, C, H, W)."""
 
-    def __init__(self, autoencoder: AutoencoderKL, likelihood: DiscretizedLogistic, unet: UNet, recipe: Recipe):
+    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, unet: UNet, recipe: Recipe):
         self.autoencoder, self.likelihood, self.unet, self.recipe = autoencoder, likelihood, unet, recipe
         self.levels = noise_levels(recipe.noise, recipe.sigma_max)
         self.denoiser = Denoiser(unet, recipe.kind, self.levels)
@@ -64,8 +65,8 @@ class LatentDiffusion:
         except (TypeError, ValueError) as error:
             raise InputError(f"{folder / 'model.json'}: not a model of this version: {error}") from None
         return cls(
-            AutoencoderKL.from_pretrained(folder / "autoencoder").place(device),
-            DiscretizedLogistic.from_pretrained(folder / "autoencoder").to(device),
+            load_autoencoder(folder / "autoencoder").place(device),
+            load_likelihood(folder / "autoencoder").to(device),
             UNet.from_pretrained(folder / "unet").place(device),
             recipe,
         )
@@ -101,15 +102,58 @@ class LatentDiffusion:
         )
 
     @torch.inference_mode()
-    def encode(self, images: Tensor) -> DiagonalGaussian:
-        """Posterior over latents (unstandardised) of uint8 images (N, C, H, W)."""
+    def encode(self, images: Tensor, tile: int | None = None) -> DiagonalGaussian:
+        """Posterior over latents (unstandardised) of uint8 images (N, C, H, W).
+
+        `tile`: side in pixels of the tiles that large images are worked on by, overlapping by a quarter; see `ldm.nets.tiling`.
+        """
+        if tile:
+            return encode_tiled(self.autoencoder, to_float(images), tile, self._overlap(tile))
         return self.autoencoder.encode(to_float(images).to(self.device))
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Mean images, uint8 (N, C, H, W), of latents (N, c, h, w)."""
-        parts = [self.autoencoder.decode(part.to(self.device)) for part in latents.split(BATCH)]
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Mean images, uint8 (N, C, H, W), of latents (N, c, h, w); `tile` as in `encode`."""
+        if tile:
+            return to_uint8(self.likelihood.mean(decode_tiled(self.autoencoder, latents.cpu(), tile, self._overlap(tile))))
+        parts = [self.likelihood.mean(self.autoencoder.decode(part.to(self.device))) for part in latents.split(BATCH)]
         return to_uint8(torch.cat(parts)).cpu()
+
+    @torch.inference_mode()
+    def sample_prior(self, n: int, *, seed: int = 0) -> Tensor:
+        """Ancestral samples of the autoencoder alone, uint8 (n, C, H, W): z ~ p(z), x ~ p(x | z).
+
+        p(z) is the standard normal, or of a VQ model uniform over its codes; no diffusion model and no prompt is involved.
+        """
+        rngs = [generator(seed, "prior", i) for i in range(n)]
+        if isinstance(self.autoencoder, VQModel):
+            codes = self.autoencoder.quantize.embedding.weight
+            places = self.latent_shape[1:]
+            drawn = torch.stack([torch.randint(len(codes), places, generator=rng) for rng in rngs]).to(self.device)
+            z = codes[drawn].permute(0, 3, 1, 2)
+        else:
+            z = torch.stack([torch.randn(self.latent_shape, generator=rng) for rng in rngs]).to(self.device)
+        images = [
+            self.likelihood.sample(self.autoencoder.decode(z[i : i + 1]), rng) for i, rng in enumerate(rngs)
+        ]  # one by one: the draw of image i depends on no other
+        return to_uint8(torch.cat(images)).cpu()
+
+    @torch.inference_mode()
+    def traverse(self, image: Tensor, n: int, *, reach: float = 3.0) -> Tensor:
+        """What each latent channel does to a uint8 image (C, H, W): uint8 (channels · n, C, H, W), channel by channel.
+
+        The channel is shifted everywhere, by `n` steps from -reach to reach of its standard deviations over the data.
+        """
+        _, std = self._affine
+        mean = self.encode(image[None]).mean  # (1, c, h, w)
+        channels = mean.shape[1]
+        steps = torch.linspace(-reach, reach, n, device=self.device)
+        shifts = torch.einsum("ij,n->inj", torch.eye(channels, device=self.device), steps).flatten(0, 1) * std.view(1, -1)
+        return self.decode(mean + shifts[:, :, None, None])
+
+    def _overlap(self, tile: int) -> int:
+        factor = self.autoencoder.factor
+        return tile // 4 // factor * factor
 
     @torch.inference_mode()
     def sample(
@@ -129,17 +173,20 @@ class LatentDiffusion:
         return self.decode(self._sample_latents(context, mask, steps, guidance, sampler, self._noise(seed, range(len(prompts)))))
 
     @torch.inference_mode()
-    def interpolate(self, a: str | Tensor, b: str | Tensor, n: int, *, seed: int = 0, **sampling: Any) -> Tensor:
+    def interpolate(
+        self, a: str | Tensor, b: str | Tensor, n: int, *, linear: bool = False, seed: int = 0, **sampling: Any
+    ) -> Tensor:
         """`n` images from `a` to `b`, uint8 (n, C, H, W).
 
-        Two uint8 images (C, H, W) are joined by a great circle between their standardised latent means; two prompts
-        by a line between their token embeddings, every image sampled from the same starting noise.
+        Two uint8 images (C, H, W) are joined by a great circle between their standardised latent means, or by a line
+        where `linear`; two prompts by a line between their token embeddings, every image sampled from the same starting noise.
         """
         weights = torch.linspace(0, 1, n, device=self.device)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             shift, scale = self._affine
             first, last = ((self.encode(x[None]).mean - shift) / scale for x in (a, b))
-            return self.decode(slerp(first, last, weights) * scale + shift)
+            path = torch.lerp(first, last, weights.view(-1, 1, 1, 1)) if linear else slerp(first, last, weights)
+            return self.decode(path * scale + shift)
         if not (isinstance(a, str) and isinstance(b, str)):
             raise InputError("interpolate between two prompts or two images, not one of each")
         (first, last, empty), masks = self._embed([a, b, ""])

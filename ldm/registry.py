@@ -224,12 +224,18 @@ def load(uri: str, device: "torch.device | str" = "cpu") -> "LatentDiffusion":
     """Download the version behind a `models:/…` URI and load it."""
     from ldm.model import LatentDiffusion
 
+    with downloaded(uri) as folder:
+        return LatentDiffusion.load(folder, device=device)
+
+
+@contextlib.contextmanager
+def downloaded(uri: str) -> Iterator[Path]:
+    """The saved model behind a `models:/…` URI, for as long as it is needed."""
     found = lookup(uri)
     import mlflow.artifacts
 
     with _registry(found.name), tempfile.TemporaryDirectory() as folder:
-        place = mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/ldm", dst_path=folder)
-        return LatentDiffusion.load(Path(place), device=device)
+        yield Path(mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/ldm", dst_path=folder))
 
 
 def _check_outs(root: Path) -> None:
@@ -346,7 +352,7 @@ def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
     identity["test_keys"] = content_hash("\n".join(keys).encode())
     return {
         "ldm.evaluation": json.dumps(identity, sort_keys=True),
-        "ldm.bits_per_dim": str(metrics["bits_per_dim"]),
+        "ldm.bits_per_dim": str(metrics.get("bits_per_dim", "nan")),  # of a VQ model there is none
         IMAGE: str(metrics["image"]),
     }
 
@@ -354,6 +360,10 @@ def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
 def _decide(root: Path, challenger: Version, champion: Version | None, level: float) -> tuple["Decision", pd.DataFrame | None]:
     from ldm.evaluation.gate import decide
 
+    for version in filter(None, (challenger, champion)):
+        if version.tags.get("ldm.bits_per_dim") == "nan":
+            reason = f"not comparable: version {version.version} has a VQ autoencoder, and so no bound on log p(x)"
+            return _undecided(level, f"{reason}; `ldm registry promote {challenger.version}` decides by hand"), None
     if champion is None:
         return decide(_own_nats(root), None, level), None
     ours, theirs = challenger.tags.get(IMAGE), champion.tags.get(IMAGE)

@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import InputError
+from ldm.hashing import content_hash, file_hash
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 OLD_KEYS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def network_hash(folder: Path) -> str:
+    """Identity of a saved network: of its configuration and weights, not of what else is in the folder."""
+    return content_hash("".join(file_hash(folder / name) for name in (CONFIG, WEIGHTS)).encode())
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """Encode every training and validation image, and embed every caption, once."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.bayes.diagnostics import diagnose
 from ldm.bayes.likelihoods import to_float
 from ldm.config import load_settings
-from ldm.data.latents import write_latents
-from ldm.hashing import folder_hash
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.data.latents import open_latents, write_latents
+from ldm.nets.autoencoder import VQModel, load_autoencoder
+from ldm.nets.blocks import network_hash
 from ldm.nets.text import TextEncoder
 from ldm.stages.inputs import stage_shards
 from ldm.stages.runtime import Progress, set_up, stage_main, work_key
@@ -20,10 +22,10 @@ from ldm.tracking import stage_run
 def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
-    autoencoder = AutoencoderKL.from_pretrained(root / "models/autoencoder").place(device)
+    autoencoder = load_autoencoder(root / "models/autoencoder").place(device)
     encoder = TextEncoder.from_pretrained(settings.text.encoder, settings.text.max_tokens)
     identity = {
-        "autoencoder": folder_hash(root / "models/autoencoder"),
+        "autoencoder": network_hash(root / "models/autoencoder"),
         "text_encoder": encoder.sha256,
         "text": settings.text.model_dump(),
     }
@@ -49,6 +51,12 @@ def run(root: Path) -> None:
             code=work_key("cache_latents", {"device": device.type, "deterministic": settings.deterministic}, {}),
             flip=settings.cache_latents.flip,
         )
+        val = open_latents(root / "data/latents", "val", autoencoder=identity["autoencoder"])
+        if not isinstance(autoencoder, VQModel):
+            found = diagnose(val.mean, val.logvar)
+            tracker.log(found.metrics(), total)
+            if warning := found.warning():
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
         tracker.log({f"latent_std_{i}": std for i, std in enumerate(manifest["latent_std"])} | {"reused_shards": reused}, total)
     print(f"cache_latents: {len(manifest['files'])} shards, {reused} of them encoded before and reused")
 

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ldm.bayes.likelihoods import DiscretizedLogistic
+from ldm.bayes.diagnostics import diagnose
+from ldm.bayes.likelihoods import load_likelihood
 from ldm.config import Settings, load_settings
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
@@ -22,19 +23,21 @@ from ldm.evaluation.bounds import image_bounds
 from ldm.evaluation.features import PixelPCA
 from ldm.evaluation.fidelity import Judge, psnr, variance_ratio
 from ldm.evaluation.frechet import frechet_distance, kernel_distance
-from ldm.evaluation.plots import image_grid, loss_curves
+from ldm.evaluation.plots import channel_bars, image_grid, loss_curves, rate_distortion
 from ldm.evaluation.report import Figure, write_report
-from ldm.hashing import canonical_json, folder_hash
+from ldm.hashing import canonical_json
 from ldm.model import LatentDiffusion, Recipe
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import VQModel, load_autoencoder
+from ldm.nets.blocks import network_hash
 from ldm.nets.unet import UNet
 from ldm.randomness import seed_for
 from ldm.stages.inputs import stage_shards
 from ldm.stages.runtime import Progress, set_up, stage_main
 from ldm.tracking import stage_run
-from ldm.training.vae import evaluate_elbo
+from ldm.training.vae import evaluate_elbo, evaluate_importance, summary
 
 REAL = 4096  # real images that the judge, the features and the Fréchet distance see at most
+POSTERIORS = 4096  # test images whose posteriors are diagnosed at most
 GRID_ROWS, GRID_COLUMNS = 10, 8
 
 Metrics = dict[str, float | int | str]
@@ -50,44 +53,104 @@ def run(root: Path) -> None:
     (root / "reports/plots").mkdir(parents=True, exist_ok=True)
     with stage_run("evaluate", params) as tracker:
         metrics, figures = bound_metrics(root, settings, model, test)
-        for part, more in (reconstruct(root, settings, model, test), draw(root, settings, model, train, test)):
+        parts = (reconstruct(root, settings, model, test), posteriors(root, model, test), explore(root, settings, model, test))
+        for part, more in (*parts, draw(root, settings, model, train, test)):
             metrics |= part
             figures += more
         report(root, settings, model, metrics, figures)
         tracker.log({name: float(value) for name, value in metrics.items() if not isinstance(value, str)}, 0)
         for figure in figures:
             tracker.artifact(Path(figure.png_path), "plots")
-    print(f"evaluate: {metrics['bits_per_dim']:.4f} ± {metrics['bits_per_dim_se']:.4f} bits/dim")
+    print(f"evaluate: {metrics['elbo_bits_per_dim']:.4f} bits/dim, the autoencoder alone", end="")
+    print(f"; {metrics['bits_per_dim']:.4f} ± {metrics['bits_per_dim_se']:.4f}, the whole system" if "nats" in metrics else "")
 
 
 def assemble(root: Path, settings: Settings) -> None:
     """Write `models/ldm`: autoencoder, averaged U-Net, and the recipe with its sampling defaults."""
     vae, unet = root / "models/autoencoder", root / "models/unet"
     recipe = Recipe(**json.loads((unet / "recipe.json").read_text()), sampling=settings.sampling.model_dump())
-    if recipe.autoencoder != folder_hash(vae):
+    if recipe.autoencoder != network_hash(vae):
         raise InputError(
             f"{unet}: was trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on"
         )
-    autoencoder, likelihood = AutoencoderKL.from_pretrained(vae), DiscretizedLogistic.from_pretrained(vae)
-    LatentDiffusion(autoencoder, likelihood, UNet.from_pretrained(unet), recipe).save(root / "models/ldm")
+    LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), UNet.from_pretrained(unet), recipe).save(root / "models/ldm")
 
 
 def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
-    """The whole system's bound and the autoencoder's own ELBO, on the test images."""
+    """The whole system's bound and the autoencoder's own, on the test images.
+
+    For a VQ model there is no bound of the whole system: `bounds.csv` then holds what its codes and pixels cost.
+    """
+    own = evaluate_elbo(model.autoencoder, model.likelihood, test, settings.seed)
+    metrics: Metrics = {
+        "image": test.preprocessing.described,
+        "test_images": len(test),
+        **{name: value for name, value in summary(own).items() if name.endswith("per_dim")},
+    }
+    if isinstance(model.autoencoder, VQModel):
+        terms = {"reconstruction": own.reconstruction, "rate": own.kl}
+        frame = pd.DataFrame({"key": test.captions.key, **{name: value.double().cpu() for name, value in terms.items()}})
+        frame.assign(dims=own.dims).to_csv(root / "reports/bounds.csv", index=False)
+        return metrics, []
+    samples = settings.evaluate.importance_samples
+    tighter = evaluate_importance(model.autoencoder, model.likelihood, test, settings.seed, samples)
     progress = Progress("evaluate: bound", len(test))
     frame = image_bounds(model, test, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
     frame.to_csv(root / "reports/bounds.csv", index=False)
-    to_bits = -1 / (frame.dims.iloc[0] * math.log(2))
-    metrics: Metrics = {f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")}
-    return {
-        "image": test.preprocessing.described,
-        "test_images": len(frame),
+    to_bits = -1 / (own.dims * math.log(2))
+    return metrics | {
+        "importance_bits_per_dim": float(tighter.mean()) * to_bits,
+        "importance_gap_nats": float(tighter.mean() - own.nats.double().mean().cpu()),
         "nats": float(frame.nats.mean()),
         "bits_per_dim": float(frame.nats.mean() * to_bits),
         "bits_per_dim_se": float(frame.nats.sem() * -to_bits),
-        "elbo_bits_per_dim": float(evaluate_elbo(model.autoencoder, model.likelihood, test, settings.seed).bits_per_dim.mean()),
-        **metrics,
+        **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
     }, []
+
+
+def posteriors(root: Path, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
+    """What the latents carry, channel by channel, and how rate and distortion moved in training."""
+    figures = []
+    curve = pd.read_csv(root / "reports/curves/train_vae.csv")
+    if {"kl_nats", "distortion_nats"} <= set(curve.columns) and model.likelihood.discrete:
+        to_bits = 1 / (test.preprocessing.channels * test.preprocessing.image_size**2 * math.log(2))
+        path = root / "reports/plots/rate_distortion.png"
+        points = pd.DataFrame({"rate": curve.kl_nats * to_bits, "distortion": curve.distortion_nats * to_bits})
+        rate_distortion(points.assign(series="training"), path, title="Rate and distortion in training")
+        about = "What latents and pixels cost as training went on; on a dashed line their sum, the bound, is the same."
+        figures.append(Figure("Rate and distortion", about, path))
+    if isinstance(model.autoencoder, VQModel):
+        return {}, figures
+    encoded = [model.encode(torch.from_numpy(test.images(part))) for part in _batches(min(len(test), POSTERIORS))]
+    found = diagnose(torch.cat([p.mean.cpu() for p in encoded]), torch.cat([p.logvar.cpu() for p in encoded]))
+    path = root / "reports/plots/latent_channels.png"
+    channel_bars(found.kl_per_channel, path, title="KL of each latent channel")
+    about = "Nats that each latent channel of a held-out image carries; a channel near 0 is not used."
+    return {**found.metrics()}, [*figures, Figure("Latent channels", about, path)]
+
+
+def _batches(count: int, size: int = 256) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def explore(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
+    """Pictures of the latent space: ancestral samples of the autoencoder alone, walks between images, traversals."""
+    first, last = (torch.from_numpy(test.images(range(i, i + 1)))[0] for i in (0, min(1, len(test) - 1)))
+    columns = GRID_COLUMNS
+    plots = root / "reports/plots"
+    drawn = model.sample_prior(2 * columns, seed=seed_for(settings.seed, "prior"))
+    image_grid(drawn.numpy(), columns, plots / "prior_samples.png")
+    walks = [model.interpolate(first, last, columns, linear=linear) for linear in (True, False)]
+    image_grid(torch.cat(walks).numpy(), columns, plots / "interpolation.png", row_labels=["linear", "spherical"])
+    moved = model.traverse(first, columns)
+    names = [f"channel {i}" for i in range(len(moved) // columns)][:GRID_ROWS]
+    image_grid(moved[: len(names) * columns].numpy(), columns, plots / "traversals.png", row_labels=names)
+    return {}, [
+        Figure("Without the diffusion model", "Ancestral samples of the autoencoder: z from its prior, x from its likelihood.",
+               plots / "prior_samples.png"),
+        Figure("From one held-out image to another", "Decoded from points between their latents.", plots / "interpolation.png"),
+        Figure("What latent channels do", "A channel shifted everywhere, by −3 to 3 standard deviations.", plots / "traversals.png"),
+    ]  # fmt: skip
 
 
 def reconstruct(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
@@ -191,6 +254,8 @@ def report(root: Path, settings: Settings, model: LatentDiffusion, metrics: Metr
     curves = []
     for stage, title in (("train_vae", "Training the autoencoder"), ("train_unet", "Training the U-Net")):
         frame = pd.read_csv(root / f"reports/curves/{stage}.csv")
+        if frame.empty:  # a pretrained autoencoder, used as it is
+            continue
         path = root / f"reports/plots/{stage}.png"
         loss_curves(frame, path, title=title, columns=["loss"], x="images", y_label="loss")
         curves.append(Figure(title, "Mean loss since the last point, against images seen.", path))

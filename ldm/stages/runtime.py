@@ -72,6 +72,8 @@ def _watch_owner() -> None:
     with contextlib.suppress(OSError):
         while os.read(0, 1):
             pass
+    if int(os.environ.get("RANK", "0")) > 0:  # not the process that writes: it may be waiting for one that is no more
+        os._exit(INTERRUPTED)
     _stop.request()
 
 
@@ -84,7 +86,10 @@ def set_up(deterministic: bool) -> Any:
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return default_device()
+    device = default_device()
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return device
 
 
 def work_key(stage: str, params: dict[str, Any], inputs: dict[str, str]) -> str:

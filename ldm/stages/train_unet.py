@@ -3,20 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from ldm.config import Settings, load_settings
 from ldm.data.latents import Latents, open_latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
-from ldm.hashing import canonical_json, file_hash, folder_hash
+from ldm.hashing import canonical_json, file_hash
+from ldm.nets.blocks import network_hash
 from ldm.nets.unet import UNet
 from ldm.randomness import seed_for
-from ldm.stages.runtime import Progress, set_up, stage_main, stop_at_checkpoint, work_folder, work_key
-from ldm.tracking import stage_run
-from ldm.training.checkpoint import CheckpointStore
-from ldm.training.fit import fit
+from ldm.stages.runtime import set_up, stage_main
+from ldm.stages.training import training, write_curve
 from ldm.training.unet import UnetObjective
 
 OUT, RAW, CURVE = "models/unet", "models/unet_raw", "reports/curves/train_unet.csv"
@@ -39,34 +37,28 @@ def recipe(settings: Settings, latents: Latents) -> dict[str, Any]:
 def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
-    latents = open_latents(root / "data/latents", "train", autoencoder=folder_hash(root / "models/autoencoder"))
+    latents = open_latents(root / "data/latents", "train", autoencoder=network_hash(root / "models/autoencoder"))
     unet = build(settings, latents.text.shape[-1]).place(device)
     options, diffusion = settings.train_unet, settings.diffusion
     denoiser = Denoiser(unet, diffusion.kind, noise_levels(diffusion.noise, diffusion.sigma_max))
     params = {
         "seed": settings.seed,
         "deterministic": settings.deterministic,
-        "device": str(device),
+        "precision": settings.precision,
+        "compile": settings.compile,
         **settings.unet.model_dump(),
         **diffusion.model_dump(),
-        **options.model_dump(),
     }
-    key = work_key("train_unet", params, {"latents": file_hash(root / "data/latents/manifest.json")})
-    with work_folder(root, "train_unet", key) as work, stage_run("train_unet", params, key) as tracker:
-        store = CheckpointStore(work / "checkpoint")
-        objective = UnetObjective(denoiser, latents, options.caption_dropout, settings.seed, device)
-        with stop_at_checkpoint() as should_stop:
-            progress = Progress("train_unet", options.images)
-            fitted = fit(
-                objective, options, seed=settings.seed, journal=tracker, store=store, progress=progress, should_stop=should_stop
-            )
+    inputs = {"latents": file_hash(root / "data/latents/manifest.json")}
+    with training(root, "train_unet", params, options, inputs, device) as work:
+        fitted = work.fit(UnetObjective(denoiser, latents, options.caption_dropout, settings.seed, device))
+        if not work.first:
+            return
         unet.save_pretrained(root / RAW)
         unet.load_state_dict(fitted.ema)
         unet.save_pretrained(root / OUT)
         (root / OUT / "recipe.json").write_text(canonical_json(recipe(settings, latents)))
-        (root / CURVE).parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(fitted.curve).to_csv(root / CURVE, index=False)
-        store.clear()
+        write_curve(fitted, root / CURVE)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from ldm.bayes.elbo import Elbo, elbo
+from ldm.bayes.elbo import Elbo, elbo, importance_bound
 from ldm.bayes.likelihoods import Likelihood, make_likelihood, to_float
 from ldm.data.batches import Batches
 from ldm.data.reader import ShardReader
@@ -63,8 +63,9 @@ class VaeObjective:
         posterior = self.autoencoder.encode(x)
         if isinstance(self.autoencoder, VQModel):
             quantized = self.autoencoder.quantize(posterior.mean)
-            output = self.autoencoder.decode_quantized(quantized.latents).float()
-            rate, metrics = quantized.commitment.mean(), {"commitment": quantized.commitment.mean()}
+            output = self.autoencoder.decoder(self.autoencoder.post_quant_conv(quantized.latents)).float()
+            rate = quantized.commitment.mean()
+            metrics = {"commitment": rate}
         else:
             output = self.autoencoder.decode(posterior.sample(noise)).float()
             kl = posterior.kl()
@@ -112,6 +113,20 @@ def evaluate_elbo(
         x = to_float(reader.images(range(start, min(start + batch_size, len(reader))))).to(device)
         parts.append(elbo(autoencoder, likelihood, x, posterior_noise(autoencoder, x, generator(seed, "elbo", start))))
     return Elbo(torch.cat([p.reconstruction for p in parts]), torch.cat([p.kl for p in parts]), parts[0].dims)
+
+
+@torch.inference_mode()
+def evaluate_importance(
+    autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader, seed: int, samples: int, batch_size: int = 256
+) -> Tensor:
+    """The importance-weighted bound of every image of a split with `samples` posterior samples each, nats (N,), float64."""
+    parts = []
+    device = next(autoencoder.parameters()).device
+    for start in range(0, len(reader), batch_size):
+        x = to_float(reader.images(range(start, min(start + batch_size, len(reader))))).to(device)
+        noises = (posterior_noise(autoencoder, x, generator(seed, "importance", start, k)) for k in range(samples))
+        parts.append(importance_bound(autoencoder, likelihood, x, noises).double().cpu())
+    return torch.cat(parts)
 
 
 @torch.inference_mode()

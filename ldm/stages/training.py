@@ -1,0 +1,108 @@
+"""What the training stages share: processes, precision, work folder, MLflow run and the loop."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ldm import distributed
+from ldm.config import Optimizer
+from ldm.errors import InputError
+from ldm.stages.runtime import Progress, stop_at_checkpoint, work_folder, work_key
+from ldm.tracking import Run, stage_run
+from ldm.training.checkpoint import CheckpointStore
+from ldm.training.fit import Execution, Fitted, Objective, fit
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training stage under way."""
+
+    fit: Callable[[Objective], Fitted]
+    tracker: Run
+    first: bool  # of the processes: the one that writes
+
+
+@contextlib.contextmanager
+def training(
+    root: Path, stage: str, params: dict[str, Any], options: Optimizer, inputs: dict[str, str], device: torch.device
+) -> Iterator[Training]:
+    """Within, `LDM_PROCESSES` processes run the stage; at its end the checkpoints of the first one are dropped.
+
+    `params` (with `seed`, `precision` and `compile`), `options` and `inputs` (hashes) are the run's identity: a run with
+    the same ones goes on from its checkpoint.
+    """
+    execution = Execution(_autocast(params["precision"], device), params["compile"], _count("LDM_MICRO_BATCH", 0) or None)
+    params = {"device": str(device), **params, **options.model_dump()}
+    with _peers(stage), distributed.process_group(device), contextlib.ExitStack() as held:
+        first = distributed.rank() == 0
+        layout = {"processes": distributed.ranks(), "micro_batch": execution.micro_batch}
+        key = work_key(stage, params | layout, inputs)
+        folder = root / ".ldm" / "work" / stage / key
+        tracker = Run()
+        if first:
+            folder = held.enter_context(work_folder(root, stage, key))
+            tracker = held.enter_context(stage_run(stage, params, key))
+        store = CheckpointStore(folder / "checkpoint")
+
+        def run(objective: Objective) -> Fitted:
+            progress = Progress(stage, options.images) if first else lambda done, row: None
+            with stop_at_checkpoint() as should_stop:
+                return fit(
+                    objective, options, seed=params["seed"], journal=tracker, store=store, progress=progress,
+                    should_stop=should_stop, execution=execution,
+                )  # fmt: skip
+
+        yield Training(run, tracker, first)
+        if first:
+            store.clear()
+
+
+def write_curve(fitted: Fitted, path: Path) -> None:
+    """The loss curve as CSV, with its header at least."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(fitted.curve, columns=None if fitted.curve else ["images", "loss"]).to_csv(path, index=False)
+
+
+def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else None
+
+
+def _count(name: str, least: int) -> int:
+    value = os.environ.get(name) or str(least)
+    if not value.isdigit() or int(value) < least:
+        raise InputError(f"{name} is {value!r}; set it to a whole number of {least} or more, or unset it")
+    return int(value)
+
+
+@contextlib.contextmanager
+def _peers(stage: str) -> Iterator[None]:
+    """Start the other processes that `LDM_PROCESSES` asks for, unless torchrun has; none of them outlives this one."""
+    count = _count("LDM_PROCESSES", 1)
+    if count == 1 or "WORLD_SIZE" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        common = {"WORLD_SIZE": str(count), "LDM_RENDEZVOUS": f"file://{folder}/rendezvous"}
+        children = []
+        for rank in range(1, count):
+            environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LDM_OWNER_PIPE": "1"}
+            command = [sys.executable, "-m", f"ldm.stages.{stage}"]
+            children.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
+        os.environ.update(common, RANK="0", LOCAL_RANK="0")
+        try:
+            yield
+        finally:
+            for name in (*common, "RANK", "LOCAL_RANK"):
+                del os.environ[name]
+            for child in children:
+                child.communicate()  # closes its stdin: it has come to its end, or is to
