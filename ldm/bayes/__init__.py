@@ -1,5 +1,17 @@
-"""The system as a latent-variable model: likelihoods, the evidence lower bound, the bound of the whole system."""
+"""The system as a latent-variable model: likelihoods, bounds on the evidence, diagnostics of the latents."""
 
 from ldm._lazy import exports
 
-__getattr__, __all__ = exports(__name__, {"Bound": "bound", "elbo": "elbo", "whole_bound": "bound"})
+__getattr__, __all__ = exports(
+    __name__,
+    {
+        "Bound": "bound",
+        "Elbo": "elbo",
+        "diagnose": "diagnostics",
+        "elbo": "elbo",
+        "importance_bound": "elbo",
+        "load_likelihood": "likelihoods",
+        "make_likelihood": "likelihoods",
+        "whole_bound": "bound",
+    },
+)

@@ -6,6 +6,8 @@ log p(x) >= E_q[log p(x | z)] - E_q[log q(z | x)] + E_q[log p_diffusion(z)], the
              + (d / 2) (1 + ln 2 pi sigma_min²),    u = ln sigma uniform on [ln sigma_min, ln sigma_max]
 (Kingma et al. 2021, "Variational diffusion models", in the variance-exploding form). Everything is computed in the
 space of standardised latents, entropy included, so no Jacobian is missing. With prompts it bounds log p(x | prompt).
+It needs a likelihood of 8-bit values, not a density, and latents with a density, which the codes of a VQ autoencoder
+have not: report rate and distortion for those.
 """
 
 import math
@@ -15,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.bayes.likelihoods import DiscretizedLogistic
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.bayes.elbo import Autoencoder, LowerBound
+from ldm.bayes.likelihoods import Likelihood
+from ldm.errors import InputError
 
 
 @dataclass(frozen=True)
-class Bound:
+class Bound(LowerBound):
     """A lower bound on log p(x | prompt); every term in nats per image (B,), `dims` the values in an image."""
 
     reconstruction: Tensor  # E_q[log p(x | z)]
@@ -31,11 +34,6 @@ class Bound:
     @property
     def nats(self) -> Tensor:
         return self.reconstruction + self.entropy + self.prior
-
-    @property
-    def bits_per_dim(self) -> Tensor:
-        """The bound as a code length: -nats / (dims ln 2)."""
-        return -self.nats / (self.dims * math.log(2))
 
 
 def diffusion_bound(
@@ -60,8 +58,8 @@ def diffusion_bound(
 
 
 def whole_bound(
-    autoencoder: AutoencoderKL,
-    likelihood: DiscretizedLogistic,
+    autoencoder: Autoencoder,
+    likelihood: Likelihood,
     denoise: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     *,
@@ -78,6 +76,13 @@ def whole_bound(
     `latent_mean` and `latent_std` (1, C, 1, 1) standardise the latents; `latent_noise` (B, c, h, w) draws the
     posterior sample; `u` and `noise` as in `diffusion_bound`.
     """
+    if hasattr(autoencoder, "quantize"):
+        raise InputError("the whole system's bound is undefined for a VQ autoencoder: report rate and distortion instead")
+    if not likelihood.discrete:
+        raise InputError(
+            f"the whole system's bound needs probabilities of 8-bit values and a {likelihood.kind} likelihood gives densities: "
+            "take discretized_gaussian or discretized_logistic (bernoulli for binary images)"
+        )
     posterior = autoencoder.encode(x)
     sample = posterior.sample(latent_noise)
     reconstruction = likelihood.log_prob(x, autoencoder.decode(sample)).double().flatten(1).sum(1)
