@@ -108,7 +108,9 @@ def _quality(metrics: dict[str, float | str]) -> list[tuple[str, str]]:
         return float(metrics[key])
 
     about = f"({metrics['test_images']} test images of {metrics['image']}, given their captions)"
-    bound = f"{number('bits_per_dim'):.4f} ± {number('bits_per_dim_se'):.4f} {about}" if "bits_per_dim" in metrics else "none (VQ)"
+    bound = (
+        f"{number('bits_per_dim'):.4f} ± {number('bits_per_dim_se'):.4f} {about}" if "bits_per_dim" in metrics else "none (VQ)"
+    )
     lines = [
         ("bits/dim", bound),
         ("PSNR", f"{number('psnr'):.2f} dB"),

@@ -69,7 +69,9 @@ class Autoencoder(Section):
     @model_validator(mode="after")
     def _says_what_stays(self) -> "Autoencoder":
         if beyond := [level for level in self.attention if level >= len(self.block_out_channels)]:
-            raise ValueError(f"attention names level {beyond[0]}; block_out_channels has levels 0 to {len(self.block_out_channels) - 1}")
+            raise ValueError(
+                f"attention names level {beyond[0]}; block_out_channels has levels 0 to {len(self.block_out_channels) - 1}"
+            )
         if (self.pretrained or "").startswith("models:/") and not re.fullmatch(r"models:/[\w.-]+/\d+", self.pretrained or ""):
             raise ValueError(
                 f"pretrained {self.pretrained} may change its meaning; write models:/NAME/VERSION (`ldm registry show` names it)"

@@ -102,8 +102,8 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
         "importance_bits_per_dim": float(tighter.mean()) * to_bits,
         "importance_gap_nats": float(tighter.mean() - own.nats.double().mean().cpu()),
         "nats": float(frame.nats.mean()),
-        "bits_per_dim": float(frame.nats.mean() * to_bits),
-        "bits_per_dim_se": float(frame.nats.sem() * -to_bits),
+        "bits_per_dim": float(frame.nats.mean()) * to_bits,
+        "bits_per_dim_se": -float(frame.nats.sem()) * to_bits,
         **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
     }, []
 
@@ -115,7 +115,7 @@ def posteriors(root: Path, model: LatentDiffusion, test: ShardReader) -> tuple[M
     if {"kl_nats", "distortion_nats"} <= set(curve.columns) and model.likelihood.discrete:
         to_bits = 1 / (test.preprocessing.channels * test.preprocessing.image_size**2 * math.log(2))
         path = root / "reports/plots/rate_distortion.png"
-        points = pd.DataFrame({"rate": curve.kl_nats * to_bits, "distortion": curve.distortion_nats * to_bits})
+        points = pd.DataFrame({"rate": curve["kl_nats"] * to_bits, "distortion": curve["distortion_nats"] * to_bits})
         rate_distortion(points.assign(series="training"), path, title="Rate and distortion in training")
         about = "What latents and pixels cost as training went on; on a dashed line their sum, the bound, is the same."
         figures.append(Figure("Rate and distortion", about, path))
@@ -149,7 +149,7 @@ def explore(root: Path, settings: Settings, model: LatentDiffusion, test: ShardR
         Figure("Without the diffusion model", "Ancestral samples of the autoencoder: z from its prior, x from its likelihood.",
                plots / "prior_samples.png"),
         Figure("From one held-out image to another", "Decoded from points between their latents.", plots / "interpolation.png"),
-        Figure("What latent channels do", "A channel shifted everywhere, by −3 to 3 standard deviations.", plots / "traversals.png"),
+        Figure("What latent channels do", "Each shifted everywhere, by −3 to 3 standard deviations.", plots / "traversals.png"),
     ]  # fmt: skip
 
 

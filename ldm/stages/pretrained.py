@@ -42,7 +42,9 @@ def _from_hub(name: str, to: Path) -> Path:
         snapshot_download(repository, revision=commit, allow_patterns=[f"{prefix}*.json", f"{prefix}*.safetensors"], local_dir=to)
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"autoencoder.pretrained {name}: the hub does not give it ({reason}); check the name, or your access") from error
+        raise InputError(
+            f"autoencoder.pretrained {name}: the hub does not give it ({reason}); check the name, or your access"
+        ) from error
     return to / within
 
 

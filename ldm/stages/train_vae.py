@@ -2,21 +2,22 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ldm.bayes.likelihoods import Likelihood, load_likelihood, make_likelihood
 from ldm.bayes.likelihoods import FILE as LIKELIHOOD
+from ldm.bayes.likelihoods import Likelihood, load_likelihood, make_likelihood
 from ldm.config import Settings, load_settings
 from ldm.data.batches import Batches
 from ldm.data.parallel import loader_workers
 from ldm.data.reader import ShardReader
 from ldm.distributed import rank, ranks
 from ldm.errors import InputError
+from ldm.hashing import folder_hash
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
 from ldm.nets.blocks import CONFIG
-from ldm.hashing import folder_hash
 from ldm.randomness import seed_for
 from ldm.stages.inputs import index_hash, stage_shards
 from ldm.stages.runtime import set_up, stage_main
@@ -33,7 +34,7 @@ def build(settings: Settings) -> tuple[Autoencoder, Likelihood]:
     torch.manual_seed(seed_for(settings.seed, "initialise", "autoencoder"))
     options, channels = settings.autoencoder, settings.data.channels
     likelihood = make_likelihood(settings.train_vae.likelihood, settings.train_vae.scale, settings.train_vae.log_scale)
-    arguments = {
+    arguments: dict[str, Any] = {
         "in_channels": channels,
         "out_channels": likelihood.outputs(channels),
         "latent_channels": options.latent_channels,
@@ -91,7 +92,9 @@ def objective(root: Path, settings: Settings, autoencoder: Autoencoder, likeliho
     return AdversarialObjective(autoencoder, likelihood, batches, options, adversary)
 
 
-def measured(autoencoder: Autoencoder, likelihood: Likelihood, val: ShardReader, seed: int) -> tuple[Likelihood, dict[str, float]]:
+def measured(
+    autoencoder: Autoencoder, likelihood: Likelihood, val: ShardReader, seed: int
+) -> tuple[Likelihood, dict[str, float]]:
     """A likelihood of 8-bit pixels, fitted to the validation images where there was none, and the bound on them."""
     if not likelihood.discrete:
         likelihood = fit_scale(autoencoder, val, seed)

@@ -1,11 +1,11 @@
-"""The latent diffusion paper's objective for autoencoders (Rombach et al. 2022, appendix G; Esser et al. 2021, equations 6 and 7)."""
+"""The latent diffusion paper's objective for autoencoders (Rombach et al. 2022, appendix G; Esser et al. 2021, eq. 6, 7)."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import distributed
 from ldm.bayes.likelihoods import Likelihood
@@ -37,9 +37,7 @@ class AdversarialObjective(VaeObjective):
     constant in the discriminator's.
     """
 
-    def __init__(
-        self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, rate: Rate, adversary: Adversary
-    ):
+    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, rate: Rate, adversary: Adversary):
         super().__init__(autoencoder, likelihood, batches, rate)
         self.adversary = adversary
         self.module["discriminator"] = adversary.discriminator
@@ -75,11 +73,11 @@ class AdversarialObjective(VaeObjective):
         return negative + weight * fooling + judging, metrics
 
 
-def last_layer(autoencoder: Autoencoder) -> nn.Parameter:
+def last_layer(autoencoder: Autoencoder) -> Tensor:
     return autoencoder.decoder.conv_out.weight
 
 
-def adaptive_weight(negative: Tensor, fooling: Tensor, layer: nn.Parameter) -> Tensor:
+def adaptive_weight(negative: Tensor, fooling: Tensor, layer: Tensor) -> Tensor:
     """λ of Esser et al. 2021, equation 7, for the batch of all processes; a constant for autograd."""
     norms = [
         distributed.mean(torch.autograd.grad(loss, layer, retain_graph=True)[0].float()).norm() for loss in (negative, fooling)

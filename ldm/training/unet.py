@@ -29,9 +29,7 @@ class UnetObjective:
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters())}]
 
-    def loss(
-        self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         index = self.batch(images_seen, batch_size)["index"][part].to(self.device)
         shape = (batch_size, *self._mean.shape[1:])
         posterior_noise, noise = torch.randn((2, *shape), generator=rng)[:, part].to(self.device)

@@ -53,9 +53,7 @@ class VaeObjective:
         self.autoencoder.encoder.compile()
         self.autoencoder.decoder.compile()
 
-    def loss(
-        self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = self.batch(images_seen, batch_size)["images"]
         first = self.batches.rank * len(pixels)
         x = to_float(pixels[part.start - first : part.stop - first].to(next(self.module.parameters()).device))
