@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(channels):
             before = channels[max(level - 1, 0)]
-            resnets = [Resnet(before if i == 0 else width, width, groups, EPS) for i in range(shape.layers)]
+            resnets = (Resnet(before if i == 0 else width, width, groups, EPS) for i in range(shape.layers))
             attentions = _attentions(shape.layers, width, groups, shape.attention[level])
             last = level == len(channels) - 1
             self.down_blocks.append(Stage(resnets, attentions, down=None if last else Downsample(width, symmetric=False)))
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(channels))):
             before = channels[min(level + 1, len(channels) - 1)]
-            resnets = [Resnet(before if i == 0 else width, width, groups, EPS) for i in range(shape.layers + 1)]
+            resnets = (Resnet(before if i == 0 else width, width, groups, EPS) for i in range(shape.layers + 1))
             attentions = _attentions(shape.layers + 1, width, groups, shape.attention[level])
             self.up_blocks.append(Stage(resnets, attentions, up=None if level == 0 else Upsample(width)))
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
