@@ -24,8 +24,9 @@ def run(root: Path) -> None:
     device = set_up(settings.deterministic)
     autoencoder = load_autoencoder(root / "models/autoencoder").place(device)
     encoder = TextEncoder.from_pretrained(settings.text.encoder, settings.text.max_tokens)
+    digest = network_hash(root / "models/autoencoder")
     identity = {
-        "autoencoder": network_hash(root / "models/autoencoder"),
+        "autoencoder": digest,
         "text_encoder": encoder.sha256,
         "text": settings.text.model_dump(),
     }
@@ -51,7 +52,7 @@ def run(root: Path) -> None:
             code=work_key("cache_latents", {"device": device.type, "deterministic": settings.deterministic}, {}),
             flip=settings.cache_latents.flip,
         )
-        val = open_latents(root / "data/latents", "val", autoencoder=identity["autoencoder"])
+        val = open_latents(root / "data/latents", "val", autoencoder=digest)
         if not isinstance(autoencoder, VQModel):
             found = diagnose(val.mean, val.logvar)
             tracker.log(found.metrics(), total)

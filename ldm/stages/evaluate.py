@@ -103,7 +103,7 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
         "importance_gap_nats": float(tighter.mean() - own.nats.double().mean().cpu()),
         "nats": float(frame.nats.mean()),
         "bits_per_dim": float(frame.nats.mean()) * to_bits,
-        "bits_per_dim_se": -float(frame.nats.sem()) * to_bits,
+        "bits_per_dim_se": -float(frame["nats"].sem()) * to_bits,
         **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
     }, []
 

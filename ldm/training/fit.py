@@ -118,8 +118,7 @@ def fit(
     groups = objective.parameter_groups(schedule.lr)
     multipliers = [group.pop("lr_multiplier", 1.0) for group in groups]
     players = [group.pop("player", 0) for group in groups]
-    defaults = {"lr": schedule.lr, "weight_decay": schedule.weight_decay, "betas": (0.9, 0.99)}
-    optimizer = torch.optim.AdamW(groups, **defaults, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True)
     ema = Ema(objective.module, schedule.ema_halflife_images)
     run = _Run(objective, optimizer, ema, journal, store)
     resumed = run.resume()
@@ -178,7 +177,7 @@ class _Gradients:
             objective.compile()
         self._loss: nn.Module = _Loss(objective, execution.autocast)
         if distributed.ranks() > 1:
-            self._loss = DistributedDataParallel(self._loss, broadcast_buffers=False)
+            self._loss = DistributedDataParallel(self._loss)
         self._sides = [
             [p for group, its in zip(optimizer.param_groups, players, strict=True) if its == player for p in group["params"]]
             for player in sorted(set(players))
