@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.special import log_ndtr
+from torch.special import erfcx
 
 from ldm.errors import InputError
 
@@ -138,6 +138,13 @@ class Laplace(Likelihood):
         return first - second
 
 
+def _log_cdf(x: Tensor) -> Tensor:
+    """ln Phi(x), with a gradient that is right in the far tail too (of torch's log_ndtr, 1 % is wrong at -1e7, all at -1e9)."""
+    tail, rest = x.clamp(max=-1.0), x.clamp(min=-1.0)
+    below = torch.log(erfcx(-tail * math.sqrt(0.5)) / 2) - 0.5 * tail.square()
+    return torch.where(x < -1, below, torch.log1p(-0.5 * torch.erfc(rest * math.sqrt(0.5))))
+
+
 class DiscretizedGaussian(Gaussian):
     """A Gaussian integrated over each of the 256 values of an 8-bit pixel, the outermost ones reaching to infinity.
 
@@ -152,11 +159,13 @@ class DiscretizedGaussian(Gaussian):
         distance = _levels(x.double()) * BIN - location.double()
         precision = torch.exp(-log_scale.double())
         # By symmetry the bin lies below the mean: Phi(near) - Phi(far), as Phi(near) (1 - Phi(far) / Phi(near)).
-        near, far = ((edge - distance.abs()) * precision for edge in (BIN / 2, -BIN / 2))
-        log_near = log_ndtr(near)
-        inner = log_near + torch.log(-torch.expm1(log_ndtr(far) - log_near))
-        outermost = log_ndtr((BIN / 2 + torch.where(x < 0, distance, -distance)) * precision)
-        return torch.where(x.abs() > 1 - BIN / 2, outermost, inner).to(x.dtype)
+        # An outermost one is Phi(near) alone, with whichever of its edges is not at infinity.
+        outermost = x.abs() > 1 - BIN / 2
+        depth = torch.where(outermost, -distance * x.sign(), -distance.abs())
+        near, far = (BIN / 2 + depth) * precision, (-BIN / 2 - distance.abs()) * precision
+        log_near = _log_cdf(near)
+        rest = torch.log(-torch.expm1(_log_cdf(far) - log_near))
+        return torch.where(outermost, log_near, log_near + rest).to(x.dtype)
 
 
 class DiscretizedLogistic(Likelihood):
@@ -236,6 +245,9 @@ def load_likelihood(folder: Path) -> Likelihood:
         raise InputError(f"{path} cannot be read ({error}): run train_vae again") from None
     if list(state) != ["log_scale"]:
         raise InputError(f"{path} holds {', '.join(sorted(state)) or 'nothing'}: expected log_scale alone")
-    likelihood = make_likelihood(metadata.get("kind", DiscretizedLogistic.kind), metadata.get("scale", "learned"))
+    try:
+        likelihood = make_likelihood(metadata.get("kind", DiscretizedLogistic.kind), metadata.get("scale", "learned"))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     likelihood.load_state_dict(state)
     return likelihood
