@@ -83,9 +83,7 @@ class Perceptual(nn.Module):
         if not path.is_file():
             raise InputError(f"{path}: no such file; train_vae.ldm.perceptual is `random`, or a file of VGG-16 weights")
         if (found := file_hash(path)) != sha256:
-            raise InputError(
-                f"{path}: has sha256 {found}, train_vae.ldm.perceptual_sha256 is {sha256}; fetch it again or set that"
-            )
+            raise InputError(f"{path}: sha256 is {found}, perceptual_sha256 says {sha256}; fetch it again, or set that")
         try:
             state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
