@@ -118,7 +118,7 @@ def interpolate(
     loaded = _load(model)
     first, last = (_read_image(end, loaded) for end in (a, b)) if files[0] else (a, b)
     images = loaded.interpolate(first, last, n, linear=linear, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
-    _write(images, out, None)
+    _write(images, out)
 
 
 @autoencoder_app.command("sample")
@@ -135,13 +135,13 @@ def sample_autoencoder(
     Example: `ldm autoencoder sample -n 16 --out prior.png`
     """
     _check_out(out)
-    _write(_load(model).sample_prior(n, seed=seed), out, None)
+    _write(_load(model).sample_prior(n, seed=seed), out)
 
 
 @autoencoder_app.command()
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Files of images.")],
-    out: Annotated[Path, typer.Option(help="A `.png`: a sheet, originals above; any other name: a folder of PNGs.")],
+    out: Annotated[Path, typer.Option(help="A `.png`: a sheet, originals beside; any other name: a folder of PNGs.")],
     model: Model = None,
     tile: Annotated[
         int | None, typer.Option(min=1, help="Keep the images' own size, and work on tiles of this many pixels a side.")
@@ -156,6 +156,8 @@ def reconstruct(
     """
     import torch
 
+    from ldm.model import BATCH
+
     _check_out(out)
     for path in images:
         if not path.is_file():
@@ -163,21 +165,23 @@ def reconstruct(
     loaded = _load(model)
     if tile is None:
         shown = torch.stack([_read_image(str(path), loaded) for path in images])
-        back = loaded.decode(loaded.encode(shown).mean)
-        both = torch.cat([shown, back]) if out.suffix == ".png" else back
-        _write(both, out, ["real", "given back"] if out.suffix == ".png" else None)
+        back = torch.cat([loaded.decode(loaded.encode(part).mean) for part in shown.split(BATCH)])
+        if out.suffix == ".png":
+            _write(torch.stack([shown, back], 1).flatten(0, 1), out, columns=["real", "given back"] * min(4, len(images)))
+        else:
+            _write(back, out)
         return
     if len(images) > 1 and out.suffix == ".png":
         raise InputError(f"--out {out}: images of different sizes make no sheet; give a folder (a name without a suffix)")
     whole = [_read_image(str(path), loaded, whole=True) for path in images]
-    _write([loaded.decode(loaded.encode(image[None], tile).mean, tile)[0] for image in whole], out, None)
+    _write([loaded.decode(loaded.encode(image[None], tile).mean, tile)[0] for image in whole], out)
 
 
 @autoencoder_app.command()
 def traverse(
     image: Annotated[Path, typer.Argument(help="File of an image.")],
     out: Annotated[Path, typer.Option(help="A `.png`: a row for each latent channel; any other name: a folder of PNGs.")],
-    n: Annotated[int, typer.Option("-n", min=2, help="Images a channel.")] = 8,
+    n: Annotated[int, typer.Option("-n", min=2, help="Images a channel; an odd number has the unshifted one in its middle.")] = 7,
     reach: Annotated[float, typer.Option(min=0, help="Standard deviations to either side.")] = 3.0,
     model: Model = None,
 ) -> None:
@@ -190,7 +194,8 @@ def traverse(
         raise InputError(f"{image}: no such file")
     loaded = _load(model)
     images = loaded.traverse(_read_image(str(image), loaded), n, reach=reach)
-    _write(images, out, [f"channel {i}" for i in range(len(images) // n)])
+    shifts = [f"{-reach + 2 * reach * i / (n - 1):.3g}".replace("-", "−") for i in range(n)]
+    _write(images, out, [f"channel {i}" for i in range(len(images) // n)], shifts)
 
 
 @data_app.command()
@@ -289,7 +294,7 @@ def list_versions(name: Name = None) -> None:
     if frame.empty:
         raise InputError(f"model {name!r} has no versions; `ldm run` registers one")
     frame["created"] = [f"{created:%Y-%m-%d %H:%M}" for created in frame.created]
-    frame["bits_per_dim"] = [f"{float(bits):.4f}" for bits in frame.bits_per_dim]
+    frame["bits_per_dim"] = [bits if bits == registry.NO_BOUND else f"{float(bits):.4f}" for bits in frame.bits_per_dim]
     frame["git_commit"] = [str(commit)[:8] for commit in frame.get("git_commit", [""] * len(frame))]
     _table(frame[["version", "aliases", "created", "bits_per_dim", "image", "git_commit"]])
 
@@ -415,8 +420,8 @@ def _check_out(out: Path, option: str = "--out") -> None:
         raise InputError(f"{option} {out}: is a folder; give a file name, or a folder without a suffix")
 
 
-def _write(images: Any, out: Path, row_labels: list[str] | None) -> None:
-    """Write uint8 images (C, H, W) each, all of one size where they make a sheet."""
+def _write(images: Any, out: Path, rows: list[str] | None = None, columns: list[str] | None = None) -> None:
+    """Write uint8 images (C, H, W) each, all of one size where they make a sheet, whose rows and columns may have labels."""
     from ldm.data.images import from_array, to_png
 
     pixels = [image.numpy() for image in images]
@@ -431,8 +436,8 @@ def _write(images: Any, out: Path, row_labels: list[str] | None) -> None:
 
         from ldm.evaluation.plots import image_grid
 
-        columns = len(pixels) // len(row_labels) if row_labels else min(8, len(pixels))
-        image_grid(np.stack(pixels), columns, out, row_labels=row_labels)
+        width = len(columns) if columns else len(pixels) // len(rows) if rows else min(8, len(pixels))
+        image_grid(np.stack(pixels), width, out, row_labels=rows, column_labels=columns)
     print(f"{len(pixels)} {'image' if len(pixels) == 1 else 'images'} written to {out}")
 
 

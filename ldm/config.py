@@ -16,6 +16,7 @@ from ldm.errors import InputError
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+HUB = r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}(/.+)?"  # ID@COMMIT[/SUBFOLDER]; a branch would not say which weights
 Levels = Annotated[tuple[Positive, ...], Field(min_length=1)]  # channels of each level
 
 
@@ -56,7 +57,8 @@ class Text(Section):
 class Autoencoder(Section):
     """Mostly constructor arguments of `ldm.nets.AutoencoderKL`; each channel entry after the first halves the resolution."""
 
-    pretrained: str | None  # a folder in diffusers' format, ID@COMMIT[/SUBFOLDER] on the hub, or models:/NAME/VERSION
+    # a folder in diffusers' format, ID@COMMIT[/SUBFOLDER] on the hub, or models:/NAME/VERSION
+    pretrained: Annotated[str, Field(min_length=1)] | None
     regulariser: Literal["kl", "vq"]  # AutoencoderKL or VQModel
     latent_channels: Positive
     block_out_channels: Levels
@@ -259,8 +261,9 @@ def load_settings(root: Path) -> Settings:
     if perceptual != "random" and not (root / perceptual).is_file():
         raise InputError(f"{path}: train_vae.ldm.perceptual: found {perceptual!r}, neither random nor a file")
     pretrained = settings.autoencoder.pretrained
-    if pretrained and "@" not in pretrained and not pretrained.startswith("models:/") and not (root / pretrained).is_dir():
-        choices = "neither a folder, nor ID@COMMIT on the hub, nor models:/NAME/VERSION"
+    known = not pretrained or pretrained.startswith("models:/") or re.fullmatch(HUB, pretrained)
+    if not known and not (root / str(pretrained)).is_dir():
+        choices = "neither a folder, nor ID@COMMIT on the hub (40 hex digits), nor models:/NAME/VERSION"
         raise InputError(f"{path}: autoencoder.pretrained: found {pretrained!r}, {choices}")
     return settings
 

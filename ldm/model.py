@@ -115,7 +115,8 @@ class LatentDiffusion:
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Mean images, uint8 (N, C, H, W), of latents (N, c, h, w); `tile` as in `encode`."""
         if tile:
-            return to_uint8(self.likelihood.mean(decode_tiled(self.autoencoder, latents.cpu(), tile, self._overlap(tile))))
+            whole = decode_tiled(self.autoencoder, latents.cpu(), tile, self._overlap(tile))
+            return to_uint8(self.likelihood.mean(whole.to(self.device))).cpu()
         parts = [self.likelihood.mean(self.autoencoder.decode(part.to(self.device))) for part in latents.split(BATCH)]
         return to_uint8(torch.cat(parts)).cpu()
 

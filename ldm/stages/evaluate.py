@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ldm.bayes.diagnostics import diagnose
-from ldm.bayes.likelihoods import load_likelihood
+from ldm.bayes.diagnostics import COLLAPSED, diagnose
+from ldm.bayes.likelihoods import LIKELIHOODS, load_likelihood
 from ldm.config import Settings, load_settings
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
@@ -39,6 +39,7 @@ from ldm.training.vae import evaluate_elbo, evaluate_importance, summary
 REAL = 4096  # real images that the judge, the features and the Fréchet distance see at most
 POSTERIORS = 4096  # test images whose posteriors are diagnosed at most
 GRID_ROWS, GRID_COLUMNS = 10, 8
+STEPS = ("−3", "−2", "−1", "0", "1", "2", "3")  # of a traversal
 
 Metrics = dict[str, float | int | str]
 
@@ -53,9 +54,9 @@ def run(root: Path) -> None:
     (root / "reports/plots").mkdir(parents=True, exist_ok=True)
     with stage_run("evaluate", params) as tracker:
         metrics, figures = bound_metrics(root, settings, model, test)
-        parts = (reconstruct(root, settings, model, test), posteriors(root, model, test), explore(root, settings, model, test))
-        for part, more in (*parts, draw(root, settings, model, train, test)):
-            metrics |= part
+        parts = (part(root, settings, model, test) for part in (reconstruct, posteriors, explore))
+        for found, more in (*parts, draw(root, settings, model, train, test)):
+            metrics |= found
             figures += more
         report(root, settings, model, metrics, figures)
         tracker.log({name: float(value) for name, value in metrics.items() if not isinstance(value, str)}, 0)
@@ -103,28 +104,29 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
         "importance_gap_nats": float(tighter.mean() - own.nats.double().mean().cpu()),
         "nats": float(frame.nats.mean()),
         "bits_per_dim": float(frame.nats.mean()) * to_bits,
-        "bits_per_dim_se": -float(frame["nats"].sem()) * to_bits,
+        "bits_per_dim_se": -float(frame.nats.std()) / math.sqrt(len(frame)) * to_bits,
         **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
     }, []
 
 
-def posteriors(root: Path, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
+def posteriors(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
     """What the latents carry, channel by channel, and how rate and distortion moved in training."""
     figures = []
     curve = pd.read_csv(root / "reports/curves/train_vae.csv")
-    if {"kl_nats", "distortion_nats"} <= set(curve.columns) and model.likelihood.discrete:
+    if {"kl_nats", "distortion_nats"} <= set(curve.columns) and LIKELIHOODS[settings.train_vae.likelihood].discrete:
         to_bits = 1 / (test.preprocessing.channels * test.preprocessing.image_size**2 * math.log(2))
         path = root / "reports/plots/rate_distortion.png"
         points = pd.DataFrame({"rate": curve["kl_nats"] * to_bits, "distortion": curve["distortion_nats"] * to_bits})
-        rate_distortion(points.assign(series="training"), path, title="Rate and distortion in training")
-        about = "What latents and pixels cost as training went on; on a dashed line their sum, the bound, is the same."
+        title = "Rate and distortion in training"
+        rate_distortion(points.assign(series="training"), path, title=title, rate="rate", distortion="distortion")
+        about = "What latents and pixels cost as training went on; on a grey line their sum, the bound, is the same."
         figures.append(Figure("Rate and distortion", about, path))
     if isinstance(model.autoencoder, VQModel):
         return {}, figures
     encoded = [model.encode(torch.from_numpy(test.images(part))) for part in _batches(min(len(test), POSTERIORS))]
     found = diagnose(torch.cat([p.mean.cpu() for p in encoded]), torch.cat([p.logvar.cpu() for p in encoded]))
     path = root / "reports/plots/latent_channels.png"
-    channel_bars(found.kl_per_channel, path, title="KL of each latent channel")
+    channel_bars(found.kl.tolist(), path, title="KL of each latent channel", low=COLLAPSED * found.positions)
     about = "Nats that each latent channel of a held-out image carries; a channel near 0 is not used."
     return {**found.metrics()}, [*figures, Figure("Latent channels", about, path)]
 
@@ -142,14 +144,15 @@ def explore(root: Path, settings: Settings, model: LatentDiffusion, test: ShardR
     image_grid(drawn.numpy(), columns, plots / "prior_samples.png")
     walks = [model.interpolate(first, last, columns, linear=linear) for linear in (True, False)]
     image_grid(torch.cat(walks).numpy(), columns, plots / "interpolation.png", row_labels=["linear", "spherical"])
-    moved = model.traverse(first, columns)
-    names = [f"channel {i}" for i in range(len(moved) // columns)][:GRID_ROWS]
-    image_grid(moved[: len(names) * columns].numpy(), columns, plots / "traversals.png", row_labels=names)
+    moved = model.traverse(first, len(STEPS), reach=3)
+    names = [f"channel {i}" for i in range(len(moved) // len(STEPS))][:GRID_ROWS]
+    shown = moved[: len(names) * len(STEPS)].numpy()
+    image_grid(shown, len(STEPS), plots / "traversals.png", row_labels=names, column_labels=STEPS)
     return {}, [
         Figure("Without the diffusion model", "Ancestral samples of the autoencoder: z from its prior, x from its likelihood.",
                plots / "prior_samples.png"),
         Figure("From one held-out image to another", "Decoded from points between their latents.", plots / "interpolation.png"),
-        Figure("What latent channels do", "Each shifted everywhere, by −3 to 3 standard deviations.", plots / "traversals.png"),
+        Figure("What latent channels do", "Each shifted everywhere, by so many standard deviations.", plots / "traversals.png"),
     ]  # fmt: skip
 
 

@@ -1,18 +1,18 @@
 """The setting `autoencoder.pretrained` -> models/pretrained, in diffusers' format; nothing but a note where it is not set."""
 
 import contextlib
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ldm.config import load_settings
+from ldm.config import HUB, load_settings
 from ldm.errors import InputError
 from ldm.files import replacing
 from ldm.stages.runtime import stage_main
 from ldm.tracking import stage_run, use_default_store
 
-OUT = "models/pretrained"
+OUT, NOTE = "models/pretrained", "source.txt"
 
 
 @contextlib.contextmanager
@@ -24,42 +24,41 @@ def located(root: Path, name: str) -> Iterator[Path]:
         use_default_store(root)
         with registry.downloaded(name) as model:
             yield model / "autoencoder"
-    elif "@" in name:
-        with tempfile.TemporaryDirectory() as folder:
-            yield _from_hub(name, Path(folder))
     else:
-        yield root / name
+        yield _from_hub(name) if re.fullmatch(HUB, name) else root / name
 
 
-def _from_hub(name: str, to: Path) -> Path:
+def _from_hub(name: str) -> Path:
+    """In the hub's own cache, which answers for a commit without a network."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    from ldm.bayes.likelihoods import FILE
+    from ldm.nets.blocks import CONFIG, WEIGHTS
 
     repository, _, place = name.partition("@")
     commit, _, within = place.partition("/")
+    files = [f"{within}/{file}".lstrip("/") for file in (CONFIG, WEIGHTS, FILE)]  # others may be many gigabytes
     try:
-        prefix = f"{within}/" if within else ""
-        snapshot_download(repository, revision=commit, allow_patterns=[f"{prefix}*.json", f"{prefix}*.safetensors"], local_dir=to)
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"autoencoder.pretrained {name}: the hub does not give it ({reason}); check the name, or your access"
-        ) from error
-    return to / within
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=files)) / within
+    except (OSError, ValueError) as error:
+        raise InputError(f"the hub does not give it ({str(error).splitlines()[0]}); check the name, or your access") from error
 
 
 def run(root: Path) -> None:
     name = load_settings(root).autoencoder.pretrained
     with stage_run("pretrained", {"pretrained": name}), replacing(root / OUT) as partial:
-        (partial / "source.txt").write_text(f"{name or 'none'}\n")
+        (partial / NOTE).write_text(f"{name or 'none'}\n")
         if name:
             from ldm.bayes.likelihoods import FILE
             from ldm.nets.autoencoder import load_autoencoder
 
-            with located(root, name) as folder:
-                load_autoencoder(folder).save_pretrained(partial)
-                if (folder / FILE).is_file():
-                    shutil.copy(folder / FILE, partial)
+            try:
+                with located(root, name) as folder:
+                    load_autoencoder(folder).save_pretrained(partial)
+                    if (folder / FILE).is_file():
+                        shutil.copy(folder / FILE, partial)
+            except InputError as error:
+                raise InputError(f"autoencoder.pretrained {name}: {error}") from error
     print(f"pretrained: {name or 'none'}", flush=True)
 
 

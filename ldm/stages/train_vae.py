@@ -17,16 +17,17 @@ from ldm.errors import InputError
 from ldm.hashing import folder_hash
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
-from ldm.nets.blocks import CONFIG
 from ldm.randomness import seed_for
 from ldm.stages.inputs import index_hash, stage_shards
+from ldm.stages.pretrained import NOTE
+from ldm.stages.pretrained import OUT as PRETRAINED
 from ldm.stages.runtime import set_up, stage_main
 from ldm.stages.training import training, write_curve
 from ldm.training.adversarial import AdversarialObjective, Adversary
 from ldm.training.fit import Fitted
 from ldm.training.vae import VaeObjective, evaluate_elbo, fit_scale, summary
 
-PRETRAINED, OUT, CURVE = "models/pretrained", "models/autoencoder", "reports/curves/train_vae.csv"
+OUT, CURVE = "models/autoencoder", "reports/curves/train_vae.csv"
 
 
 def build(settings: Settings) -> tuple[Autoencoder, Likelihood]:
@@ -50,28 +51,44 @@ def build(settings: Settings) -> tuple[Autoencoder, Likelihood]:
 
 
 def start(root: Path, settings: Settings) -> tuple[Autoencoder, Likelihood]:
-    """As `build`, with the weights of the pretrained autoencoder where there is one."""
+    """As `build`, or the pretrained autoencoder where there is one, with its likelihood if that is the one to be trained."""
     autoencoder, likelihood = build(settings)
-    folder = root / PRETRAINED
-    if settings.autoencoder.pretrained is None:
+    folder, name = root / PRETRAINED, settings.autoencoder.pretrained
+    if name is None:
         return autoencoder, likelihood
-    if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder}: holds no autoencoder; run the stage pretrained first")
+    if not (folder / NOTE).is_file() or (folder / NOTE).read_text().strip() != name:
+        raise InputError(f"{folder}: is not {name} of autoencoder.pretrained; run the stage pretrained first")
     pretrained = load_autoencoder(folder)
-    check_same(autoencoder, pretrained, settings.autoencoder.pretrained)
+    check_same(autoencoder, pretrained, name)
     if (folder / LIKELIHOOD).is_file():
         found = load_likelihood(folder)
-        if (found.kind, found.scale) == (likelihood.kind, likelihood.scale):
+        if not settings.train_vae.images or (found.kind, found.scale) == (likelihood.kind, likelihood.scale):
             likelihood = found
     return pretrained, likelihood
 
 
-def check_same(described: Autoencoder, found: Autoencoder, name: str | None) -> None:
+def check_same(described: Autoencoder, found: Autoencoder, name: str) -> None:
     """Raise an `InputError` where the settings do not describe the autoencoder that was found."""
-    ours, theirs = ({"regulariser": net.CLASS, **net.config} for net in (described, found))
-    differ = [f"{key} is {theirs.get(key)}, here {ours.get(key)}" for key in theirs | ours if theirs.get(key) != ours.get(key)]
-    if differ:
-        raise InputError(f"autoencoder.pretrained {name}: its {'; its '.join(differ)}; set params.yaml to what it has")
+    here, there = in_settings(described), in_settings(found)
+    if differ := [f"{key} is {here.get(key)}, but it has {there[key]}" for key in there if there[key] != here.get(key)]:
+        raise InputError(f"autoencoder.pretrained {name} is not what params.yaml describes: {'; '.join(differ)}")
+
+
+def in_settings(autoencoder: Autoencoder) -> dict[str, Any]:
+    """An autoencoder in the words of the settings, as far as they speak of it."""
+    config = autoencoder.config
+    same = ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")
+    described = {f"autoencoder.{key}": config[key] for key in same}
+    described |= {
+        "autoencoder.regulariser": "vq" if isinstance(autoencoder, VQModel) else "kl",
+        "autoencoder.latent_channels": autoencoder.latent_channels,
+        "autoencoder.attention": [level for level, attends in enumerate(config["attention"]) if attends],
+        "data.channels": config["in_channels"],
+        "out_channels (by data.channels and train_vae.scale)": config["out_channels"],
+    }
+    if isinstance(autoencoder, VQModel):
+        described["autoencoder.num_vq_embeddings"] = config["num_vq_embeddings"]
+    return described
 
 
 def objective(root: Path, settings: Settings, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches) -> VaeObjective:
@@ -93,10 +110,13 @@ def objective(root: Path, settings: Settings, autoencoder: Autoencoder, likeliho
 
 
 def measured(
-    autoencoder: Autoencoder, likelihood: Likelihood, val: ShardReader, seed: int
+    autoencoder: Autoencoder, likelihood: Likelihood, val: ShardReader, seed: int, trained: bool = True
 ) -> tuple[Likelihood, dict[str, float]]:
-    """A likelihood of 8-bit pixels, fitted to the validation images where there was none, and the bound on them."""
-    if not likelihood.discrete:
+    """A likelihood of 8-bit pixels, fitted to the validation images where there was none, and the bound on them.
+
+    `trained`: whether the likelihood was, with this autoencoder or an earlier run's.
+    """
+    if not likelihood.discrete or (likelihood.scale == "learned" and not trained):
         likelihood = fit_scale(autoencoder, val, seed)
     return likelihood, summary(evaluate_elbo(autoencoder, likelihood, val, seed))
 
@@ -126,7 +146,8 @@ def run(root: Path) -> None:
             loss.module.load_state_dict(fitted.ema)
         if not work.first:
             return
-        likelihood, held_out = measured(autoencoder, likelihood, val, settings.seed)
+        trained = bool(options.images) or (root / PRETRAINED / LIKELIHOOD).is_file()
+        likelihood, held_out = measured(autoencoder, likelihood, val, settings.seed, trained)
         work.tracker.log({f"val_{name}": value for name, value in held_out.items()}, options.images)
         shutil.rmtree(root / OUT, ignore_errors=True)
         autoencoder.save_pretrained(root / OUT)
