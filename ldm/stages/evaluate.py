@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from ldm.bayes.diagnostics import COLLAPSED, diagnose
+from ldm.bayes.elbo import Elbo
 from ldm.bayes.likelihoods import LIKELIHOODS, load_likelihood
 from ldm.config import Settings, load_settings
 from ldm.data.batches import order
@@ -88,11 +89,12 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
         "test_images": len(test),
         **{name: value for name, value in summary(own).items() if name.endswith("per_dim")},
     }
+    figures = [rate_and_distortion(root, settings, own)]
     if isinstance(model.autoencoder, VQModel):
         terms = {"reconstruction": own.reconstruction, "rate": own.kl}
         frame = pd.DataFrame({"key": test.captions.key, **{name: value.double().cpu() for name, value in terms.items()}})
         frame.assign(dims=own.dims).to_csv(root / "reports/bounds.csv", index=False)
-        return metrics, []
+        return metrics, figures
     samples = settings.evaluate.importance_samples
     tighter = evaluate_importance(model.autoencoder, model.likelihood, test, settings.seed, samples)
     progress = Progress("evaluate: bound", len(test))
@@ -106,29 +108,34 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
         "bits_per_dim": float(frame.nats.mean()) * to_bits,
         "bits_per_dim_se": -float(frame.nats.std()) / math.sqrt(len(frame)) * to_bits,
         **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
-    }, []
+    }, figures
+
+
+def rate_and_distortion(root: Path, settings: Settings, own: Elbo) -> Figure:
+    """What latents and pixels cost on the test images, beside the training images quarter by quarter of the training."""
+    points = {"test images": (float(own.kl.mean()), -float(own.reconstruction.mean()))}  # nats
+    curve, terms = pd.read_csv(root / "reports/curves/train_vae.csv"), ["kl_nats", "distortion_nats"]
+    code_lengths = LIKELIHOODS[settings.train_vae.likelihood].discrete  # those of a density are none
+    if set(terms) <= set(curve.columns) and code_lengths:
+        quarters = np.array_split(curve[terms].to_numpy(), min(4, len(curve)))
+        points |= {f"training, quarter {i}": tuple(np.median(rows, axis=0)) for i, rows in enumerate(quarters, start=1)}
+    path = root / "reports/plots/rate_distortion.png"
+    frame = pd.DataFrame(list(points.values()), columns=["rate", "distortion"]) / (own.dims * math.log(2))
+    rate_distortion(frame.assign(series=list(points)), path, title="Rate and distortion", rate="rate", distortion="distortion")
+    about = "What the autoencoder's latents and pixels cost, in training the median; on a grey line their sum is the same."
+    return Figure("Rate and distortion", about, path)
 
 
 def posteriors(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
-    """What the latents carry, channel by channel, and how rate and distortion moved in training."""
-    figures = []
-    curve = pd.read_csv(root / "reports/curves/train_vae.csv")
-    if {"kl_nats", "distortion_nats"} <= set(curve.columns) and LIKELIHOODS[settings.train_vae.likelihood].discrete:
-        to_bits = 1 / (test.preprocessing.channels * test.preprocessing.image_size**2 * math.log(2))
-        path = root / "reports/plots/rate_distortion.png"
-        points = pd.DataFrame({"rate": curve["kl_nats"] * to_bits, "distortion": curve["distortion_nats"] * to_bits})
-        title = "Rate and distortion in training"
-        rate_distortion(points.assign(series="training"), path, title=title, rate="rate", distortion="distortion")
-        about = "What latents and pixels cost as training went on; on a grey line their sum, the bound, is the same."
-        figures.append(Figure("Rate and distortion", about, path))
+    """What the latents carry, channel by channel; of a VQ model, whose latents are codes, nothing."""
     if isinstance(model.autoencoder, VQModel):
-        return {}, figures
+        return {}, []
     encoded = [model.encode(torch.from_numpy(test.images(part))) for part in _batches(min(len(test), POSTERIORS))]
     found = diagnose(torch.cat([p.mean.cpu() for p in encoded]), torch.cat([p.logvar.cpu() for p in encoded]))
     path = root / "reports/plots/latent_channels.png"
     channel_bars(found.kl.tolist(), path, title="KL of each latent channel", low=COLLAPSED * found.positions)
     about = "Nats that each latent channel of a held-out image carries; a channel near 0 is not used."
-    return {**found.metrics()}, [*figures, Figure("Latent channels", about, path)]
+    return {**found.metrics()}, [Figure("Latent channels", about, path)]
 
 
 def _batches(count: int, size: int = 256) -> list[range]:
