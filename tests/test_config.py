@@ -92,12 +92,52 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"unet.norm_num_groups": 7}, ["unet.block_out_channels has 64", "norm_num_groups 7"]),
         ({"autoencoder.norm_num_groups": 5}, ["autoencoder.block_out_channels has 32", "norm_num_groups 5"]),
         ({"unet.num_heads": 5}, ["unet.block_out_channels has 64", "num_heads 5"]),
+        # the autoencoder: which, and where from
+        ({"autoencoder.regulariser": "gan"}, ["autoencoder.regulariser", "found 'gan'", "'kl' or 'vq'"]),
+        ({"autoencoder.attention": [0, 3]}, ["attention names level 3", "levels 0 to 2"]),
+        ({"autoencoder.attention": [-1]}, ["autoencoder.attention.0", "found -1"]),
+        ({"autoencoder.num_vq_embeddings": 0}, ["autoencoder.num_vq_embeddings", "found 0"]),
+        ({"autoencoder.pretrained": ""}, ["autoencoder.pretrained", "found ''"]),
+        ({"autoencoder.pretrained": "no/such"}, ["autoencoder.pretrained", "'no/such'", "neither a folder", "ID@COMMIT"]),
+        ({"autoencoder.pretrained": "me/vae@main"}, ["autoencoder.pretrained", "'me/vae@main'", "40 hex digits"]),
+        ({"autoencoder.pretrained": f"me/vae@{'a' * 39}"}, ["autoencoder.pretrained", "40 hex digits"]),
+        ({"autoencoder.pretrained": "models:/x@champion"}, ["pretrained models:/x@champion", "write models:/NAME/VERSION"]),
+        ({"autoencoder.pretrained": "models:/x/latest"}, ["pretrained models:/x/latest", "write models:/NAME/VERSION"]),
+        ({"train_vae.images": 0}, ["train_vae.images is 0", "autoencoder.pretrained"]),
+        ({"train_unet.images": 0}, ["train_unet.images is 0"]),
+        # how it is trained
+        ({"train_vae.likelihood": "discretised_logistic"}, ["train_vae.likelihood", "'discretized_logistic'"]),
+        ({"train_vae.scale": "per-pixel"}, ["train_vae.scale", "found 'per-pixel'", "'per_pixel'"]),
+        ({"train_vae.likelihood": "gaussian", "train_vae.scale": "per_pixel"}, ["scale per_pixel", "found gaussian"]),
+        ({"train_vae.log_scale": float("nan")}, ["train_vae.log_scale", "found nan"]),
+        ({"train_vae.beta": -1}, ["train_vae.beta", "found -1"]),
+        ({"train_vae.free_bits": float("inf")}, ["train_vae.free_bits", "found inf"]),
+        ({"train_vae.objective": "ldm"}, ["objective ldm", "likelihood: laplace", "scale: learned"]),
+        ({"train_vae.ldm.discriminator_weigth": 1}, ["did you mean train_vae.ldm.discriminator_weight?"]),
+        ({"train_vae.ldm.perceptual_sha256": "0" * 64}, ["train_vae.ldm", "perceptual_sha256", "null for `random`"]),
+        ({"train_vae.ldm.perceptual": "vgg"}, ["train_vae.ldm", "perceptual_sha256 is the sha256"]),
+        ({"train_vae.ldm.perceptual": "vgg", "train_vae.ldm.perceptual_sha256": "0" * 64},
+         ["train_vae.ldm.perceptual", "found 'vgg'", "neither random nor a file"]),
+        ({"precision": "fp16"}, ["precision", "found 'fp16'", "'bf16'"]),
+        ({"evaluate.importance_samples": 0}, ["evaluate.importance_samples", "found 0"]),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(edits: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
     message = complaint(write(tmp_path, edits))
     for words in expected:
         assert words in message
+
+
+@pytest.mark.parametrize("name", ["vae", "models:/my-ldm.2/13", f"me/vae@{'0f' * 20}", f"me/system@{'0f' * 20}/vae"])
+def test_a_pretrained_autoencoder_is_a_folder_a_version_or_a_commit(name: str, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    settings = load_settings(write(tmp_path, {"autoencoder.pretrained": name, "train_vae.images": 0}))
+    assert settings.autoencoder.pretrained == name
+
+
+def test_the_ldm_objective_and_per_pixel_scales_have_their_likelihoods(tmp_path: Path) -> None:
+    load_settings(write(tmp_path, {"train_vae.objective": "ldm", "train_vae.likelihood": "laplace"}))
+    load_settings(write(tmp_path, {"train_vae.likelihood": "discretized_gaussian", "train_vae.scale": "per_pixel"}))
 
 
 def test_every_problem_is_said_at_once(tmp_path: Path) -> None:

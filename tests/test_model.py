@@ -1,4 +1,4 @@
-"""The whole system as one object, tiny and untrained."""
+"""The whole system as one object, tiny and untrained, by itself and through the command line."""
 
 import json
 import math
@@ -6,18 +6,23 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
+from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from typer.testing import CliRunner
 
 import ldm.model
 from ldm import LatentDiffusion
-from ldm.bayes.likelihoods import DiscretizedLogistic
+from ldm.bayes.likelihoods import Bernoulli, DiscretizedGaussian, DiscretizedLogistic, Likelihood
+from ldm.cli import app
 from ldm.errors import InputError
 from ldm.model import Recipe, slerp
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, VQModel
 from ldm.nets.text import TextEncoder
 from ldm.nets.unet import UNet
 from ldm.randomness import generator
@@ -84,6 +89,26 @@ def model(text_encoder) -> LatentDiffusion:
 
 def changed(model: LatentDiffusion, **recipe) -> LatentDiffusion:
     return LatentDiffusion(model.autoencoder, model.likelihood, model.unet, replace(model.recipe, **recipe))
+
+
+def with_autoencoder(model: LatentDiffusion, autoencoder: Autoencoder, likelihood: Likelihood | None = None) -> LatentDiffusion:
+    return LatentDiffusion(autoencoder, likelihood or model.likelihood, model.unet, model.recipe)
+
+
+def vq_model(model: LatentDiffusion) -> LatentDiffusion:
+    torch.manual_seed(2)
+    autoencoder = VQModel(1, 1, 2, [8, 16], norm_num_groups=4, num_vq_embeddings=12)
+    torch.nn.init.normal_(autoencoder.quantize.embedding.weight)
+    return with_autoencoder(model, autoencoder)
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[Tensor]:
+    """Whatever latents an autoencoder decodes."""
+    seen: list[Tensor] = []
+    for kind in (AutoencoderKL, VQModel):
+        monkeypatch.setattr(kind, "decode", lambda self, z, decode=kind.decode: seen.append(z) or decode(self, z))
+    return seen
 
 
 def images(count: int) -> Tensor:
@@ -249,6 +274,123 @@ def test_decode_of_encode(model):
     assert_same_images(model.decode(posterior.mean), ((expected + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
 
 
+@torch.inference_mode()
+def test_decode_gives_the_mean_of_the_likelihood(model):
+    z = model.encode(images(3)).mean
+    output = model.autoencoder.decode(z).double().numpy()
+    grey = np.round((np.tanh(output / 2) + 1) * 127.5)
+    assert_same_images(with_autoencoder(model, model.autoencoder, Bernoulli()).decode(z), torch.tensor(grey))
+    torch.manual_seed(0)
+    twice = AutoencoderKL(1, 2, 2, [8, 16], norm_num_groups=4)  # means, and log-scales that do not show
+    means = twice.decode(z)[:, :1].double().numpy()
+    expected = np.clip(np.round((means + 1) * 127.5), 0, 255)
+    assert_same_images(with_autoencoder(model, twice, DiscretizedGaussian(-1.0, "per_pixel")).decode(z), torch.tensor(expected))
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("tile", "size"), [(32, (32, 32)), (48, (20, 38)), (16, (16, 10))])
+def test_an_image_within_a_tile_is_worked_on_as_without(tile, size, model):
+    pixels = noise(2, 1, *size)
+    tiled, whole = model.encode(pixels, tile), model.encode(pixels)
+    torch.testing.assert_close((tiled.mean, tiled.logvar), (whole.mean, whole.logvar), rtol=1e-4, atol=1e-4)
+    assert_same_images(model.decode(whole.mean, tile), model.decode(whole.mean))
+
+
+def test_a_large_image_is_worked_on_by_tiles(model, decoded, monkeypatch):
+    """Of noise, tiles are alike, and normalising each by itself changes little."""
+    pixels, encoded, encode = noise(1, 1, 90, 130), [], AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x: encoded.append(x.shape) or encode(self, x))
+    posterior = model.encode(pixels, 32)
+    back = model.decode(posterior.mean, 32)
+    assert posterior.mean.shape == (1, 2, 45, 65) and back.shape == pixels.shape and back.dtype == torch.uint8
+    assert len(encoded) == len(decoded) == 4 * 6  # tiles of 32 that share 8 or more
+    assert max(max(shape[2:]) for shape in encoded) == 32 and max(max(z.shape[2:]) for z in decoded) == 16
+    whole = model.encode(pixels)
+    assert 0 < (posterior.mean - whole.mean).std() < 0.3 * whole.mean.std()
+    assert 0 < (posterior.logvar - whole.logvar).std() < 0.3 * whole.logvar.std()
+    difference = (model.decode(whole.mean, 32).int() - model.decode(whole.mean).int()).float()
+    assert 0 < difference.std() < 0.3 * model.decode(whole.mean).float().std()
+
+
+def test_tiles_hold_whole_latents(model):
+    with pytest.raises(InputError, match="tile = 15, overlap = 2: expected multiples of 2"):
+        model.encode(noise(1, 1, 32, 32), tile=15)
+
+
+# The autoencoder alone: ancestral samples and traversals
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_an_ancestral_sample_is_its_seeds_and_numbers(kind, model):
+    system = model if kind == "kl" else vq_model(model)
+    five, two, other = system.sample_prior(5, seed=3), system.sample_prior(2, seed=3), system.sample_prior(5, seed=4)
+    assert five.shape == (5, 1, 16, 16) and five.dtype == torch.uint8
+    assert torch.equal(five[:2], two)
+    assert len({image.numpy().tobytes() for image in (*five, *other)}) == 10
+
+
+def test_ancestral_samples_have_the_spread_of_prior_and_likelihood(model, monkeypatch):
+    """Of x = z/4 + noise: z is the standard normal that (seed, number) names, the noise that of the likelihood."""
+    autoencoder = AutoencoderKL(1, 1, 1, [4], norm_num_groups=4)
+    monkeypatch.setattr(autoencoder, "decode", lambda z: z / 4)
+    scale = math.exp(-3.5)
+    system = with_autoencoder(model, autoencoder, DiscretizedLogistic(-3.5))
+    x = system.sample_prior(64, seed=5).double() / 127.5 - 1
+    z = torch.stack([torch.randn(1, 16, 16, generator=generator(5, "prior", i)) for i in range(64)]).double()
+    rest = (x - z / 4)[z.abs() < 3]  # beyond, 8-bit values end
+    assert abs(rest.mean()) < 4 * rest.std() / math.sqrt(len(rest))
+    assert float(rest.var()) == pytest.approx(math.pi**2 / 3 * scale**2 + (2 / 255) ** 2 / 12, rel=0.05)
+    assert abs(torch.corrcoef(torch.stack([rest, z[z.abs() < 3]]))[0, 1]) < 4 / math.sqrt(len(rest))
+    assert float(z.var()) == pytest.approx(1, rel=0.05)
+    # a quarter of a logistic's draws lies beyond 1.0986 scales to either side, and 1.8 % beyond 4
+    for threshold, share in ((math.log(3), 0.5), (4.0, 2 / (1 + math.exp(4)))):
+        beyond = (rest.abs() > threshold * scale).double().mean()
+        assert float(beyond) == pytest.approx(share, abs=0.025)
+
+
+def test_a_vq_models_prior_is_uniform_over_its_codes(model, decoded):
+    system = vq_model(model)
+    system.sample_prior(40, seed=1)
+    z = torch.cat(decoded).movedim(1, -1).flatten(0, -2)  # (40 · 8 · 8, 2)
+    codes = system.autoencoder.quantize.embedding.weight
+    matches = (z[:, None] == codes).all(-1)
+    assert len(z) == 40 * 64 and matches.sum(1).eq(1).all()
+    assert stats.chisquare(matches.sum(0).numpy()).pvalue > 0.001
+
+
+def test_a_traversal_shifts_one_channel_after_the_other(model, decoded):
+    image = images(1)[0]
+    walked = model.traverse(image, 5, reach=2)
+    mean = model.encode(image[None]).mean
+    shifts = torch.cat(decoded) - mean
+    expected = torch.zeros(10, 2, 8, 8)
+    for channel, std in enumerate(model.recipe.latent_std):
+        for i, steps in enumerate((-2, -1, 0, 1, 2)):
+            expected[5 * channel + i, channel] = steps * std
+    torch.testing.assert_close(shifts, expected, rtol=0, atol=1e-5)
+    assert walked.shape == (10, 1, 16, 16)
+    for middle in (2, 7):
+        assert_same_images(walked[middle : middle + 1], model.decode(mean))
+    assert not torch.equal(walked[0], walked[2]) and not torch.equal(walked[0], walked[5])
+    still = model.traverse(image, 2, reach=0)
+    assert_same_images(still, model.decode(mean).expand(4, -1, -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_a_linear_walk_between_images_is_a_line_between_their_latents(kind, model, decoded):
+    system = model if kind == "kl" else vq_model(model)
+    a, b = images(2)
+    walk = system.interpolate(a, b, 5, linear=True)
+    ends = system.encode(images(2)).mean
+    expected = torch.stack([torch.lerp(ends[0], ends[1], weight) for weight in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    torch.testing.assert_close(torch.cat(decoded), expected, rtol=1e-4, atol=1e-5)
+    assert walk.shape == (5, 1, 16, 16)
+    assert not torch.equal(walk[2], system.interpolate(a, b, 5)[2]) or kind == "vq"
+
+
 @pytest.mark.parametrize(("a", "b"), [(0, 1), (1, 2), (2, 0)])  # prompts of unequal lengths
 def test_a_walk_between_prompts_starts_and_ends_at_their_samples(a, b, model):
     walk = model.interpolate(PROMPTS[a], PROMPTS[b], 5, seed=6, **FEW)
@@ -291,6 +433,13 @@ def test_slerp_of_parallel_latents_stays_between_them(factor):
 
 
 # The bound
+
+
+def test_a_vq_model_has_no_bound_and_samples_all_the_same(model):
+    system = vq_model(model)
+    with pytest.raises(InputError, match="undefined for a VQ autoencoder"):
+        system.bound(images(1), PROMPTS[:1], levels=2)
+    assert system.sample(PROMPTS[:2], **FEW).shape == (2, 1, 16, 16)
 
 
 def test_bound_is_per_key_and_independent_of_the_batch(model):
@@ -387,3 +536,109 @@ def test_more_levels_mean_the_same_bound_with_less_spread(model):
     few, many = prior(2), prior(32)
     assert abs(few.mean() - many.mean()) < 4 * few.std() / 8
     assert many.std() < few.std() / 2
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory) -> Path:
+    """A folder of the model and of images larger than it works on."""
+    folder = tmp_path_factory.mktemp("command line")
+    model.save(folder / "model")
+    for name, (height, width) in {"a": (20, 30), "b": (41, 22), "c": (16, 16)}.items():
+        Image.fromarray(noise(height, width).numpy()).save(folder / f"{name}.png")
+    (folder / "text.png").write_text("no image")
+    return folder
+
+
+def call(saved: Path, out: Path, *arguments: str) -> str:
+    """The command's line on stdout; names of files are those in `saved`."""
+    given = [str(saved / argument) if argument.endswith(".png") else argument for argument in arguments]
+    result = CliRunner().invoke(app, [*given, "--model", str(saved / "model"), "--out", str(out)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_prior_samples_are_written_as_a_sheet_a_file_or_a_folder(saved, model, tmp_path):
+    command = ("autoencoder", "sample", "--seed", "4")
+    assert call(saved, tmp_path / "many", *command, "-n", "3") == f"3 images written to {tmp_path / 'many'}\n"
+    drawn = np.stack([read(path) for path in sorted((tmp_path / "many").iterdir())])
+    assert_same_images(torch.tensor(drawn)[:, None], model.sample_prior(3, seed=4))
+    assert "1 image written" in call(saved, tmp_path / "one.png", *command, "-n", "1")
+    assert np.array_equal(read(tmp_path / "one.png"), drawn[0])
+    call(saved, tmp_path / "sheet.png", *command)
+    assert read(tmp_path / "sheet.png").shape == (166, 586, 3)  # two rows of eight
+
+
+def test_reconstructions_stand_beside_their_originals(saved, model, tmp_path):
+    call(saved, tmp_path / "back", "autoencoder", "reconstruct", "a.png", "c.png")
+    back = [read(path) for path in sorted((tmp_path / "back").iterdir())]
+    square = torch.tensor(read(saved / "c.png"))[None, None]  # as large as the model's images, so as it is
+    assert_same_images(torch.tensor(back[1])[None, None], model.decode(model.encode(square).mean))
+    call(saved, tmp_path / "sheet.png", "autoencoder", "reconstruct", "a.png", "c.png")
+    sheet = read(tmp_path / "sheet.png")[..., 0]
+    shown = np.kron(square[0, 0].numpy(), np.ones((4, 4), np.uint8))  # enlarged four times
+    windows = np.lib.stride_tricks.sliding_window_view(sheet, (2, 64))
+    top, left = np.argwhere((windows == shown[:2]).all((2, 3)))[0]  # where it is drawn, among labels and frames
+    assert np.array_equal(sheet[top : top + 64, left : left + 64], shown)
+    right = sheet[top : top + 64, left + 64 :]
+    again = np.kron(back[1], np.ones((4, 4), np.uint8))
+    assert any(np.array_equal(right[:, x : x + 64], again) for x in range(right.shape[1] - 63))
+
+
+def test_tiles_keep_the_size_of_an_image(saved, model, tmp_path):
+    call(saved, tmp_path / "back", "autoencoder", "reconstruct", "a.png", "b.png", "--tile", "16")
+    shapes = [read(path).shape for path in sorted((tmp_path / "back").iterdir())]
+    assert shapes == [(20, 30), (40, 22)]  # down to the autoencoder's factor
+    whole = torch.tensor(read(saved / "a.png"))[None, None]
+    expected = model.decode(model.encode(whole, 16).mean, 16)
+    assert_same_images(torch.tensor(read(tmp_path / "back/0000.png"))[None, None], expected)
+    call(saved, tmp_path / "one.png", "autoencoder", "reconstruct", "b.png", "--tile", "64")
+    assert read(tmp_path / "one.png").shape == (40, 22)
+
+
+def test_traversals_have_a_row_for_each_channel(saved, model, tmp_path):
+    call(saved, tmp_path / "walk", "autoencoder", "traverse", "c.png", "-n", "5", "--reach", "1")
+    walked = np.stack([read(path) for path in sorted((tmp_path / "walk").iterdir())])
+    expected = model.traverse(torch.tensor(read(saved / "c.png"))[None], 5, reach=1)
+    assert_same_images(torch.tensor(walked)[:, None], expected)
+    call(saved, tmp_path / "sheet.png", "autoencoder", "traverse", "c.png")
+    height, width, _ = read(tmp_path / "sheet.png").shape
+    assert 2 * 70 < height < 3 * 70 and 7 * 70 < width < 9 * 70  # two channels, seven steps, labels
+
+
+def test_a_linear_walk_differs_from_a_great_circle_between_its_ends(saved, model, tmp_path):
+    for name, more in (("circle", ()), ("line", ("--linear",))):
+        call(saved, tmp_path / name, "interpolate", "a.png", "c.png", "-n", "3", *more)
+    circle, line = ([read(path) for path in sorted((tmp_path / name).iterdir())] for name in ("circle", "line"))
+    assert_same_images(*(torch.tensor(np.stack([walk[0], walk[2]])) for walk in (circle, line)))
+    assert not np.array_equal(circle[1], line[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("autoencoder", "sample", "--out", "no/such/x.png"), "--out no/such/x.png: the folder no/such does not exist"),
+        (("autoencoder", "sample", "--out", "x.jpg"), "--out x.jpg: write a .png, or a folder"),
+        (("autoencoder", "reconstruct", "gone.png", "--out", "x.png"), "gone.png: no such file"),
+        (("autoencoder", "reconstruct", "text.png", "--out", "x.png"), "text.png: not a readable image"),
+        (("autoencoder", "reconstruct", "a.png", "b.png", "--tile", "16", "--out", "x.png"), "different sizes make no sheet"),
+        (("autoencoder", "reconstruct", "a.png", "--tile", "15", "--out", "x.png"), "tile = 15, overlap = 2: expected multiples"),
+        (("autoencoder", "reconstruct", "a.png", "--tile", "1", "--out", "x.png"), "tile = 1, overlap = 0: expected multiples"),
+        (("autoencoder", "traverse", "gone.png", "--out", "x.png"), "gone.png: no such file"),
+        (("interpolate", "a.png", "nine", "--linear", "--out", "x.png"), "give two images or two prompts"),
+    ],
+)  # fmt: skip
+def test_what_the_commands_cannot_do_is_said_in_one_line(arguments, message, saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    before = sorted(path.name for path in saved.iterdir())
+    result = CliRunner().invoke(app, [*arguments, "--model", "model"])
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+    assert sorted(path.name for path in saved.iterdir()) == before
