@@ -72,15 +72,15 @@ class Likelihood(nn.Module):
     def mean(self, output: Tensor) -> Tensor:
         """The image that the decoder means, (B, C, H, W) in [-1, 1] coding.
 
-        E[x | z]; for a discretised kind that of the distribution before it was discretised, which differs from the mean of
-        the 256 values only where the range ends within its tails (there all that lies beyond counts as the last value).
+        E[x | z]; for a discretised kind that of the distribution before it was discretised: the mean of the 256 values is within
+        half a BIN of it, except where the range ends within the tails and all that lies beyond counts as the last value.
         """
         return self._location_scale(output)[0]
 
     @torch.no_grad()
     def sample(self, output: Tensor, rng: torch.Generator) -> Tensor:
         """x ~ p(x | z), (B, C, H, W); discrete kinds give 8-bit values in [-1, 1] coding."""
-        location, log_scale = self._location_scale(output)
+        location, log_scale = self._location_scale(output.to(torch.promote_types(output.dtype, torch.float32)))
         x = location + log_scale.exp() * self._noise(location.shape, rng).to(location)
         return to_float(to_uint8(x)).to(x) if self.discrete else x
 

@@ -212,6 +212,7 @@ def test_bfloat16_outputs_of_a_decoder_are_judged_in_the_images_precision():
     for kind in (*CONTINUOUS, *DISCRETE):
         likelihood = make_likelihood(kind, "per_pixel")
         assert torch.equal(likelihood.log_prob(x, output), likelihood.log_prob(x, output.float()))
+        assert torch.equal(likelihood.sample(output, rng()), likelihood.sample(output.float(), rng()))
 
 
 def test_pixels_round_trip():
