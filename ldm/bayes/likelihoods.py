@@ -5,6 +5,7 @@ or, "per_pixel", the second half of the decoder's channels. Continuous kinds giv
 [-1, 1]; discrete ones give probabilities of 8-bit values, so that -log2 p(x | z) / dims is a code length in bits/dim.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -71,15 +72,15 @@ class Likelihood(nn.Module):
     def mean(self, output: Tensor) -> Tensor:
         """The image that the decoder means, (B, C, H, W) in [-1, 1] coding.
 
-        E[x | z]; for a discretised kind that of the distribution before it was discretised, which differs from the mean of
-        the 256 values only where the range ends within its tails (there all that lies beyond counts as the last value).
+        E[x | z]; for a discretised kind that of the distribution before it was discretised: the mean of the 256 values is within
+        half a BIN of it, except where the range ends within the tails and all that lies beyond counts as the last value.
         """
         return self._location_scale(output)[0]
 
     @torch.no_grad()
     def sample(self, output: Tensor, rng: torch.Generator) -> Tensor:
         """x ~ p(x | z), (B, C, H, W); discrete kinds give 8-bit values in [-1, 1] coding."""
-        location, log_scale = self._location_scale(output)
+        location, log_scale = self._location_scale(output.to(torch.promote_types(output.dtype, torch.float32)))
         x = location + log_scale.exp() * self._noise(location.shape, rng).to(location)
         return to_float(to_uint8(x)).to(x) if self.discrete else x
 
@@ -102,7 +103,8 @@ class Likelihood(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write kind and scale beside the autoencoder's weights."""
-        save_file(self.state_dict(), folder / FILE, metadata={"kind": self.kind, "scale": self.scale})
+        settings = json.dumps({"kind": self.kind, "scale": self.scale})  # one entry: safetensors writes several in any order
+        save_file(self.state_dict(), folder / FILE, metadata={"likelihood": settings})
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:
@@ -239,14 +241,14 @@ def load_likelihood(folder: Path) -> Likelihood:
         raise InputError(f"{path} is missing: expected an autoencoder that train_vae wrote, likelihood and all")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            settings = json.loads((file.metadata() or {}).get("likelihood", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): run train_vae again") from None
     if list(state) != ["log_scale"]:
         raise InputError(f"{path} holds {', '.join(sorted(state)) or 'nothing'}: expected log_scale alone")
     try:
-        likelihood = make_likelihood(metadata.get("kind", DiscretizedLogistic.kind), metadata.get("scale", "learned"))
+        likelihood = make_likelihood(settings.get("kind", DiscretizedLogistic.kind), settings.get("scale", "learned"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     likelihood.load_state_dict(state)

@@ -123,8 +123,8 @@ def rate_distortion(
     axes = figure.add_subplot()
     for (label, curve), colour in zip(frame.groupby(series, sort=False), cycle(COLOURS), strict=False):
         curve = curve.sort_values(rate, kind="stable")
-        style = {"linestyle": "-" if len(curve) > 1 else "none", "marker": "o", "color": colour, "label": str(label)}
-        axes.plot(curve[rate], curve[distortion], linewidth=1.6, markersize=5, **style)
+        (line,) = axes.plot(curve[rate], curve[distortion], color=colour, marker="o", markersize=5, label=str(label))
+        line.set(linewidth=1.6, linestyle="-" if len(curve) > 1 else "none")
     axes.set_xlim(_room(frame[rate]))
     axes.set_ylim(_room(frame[distortion]))
     _iso_lines(axes)

@@ -53,6 +53,9 @@ class Perceptual(nn.Module):
     MEAN: ClassVar = (-0.030, -0.088, -0.188)
     STD: ClassVar = (0.458, 0.448, 0.450)
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, widths: Sequence[Sequence[int]] = RANDOM, seed: int = 0) -> None:
         super().__init__()
         layers: list[nn.Module] = []

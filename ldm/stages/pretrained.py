@@ -12,7 +12,7 @@ from ldm.files import replacing
 from ldm.stages.runtime import stage_main
 from ldm.tracking import stage_run, use_default_store
 
-OUT, NOTE = "models/pretrained", "source.txt"
+OUT = "models/pretrained"
 
 
 @contextlib.contextmanager
@@ -45,9 +45,10 @@ def _from_hub(name: str) -> Path:
 
 
 def run(root: Path) -> None:
-    name = load_settings(root).autoencoder.pretrained
+    settings = load_settings(root)
+    name = settings.autoencoder.pretrained
     with stage_run("pretrained", {"pretrained": name}), replacing(root / OUT) as partial:
-        (partial / NOTE).write_text(f"{name or 'none'}\n")
+        (partial / "source.txt").write_text(f"{name or 'none'}\n")
         if name:
             from ldm.bayes.likelihoods import FILE
             from ldm.nets.autoencoder import load_autoencoder

@@ -19,15 +19,13 @@ from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
 from ldm.randomness import seed_for
 from ldm.stages.inputs import index_hash, stage_shards
-from ldm.stages.pretrained import NOTE
-from ldm.stages.pretrained import OUT as PRETRAINED
 from ldm.stages.runtime import set_up, stage_main
 from ldm.stages.training import training, write_curve
 from ldm.training.adversarial import AdversarialObjective, Adversary
 from ldm.training.fit import Fitted
 from ldm.training.vae import VaeObjective, evaluate_elbo, fit_scale, summary
 
-OUT, CURVE = "models/autoencoder", "reports/curves/train_vae.csv"
+PRETRAINED, OUT, CURVE = "models/pretrained", "models/autoencoder", "reports/curves/train_vae.csv"
 
 
 def build(settings: Settings) -> tuple[Autoencoder, Likelihood]:
@@ -56,8 +54,9 @@ def start(root: Path, settings: Settings) -> tuple[Autoencoder, Likelihood]:
     folder, name = root / PRETRAINED, settings.autoencoder.pretrained
     if name is None:
         return autoencoder, likelihood
-    if not (folder / NOTE).is_file() or (folder / NOTE).read_text().strip() != name:
-        raise InputError(f"{folder}: is not {name} of autoencoder.pretrained; run the stage pretrained first")
+    source = folder / "source.txt"
+    if not source.is_file() or source.read_text() != f"{name}\n":
+        raise InputError(f"{folder}: is not autoencoder.pretrained {name}; run the stage pretrained first")
     pretrained = load_autoencoder(folder)
     check_same(autoencoder, pretrained, name)
     if (folder / LIKELIHOOD).is_file():

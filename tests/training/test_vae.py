@@ -129,6 +129,23 @@ def test_a_vq_model_pays_for_pixels_and_for_the_distance_to_its_codes():
         assert found[f"autoencoder.{name}"].abs().max() > 0
 
 
+def test_bfloat16_reaches_neither_pixels_nor_posterior():
+    """Only the inside of the networks: eight bits would be half a pixel value, and the bound would be off by as much."""
+    objective, exact = elbo_objective(), elbo_objective()
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = objective.autoencoder.encode(to_float(PIXELS))
+        inside = objective.autoencoder.decoder.mid_block(torch.randn(1, 16, 8, 8))[0]
+        loss = loss_of(objective)
+    assert inside.dtype == torch.bfloat16
+    assert {posterior.mean.dtype, posterior.logvar.dtype, loss.dtype} == {torch.float32}
+    assert loss.item() != loss_of(exact).item()
+    assert loss.item() == pytest.approx(loss_of(exact).item(), rel=1e-2)
+    found, expected = gradients(objective, loss), gradients(exact, loss_of(exact))
+    for name, gradient in expected.items():
+        cosine = F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)
+        assert found[name].dtype == torch.float32 and (cosine > 0.98 or gradient.norm() < 1e-4), (name, cosine)
+
+
 # the paper's objective
 
 
