@@ -1,4 +1,4 @@
-"""The command line: `ldm run`, `ldm sample`, `ldm interpolate`, `ldm data …`, `ldm registry …`. `--help` explains each."""
+"""The command line: `ldm run`, `sample`, `interpolate`, `autoencoder …`, `data …`, `registry …`. `--help` explains each."""
 
 import os
 import sys
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(data_app, name="data", help="Images and shards: check, stats, ingest, purge.")
+autoencoder_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(autoencoder_app, name="autoencoder", help="A model's autoencoder alone: sample, reconstruct, traverse.")
 registry_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(registry_app, name="registry", help="Registered models: list, show, register, promote, roll back.")
 
@@ -90,6 +92,7 @@ def interpolate(
     b: Annotated[str, typer.Argument(help="Another of the same kind.")],
     out: Annotated[Path, typer.Option(help="A `.png`: one strip; any other name: a folder of PNGs.")],
     n: Annotated[int, typer.Option("-n", min=2, help="Images, the two ends included.")] = 8,
+    linear: Annotated[bool, typer.Option("--linear", help="Join two images by a line, not by a great circle.")] = False,
     model: Model = None,
     seed: Seed = 0,
     steps: Steps = None,
@@ -114,8 +117,80 @@ def interpolate(
         raise InputError(f"{a!r} and {b!r}: one is a file and one is not; give two images or two prompts")
     loaded = _load(model)
     first, last = (_read_image(end, loaded) for end in (a, b)) if files[0] else (a, b)
-    images = loaded.interpolate(first, last, n, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    images = loaded.interpolate(first, last, n, linear=linear, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
     _write(images, out, None)
+
+
+@autoencoder_app.command("sample")
+def sample_autoencoder(
+    out: Annotated[Path, typer.Option(help="A `.png`: one image, or a sheet of several; any other name: a folder of PNGs.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 16,
+    model: Model = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw latents from the autoencoder's own prior and images from its likelihood, without the diffusion model.
+
+    How far these are from real images is what the diffusion model is there to learn.
+
+    Example: `ldm autoencoder sample -n 16 --out prior.png`
+    """
+    _check_out(out)
+    _write(_load(model).sample_prior(n, seed=seed), out, None)
+
+
+@autoencoder_app.command()
+def reconstruct(
+    images: Annotated[list[Path], typer.Argument(help="Files of images.")],
+    out: Annotated[Path, typer.Option(help="A `.png`: a sheet, originals above; any other name: a folder of PNGs.")],
+    model: Model = None,
+    tile: Annotated[
+        int | None, typer.Option(min=1, help="Keep the images' own size, and work on tiles of this many pixels a side.")
+    ] = None,
+) -> None:
+    """Encode images and give back what the decoder makes of their latents.
+
+    Images are prepared as for training. With `--tile` they keep their size (rounded down to the autoencoder's factor),
+    however large, and only what was given back is written.
+
+    Example: `ldm autoencoder reconstruct a.png b.png --out pairs.png`
+    """
+    import torch
+
+    _check_out(out)
+    for path in images:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+    loaded = _load(model)
+    if tile is None:
+        shown = torch.stack([_read_image(str(path), loaded) for path in images])
+        back = loaded.decode(loaded.encode(shown).mean)
+        both = torch.cat([shown, back]) if out.suffix == ".png" else back
+        _write(both, out, ["real", "given back"] if out.suffix == ".png" else None)
+        return
+    if len(images) > 1 and out.suffix == ".png":
+        raise InputError(f"--out {out}: images of different sizes make no sheet; give a folder (a name without a suffix)")
+    whole = [_read_image(str(path), loaded, whole=True) for path in images]
+    _write([loaded.decode(loaded.encode(image[None], tile).mean, tile)[0] for image in whole], out, None)
+
+
+@autoencoder_app.command()
+def traverse(
+    image: Annotated[Path, typer.Argument(help="File of an image.")],
+    out: Annotated[Path, typer.Option(help="A `.png`: a row for each latent channel; any other name: a folder of PNGs.")],
+    n: Annotated[int, typer.Option("-n", min=2, help="Images a channel.")] = 8,
+    reach: Annotated[float, typer.Option(min=0, help="Standard deviations to either side.")] = 3.0,
+    model: Model = None,
+) -> None:
+    """Shift one latent channel after the other, to see what each does to an image.
+
+    Example: `ldm autoencoder traverse a.png --out channels.png`
+    """
+    _check_out(out)
+    if not image.is_file():
+        raise InputError(f"{image}: no such file")
+    loaded = _load(model)
+    images = loaded.traverse(_read_image(str(image), loaded), n, reach=reach)
+    _write(images, out, [f"channel {i}" for i in range(len(images) // n)])
 
 
 @data_app.command()
@@ -308,17 +383,25 @@ def _load(model: str | None) -> "LatentDiffusion":
     return registry.load(model, device)
 
 
-def _read_image(path: str, model: "LatentDiffusion") -> "Tensor":
-    """An image file as the model was shown its training images, uint8 (C, H, W)."""
+def _read_image(path: str, model: "LatentDiffusion", whole: bool = False) -> "Tensor":
+    """An image file as the model was shown its training images, uint8 (C, H, W); or as large as it is, of whole latents."""
     import torch
 
     from ldm.data import images
 
     prepared = images.Preprocessing(**model.recipe.preprocessing)
     try:
-        pixels = images.to_array(prepared.read(Path(path).read_bytes()))
+        blob = Path(path).read_bytes()
+        image = images.decode(blob, channels=prepared.channels, background=prepared.background) if whole else prepared.read(blob)
+        pixels = images.to_array(image)
     except images.UnreadableImage as error:
         raise InputError(f"{path}: not a readable image ({error})") from None
+    if whole:
+        factor = model.autoencoder.factor
+        if min(pixels.shape[1:]) < factor:
+            raise InputError(f"{path}: its shorter side is less than the {factor} pixels of one latent")
+        height, width = (side // factor * factor for side in pixels.shape[1:])
+        return torch.tensor(pixels[:, :height, :width])
     start, end = prepared.margin // 2, prepared.margin // 2 + prepared.image_size
     return torch.tensor(pixels[:, start:end, start:end])
 
@@ -333,9 +416,10 @@ def _check_out(out: Path, option: str = "--out") -> None:
 
 
 def _write(images: Any, out: Path, row_labels: list[str] | None) -> None:
+    """Write uint8 images (C, H, W) each, all of one size where they make a sheet."""
     from ldm.data.images import from_array, to_png
 
-    pixels = images.numpy()  # (N, C, H, W)
+    pixels = [image.numpy() for image in images]
     if out.suffix != ".png":
         out.mkdir(exist_ok=True)
         for i, image in enumerate(pixels):
@@ -343,10 +427,12 @@ def _write(images: Any, out: Path, row_labels: list[str] | None) -> None:
     elif len(pixels) == 1:
         out.write_bytes(to_png(from_array(pixels[0])))
     else:
+        import numpy as np
+
         from ldm.evaluation.plots import image_grid
 
         columns = len(pixels) // len(row_labels) if row_labels else min(8, len(pixels))
-        image_grid(pixels, columns, out, row_labels=row_labels)
+        image_grid(np.stack(pixels), columns, out, row_labels=row_labels)
     print(f"{len(pixels)} {'image' if len(pixels) == 1 else 'images'} written to {out}")
 
 

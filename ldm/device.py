@@ -1,5 +1,6 @@
 """Where to compute: environment, not a setting, because it does not change what is meant."""
 
+import ctypes
 import os
 
 import torch
@@ -16,3 +17,14 @@ def default_device() -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"LDM_DEVICE {name}: not usable here ({reason}); use cpu, or unset it") from None
     return torch.device(name)
+
+
+def reuse_freed_memory() -> None:
+    """Keep what is freed for the next allocation, where the C library is glibc.
+
+    By default it hands large blocks back to the kernel, and every step of a training on the CPU has them cleared again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks

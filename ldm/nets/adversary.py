@@ -53,6 +53,9 @@ class Perceptual(nn.Module):
     MEAN: ClassVar = (-0.030, -0.088, -0.188)
     STD: ClassVar = (0.458, 0.448, 0.450)
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, widths: Sequence[Sequence[int]] = RANDOM, seed: int = 0) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -83,9 +86,7 @@ class Perceptual(nn.Module):
         if not path.is_file():
             raise InputError(f"{path}: no such file; train_vae.ldm.perceptual is `random`, or a file of VGG-16 weights")
         if (found := file_hash(path)) != sha256:
-            raise InputError(
-                f"{path}: has sha256 {found}, train_vae.ldm.perceptual_sha256 is {sha256}; fetch it again or set that"
-            )
+            raise InputError(f"{path}: sha256 is {found}, perceptual_sha256 says {sha256}; fetch it again, or set that")
         try:
             state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:

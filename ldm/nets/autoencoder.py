@@ -19,6 +19,7 @@ from ldm.nets.blocks import (
     Stage,
     Upsample,
     check_multiples,
+    full_precision,
     norm_silu,
     read_config,
 )
@@ -98,7 +99,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for stage in (*self.down_blocks, self.mid_block):
             x, _ = stage(x)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return full_precision(self.conv_out, norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z)
         for stage in (self.mid_block, *self.up_blocks):
             x, _ = stage(x)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return full_precision(self.conv_out, norm_silu(self.conv_norm_out, x))
 
 
 class Autoencoder(Pretrained):
@@ -217,7 +218,7 @@ class AutoencoderKL(Autoencoder):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else nn.Identity()
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)  # each (B, latent_channels, H/f, W/f)
+        mean, logvar = full_precision(self.quant_conv, self.encoder(x)).chunk(2, dim=1)  # each (B, latent_channels, H/f, W/f)
         return DiagonalGaussian(mean, logvar.clamp(*LOGVAR_RANGE))
 
 
@@ -297,7 +298,7 @@ class VQModel(Autoencoder):
         Its logvar is the lowest of an AutoencoderKL's (a standard deviation of 3e-7), so that what caches, samples and
         decodes latents need not know which of the two they are of. Its KL and entropy mean nothing.
         """
-        h = self.quant_conv(self.encoder(x))
+        h = full_precision(self.quant_conv, self.encoder(x))
         return DiagonalGaussian(h, torch.full_like(h, LOGVAR_RANGE[0]))
 
     def decode(self, z: Tensor) -> Tensor:

@@ -29,6 +29,14 @@ def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
+def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer outside of autocast: bfloat16 has 8 bits, too few for pixels, means and variances that are to be compared."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return layer(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float())
+
+
 def to_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H·W, C); a view where x is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ldm.bayes.diagnostics import diagnose
+from ldm.bayes.diagnostics import COLLAPSED, diagnose
 from ldm.bayes.likelihoods import load_likelihood
 from ldm.config import Settings, load_settings
 from ldm.data.batches import order
@@ -103,7 +103,7 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
         "importance_gap_nats": float(tighter.mean() - own.nats.double().mean().cpu()),
         "nats": float(frame.nats.mean()),
         "bits_per_dim": float(frame.nats.mean()) * to_bits,
-        "bits_per_dim_se": -float(frame["nats"].sem()) * to_bits,
+        "bits_per_dim_se": float(frame.nats.std() / math.sqrt(len(frame))) * -to_bits,
         **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
     }, []
 
@@ -114,9 +114,9 @@ def posteriors(root: Path, model: LatentDiffusion, test: ShardReader) -> tuple[M
     curve = pd.read_csv(root / "reports/curves/train_vae.csv")
     if {"kl_nats", "distortion_nats"} <= set(curve.columns) and model.likelihood.discrete:
         to_bits = 1 / (test.preprocessing.channels * test.preprocessing.image_size**2 * math.log(2))
+        bits = curve.filter(["kl_nats", "distortion_nats"]).mul(to_bits).assign(series="training")
         path = root / "reports/plots/rate_distortion.png"
-        points = pd.DataFrame({"rate": curve["kl_nats"] * to_bits, "distortion": curve["distortion_nats"] * to_bits})
-        rate_distortion(points.assign(series="training"), path, title="Rate and distortion in training")
+        rate_distortion(bits, path, title="Rate and distortion in training", rate="kl_nats", distortion="distortion_nats")
         about = "What latents and pixels cost as training went on; on a dashed line their sum, the bound, is the same."
         figures.append(Figure("Rate and distortion", about, path))
     if isinstance(model.autoencoder, VQModel):
@@ -124,7 +124,7 @@ def posteriors(root: Path, model: LatentDiffusion, test: ShardReader) -> tuple[M
     encoded = [model.encode(torch.from_numpy(test.images(part))) for part in _batches(min(len(test), POSTERIORS))]
     found = diagnose(torch.cat([p.mean.cpu() for p in encoded]), torch.cat([p.logvar.cpu() for p in encoded]))
     path = root / "reports/plots/latent_channels.png"
-    channel_bars(found.kl_per_channel, path, title="KL of each latent channel")
+    channel_bars(found.kl.tolist(), path, low=COLLAPSED * found.positions, title="KL of each latent channel")
     about = "Nats that each latent channel of a held-out image carries; a channel near 0 is not used."
     return {**found.metrics()}, [*figures, Figure("Latent channels", about, path)]
 

@@ -49,7 +49,8 @@ def _from_hub(name: str, to: Path) -> Path:
 
 
 def run(root: Path) -> None:
-    name = load_settings(root).autoencoder.pretrained
+    settings = load_settings(root)
+    name = settings.autoencoder.pretrained
     with stage_run("pretrained", {"pretrained": name}), replacing(root / OUT) as partial:
         (partial / "source.txt").write_text(f"{name or 'none'}\n")
         if name:

@@ -81,12 +81,14 @@ def set_up(deterministic: bool) -> Any:
     """The device to compute on, with deterministic kernels where asked."""
     import torch
 
-    from ldm.device import default_device
+    from ldm.device import default_device, reuse_freed_memory
 
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = default_device()
+    if device.type == "cpu":
+        reuse_freed_memory()
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return device

@@ -61,11 +61,11 @@ class VaeObjective:
         posterior = self.autoencoder.encode(x)
         if isinstance(self.autoencoder, VQModel):
             quantized = self.autoencoder.quantize(posterior.mean)
-            output = self.autoencoder.decoder(self.autoencoder.post_quant_conv(quantized.latents)).float()
+            output = self.autoencoder.decoder(self.autoencoder.post_quant_conv(quantized.latents))
             rate = quantized.commitment.mean()
             metrics = {"commitment": rate}
         else:
-            output = self.autoencoder.decode(posterior.sample(noise)).float()
+            output = self.autoencoder.decode(posterior.sample(noise))
             kl = posterior.kl()
             rate = self._weighted(kl, images_seen) / x[0].numel()
             metrics = {"kl_nats": kl.detach().flatten(1).sum(1).mean()}

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ldm.bayes.bound import Bound, diffusion_bound, whole_bound
+from ldm.bayes.likelihoods import make_likelihood
+from ldm.errors import InputError
 from ldm.nets.autoencoder import DiagonalGaussian
 
 SHAPE = (1, 4, 4)
@@ -225,3 +227,38 @@ def test_a_channel_has_its_own_scale():
     raw = model.encode(x).entropy().sum((1, 2, 3))
     torch.testing.assert_close(found.entropy, raw)  # ln 2 + ln 0.5 = 0 at every position
     assert found.dims == 2 * D
+
+
+def test_what_has_no_such_bound_is_refused():
+    model = Linear()
+    model.discrete = False
+    model.kind = "gaussian"
+    with pytest.raises(InputError, match="a gaussian likelihood gives densities: take discretized_gaussian"):
+        model.bound(model.images(2), 0.0, 1.0)
+    model.discrete = True
+    model.quantize = lambda z: z
+    with pytest.raises(InputError, match="undefined for a VQ autoencoder: report rate and distortion"):
+        model.bound(model.images(2), 0.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["discretized_gaussian", "discretized_logistic", "bernoulli"])
+def test_any_likelihood_of_8_bit_values_will_do(kind):
+    model, likelihood = Linear(), make_likelihood(kind).double()
+    x = torch.where(normal(3, *SHAPE) > 0, 1.0, -1.0).double()
+    noise = normal(*x.shape, seed=1)
+    found = whole_bound(
+        model,
+        likelihood,
+        gaussian(1.0),
+        x,
+        latent_mean=torch.zeros(1, 1, 1, 1).double(),
+        latent_std=torch.ones(1, 1, 1, 1).double(),
+        sigma_min=0.01,
+        sigma_max=80.0,
+        latent_noise=noise,
+        u=positions(2, 3),
+        noise=normal(2, *x.shape),
+    )
+    expected = likelihood.log_prob(x, model.decode(model.encode(x).sample(noise))).sum((1, 2, 3))
+    torch.testing.assert_close(found.reconstruction, expected)
+    assert math.isfinite(found.standard_error)

@@ -7,15 +7,34 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from ldm.evaluation.plots import image_grid, loss_curves
+from ldm.evaluation import plots
+from ldm.evaluation.plots import channel_bars, image_grid, loss_curves, rate_distortion
 
 RANDOM = np.random.default_rng(0)
 
 
 def noise(*shape: int) -> np.ndarray:
     return RANDOM.integers(0, 256, shape, dtype=np.uint8)
+
+
+TRADES = pd.DataFrame(
+    {
+        "series": ["beta", "beta", "other", "beta"],
+        "kl_bits_per_dim": [0.9, 0.2, 1.4, 0.5],
+        "reconstruction_bits_per_dim": [1.9, 3.6, 2.1, 2.5],
+    }
+)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures as they were saved."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    return figures
 
 
 def find(picture: np.ndarray, tile: np.ndarray) -> list[tuple[int, int]]:
@@ -79,7 +98,9 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
         matplotlib.rcParams["font.size"] = size  # a reader's own matplotlibrc
         image_grid(images, 2, tmp_path / f"{name}-grid.png", row_labels=["seven", "8"])
         loss_curves(frame, tmp_path / f"{name}-loss.png", title="Loss", columns=["loss", "val"], y_label="nats")
-    for kind in ("grid", "loss"):
+        rate_distortion(TRADES, tmp_path / f"{name}-rate.png", title="Rate and distortion")
+        channel_bars([3.0, 0.01], tmp_path / f"{name}-bars.png", title="KL", low=0.5)
+    for kind in ("grid", "loss", "rate", "bars"):
         data = (tmp_path / f"a-{kind}.png").read_bytes()
         assert data == (tmp_path / f"b-{kind}.png").read_bytes()
         assert b"matplotlib" not in data.lower()
@@ -92,3 +113,40 @@ def test_curves_draw_something_and_name_a_missing_column(tmp_path: Path) -> None
     assert (picture != 255).any()
     with pytest.raises(KeyError, match="kl"):
         loss_curves(frame, tmp_path / "x.png", title="Loss", columns=["kl"])
+
+
+def test_rates_are_sorted_into_labelled_curves_over_lines_of_equal_sum(tmp_path: Path, drawn: list[Figure]) -> None:
+    rate_distortion(TRADES, tmp_path / "x.png", title="Trade")
+    (axes,) = drawn[0].axes
+    curves = {str(line.get_label()): np.asarray(line.get_xydata()) for line in axes.lines if line.get_marker() == "o"}
+    np.testing.assert_allclose(curves["beta"], [[0.2, 3.6], [0.5, 2.5], [0.9, 1.9]])
+    np.testing.assert_allclose(curves["other"], [[1.4, 2.1]])
+    lines = [np.asarray(line.get_xydata()) for line in axes.lines if line.get_marker() != "o"]
+    totals = [float(text.get_text()) for text in axes.texts]
+    assert len(lines) == len(totals) >= 4
+    for ends, total in zip(lines, totals, strict=True):
+        np.testing.assert_allclose(ends.sum(axis=1), total)
+    assert min(totals) < 2.8 < 3.8 < max(totals)  # the sums of the points lie between
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["beta", "other", "same sum, −ELBO"]
+
+
+def test_one_point_of_no_rate_has_room_around_it(tmp_path: Path, drawn: list[Figure]) -> None:
+    point = pd.DataFrame({"series": ["a"], "kl_bits_per_dim": [0.0], "reconstruction_bits_per_dim": [5.0]})
+    rate_distortion(point, tmp_path / "x.png", title="One")
+    (axes,) = drawn[0].axes
+    assert axes.get_xlim() == pytest.approx((0, 0.1))
+    assert axes.get_ylim() == pytest.approx((4.9, 5.1))
+    assert axes.texts
+
+
+def test_a_channel_below_the_line_stands_out(tmp_path: Path, drawn: list[Figure]) -> None:
+    channel_bars([30.0, 0.05, 12.5], tmp_path / "x.png", title="KL", low=0.64)
+    channel_bars(np.arange(64.0).tolist(), tmp_path / "x.png", title="KL")
+    few, many = (figure.axes[0] for figure in drawn)
+    heights, colours = zip(*((bar.get_height(), bar.get_facecolor()) for bar in few.patches), strict=True)
+    assert heights == (30.0, 0.05, 12.5)
+    assert colours[0] == colours[2] != colours[1]
+    assert [text.get_text() for text in few.texts] == ["30", "0.05", "12.5"]
+    assert len(many.patches) == 64
+    assert not many.texts  # no room
+    assert len({bar.get_facecolor() for bar in many.patches}) == 1

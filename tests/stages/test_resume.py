@@ -1,5 +1,6 @@
 """The real training stages, killed between two checkpoints and run again: the same outs, byte for byte."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,25 @@ OUTS = {
     "train_vae": ("models/autoencoder", "reports/curves/train_vae.csv"),
     "train_unet": ("models/unet", "models/unet_raw", "reports/curves/train_unet.csv"),
 }
+LENGTHS = {"images": 1536, "batch_size": 32, "checkpoint_images": 512}
+LDM = {
+    "perceptual": "random", "perceptual_sha256": None, "perceptual_weight": 0.1, "discriminator_weight": 0.5,
+    "discriminator_start": 256, "discriminator_channels": 8, "discriminator_layers": 1,
+}  # fmt: skip
+PAPER = {
+    **LENGTHS,
+    "images": 768,
+    "checkpoint_images": 256,
+    "objective": "ldm",
+    "likelihood": "laplace",
+    "beta": 1e-6,
+    "ldm": LDM,
+}
 
 
-def start(root: Path, stage: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", f"ldm.stages.{stage}"], cwd=root, env=environment())
+def start(root: Path, stage: str, processes: int = 1) -> subprocess.Popen[bytes]:
+    extra = {"LDM_PROCESSES": str(processes)}
+    return subprocess.Popen([sys.executable, "-m", f"ldm.stages.{stage}"], cwd=root, env=environment(**extra))
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +42,18 @@ def trained(tmp_path_factory) -> Path:
     """A project whose training nobody disturbed, with checkpoints that leave much to redo."""
     root = clone(tmp_path_factory.mktemp("undisturbed") / "project")
     set_params(root, TINY)
-    lengths = {"images": 1536, "batch_size": 32, "checkpoint_images": 512}
-    set_params(root, {"train_vae": lengths, "train_unet": lengths})
-    for stage in ("source", "shard", "train_vae", "cache_latents", "train_unet"):
+    set_params(root, {"train_vae": LENGTHS, "train_unet": LENGTHS})
+    for stage in ("source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet"):
         assert start(root, stage).wait(timeout=120) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def adversarial(trained, tmp_path_factory) -> Path:
+    """The same with the latent diffusion paper's objective: the discriminator is at work from the first checkpoint on."""
+    root = Path(shutil.copytree(trained, tmp_path_factory.mktemp("adversarial") / "project"))
+    set_params(root, {"train_vae": PAPER})
+    assert start(root, "train_vae").wait(timeout=120) == 0
     return root
 
 
@@ -38,25 +62,69 @@ def contents(root: Path, stage: str) -> dict[str, bytes]:
     return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
-@pytest.mark.parametrize("stage", OUTS)
-@pytest.mark.parametrize("seed", with_soak(1, 5))
-def test_a_killed_stage_that_runs_again_makes_the_same_outs(stage, seed, trained, tmp_path):
-    root = Path(shutil.copytree(trained, tmp_path / "killed"))
+def killed_in_mid_work(undisturbed: Path, root: Path, stage: str, seed: int, processes: int = 1) -> int:
+    """A copy whose stage is killed at a seeded moment after its first checkpoint; the images that its checkpoint holds."""
+    shutil.copytree(undisturbed, root)
     for out in OUTS[stage]:
         shutil.rmtree(root / out) if (root / out).is_dir() else (root / out).unlink()
-    first = start(root, stage)
+    first = start(root, stage, processes)
     work = root / ".ldm/work" / stage
     while not any(path.name.isdigit() for path in work.glob("*/checkpoint/*")):
         assert first.poll() is None, "it ended before its first checkpoint was seen"
         time.sleep(0.01)
     time.sleep(float(np.random.default_rng(seed).uniform(0.02, 0.3)))  # into the work after the checkpoint
     assert first.poll() is None, "it ended before it was killed"
+    others = children(first.pid)
+    assert len(others) >= processes - 1
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in others):  # data loaders and other ranks end by themselves
+        assert time.monotonic() < deadline, "a process outlived the one that started it"
+        time.sleep(0.05)
     assert not any((root / out).exists() for out in OUTS[stage])
-    kept = [path.name for path in work.glob("*/checkpoint/*") if path.name.isdigit()]
-    again = subprocess.run(
-        [sys.executable, "-m", f"ldm.stages.{stage}"], cwd=root, env=environment(), capture_output=True, text=True, check=True
-    )
-    assert f"resuming after {int(max(kept))} images" in again.stdout
-    assert contents(root, stage) == contents(trained, stage)
+    return int(max(path.name for path in work.glob("*/checkpoint/*") if path.name.isdigit()))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for thread in Path(f"/proc/{pid}/task").iterdir() for child in (thread / "children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def resumed(root: Path, stage: str, kept: int, processes: int = 1) -> dict[str, bytes]:
+    command = [sys.executable, "-m", f"ldm.stages.{stage}"]
+    env = environment(LDM_PROCESSES=str(processes))
+    again = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True)
+    assert f"resuming after {kept} images" in again.stdout
+    return contents(root, stage)
+
+
+@pytest.mark.parametrize("stage", OUTS)
+@pytest.mark.parametrize("seed", with_soak(1, 6))
+def test_a_killed_stage_that_runs_again_makes_the_same_outs(stage, seed, trained, tmp_path):
+    kept = killed_in_mid_work(trained, tmp_path / "killed", stage, seed)
+    assert kept < LENGTHS["images"]
+    assert resumed(tmp_path / "killed", stage, kept) == contents(trained, stage)
+
+
+@pytest.mark.parametrize("seed", with_soak(1, 6))
+def test_so_does_training_against_a_discriminator(seed, adversarial, tmp_path):
+    kept = killed_in_mid_work(adversarial, tmp_path / "killed", "train_vae", seed)
+    assert LDM["discriminator_start"] <= kept < PAPER["images"]  # it was being trained
+    assert resumed(tmp_path / "killed", "train_vae", kept) == contents(adversarial, "train_vae")
+
+
+@pytest.mark.parametrize("seed", with_soak(0, 3))
+def test_so_do_two_processes_of_which_the_first_is_killed(seed, trained, tmp_path):
+    """Byte-identical to two that nobody disturbed; one process rounds its sums in another order."""
+    both = Path(shutil.copytree(trained, tmp_path / "both"))
+    assert start(both, "train_vae", processes=2).wait(timeout=120) == 0
+    kept = killed_in_mid_work(trained, tmp_path / "killed", "train_vae", seed, processes=2)
+    assert resumed(tmp_path / "killed", "train_vae", kept, processes=2) == contents(both, "train_vae")

@@ -1,0 +1,170 @@
+"""What the latents of a split carry: active units, the KL term taken apart, posterior collapse (`README.md`).
+
+The KL term is what a code for z costs beyond the prior, and it pays for two things (Hoffman & Johnson 2016, "ELBO
+surgery"): E_x KL(q(z | x) || p(z)) = I(x; z) + KL(q(z) || p(z)), information about x, and the distance of the aggregate
+posterior q(z) = E_x q(z | x) from the prior, which ancestral sampling suffers from.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.errors import InputError
+from ldm.nets.autoencoder import DiagonalGaussian
+from ldm.randomness import generator
+
+ACTIVE = 0.01  # variance of E[z | x] over x (Burda et al. 2016, section 4.2)
+# Nats a position. A latent that shares 0.01 nats with its image has a squared correlation with it of 1 - exp(-0.02) = 2 %;
+# trained channels have 0.5 to 5 nats and collapsed ones are orders of magnitude below 0.01.
+COLLAPSED = 0.01
+VALUES = 2048  # posteriors in the mixture of a channel's marginal
+IMAGES = 1024  # images in the mixture of whole latents
+CHUNK = 1 << 22  # numbers worked on at a time
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Of the posteriors of `images` images; information in nats, per channel (c,) where not said otherwise."""
+
+    images: int
+    positions: int  # h w
+    active_units: int  # of the c h w latents, those whose posterior mean varies by more than ACTIVE
+    kl: Tensor  # E KL(q(z | x) || N(0, I)), per image
+    mean: Tensor  # of the aggregate posterior, over images and positions
+    std: Tensor  # of the same: the mean of the variances and the variance of the means
+    aggregate_kl: Tensor  # KL(q(z) || N(0, 1)) of one value, whatever its position
+    value_information: Tensor  # I(image and position; z) of one value: kl / positions - aggregate_kl
+    value_ceiling: float  # the most that the estimate of value_information can be, but for noise: near it, it says "at least"
+    mutual_information: float  # I(x; z) of whole latents, per image
+    ceiling: float  # the most that the estimate of mutual_information can be
+
+    @property
+    def units(self) -> int:
+        return len(self.kl) * self.positions
+
+    @property
+    def collapsed(self) -> list[int]:
+        """Channels that carry less than COLLAPSED nats a position."""
+        return torch.nonzero(self.kl / self.positions < COLLAPSED).flatten().tolist()
+
+    def warning(self) -> str | None:
+        """Which channels the decoder does without, and what to change; None if all are in use."""
+        if not (found := self.collapsed):
+            return None
+        total = len(self.kl)
+        fewer = f", or use fewer autoencoder.latent_channels ({total - len(found)} carry all there is)"
+        return (
+            f"posterior collapse: {len(found)} of {total} latent channels ({', '.join(map(str, found))}) carry less than "
+            f"{COLLAPSED} nats a position, at most {float(self.kl[found].max()) / self.positions:.2g}: lower train_vae.beta, "
+            f"set train_vae.beta_warmup_images or train_vae.free_bits{fewer if len(found) < total else ''}"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Flat names for a tracker."""
+        channels = {
+            "kl_nats": self.kl,
+            "latent_mean": self.mean,
+            "latent_std": self.std,
+            "aggregate_kl_nats": self.aggregate_kl,
+            "value_information_nats": self.value_information,
+        }
+        return {
+            "active_units": float(self.active_units),
+            "active_units_fraction": self.active_units / self.units,
+            "collapsed_channels": float(len(self.collapsed)),
+            "value_information_ceiling_nats": self.value_ceiling,
+            "mutual_information_nats": self.mutual_information,
+            "mutual_information_ceiling_nats": self.ceiling,
+            **{f"{name}_channel_{i}": float(v) for name, values in channels.items() for i, v in enumerate(values)},
+        }
+
+
+@torch.no_grad()
+def diagnose(mean: Tensor, logvar: Tensor, seed: int = 0) -> Diagnostics:
+    """Of the posteriors N(mean, exp(logvar)) of a split's images, each (N, c, h, w), prior N(0, I).
+
+    Moments, active units and KL are over all of them, in pieces. The rest are Monte-Carlo estimates with one draw from each
+    posterior of a subsample, which `seed` decides, and the mixture of that subsample in the place of q(z):
+    2048 values (image and position) for a channel's one-dimensional marginal, 1024 images for whole latents.
+    As every draw's own posterior is in its mixture of M, information saturates at ln M (Poole et al. 2019, equation 12): near
+    there it is underestimated and aggregate_kl overestimated, so read it together with its ceiling. Whole latents of real
+    images mostly sit at it, every image being told from 1023 others. An aggregate_kl of nearly 0 can come out below 0.
+    """
+    if mean.shape != logvar.shape or mean.ndim != 4:
+        raise ValueError(f"expected mean and logvar (N, c, h, w), found {tuple(mean.shape)} and {tuple(logvar.shape)}")
+    if len(mean) < 2:
+        raise InputError(f"diagnostics compare posteriors of different images: found {len(mean)}, give 2 or more")
+    rng = generator(seed, "diagnostics")
+    count, positions = len(mean), mean.shape[2] * mean.shape[3]
+    active, kl, centre, std = _moments(mean, logvar)
+    aggregate = torch.stack([_aggregate_kl(mean[:, c], logvar[:, c], rng) for c in range(mean.shape[1])])
+    return Diagnostics(
+        images=count,
+        positions=positions,
+        active_units=active,
+        kl=kl,
+        mean=centre,
+        std=std,
+        aggregate_kl=aggregate,
+        value_information=kl / positions - aggregate,
+        value_ceiling=math.log(min(count * positions, VALUES)),
+        mutual_information=_mutual_information(mean, logvar, rng),
+        ceiling=math.log(min(count, IMAGES)),
+    )
+
+
+def _moments(mean: Tensor, logvar: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Active units; KL an image, mean and standard deviation of the aggregate posterior, each (c,) in float64."""
+    sums = torch.zeros((4, *mean.shape[1:]), dtype=torch.float64, device=mean.device)  # (4, c, h, w)
+    rows = max(1, CHUNK // mean[0].numel())
+    for m, v in zip(mean.split(rows), logvar.split(rows), strict=True):
+        m, v = m.double(), v.double()
+        kl = DiagonalGaussian(m, v).kl()
+        sums += torch.stack([part.sum(0) for part in (m, m.square(), v.exp(), kl)])
+    centre, square, variance, kl = sums.cpu() / len(mean)
+    spread = (square - centre.square()) * len(mean) / (len(mean) - 1)  # of E[z | x] over x, unbiased
+    total = square.mean((1, 2)) - centre.mean((1, 2)).square() + variance.mean((1, 2))
+    return int((spread > ACTIVE).sum()), kl.sum((1, 2)), centre.mean((1, 2)), total.sqrt()
+
+
+def _aggregate_kl(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> Tensor:
+    """KL of the marginal of one channel (N, h, w), over images and positions, from N(0, 1)."""
+    chosen = torch.unravel_index(_spread_out(mean.numel(), VALUES, rng).to(mean.device), mean.shape)
+    q = DiagonalGaussian(mean[chosen].double().cpu(), logvar[chosen].double().cpu())  # (M,)
+    noise = torch.randn(len(q.mean), generator=rng, dtype=torch.float64)
+    z = q.sample(noise)[:, None]  # (M, 1)
+    pairs = q.log_prob(z)  # (M, M): of draw i under posterior j
+    pairs.diagonal().copy_(_own(q, noise))
+    prior = DiagonalGaussian(torch.zeros(()), torch.zeros(())).log_prob(z[:, 0])
+    return (pairs.logsumexp(1) - math.log(len(z)) - prior).mean()
+
+
+def _mutual_information(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> float:
+    """I(x; z): how much better a draw's own posterior explains it than the mixture of all."""
+    chosen = _spread_out(len(mean), IMAGES, rng)
+    pairs = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
+    own = torch.zeros(len(chosen), dtype=torch.float64)
+    for channel in range(mean.shape[1]):  # one at a time, for the memory
+        rows = chosen.to(mean.device)
+        q = DiagonalGaussian(*(t[rows, channel].double().cpu().flatten(1) for t in (mean, logvar)))  # (M, h w)
+        noise = torch.randn(q.mean.shape, generator=rng, dtype=torch.float64)
+        z, precision = q.sample(noise), torch.exp(-q.logvar)
+        # log q(z_i | x_j), its square multiplied out into matrix products
+        pairs += z @ (q.mean * precision).T - 0.5 * z.square() @ precision.T
+        pairs += q.log_prob(torch.zeros(())).sum(1)  # at 0: all that has no z in it
+        own += _own(q, noise).sum(1)
+    pairs.diagonal().copy_(own)
+    return float((own - pairs.logsumexp(1)).mean()) + math.log(len(chosen))
+
+
+def _own(q: DiagonalGaussian, noise: Tensor) -> Tensor:
+    """log q of the draw that `noise` makes, exact however narrow q is."""
+    return DiagonalGaussian(torch.zeros(()), torch.zeros(())).log_prob(noise) - 0.5 * q.logvar
+
+
+def _spread_out(count: int, most: int, rng: torch.Generator) -> Tensor:
+    """At most `most` of `count` indices, one drawn from each of as many equal parts; all of them if they are no more."""
+    edges = torch.arange(min(count, most) + 1) * count // min(count, most)
+    return edges[:-1] + (torch.rand(len(edges) - 1, generator=rng, dtype=torch.float64) * edges.diff()).long()
