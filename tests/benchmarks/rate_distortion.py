@@ -25,6 +25,7 @@ from ldm.data.batches import Batches
 from ldm.data.digits import write_digits
 from ldm.data.reader import ShardReader
 from ldm.device import default_device
+from ldm.evaluation.plots import rate_distortion
 from ldm.nets.autoencoder import Autoencoder
 from ldm.stages.train_vae import build, objective
 from ldm.tracking import Run
@@ -32,6 +33,7 @@ from ldm.training.fit import fit
 from ldm.training.vae import evaluate_elbo, fit_scale, summary
 
 ROOT = Path(__file__).parents[2]
+PLOT = Path(__file__).with_suffix(".png")
 BETAS = 0.1, 0.3, 3.0, 10.0
 Save = Callable[[dict[str, Tensor], dict[str, Any]], None]
 
@@ -99,14 +101,20 @@ def main() -> None:
             start = time.perf_counter()
             bound = measure(*train(with_options(settings, **options), readers["train"]), readers, settings.seed)
             bits[name] = bound.bits_per_dim.cpu()
-            row = {"run": name, **summary(bound), "bits_per_dim_se": standard_error(bits[name])}
+            series = "LDM objective" if name == "LDM objective" else f"ELBO, beta {min(BETAS):g} to {max(BETAS):g}"
+            row = {"run": name, "series": series, **summary(bound), "bits_per_dim_se": standard_error(bits[name])}
             rows.append(row | {"seconds": time.perf_counter() - start})
             print(f"{name}: {row['elbo_bits_per_dim']:.4f} ± {row['bits_per_dim_se']:.4f} bits/dim", flush=True)
     frame = pd.DataFrame(rows).set_index("run")
     print(f"\n{len(bound.nats)} test images, {images} images seen, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(frame.drop(columns=[c for c in frame if c.endswith("_nats")]).to_string(float_format=lambda value: f"{value:.4f}"))
+    shown = ["elbo_bits_per_dim", "bits_per_dim_se", "rate_bits_per_dim", "distortion_bits_per_dim", "seconds"]
+    print(frame[shown].to_string(float_format=lambda value: f"{value:.4f}"))
     less = bits["LDM objective"] - bits["ELBO"]
     print(f"\nELBO below the LDM objective: {float(less.mean()):.4f} ± {standard_error(less):.4f} bits/dim, image by image")
+    rate_distortion(
+        frame, PLOT, title="Digits, test images", rate="rate_bits_per_dim", distortion="distortion_bits_per_dim", series="series"
+    )  # fmt: skip
+    print(f"plot: {PLOT}")
 
 
 if __name__ == "__main__":
