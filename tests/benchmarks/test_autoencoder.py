@@ -60,6 +60,11 @@ LARGE = {  # Stable Diffusion's
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "RTX 4090": 165}
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch.compiler.reset()  # a network met before would make the next one's sizes dynamic, or find no room
+
+
 # A training step of the same network
 
 
@@ -94,7 +99,7 @@ class Step:
         self.x, self.autocast = x.contiguous(memory_format=layout), autocast
         self.loss: Callable[..., Tensor] = our_loss if ours else their_loss
         if compiled:
-            self.loss = torch.compile(self.loss)
+            self.loss = torch.compile(self.loss, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), fused=fused or None)
 
     def forward_backward(self) -> Tensor:
