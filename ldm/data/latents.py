@@ -8,7 +8,8 @@ into `text` (U, T, D) and `text_mask` (U, T), one row for each distinct caption 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,9 @@ def _encode_shard(
     reader: ShardReader, positions: range, encode: Encode, embed: Embed, batch_size: int, mirrored: bool
 ) -> dict[str, Tensor]:
     batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
-    parts = [encode(reader.images(batch)) for batch in batches]
+    parts = [encode(images) for images in _decoded_ahead(reader, batches)]
     if mirrored:
-        parts += [encode(np.flip(reader.images(batch), -1).copy()) for batch in batches]
+        parts += [encode(np.flip(images, -1).copy()) for images in _decoded_ahead(reader, batches)]
     texts = reader.captions_of(positions).text.tolist()
     distinct = sorted(set(texts), key=lambda text: content_hash(text.encode()))
     number = {text: i for i, text in enumerate(distinct)}
@@ -119,6 +120,17 @@ def _encode_shard(
         "text": text,
         "text_mask": mask,
     }
+
+
+def _decoded_ahead(reader: ShardReader, batches: list[range]) -> Iterator[np.ndarray]:
+    """The images of each batch, read while the one before is being encoded."""
+    with ThreadPoolExecutor(1) as pool:
+        following = [pool.submit(reader.images, batch) for batch in batches[:1]]
+        for batch in batches[1:]:
+            images = following.pop().result()
+            following.append(pool.submit(reader.images, batch))
+            yield images
+        yield from (last.result() for last in following)
 
 
 def _find(store: Path, key: str) -> Path | None:

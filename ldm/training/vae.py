@@ -4,7 +4,6 @@ import math
 from typing import Any, Protocol
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ldm.bayes.elbo import Elbo, elbo, importance_bound
@@ -133,6 +132,8 @@ def fit_scale(autoencoder: Autoencoder, reader: ShardReader, seed: int) -> Likel
 
     It makes bits per dimension comparable for an autoencoder that was trained without a likelihood of 8-bit pixels.
     """
+    from scipy.optimize import minimize_scalar  # imported where it is needed: it takes long
+
     device = next(autoencoder.parameters()).device
     x = to_float(reader.images(range(min(len(reader), SCALE_IMAGES)))).to(device)
     outputs = []

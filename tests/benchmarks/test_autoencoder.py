@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import log10
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -25,12 +24,13 @@ from benchmarks.rate_distortion import ROOT, digits, measure, standard_error, tr
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.bayes.likelihoods import Likelihood, to_float
+from ldm.bayes.likelihoods import Likelihood, to_float, to_uint8
 from ldm.config import load_settings
 from ldm.data.batches import Batches
 from ldm.data.latents import write_latents
 from ldm.data.reader import ShardReader
 from ldm.device import default_device
+from ldm.evaluation import fidelity
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL
 from ldm.nets.text import TextEncoder
 from ldm.stages.train_vae import build
@@ -280,13 +280,11 @@ def look(images: int, seconds: float, autoencoder: Autoencoder, likelihood: Like
 
 @torch.inference_mode()
 def psnr(autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader) -> float:
-    """Of the reconstructions from posterior means, in dB: of the mean squared error over all images."""
-    x = to_float(reader.images(range(len(reader)))).to(default_device())
-    errors = [
-        (likelihood.mean(autoencoder.decode(autoencoder.encode(part).mean)) - part).square().flatten(1).mean(1)
-        for part in x.split(256)
-    ]
-    return 10 * log10(2**2 / float(torch.cat(errors).double().mean()))
+    """Of the reconstructions from posterior means, in dB, as the stage `evaluate` measures it: a mean over 8-bit images."""
+    pixels = reader.images(range(len(reader)))
+    parts = to_float(pixels).to(default_device()).split(256)
+    back = [to_uint8(likelihood.mean(autoencoder.decode(autoencoder.encode(part).mean))).cpu() for part in parts]
+    return float(fidelity.psnr(pixels, torch.cat(back).numpy()).mean())
 
 
 def our_run(images: int, every: int, readers: dict[str, ShardReader]) -> list[Point]:
