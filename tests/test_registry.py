@@ -12,16 +12,18 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from ldm import registry
 from ldm.bayes.likelihoods import DiscretizedLogistic
+from ldm.cli import app
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
 from ldm.data.shards import write_shards
 from ldm.errors import InputError
 from ldm.evaluation.bounds import image_bounds
 from ldm.model import LatentDiffusion, Recipe
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import AutoencoderKL, VQModel
 from ldm.nets.text import TextEncoder
 from ldm.nets.unet import UNet
 
@@ -52,9 +54,14 @@ def tiny_model(seed: int, log_scale: float) -> LatentDiffusion:
 def write_outs(root: Path, model: LatentDiffusion, image: str = "8x8x1, box") -> None:
     """What `evaluate` leaves behind, as far as the registry reads it."""
     model.save(root / "models/ldm")
-    bounds = image_bounds(model, open_shards(root / "data/shards", "test"), levels=LEVELS, seed=0)
+    test = open_shards(root / "data/shards", "test")
+    metrics: dict[str, float | str] = {"test_images": len(test), "image": image, "fd_name": "pca4"}
+    if isinstance(model.autoencoder, VQModel):
+        bounds = pd.DataFrame({"key": test.captions.key, "reconstruction": -100.0, "rate": 10.0, "dims": 64})
+    else:
+        bounds = image_bounds(model, test, levels=LEVELS, seed=0)
+        metrics |= {"bits_per_dim": 3.0, "bits_per_dim_se": 0.1}
     bounds.to_csv(root / "reports/bounds.csv", index=False)
-    metrics = {"bits_per_dim": 3.0, "bits_per_dim_se": 0.1, "test_images": len(bounds), "image": image, "fd_name": "pca4"}
     (root / "reports/metrics.json").write_text(json.dumps(metrics))
     (root / "reports/report.html").write_text("<p>report</p>")
     (root / "dvc.lock").write_text("schema: '2.0'")
@@ -215,6 +222,41 @@ def test_models_of_other_images_are_not_compared(root: Path, models: dict[str, L
     assert not decision.promote
     assert "16x16x3, lanczos" in decision.reason and "8x8x1, box" in decision.reason
     assert aliases(root)["champion"] == 1
+
+
+def test_a_vq_model_is_promoted_by_hand_alone(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    """It has no bound that the gate could compare, be it challenger or champion."""
+    good = models["good"]
+    codes = VQModel(1, 1, 4, [8, 8], norm_num_groups=4, mid_block_add_attention=False)
+    write_outs(root, LatentDiffusion(codes, good.likelihood, good.unet, good.recipe))
+    registry.register(root)
+    decision = registry.gate_and_promote(root, 1)
+    assert not decision.promote and "not comparable: version 1 has a VQ autoencoder" in decision.reason
+    assert "`ldm registry promote 1`" in decision.reason and decision.reason in (root / "reports/decision.html").read_text()
+    assert aliases(root) == {"challenger": 1}
+
+    registry.promote(1)
+    assert isinstance(registry.load("models:/ldm@champion").autoencoder, VQModel)
+    write_outs(root, good)
+    registry.register(root)
+    decision = registry.gate_and_promote(root, 2)
+    assert not decision.promote and "version 1 has a VQ autoencoder" in decision.reason
+    assert aliases(root) == {"champion": 1, "challenger": 2}
+
+    (root / "dvc.yaml").touch()  # so that this is a project
+    listed = CliRunner().invoke(app, ["registry", "list"], catch_exceptions=False).output.splitlines()
+    assert [line.split()[0] for line in listed] == ["version", "2", "1"]
+    assert " 3.0000 " in listed[1] and " none " in listed[2]
+
+
+def test_a_bound_that_is_no_number_is_none_of_a_vq_model(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["good"])
+    bounds, metrics = pd.read_csv(root / "reports/bounds.csv"), json.loads((root / "reports/metrics.json").read_text())
+    bounds.assign(nats=float("nan")).to_csv(root / "reports/bounds.csv", index=False)
+    (root / "reports/metrics.json").write_text(json.dumps(metrics | {"bits_per_dim": float("nan")}))
+    registry.register(root)
+    decision = registry.gate_and_promote(root, 1)
+    assert not decision.promote and "VQ" not in decision.reason and "finite" in decision.reason
 
 
 def test_what_is_loaded_is_what_was_registered(root: Path, models: dict[str, LatentDiffusion]) -> None:

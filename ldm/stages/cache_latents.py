@@ -53,7 +53,7 @@ def run(root: Path) -> None:
             flip=settings.cache_latents.flip,
         )
         val = open_latents(root / "data/latents", "val", autoencoder=digest)
-        if not isinstance(autoencoder, VQModel) and len(val) > 1:
+        if not isinstance(autoencoder, VQModel):
             found = diagnose(val.mean, val.logvar)
             tracker.log(found.metrics(), total)
             if warning := found.warning():
