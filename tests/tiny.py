@@ -18,7 +18,7 @@ TINY: dict[str, dict[str, Any]] = {
     "unet": {"block_out_channels": [16, 16], "num_heads": 2},
     "train_unet": {"images": 512, "batch_size": 64, "checkpoint_images": 256},
     "sampling": {"steps": 2},
-    "evaluate": {"samples": 40, "unseen_samples": 40, "features": 8, "bound_levels": 2},
+    "evaluate": {"samples": 40, "unseen_samples": 40, "features": 8, "bound_levels": 2, "importance_samples": 2},
 }
 
 
