@@ -234,9 +234,15 @@ def downloaded(uri: str) -> Iterator[Path]:
     """The saved model behind a `models:/…` URI, for as long as it is needed."""
     found = lookup(uri)
     import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
 
     with _registry(found.name), tempfile.TemporaryDirectory() as folder:
-        yield Path(mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/ldm", dst_path=folder))
+        try:
+            path = mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/ldm", dst_path=folder)
+        except (MlflowException, OSError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(f"{uri}: the registry gives no model that `ldm run` registered ({reason})") from error
+        yield Path(path)
 
 
 def _check_outs(root: Path) -> None:

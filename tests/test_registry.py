@@ -309,6 +309,14 @@ def test_what_is_not_there_is_named_with_what_to_do(root: Path, models: dict[str
     assert registry.versions().empty
 
 
+def test_a_model_that_is_none_of_ours_is_named(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["good"])
+    registry.register(root)
+    shutil.rmtree(next((root / "mlruns").rglob("artifacts/ldm")))
+    with pytest.raises(InputError, match="models:/ldm/1: the registry gives no model that `ldm run` registered"):
+        registry.load("models:/ldm/1")
+
+
 def test_a_store_that_is_not_there_is_not_made_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(InputError, match="no registry there yet"):
