@@ -6,6 +6,7 @@ enter here and not in training, so that changing them trains nothing again.
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def run(root: Path) -> None:
     assemble(root, settings)
     model = LatentDiffusion.load(root / "models/ldm", device)
     params = {"seed": settings.seed, **settings.evaluate.model_dump(), **settings.sampling.model_dump()}
-    (root / "reports/plots").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(root / "reports/plots", ignore_errors=True)  # not every model has every picture
+    (root / "reports/plots").mkdir(parents=True)
     with stage_run("evaluate", params) as tracker:
         metrics, figures = bound_metrics(root, settings, model, test)
         parts = (part(root, settings, model, test) for part in (reconstruct, posteriors, explore))
@@ -89,7 +91,7 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
         "test_images": len(test),
         **{name: value for name, value in summary(own).items() if name.endswith("per_dim")},
     }
-    figures = [rate_and_distortion(root, settings, own)]
+    figures = rate_and_distortion(root, settings, own)
     if isinstance(model.autoencoder, VQModel):
         terms = {"reconstruction": own.reconstruction, "rate": own.kl}
         frame = pd.DataFrame({"key": test.captions.key, **{name: value.double().cpu() for name, value in terms.items()}})
@@ -111,19 +113,20 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
     }, figures
 
 
-def rate_and_distortion(root: Path, settings: Settings, own: Elbo) -> Figure:
+def rate_and_distortion(root: Path, settings: Settings, own: Elbo) -> list[Figure]:
     """What latents and pixels cost on the test images, beside the training images quarter by quarter of the training."""
-    points = {"test images": (float(own.kl.mean()), -float(own.reconstruction.mean()))}  # nats
-    curve, terms = pd.read_csv(root / "reports/curves/train_vae.csv"), ["kl_nats", "distortion_nats"]
-    code_lengths = LIKELIHOODS[settings.train_vae.likelihood].discrete  # those of a density are none
-    if set(terms) <= set(curve.columns) and code_lengths:
-        quarters = np.array_split(curve[terms].to_numpy(), min(4, len(curve)))
-        points |= {f"training, quarter {i}": tuple(np.median(rows, axis=0)) for i, rows in enumerate(quarters, start=1)}
-    path = root / "reports/plots/rate_distortion.png"
+    curve, rate = pd.read_csv(root / "reports/curves/train_vae.csv"), float(own.kl.mean())
+    if curve.empty or not LIKELIHOODS[settings.train_vae.likelihood].discrete:  # a density's nats are no code length
+        return []
+    terms = curve.assign(rate=curve.get("kl_nats", rate))[["rate", "distortion_nats"]].to_numpy()  # of codes always the same
+    quarters = np.array_split(terms, min(4, len(terms)))
+    points = {"test images": [rate, -float(own.reconstruction.mean())]}
+    points |= {f"training, quarter {i}": np.median(rows, axis=0).tolist() for i, rows in enumerate(quarters, start=1)}
     frame = pd.DataFrame(list(points.values()), columns=["rate", "distortion"]) / (own.dims * math.log(2))
+    path = root / "reports/plots/rate_distortion.png"
     rate_distortion(frame.assign(series=list(points)), path, title="Rate and distortion", rate="rate", distortion="distortion")
     about = "What the autoencoder's latents and pixels cost, in training the median; on a grey line their sum is the same."
-    return Figure("Rate and distortion", about, path)
+    return [Figure("Rate and distortion", about, path)]
 
 
 def posteriors(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:

@@ -180,18 +180,24 @@ def test_rate_and_distortion_in_training_are_shown_where_they_are_code_lengths(t
     root = make_project(tmp_path, {})
     for folder in ("curves", "plots"):
         (root / "reports" / folder).mkdir(parents=True)
-    curve = pd.DataFrame({"images": np.arange(8), "kl_nats": np.arange(8.0), "distortion_nats": np.arange(8.0)[::-1] ** 2})
-    none = pd.DataFrame(columns=["images", "loss"])  # of an autoencoder used as it is
-    frames = []
-    monkeypatch.setattr(evaluate, "rate_distortion", lambda frame, path, **_: frames.append(frame.set_index("series")))
     own = Elbo(torch.tensor([-10.0, -30.0]), torch.tensor([1.0, 2.0]), dims=256)
-    for likelihood, written in (("discretized_gaussian", curve), ("gaussian", curve), ("discretized_gaussian", none)):
+
+    def shown(curve: pd.DataFrame, likelihood: str = "discretized_gaussian") -> pd.DataFrame | None:
+        """Nats an image by series, where there is a picture."""
+        frames = []
+        monkeypatch.setattr(evaluate, "rate_distortion", lambda frame, path, **_: frames.append(frame.set_index("series")))
         set_params(root, {"train_vae": {"likelihood": likelihood}})
-        written.to_csv(root / "reports/curves/train_vae.csv", index=False)
-        evaluate.rate_and_distortion(root, load_settings(root), own)
-    nats = 256 * math.log(2) * frames[0]
-    assert nats.loc["test images"].tolist() == pytest.approx([1.5, 20])
-    quarters = nats.drop("test images")
+        curve.to_csv(root / "reports/curves/train_vae.csv", index=False)
+        assert len(evaluate.rate_and_distortion(root, load_settings(root), own)) == len(frames)
+        return 256 * math.log(2) * frames[0] if frames else None
+
+    curve = pd.DataFrame({"images": np.arange(8), "kl_nats": np.arange(8.0), "distortion_nats": np.arange(8.0)[::-1] ** 2})
+    found = shown(curve)
+    assert found.loc["test images"].tolist() == pytest.approx([1.5, 20])
+    quarters = found.drop("test images")
     assert quarters.rate.tolist() == pytest.approx([0.5, 2.5, 4.5, 6.5])
     assert quarters.distortion.tolist() == pytest.approx([(49 + 36) / 2, (25 + 16) / 2, (9 + 4) / 2, 0.5])
-    assert list(frames[1].index) == list(frames[2].index) == ["test images"]
+    assert shown(curve.drop(columns="kl_nats")).rate.tolist() == pytest.approx([1.5] * 5)  # of a VQ model
+    assert len(shown(curve[:2])) == 3
+    assert shown(curve, "gaussian") is None
+    assert shown(pd.DataFrame(columns=["images", "loss"])) is None  # of an autoencoder used as it is
