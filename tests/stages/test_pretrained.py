@@ -241,14 +241,21 @@ def test_the_hub_is_read_at_its_commit_and_no_more_of_it_than_needed(project, hu
     assert {name: made[name] for name in made if name != "source.txt"} == contents(project / "ours")
     fetched = {Path(path).name for path in Hub.asked if "/resolve/" in path}
     assert fetched == {"config.json", WEIGHTS, "likelihood.safetensors"}
-    again = stage(project, "pretrained", **hub | {"HF_HUB_OFFLINE": "1"})  # the hub's cache has just this commit
-    assert again.returncode == 0 and contents(project / "models/pretrained") == made, again.stderr
 
     set_params(project, {"autoencoder": {"pretrained": f"me/system@{OTHER}/vae"}})
     result = stage(project, "pretrained", **hub)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith(f"error: autoencoder.pretrained me/system@{OTHER}/vae: the hub does not give it")
     assert contents(project / "models/pretrained") == made
+
+
+@pytest.mark.soak
+def test_a_commit_that_was_fetched_once_needs_no_network(project, hub):
+    set_params(project, {"autoencoder": {"pretrained": f"me/system@{COMMIT}/vae"}})
+    assert stage(project, "pretrained", **hub).returncode == 0
+    made = contents(project / "models/pretrained")
+    again = stage(project, "pretrained", **hub | {"HF_HUB_OFFLINE": "1"})
+    assert again.returncode == 0 and contents(project / "models/pretrained") == made, again.stderr
 
 
 # Refused
