@@ -70,10 +70,9 @@ class Autoencoder(Section):
 
     @model_validator(mode="after")
     def _says_what_stays(self) -> "Autoencoder":
-        if beyond := [level for level in self.attention if level >= len(self.block_out_channels)]:
-            raise ValueError(
-                f"attention names level {beyond[0]}; block_out_channels has levels 0 to {len(self.block_out_channels) - 1}"
-            )
+        last = len(self.block_out_channels) - 1
+        if any(level > last for level in self.attention) or len(set(self.attention)) < len(self.attention):
+            raise ValueError(f"attention is {list(self.attention)}; name levels once each, of 0 to {last} in block_out_channels")
         if (self.pretrained or "").startswith("models:/") and not re.fullmatch(r"models:/[\w.-]+/\d+", self.pretrained or ""):
             raise ValueError(
                 f"pretrained {self.pretrained} may change its meaning; write models:/NAME/VERSION (`ldm registry show` names it)"
@@ -127,8 +126,8 @@ class TrainVae(Optimizer):
     def _likelihood_fits(self) -> "TrainVae":
         if self.objective == "ldm" and (self.likelihood, self.scale) != ("laplace", "learned"):
             raise ValueError("objective ldm is absolute error with a learned scale: set likelihood: laplace and scale: learned")
-        if self.scale == "per_pixel" and not self.likelihood.startswith("discretized"):
-            raise ValueError(f"scale per_pixel needs a discretized likelihood, found {self.likelihood}")
+        if self.scale == "per_pixel" and not self.likelihood.endswith(("gaussian", "logistic")):
+            raise ValueError(f"scale per_pixel needs a Gaussian or logistic likelihood, found {self.likelihood}")
         return self
 
 
@@ -224,6 +223,9 @@ class Settings(Section):
     def _something_is_trained(self) -> "Settings":
         if not self.train_unet.images:
             raise ValueError("train_unet.images is 0; a U-Net is trained for some images")
+        weighed = (self.train_vae.beta_warmup_images, self.train_vae.free_bits) != (0, 0) or self.train_vae.beta != 1
+        if self.autoencoder.regulariser == "vq" and weighed:
+            raise ValueError("train_vae.beta is 1, beta_warmup_images and free_bits 0 with regulariser vq: it has no KL term")
         if not self.train_vae.images and not self.autoencoder.pretrained:
             raise ValueError("train_vae.images is 0: then autoencoder.pretrained names the autoencoder that is used as it is")
         return self

@@ -94,7 +94,9 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"unet.num_heads": 5}, ["unet.block_out_channels has 64", "num_heads 5"]),
         # the autoencoder: which, and where from
         ({"autoencoder.regulariser": "gan"}, ["autoencoder.regulariser", "found 'gan'", "'kl' or 'vq'"]),
-        ({"autoencoder.attention": [0, 3]}, ["attention names level 3", "levels 0 to 2"]),
+        ({"autoencoder.attention": [0, 3]}, ["attention is [0, 3]", "0 to 2"]),
+        ({"autoencoder.attention": [1, 1]}, ["attention is [1, 1]", "once each"]),
+        ({"autoencoder.regulariser": "vq", "train_vae.beta": 2.0}, ["train_vae.beta is 1", "vq"]),
         ({"autoencoder.attention": [-1]}, ["autoencoder.attention.0", "found -1"]),
         ({"autoencoder.num_vq_embeddings": 0}, ["autoencoder.num_vq_embeddings", "found 0"]),
         ({"autoencoder.pretrained": ""}, ["autoencoder.pretrained", "found ''"]),
@@ -108,7 +110,7 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         # how it is trained
         ({"train_vae.likelihood": "discretised_logistic"}, ["train_vae.likelihood", "'discretized_logistic'"]),
         ({"train_vae.scale": "per-pixel"}, ["train_vae.scale", "found 'per-pixel'", "'per_pixel'"]),
-        ({"train_vae.likelihood": "gaussian", "train_vae.scale": "per_pixel"}, ["scale per_pixel", "found gaussian"]),
+        ({"train_vae.likelihood": "laplace", "train_vae.scale": "per_pixel"}, ["scale per_pixel", "found laplace"]),
         ({"train_vae.log_scale": float("nan")}, ["train_vae.log_scale", "found nan"]),
         ({"train_vae.beta": -1}, ["train_vae.beta", "found -1"]),
         ({"train_vae.free_bits": float("inf")}, ["train_vae.free_bits", "found inf"]),

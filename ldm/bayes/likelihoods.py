@@ -8,7 +8,7 @@ or, "per_pixel", the second half of the decoder's channels. Continuous kinds giv
 import json
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -105,14 +105,6 @@ class Likelihood(nn.Module):
         """Write kind and scale beside the autoencoder's weights."""
         settings = json.dumps({"kind": self.kind, "scale": self.scale})  # one entry: safetensors writes several in any order
         save_file(self.state_dict(), folder / FILE, metadata={"likelihood": settings})
-
-    @classmethod
-    def from_pretrained(cls, folder: Path) -> Self:
-        """`load_likelihood` for a caller that needs this kind."""
-        likelihood = load_likelihood(folder)
-        if not isinstance(likelihood, cls):
-            raise InputError(f"{folder / FILE} holds a likelihood of kind {likelihood.kind}: expected {cls.kind}")
-        return likelihood
 
 
 class Gaussian(Likelihood):
@@ -211,8 +203,8 @@ class Bernoulli(Likelihood):
     def _log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         if bool((grey := x.abs() != 1).any()):
             raise InputError(
-                f"a bernoulli likelihood needs binary images, 8-bit values 0 and 255 only; found {int(to_uint8(x[grey][0]))}: "
-                "threshold the images or choose a discretized likelihood"
+                f"train_vae.likelihood bernoulli needs images of 0 and 255 only, found {int(to_uint8(x[grey][0]))}: "
+                "threshold them at data.image_size, or choose a discretized likelihood"
             )
         return F.logsigmoid(x * location)
 

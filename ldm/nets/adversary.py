@@ -106,14 +106,21 @@ class Perceptual(nn.Module):
         return net
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean over positions of the weighted squared difference of unit-length feature vectors, summed over layers."""
-        both = torch.cat([x, y])
-        both = (both.expand(-1, 3, -1, -1) - self.mean) / self.std  # a grey image is an RGB one of equal channels
+        """Mean over positions of the weighted squared difference of features, summed over levels; gradients reach y alone."""
+        with torch.no_grad():
+            real = self._maps(x)
         total = torch.zeros(len(x), device=x.device)
-        for index, layer in enumerate(self.features):
-            both = layer(both)
-            if index in self._taps:
-                a, b = F.normalize(both.float(), dim=1, eps=1e-10).chunk(2)
-                weight = getattr(self, f"lin{self._taps.index(index)}").view(1, -1, 1, 1)
-                total = total + ((a - b).square() * weight).sum(1).mean((1, 2))
+        for level, (a, b) in enumerate(zip(real, self._maps(y), strict=True)):
+            weight = getattr(self, f"lin{level}").view(1, -1, 1, 1)
+            total = total + ((a - b).square() * weight).sum(1).mean((1, 2))
         return total
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        """Each level's features, of unit length at every position."""
+        h = (x.expand(-1, 3, -1, -1) - self.mean) / self.std  # a grey image is an RGB one of equal channels
+        maps = []
+        for index, layer in enumerate(self.features):
+            h = layer(h)
+            if index in self._taps:
+                maps.append(F.normalize(h.float(), dim=1, eps=1e-10))
+        return maps

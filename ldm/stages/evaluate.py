@@ -89,7 +89,7 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
     metrics: Metrics = {
         "image": test.preprocessing.described,
         "test_images": len(test),
-        **{name: value for name, value in summary(own).items() if name.endswith("per_dim")},
+        **{name: value for name, value in summary(own).items() if "per_dim" in name},
     }
     figures = rate_and_distortion(root, settings, own)
     if isinstance(model.autoencoder, VQModel):
@@ -137,7 +137,7 @@ def posteriors(root: Path, settings: Settings, model: LatentDiffusion, test: Sha
     found = diagnose(torch.cat([p.mean.cpu() for p in encoded]), torch.cat([p.logvar.cpu() for p in encoded]))
     path = root / "reports/plots/latent_channels.png"
     channel_bars(found.kl.tolist(), path, title="KL of each latent channel", low=COLLAPSED * found.positions)
-    about = "Nats that each latent channel of a held-out image carries; a channel near 0 is not used."
+    about = found.warning() or "Nats that each latent channel of a held-out image carries."
     return {**found.metrics()}, [Figure("Latent channels", about, path)]
 
 

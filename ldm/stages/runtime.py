@@ -85,6 +85,7 @@ def set_up(deterministic: bool) -> Any:
 
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32: bounds and latents are compared to more than 10 bits
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = default_device()
     if device.type == "cpu":

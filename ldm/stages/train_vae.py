@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.bayes.likelihoods import FILE as LIKELIHOOD
 from ldm.bayes.likelihoods import Likelihood, load_likelihood, make_likelihood
@@ -63,6 +64,7 @@ def start(root: Path, settings: Settings) -> tuple[Autoencoder, Likelihood]:
         found = load_likelihood(folder)
         if not settings.train_vae.images or (found.kind, found.scale) == (likelihood.kind, likelihood.scale):
             likelihood = found
+            print(f"train_vae: likelihood of {name}: {found.kind}, scale {found.scale}", flush=True)
     return pretrained, likelihood
 
 
@@ -90,7 +92,10 @@ def in_settings(autoencoder: Autoencoder) -> dict[str, Any]:
     return described
 
 
-def objective(root: Path, settings: Settings, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches) -> VaeObjective:
+def objective(
+    root: Path, settings: Settings, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, side: int
+) -> VaeObjective:
+    """What the settings minimise, on images of `side` pixels."""
     options, device = settings.train_vae, next(autoencoder.parameters()).device
     if options.objective == "elbo":
         return VaeObjective(autoencoder, likelihood, batches, options)
@@ -98,14 +103,26 @@ def objective(root: Path, settings: Settings, autoencoder: Autoencoder, likeliho
     torch.manual_seed(seed_for(settings.seed, "initialise", "discriminator"))
     discriminator = PatchDiscriminator(settings.data.channels, ldm.discriminator_channels, ldm.discriminator_layers)
     given = None if ldm.perceptual_sha256 is None else (root / ldm.perceptual, ldm.perceptual_sha256)
+    perceptual = Perceptual.from_file(*given) if given else Perceptual()
+    check_fits(discriminator, perceptual, torch.zeros(1, settings.data.channels, side, side))
     adversary = Adversary(
-        (Perceptual.from_file(*given) if given else Perceptual()).to(device),
+        perceptual.to(device),
         ldm.perceptual_weight,
         discriminator.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         ldm.discriminator_weight,
         ldm.discriminator_start,
     )
     return AdversarialObjective(autoencoder, likelihood, batches, options, adversary)
+
+
+@torch.no_grad()
+def check_fits(discriminator: PatchDiscriminator, perceptual: Perceptual, x: Tensor) -> None:
+    """Raise an `InputError` where images such as x are too small for the networks that judge them."""
+    for name, judge in (("discriminator_layers", discriminator), ("perceptual", lambda x: perceptual(x, x))):
+        try:
+            judge(x)
+        except RuntimeError as error:
+            raise InputError(f"train_vae.ldm.{name}: too deep for images of {x.shape[-1]} pixels (data.image_size)") from error
 
 
 def measured(
@@ -115,7 +132,10 @@ def measured(
 
     `trained`: whether the likelihood was, with this autoencoder or an earlier run's.
     """
-    if not likelihood.discrete or (likelihood.scale == "learned" and not trained):
+    if likelihood.kind == "gaussian" and likelihood.scale == "per_pixel":  # the same Gaussians, integrated over each value
+        discrete = make_likelihood("discretized_gaussian", likelihood.scale, float(likelihood.log_scale))
+        likelihood = discrete.to(likelihood.log_scale.device)
+    elif not likelihood.discrete or not (trained or likelihood.kind == "bernoulli" or likelihood.scale == "per_pixel"):
         likelihood = fit_scale(autoencoder, val, seed)
     return likelihood, summary(evaluate_elbo(autoencoder, likelihood, val, seed))
 
@@ -140,7 +160,7 @@ def run(root: Path) -> None:
         if options.images:
             loading = {"workers": loader_workers(device.type), "rank": rank(), "ranks": ranks()}
             batches = Batches(train, settings.seed, shuffle=options.shuffle, flip=options.flip, **loading)
-            loss = objective(root, settings, autoencoder, likelihood, batches)
+            loss = objective(root, settings, autoencoder, likelihood, batches, train.preprocessing.image_size)
             fitted = work.fit(loss)
             loss.module.load_state_dict(fitted.ema)
         if not work.first:

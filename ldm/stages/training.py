@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,13 @@ import torch
 from ldm import distributed
 from ldm.config import Optimizer
 from ldm.errors import InputError
-from ldm.stages.runtime import Progress, stop_at_checkpoint, work_folder, work_key
+from ldm.nets.blocks import Pretrained
+from ldm.stages.runtime import INTERRUPTED, Progress, stop_at_checkpoint, work_folder, work_key
 from ldm.tracking import Run, stage_run
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, Fitted, Objective, fit
+
+GRACE = 5.0  # seconds in which a process notices by itself that another one failed
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ def training(
     `params` (with `seed`, `precision` and `compile`), `options` and `inputs` (hashes) are the run's identity: a run with
     the same ones goes on from its checkpoint.
     """
+    count = int(os.environ.get("WORLD_SIZE") or _count("LDM_PROCESSES", 1))
+    if options.batch_size % count:
+        raise InputError(f"{stage}.batch_size {options.batch_size} cannot be shared by {count} processes; make it a multiple")
     execution = Execution(_autocast(params["precision"], device), params["compile"], _count("LDM_MICRO_BATCH", 0) or None)
     params = {"device": str(device), **params, **options.model_dump()}
     with _peers(stage), distributed.process_group(device), contextlib.ExitStack() as held:
@@ -54,12 +62,18 @@ def training(
         store = CheckpointStore(folder / "checkpoint")
 
         def run(objective: Objective) -> Fitted:
+            for net in objective.module.modules():
+                if isinstance(net, Pretrained):
+                    net.gradient_checkpointing = os.environ.get("LDM_GRADIENT_CHECKPOINTING") == "1"
             progress = Progress(stage, options.images) if first else lambda done, row: None
-            with stop_at_checkpoint() as should_stop:
-                return fit(
-                    objective, options, seed=params["seed"], journal=tracker, store=store, progress=progress,
-                    should_stop=should_stop, execution=execution,
-                )  # fmt: skip
+            try:
+                with stop_at_checkpoint() as should_stop:
+                    return fit(
+                        objective, options, seed=params["seed"], journal=tracker, store=store, progress=progress,
+                        should_stop=should_stop, execution=execution,
+                    )  # fmt: skip
+            except FloatingPointError as error:  # the same would come again: no retry helps
+                raise InputError(str(error)) from None
 
         yield Training(run, tracker, first)
         if first:
@@ -79,9 +93,19 @@ def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
 
 def _count(name: str, least: int) -> int:
     value = os.environ.get(name) or str(least)
-    if not value.isdigit() or int(value) < least:
+    if not (value.isascii() and value.isdigit()) or int(value) < least:
         raise InputError(f"{name} is {value!r}; set it to a whole number of {least} or more, or unset it")
     return int(value)
+
+
+def _watch(child: "subprocess.Popen[bytes]", rank: int) -> None:
+    """End this process where another one failed: it may be waiting for it where nothing else interrupts."""
+    code = child.wait()
+    if code in (0, INTERRUPTED):
+        return
+    time.sleep(GRACE)  # mostly the loss is noticed, and the end an orderly one
+    print(f"error: process {rank} of this training ended with exit code {code}", file=sys.stderr, flush=True)
+    os._exit(2 if code == 2 else 1)
 
 
 @contextlib.contextmanager
@@ -93,14 +117,20 @@ def _peers(stage: str) -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory() as folder:
         common = {"WORLD_SIZE": str(count), "LDM_RENDEZVOUS": f"file://{folder}/rendezvous"}
-        children = []
+        children: list[subprocess.Popen[bytes]] = []
         for rank in range(1, count):
             environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LDM_OWNER_PIPE": "1"}
             command = [sys.executable, "-m", f"ldm.stages.{stage}"]
             children.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
+            threading.Thread(target=_watch, args=(children[-1], rank), daemon=True).start()
         os.environ.update(common, RANK="0", LOCAL_RANK="0")
         try:
             yield
+        except RuntimeError as error:
+            time.sleep(1)  # the others may have ended first, and this error be of no more than their absence
+            if 2 in [child.poll() for child in children]:
+                raise InputError("another process of this training cannot go on; its error stands above") from error
+            raise
         finally:
             for name in (*common, "RANK", "LOCAL_RANK"):
                 del os.environ[name]

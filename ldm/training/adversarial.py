@@ -78,7 +78,7 @@ def last_layer(autoencoder: Autoencoder) -> Tensor:
 
 
 def adaptive_weight(negative: Tensor, fooling: Tensor, layer: Tensor) -> Tensor:
-    """λ of Esser et al. 2021, equation 7, for the batch of all processes; a constant for autograd."""
+    """λ of Esser et al. 2021, equation 7, a constant for autograd: of one part of the batch, over all processes."""
     norms = [
         distributed.mean(torch.autograd.grad(loss, layer, retain_graph=True)[0].float()).norm() for loss in (negative, fooling)
     ]

@@ -113,8 +113,6 @@ def fit(
     `FloatingPointError` where a loss or gradient is not finite or explodes, after saving the batch, naming it and the last
     good checkpoint, and `KeyboardInterrupt`, after saving a checkpoint, when `should_stop()` turns true.
     """
-    if schedule.batch_size % distributed.ranks():
-        raise InputError(f"batch_size {schedule.batch_size} cannot be shared by {distributed.ranks()} processes; use a multiple")
     groups = objective.parameter_groups(schedule.lr)
     multipliers = [group.pop("lr_multiplier", 1.0) for group in groups]
     players = [group.pop("player", 0) for group in groups]
@@ -122,6 +120,9 @@ def fit(
     ema = Ema(objective.module, schedule.ema_halflife_images)
     run = _Run(objective, optimizer, ema, journal, store)
     resumed = run.resume()
+    device = next(objective.module.parameters()).device
+    if float(distributed.mean(torch.tensor(float(resumed), device=device))) != resumed:
+        raise InputError(f"{store.folder}: the processes found different checkpoints here; they have to share this folder")
     gradients = _Gradients(objective, optimizer, players, seed, execution)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
@@ -135,8 +136,8 @@ def fit(
         done = images_seen + schedule.batch_size
         ema.update(done, schedule.batch_size)
         run.add(metrics, images_seen)
-        looks = distributed.ranks() == 1 or done // schedule.batch_size % CHECK_BATCHES == 0  # ranks must agree
-        stop = looks and distributed.any_of_them(should_stop(), metrics["loss"].device)
+        looks = distributed.ranks() == 1 or device.type == "cpu" or done // schedule.batch_size % CHECK_BATCHES == 0
+        stop = looks and distributed.any_of_them(should_stop(), device)  # all must agree
         due = done < schedule.images and (stop or done % schedule.checkpoint_images < schedule.batch_size)
         row_due = done % every < schedule.batch_size or done >= schedule.images
         if due or row_due or done // schedule.batch_size % CHECK_BATCHES == 0:

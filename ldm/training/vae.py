@@ -1,6 +1,7 @@
 """The autoencoder's objective: the negative evidence lower bound, its KL term weighted where asked."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from ldm.randomness import generator
 
 SCALE_LR = 10.0  # the likelihood's one scale has far to go and Adam moves every parameter by about lr a step
 SCALE_IMAGES = 512  # validation images to which a scale is fitted
+PIXELS = 1 << 18  # of the images that are measured at once
 
 
 class Rate(Protocol):
@@ -29,7 +31,8 @@ class VaeObjective:
     """Negative ELBO per value of an image; of a VQ model, negative log-likelihood and commitment (van den Oord et al. 2017).
 
     The KL term is weighted by beta (Higgins et al. 2017; 1 is the bound itself), which rises linearly from 0 over
-    `beta_warmup_images` (Bowman et al. 2016), and each channel of an image costs `free_bits` nats at least (Kingma et al. 2016).
+    `beta_warmup_images` (Bowman et al. 2016), and each channel of an image costs `free_bits` nats at least: Kingma et al. 2016,
+    but for each image, not for a batch's mean, so that a batch may be parted.
     What is reported is the bound itself.
     """
 
@@ -86,7 +89,7 @@ class VaeObjective:
 
 
 def summary(bound: Elbo) -> dict[str, float]:
-    """Means over images: the bound and its terms in nats per image, and as code lengths in bits per dimension."""
+    """Means over images: the bound, with its standard error, and its terms, in nats per image and as bits per dimension."""
     per_dim = 1 / (bound.dims * math.log(2))
     terms = {
         "elbo_nats": bound.nats,
@@ -96,31 +99,24 @@ def summary(bound: Elbo) -> dict[str, float]:
         "distortion_bits_per_dim": -bound.reconstruction * per_dim,
         "rate_bits_per_dim": bound.kl * per_dim,
     }
-    return {name: float(value.double().mean()) for name, value in terms.items()}
+    means = {name: float(value.double().mean()) for name, value in terms.items()}
+    return means | {"elbo_nats_se": bound.standard_error, "elbo_bits_per_dim_se": bound.standard_error * per_dim}
 
 
 @torch.inference_mode()
-def evaluate_elbo(
-    autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader, seed: int, batch_size: int = 256
-) -> Elbo:
+def evaluate_elbo(autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader, seed: int) -> Elbo:
     """The ELBO (beta = 1) of every image of a split."""
     parts = []
-    device = next(autoencoder.parameters()).device
-    for start in range(0, len(reader), batch_size):
-        x = to_float(reader.images(range(start, min(start + batch_size, len(reader))))).to(device)
+    for start, x in _images(autoencoder, reader):
         parts.append(elbo(autoencoder, likelihood, x, posterior_noise(autoencoder, x, generator(seed, "elbo", start))))
     return Elbo(torch.cat([p.reconstruction for p in parts]), torch.cat([p.kl for p in parts]), parts[0].dims)
 
 
 @torch.inference_mode()
-def evaluate_importance(
-    autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader, seed: int, samples: int, batch_size: int = 256
-) -> Tensor:
+def evaluate_importance(autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader, seed: int, samples: int) -> Tensor:
     """The importance-weighted bound of every image of a split with `samples` posterior samples each, nats (N,), float64."""
     parts = []
-    device = next(autoencoder.parameters()).device
-    for start in range(0, len(reader), batch_size):
-        x = to_float(reader.images(range(start, min(start + batch_size, len(reader))))).to(device)
+    for start, x in _images(autoencoder, reader):
         noises = (posterior_noise(autoencoder, x, generator(seed, "importance", start, k)) for k in range(samples))
         parts.append(importance_bound(autoencoder, likelihood, x, noises).double().cpu())
     return torch.cat(parts)
@@ -135,20 +131,27 @@ def fit_scale(autoencoder: Autoencoder, reader: ShardReader, seed: int) -> Likel
     from scipy.optimize import minimize_scalar  # imported where it is needed: it takes long
 
     device = next(autoencoder.parameters()).device
-    x = to_float(reader.images(range(min(len(reader), SCALE_IMAGES)))).to(device)
-    outputs = []
-    for start, part in enumerate(x.split(64)):
-        noise = posterior_noise(autoencoder, part, generator(seed, "scale", start))
-        outputs.append(autoencoder.decode(autoencoder.encode(part).sample(noise)))
-    output = torch.cat(outputs)
+    pairs = []
+    for start, x in _images(autoencoder, reader, SCALE_IMAGES):
+        noise = posterior_noise(autoencoder, x, generator(seed, "scale", start))
+        pairs.append((x.cpu(), autoencoder.decode(autoencoder.encode(x).sample(noise)).cpu()))
     likelihood = make_likelihood("discretized_logistic").to(device)
 
     def negative(log_scale: float) -> float:
         likelihood.log_scale.fill_(log_scale)
-        return -float(likelihood.log_prob(x, output).double().mean())
+        total = sum(float(likelihood.log_prob(x.to(device), output.to(device)).double().sum()) for x, output in pairs)
+        return -total / sum(x.numel() for x, _ in pairs)
 
     likelihood.log_scale.fill_(float(minimize_scalar(negative, bounds=(-9, 2), method="bounded").x))
     return likelihood
+
+
+def _images(autoencoder: Autoencoder, reader: ShardReader, most: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """The first `most` images of a split (default: all) on the autoencoder's device, in parts, and where each starts."""
+    device, count = next(autoencoder.parameters()).device, min(len(reader), most or len(reader))
+    size = min(256, max(1, PIXELS // reader.preprocessing.image_size**2))
+    for start in range(0, count, size):
+        yield start, to_float(reader.images(range(start, min(start + size, count)))).to(device)
 
 
 def posterior_noise(autoencoder: Autoencoder, x: Tensor, rng: torch.Generator, count: int | None = None) -> Tensor:

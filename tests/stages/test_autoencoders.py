@@ -129,7 +129,7 @@ def test_binary_images_go_through_the_whole_pipeline(binary):
 
 def test_grey_images_are_refused_by_a_bernoulli_likelihood(tmp_path):
     root = make_project(tmp_path, {"train_vae": {"likelihood": "bernoulli"}})
-    with pytest.raises(InputError, match="needs binary images, 8-bit values 0 and 255 only; found"):
+    with pytest.raises(InputError, match="needs images of 0 and 255 only, found"):
         run_stages(root, "train_vae")
     assert not (root / "models/autoencoder").exists()
 

@@ -83,7 +83,8 @@ def killed_in_mid_work(undisturbed: Path, root: Path, stage: str, seed: int, pro
         assert time.monotonic() < deadline, "a process outlived the one that started it"
         time.sleep(0.05)
     assert not any((root / out).exists() for out in OUTS[stage])
-    return int(max(path.name for path in work.glob("*/checkpoint/*") if path.name.isdigit()))
+    (kept,) = (int(path.name) for path in work.glob("*/checkpoint/*") if path.name.isdigit())
+    return kept
 
 
 def children(pid: int) -> list[int]:
@@ -110,14 +111,14 @@ def resumed(root: Path, stage: str, kept: int, processes: int = 1) -> dict[str, 
 @pytest.mark.parametrize("seed", with_soak(1, 6))
 def test_a_killed_stage_that_runs_again_makes_the_same_outs(stage, seed, trained, tmp_path):
     kept = killed_in_mid_work(trained, tmp_path / "killed", stage, seed)
-    assert kept < LENGTHS["images"]
+    assert kept == LENGTHS["checkpoint_images"]  # after the first checkpoint and before the second
     assert resumed(tmp_path / "killed", stage, kept) == contents(trained, stage)
 
 
 @pytest.mark.parametrize("seed", with_soak(1, 6))
 def test_so_does_training_against_a_discriminator(seed, adversarial, tmp_path):
     kept = killed_in_mid_work(adversarial, tmp_path / "killed", "train_vae", seed)
-    assert LDM["discriminator_start"] <= kept < PAPER["images"]  # it was being trained
+    assert kept == PAPER["checkpoint_images"] >= LDM["discriminator_start"]  # it was being trained
     assert resumed(tmp_path / "killed", "train_vae", kept) == contents(adversarial, "train_vae")
 
 
@@ -128,3 +129,18 @@ def test_so_do_two_processes_of_which_the_first_is_killed(seed, trained, tmp_pat
     assert start(both, "train_vae", processes=2).wait(timeout=120) == 0
     kept = killed_in_mid_work(trained, tmp_path / "killed", "train_vae", seed, processes=2)
     assert resumed(tmp_path / "killed", "train_vae", kept, processes=2) == contents(both, "train_vae")
+
+
+def test_a_process_that_dies_takes_the_others_along(trained, tmp_path):
+    """Before they have found each other, where the first would wait for half an hour."""
+    root = Path(shutil.copytree(trained, tmp_path / "project"))
+    command = [sys.executable, "-m", "ldm.stages.train_vae"]
+    env = environment(LDM_PROCESSES="2", LDM_GRADIENT_CHECKPOINTING="1")  # another setting that changes nothing
+    first = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True)
+    while not (others := children(first.pid)):
+        assert first.poll() is None
+        time.sleep(0.01)
+    os.kill(others[0], signal.SIGKILL)
+    error = first.communicate(timeout=60)[1]
+    assert first.returncode == 1
+    assert error.splitlines()[-1] == "error: process 1 of this training ended with exit code -9"
