@@ -163,10 +163,12 @@ def test_a_scale_for_each_pixel_goes_through_the_whole_pipeline(per_pixel):
     assert math.isfinite(metrics(per_pixel)["bits_per_dim"])
 
 
-def test_what_was_trained_on_a_density_is_measured_by_a_likelihood_of_8_bit_pixels(tmp_path):
-    root = make_project(tmp_path, {"train_vae": {"likelihood": "gaussian", "images": 64}})
+@pytest.mark.parametrize(("scale", "measured_by"), [("learned", "discretized_logistic"), ("per_pixel", "discretized_gaussian")])
+def test_what_was_trained_on_a_density_is_measured_by_a_likelihood_of_8_bit_pixels(scale, measured_by, tmp_path):
+    root = make_project(tmp_path, {"train_vae": {"likelihood": "gaussian", "scale": scale, "images": 64}})
     run_stages(root, "train_vae")
-    assert load_likelihood(root / "models/autoencoder").kind == "discretized_logistic"
+    found = load_likelihood(root / "models/autoencoder")
+    assert (found.kind, found.scale) == (measured_by, scale)
 
 
 @pytest.mark.soak
