@@ -115,6 +115,8 @@ def interpolate(
             raise InputError(f"{end}: no such file")
     if files[0] != files[1]:
         raise InputError(f"{a!r} and {b!r}: one is a file and one is not; give two images or two prompts")
+    if linear and not files[0]:
+        raise InputError("--linear joins two images; prompts are always joined by a line")
     loaded = _load(model)
     first, last = (_read_image(end, loaded) for end in (a, b)) if files[0] else (a, b)
     images = loaded.interpolate(first, last, n, linear=linear, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
@@ -161,7 +163,7 @@ def reconstruct(
     _check_out(out)
     for path in images:
         if not path.is_file():
-            raise InputError(f"{path}: no such file")
+            raise InputError(f"{path}: not a file")
     loaded = _load(model)
     if tile is None:
         shown = torch.stack([_read_image(str(path), loaded) for path in images])

@@ -64,7 +64,9 @@ class Autoencoder(Section):
     block_out_channels: Levels
     layers_per_block: Positive
     norm_num_groups: Positive
-    attention: tuple[Annotated[int, Field(ge=0)], ...]  # levels, 0 the finest, whose resnets are followed by attention
+    attention: tuple[
+        Annotated[int, Field(ge=0, strict=True)], ...
+    ]  # levels, 0 the finest, whose resnets are followed by attention
     mid_block_add_attention: bool
     num_vq_embeddings: Positive  # codes of a VQModel
 

@@ -25,6 +25,7 @@ from ldm.nets.unet import UNet
 from ldm.randomness import generator
 
 BATCH = 128  # images at a time
+SMALLEST_TILE = 8  # latents: with fewer, a tile is mostly edge
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ class LatentDiffusion:
 
     def _overlap(self, tile: int) -> int:
         factor = self.autoencoder.factor
+        if tile % factor or tile < SMALLEST_TILE * factor:
+            raise InputError(f"tile {tile}: use a multiple of {factor} pixels, {SMALLEST_TILE * factor} or more")
         return tile // 4 // factor * factor
 
     @torch.inference_mode()

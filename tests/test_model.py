@@ -324,7 +324,7 @@ def test_a_large_image_is_worked_on_by_tiles(model, monkeypatch):
 
 
 def test_tiles_hold_whole_latents(model):
-    with pytest.raises(InputError, match="tile = 15, overlap = 2: expected multiples of 2"):
+    with pytest.raises(InputError, match="tile 15: use a multiple of 2 pixels, 16 or more"):
         model.encode(noise(1, 1, 32, 32), tile=15)
 
 
@@ -634,12 +634,13 @@ def test_a_linear_walk_differs_from_a_great_circle_between_its_ends(saved, model
     [
         (("autoencoder", "sample", "--out", "no/such/x.png"), "--out no/such/x.png: the folder no/such does not exist"),
         (("autoencoder", "sample", "--out", "x.jpg"), "--out x.jpg: write a .png, or a folder"),
-        (("autoencoder", "reconstruct", "gone.png", "--out", "x.png"), "gone.png: no such file"),
+        (("autoencoder", "reconstruct", "gone.png", "--out", "x.png"), "gone.png: not a file"),
         (("autoencoder", "reconstruct", "text.png", "--out", "x.png"), "text.png: not a readable image"),
         (("autoencoder", "reconstruct", "a.png", "b.png", "--tile", "16", "--out", "x.png"), "different sizes make no sheet"),
-        (("autoencoder", "reconstruct", "a.png", "--tile", "15", "--out", "x.png"), "tile = 15, overlap = 2: expected multiples"),
-        (("autoencoder", "reconstruct", "a.png", "--tile", "1", "--out", "x.png"), "tile = 1, overlap = 0: expected multiples"),
+        (("autoencoder", "reconstruct", "a.png", "--tile", "15", "--out", "x.png"), "tile 15: use a multiple of 2 pixels, 16 or more"),
+        (("autoencoder", "reconstruct", "a.png", "--tile", "1", "--out", "x.png"), "tile 1: use a multiple of 2 pixels, 16 or more"),
         (("autoencoder", "traverse", "gone.png", "--out", "x.png"), "gone.png: no such file"),
+        (("interpolate", "nine", "seven", "--linear", "--out", "x.png"), "--linear joins two images"),
         (("interpolate", "a.png", "nine", "--linear", "--out", "x.png"), "give two images or two prompts"),
     ],
 )  # fmt: skip

@@ -16,9 +16,9 @@ from ldm.nets.autoencoder import DiagonalGaussian
 from ldm.randomness import generator
 
 ACTIVE = 0.01  # variance of E[z | x] over x (Burda et al. 2016, section 4.2)
-# Nats a position. A latent that shares 0.01 nats with its image has a squared correlation with it of 1 - exp(-0.02) = 2 %;
-# trained channels have 0.5 to 5 nats and collapsed ones are orders of magnitude below 0.01.
-COLLAPSED = 0.01
+# Nats a position. A latent that shares 0.1 nats with its image has a squared correlation with it of 1 - exp(-0.2) = 18 %:
+# the diffusion model would mostly learn noise. Channels in use have 0.5 to 5 nats.
+COLLAPSED = 0.1
 VALUES = 2048  # posteriors in the mixture of a channel's marginal
 IMAGES = 1024  # images in the mixture of whole latents
 CHUNK = 1 << 22  # numbers worked on at a time

@@ -161,7 +161,10 @@ def _iso_lines(axes: Axes) -> None:
 def channel_bars(
     values: Sequence[float], path: str | PathLike[str], *, title: str, y_label: str = "KL, nats per image", low: float = 0.0
 ) -> None:
-    """Write one bar a latent channel as one PNG; those below `low` (collapsed ones) stand out, with the line they miss."""
+    """Write one bar a latent channel as one PNG; those below `low` (collapsed ones) stand out, with the line they miss.
+
+    The axis is logarithmic where they differ more than tenfold.
+    """
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.add_subplot()
     colours = [COLOURS[1] if value < low else COLOURS[0] for value in values]
@@ -171,7 +174,12 @@ def channel_bars(
     if low > 0:
         axes.axhline(low, color=COLOURS[1], linewidth=1.0, linestyle="--", label=f"collapsed below {low:g}")
         axes.legend(frameon=False)
-    axes.set_ylim(0, 1.2 * max(*values, low, 1e-9))
+    least, most = min(values), max(*values, low, 1e-9)
+    if 0 < least < most / 10:
+        axes.set_yscale("log")
+        axes.set_ylim(least / 2, 3 * most)
+    else:
+        axes.set_ylim(0, 1.2 * most)
     axes.set_xlim(-0.6, len(values) - 0.4)
     _dress(axes, title, "latent channel", y_label)
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
