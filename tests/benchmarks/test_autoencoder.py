@@ -314,7 +314,8 @@ class TheirRun:
     def __init__(self, lr: float, batch_size: int, readers: dict[str, ShardReader]):
         torch.manual_seed(SETTINGS.seed)
         options = SETTINGS.autoencoder
-        self.peer = Peer(SETTINGS.data.channels, options.latent_channels, options.block_out_channels, options.layers_per_block)
+        latents = 4  # diffusers' default
+        self.peer = Peer(SETTINGS.data.channels, latents, options.block_out_channels, options.layers_per_block)
         self.peer.to(default_device())
         self.name, self.readers, self.seconds = f"learning rate {lr:g}, batches of {batch_size}", readers, 0.0
         self.points: list[Point] = []
