@@ -62,7 +62,7 @@ def train(settings: Settings, reader: ShardReader, save: Save = lambda *_: None)
     device = default_device()
     autoencoder, likelihood = build(settings)
     autoencoder.place(device), likelihood.to(device)
-    loss = objective(ROOT, settings, autoencoder, likelihood, Batches(reader, settings.seed))
+    loss = objective(ROOT, settings, autoencoder, likelihood, Batches(reader, settings.seed), settings.data.image_size)
     fitted = fit(
         loss, settings.train_vae, seed=settings.seed, journal=Run(), store=Watched(save), progress=lambda done, row: None
     )  # fmt: skip
