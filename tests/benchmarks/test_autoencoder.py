@@ -362,7 +362,7 @@ def test_quality_against_training_seconds(tmp_path: Path) -> None:
     best = max(runs, key=lambda run: run.points[-1].psnr).go_on(180)
     assert best.points[-1].psnr > best.points[0].psnr + 3  # it learns
     sizes = [sum(p.numel() for p in net.parameters()) for net in (build(SETTINGS)[0], best.peer)]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.06)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.07)
     print(f"parameters: ours {sizes[0]:,}, diffusers' {sizes[1]:,}; {torch.get_num_threads()} threads; the example's best:")
     compare_goals("120 batches of 64, best of three learning rates", own, short)
     compare_goals(f"300 batches of 64, {best.name}", own, best.points)
@@ -372,11 +372,12 @@ def test_quality_against_training_seconds(tmp_path: Path) -> None:
 # Encoding for the latent cache
 
 
-def test_encoding_for_the_latent_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_encoding_for_the_latent_cache(network: str, tmp_path: Path) -> None:
     """`write_latents` as the stage calls it against a loop that only encodes the same images, decoded before."""
     device, readers = default_device(), digits(tmp_path, SETTINGS)
     readers = {split: readers[split] for split in ("train", "val")}
-    autoencoder = build(SETTINGS)[0].place(device).eval()
+    autoencoder = AutoencoderKL(**NETWORKS[network][0]).place(device).eval()
     embed = TextEncoder.from_pretrained(SETTINGS.text.encoder, SETTINGS.text.max_tokens)
     embedded: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
@@ -412,6 +413,6 @@ def test_encoding_for_the_latent_cache(tmp_path: Path) -> None:
         }
     )
     bare = seconds.pop("encoder alone")
-    print(f"\nencoding {count} images of {SETTINGS.data.image_size} pixels, encoder alone: {count / median(bare):.0f} images/s")
+    print(f"\n{network}: encoding {count} images of {SETTINGS.data.image_size} pixels, encoder alone: {count / median(bare):.0f} images/s")
     for name, times in seconds.items():
         print(f"  {name}: {count / median(times):.0f} images/s, {times_faster(times, bare):.2f} of it")
