@@ -413,6 +413,6 @@ def test_encoding_for_the_latent_cache(network: str, tmp_path: Path) -> None:
         }
     )
     bare = seconds.pop("encoder alone")
-    print(f"\n{network}: encoding {count} images of {SETTINGS.data.image_size} pixels, encoder alone: {count / median(bare):.0f} images/s")
+    print(f"\n{network}, {count} images of {SETTINGS.data.image_size} pixels, encoder alone: {count / median(bare):.0f} images/s")
     for name, times in seconds.items():
         print(f"  {name}: {count / median(times):.0f} images/s, {times_faster(times, bare):.2f} of it")
