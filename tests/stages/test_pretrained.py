@@ -1,15 +1,13 @@
 """An autoencoder that was trained elsewhere: where it comes from, used as it is, fine-tuned, refused."""
 
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import diffusers
 import numpy as np
@@ -17,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from blobs import draw_blobs, make_project, run_stages
+from hub import Hub, serving
 from safetensors.torch import load_file
 from scipy import stats
 from tiny import environment, set_params
@@ -184,53 +183,34 @@ def test_a_registered_version_gives_the_same_latents_so_that_only_new_images_are
 # From the hub
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Models(Hub):
     """As much of the hub's API as downloads ask for: one model, `me/system`, at one commit."""
 
-    files: dict[str, bytes]
-    asked: list[str]
+    asked: ClassVar[list[str]]
 
     def do_GET(self) -> None:
         path, api, resolve = self.path.split("?")[0], "/api/models/me/system", f"/me/system/resolve/{COMMIT}/"
         self.asked.append(path)
         if path == f"{api}/revision/{COMMIT}":
             siblings = [{"rfilename": name} for name in self.files]
-            self._answer(json.dumps({"id": "me/system", "sha": COMMIT, "siblings": siblings, "tags": []}).encode())
+            self.answer(json.dumps({"id": "me/system", "sha": COMMIT, "siblings": siblings, "tags": []}).encode())
         elif path == f"{api}/tree/{COMMIT}":
-            listed = [{"type": "file", "path": file, "oid": "0" * 40, "size": len(blob)} for file, blob in self.files.items()]
-            self._answer(json.dumps(listed).encode())
+            self.answer_tree()
         elif (name := path.removeprefix(resolve)) in self.files:
-            self._answer(self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+            self.answer(self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
         else:
             entry = path.startswith((resolve, f"{api}/tree/{COMMIT}"))
-            self._answer(None, X_Error_Code="EntryNotFound" if entry else "RevisionNotFound")
-
-    do_HEAD = do_GET
-
-    def _answer(self, body: bytes | None, **headers: str) -> None:
-        self.send_response(404 if body is None else 200)
-        for name, value in {**headers, "Content_Length": str(len(body or b""))}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body or b"")
-
-    def log_message(self, *_: Any) -> None:
-        pass
+            self.answer(None, X_Error_Code="EntryNotFound" if entry else "RevisionNotFound")
 
 
 @pytest.fixture
 def hub(trained, tmp_path) -> Iterator[dict[str, str]]:
     """The environment in which the hub is a server that has the autoencoder in `vae`, beside files that nobody needs."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Hub.files = {f"vae/{name}": blob for name, blob in contents(trained / "ours").items()}
-    Hub.files |= dict.fromkeys((WEIGHTS, f"unet/{WEIGHTS}", "vae/diffusion_pytorch_model.fp16.safetensors"), b"gigabytes")
-    Hub.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    yield {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-    server.shutdown()
-    server.server_close()
+    Models.files = {f"vae/{name}": blob for name, blob in contents(trained / "ours").items()}
+    Models.files |= dict.fromkeys((WEIGHTS, f"unet/{WEIGHTS}", "vae/diffusion_pytorch_model.fp16.safetensors"), b"gigabytes")
+    Models.asked = []
+    with serving(Models) as served:
+        yield {**served, "HF_HOME": str(tmp_path / "home")}
 
 
 def test_the_hub_is_read_at_its_commit_and_no_more_of_it_than_needed(project, hub):
@@ -239,7 +219,7 @@ def test_the_hub_is_read_at_its_commit_and_no_more_of_it_than_needed(project, hu
     assert result.returncode == 0, result.stderr
     made = contents(project / "models/pretrained")
     assert {name: made[name] for name in made if name != "source.txt"} == contents(project / "ours")
-    fetched = {Path(path).name for path in Hub.asked if "/resolve/" in path}
+    fetched = {Path(path).name for path in Models.asked if "/resolve/" in path}
     assert fetched == {"config.json", WEIGHTS, "likelihood.safetensors"}
 
     set_params(project, {"autoencoder": {"pretrained": f"me/system@{OTHER}/vae"}})

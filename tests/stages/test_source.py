@@ -1,13 +1,11 @@
 """data/raw/source: scikit-learn's digits, and what the package `datasets` opens, on a disk or from a hub that runs here."""
 
-import http.server
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
+from hub import Hub, serving
 from PIL import Image
 from sklearn.datasets import load_digits
 from tiny import REPOSITORY, environment, set_params
@@ -296,54 +295,34 @@ def test_without_the_package_only_its_sources_are_refused(tmp_path):
     assert contents(tmp_path / "project/data") == before
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class DataSets(Hub):
     """As much of the hub's API as `datasets` asks for: one data set, `me/tiny`, at one commit."""
-
-    files: dict[str, bytes]
 
     def do_GET(self) -> None:
         api, resolve = "/api/datasets/me/tiny", f"/datasets/me/tiny/resolve/{COMMIT}/"
         path = self.path.split("?")[0]
         name = path.removeprefix(resolve)
         if path == f"{api}/revision/{COMMIT}":
-            self._answer(json.dumps({"id": "me/tiny", "sha": COMMIT, "siblings": [], "tags": []}).encode())
+            self.answer(json.dumps({"id": "me/tiny", "sha": COMMIT, "siblings": [], "tags": []}).encode())
         elif path == f"{api}/tree/{COMMIT}":
-            listed = [{"type": "file", "path": file, "oid": "0" * 40, "size": len(blob)} for file, blob in self.files.items()]
-            self._answer(json.dumps(listed).encode())
+            self.answer_tree()
         elif name in self.files:
-            self._answer(self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+            self.answer(self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
         else:
             entry, repo = path.startswith((resolve, api)), "me/tiny" in path
-            self._answer(None, X_Error_Code="EntryNotFound" if entry else "RevisionNotFound" if repo else "RepoNotFound")
-
-    do_HEAD = do_GET
-
-    def _answer(self, body: bytes | None, **headers: str) -> None:
-        self.send_response(404 if body is None else 200)
-        for name, value in {**headers, "Content_Length": str(len(body or b""))}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body or b"")
-
-    def log_message(self, *_: Any) -> None:
-        pass
+            self.answer(None, X_Error_Code="EntryNotFound" if entry else "RevisionNotFound" if repo else "RepoNotFound")
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """`hub(files, source)` runs the stage where those files are all that the hub has."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(DataSets) as served:
 
-    def run(files: dict[str, bytes], source: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        Hub.files = files
-        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        return run_stage(tmp_path / "project", source, **here | extra)
+        def run(files: dict[str, bytes], source: str, **extra: str) -> subprocess.CompletedProcess[str]:
+            DataSets.files = files
+            return run_stage(tmp_path / "project", source, **served | extra)
 
-    yield run
-    server.shutdown()
-    server.server_close()
+        yield run
 
 
 def parquet(folder: Path, members: list[dict[str, Any]]) -> dict[str, bytes]:
