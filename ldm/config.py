@@ -155,18 +155,44 @@ class Unet(Section):
 
 class Diffusion(Section):
     kind: Literal["eps", "x0", "v", "edm", "flow"]  # what the network predicts; see ldm/diffusion/denoiser.py
-    noise: Literal["linear", "scaled_linear", "cosine", "lognormal", "uniform"]  # training noise levels
+    # training noise levels; see ldm/diffusion/noise.py
+    noise: Literal["linear", "scaled_linear", "cosine", "lognormal", "logitnormal", "loguniform", "uniform"]
     sigma_max: Annotated[float, Field(ge=1)]  # noise levels stop here; latents have unit variance
+    shift: Rate  # multiplies noise levels; side of the latents over the side that the schedule was made for
+    zero_terminal_snr: bool  # the last timestep is noise alone
+
+    @model_validator(mode="after")
+    def _terminal_snr_fits(self) -> "Diffusion":
+        if self.zero_terminal_snr and self.kind == "eps":
+            raise ValueError("zero_terminal_snr: kind eps has nothing to learn where all is noise; take v or x0, or set it false")
+        if self.zero_terminal_snr and self.noise not in ("linear", "scaled_linear", "cosine"):
+            raise ValueError(f"zero_terminal_snr rescales a table of timesteps; noise {self.noise} has none: set it false")
+        return self
 
 
 class Sampling(Section):
-    sampler: Literal["euler", "heun", "dpmpp_2m"]
+    """Defaults of the registered model; see `ldm.diffusion.samplers` and `ldm.diffusion.guidance`."""
+
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "langevin"]
+    schedule: Literal["karras", "exponential", "uniform"]  # how the noise levels of the steps are spaced
     steps: Positive
+    eta: Annotated[float, Field(ge=0, le=1)]  # of ddim: 0 is deterministic, 1 is ddpm
+    churn: Annotated[float, Field(ge=0)]  # of heun: noise added on the way
     guidance: Annotated[float, Field(ge=0)]  # 1 is no guidance
+    guidance_interval: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None  # noise levels with guidance
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)]  # how far guided estimates get back the unguided ones' deviation
+
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> "Sampling":
+        if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is {list(self.guidance_interval)}; give the lower noise level first, or null")
+        return self
 
 
 class TrainUnet(Optimizer):
     caption_dropout: Fraction  # share of captions replaced by the empty one, for classifier-free guidance
+    loss_weight: Literal["standard", "min_snr", "learned"]  # of noise levels; see ldm/training/unet.py
+    min_snr_gamma: Rate
 
 
 class Evaluate(Section):

@@ -40,7 +40,9 @@ class Recipe:
     latent_mean: list[float]  # per channel; standardises the latents
     latent_std: list[float]
     text: dict[str, Any]  # encoder, max_tokens, sha256
-    sampling: dict[str, Any]  # default sampler, steps, guidance
+    sampling: dict[str, Any]  # defaults of `ldm.config.Sampling`
+    shift: float = 1.0  # of the noise levels
+    zero_terminal_snr: bool = False
 
 
 class LatentDiffusion:
@@ -48,7 +50,7 @@ class LatentDiffusion:
 
     def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, unet: UNet, recipe: Recipe):
         self.autoencoder, self.likelihood, self.unet, self.recipe = autoencoder, likelihood, unet, recipe
-        self.levels = noise_levels(recipe.noise, recipe.sigma_max)
+        self.levels = noise_levels(recipe.noise, recipe.sigma_max, recipe.shift, recipe.zero_terminal_snr)
         self.denoiser = Denoiser(unet, recipe.kind, self.levels)
         for module in (autoencoder, likelihood, unet):
             module.eval().requires_grad_(False)

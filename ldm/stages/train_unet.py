@@ -40,7 +40,7 @@ def run(root: Path) -> None:
     latents = open_latents(root / "data/latents", "train", autoencoder=network_hash(root / "models/autoencoder"))
     unet = build(settings, latents.text.shape[-1]).place(device)
     options, diffusion = settings.train_unet, settings.diffusion
-    denoiser = Denoiser(unet, diffusion.kind, noise_levels(diffusion.noise, diffusion.sigma_max))
+    denoiser = Denoiser(unet, diffusion.kind, noise_levels(**diffusion.model_dump(exclude={"kind"})))
     params = {
         "seed": settings.seed,
         "deterministic": settings.deterministic,
