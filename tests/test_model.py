@@ -692,6 +692,20 @@ def test_prior_samples_are_written_as_a_sheet_a_file_or_a_folder(saved, model, t
     assert read(tmp_path / "sheet.png").shape == (166, 586, 3)  # two rows of eight
 
 
+def test_every_option_of_sampling_reaches_the_sampler(saved, model, tmp_path):
+    chosen = {"sampler": "heun", "schedule": "uniform", "steps": 5, "churn": 2.0, "guidance": 4.0, "guidance_rescale": 0.5}
+    options = [text for name, value in chosen.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    command = ("sample", "--prompt", "nine", "-n", "2", "--seed", "3", "--first", "5", "--guidance-interval", "0.5", "9")
+    call(saved, tmp_path / "a", *command, *options, "--negative", "seven")
+    expected = model.sample(["nine"] * 2, seed=3, first=5, negative="seven", guidance_interval=(0.5, 9.0), **chosen)
+    assert_same_images(torch.tensor(np.stack([read(tmp_path / f"a/{i:04d}.png") for i in (0, 1)]))[:, None], expected)
+    call(
+        saved, tmp_path / "b", "sample", "--prompt", "nine", "--guide", str(saved / "model"), "--sampler", "ddim", "--eta", "0.5"
+    )
+    expected = model.sample(["nine"], guide=model, sampler="ddim", eta=0.5)
+    assert_same_images(torch.tensor(read(tmp_path / "b/0000.png"))[None, None], expected)
+
+
 def test_reconstructions_stand_beside_their_originals(saved, model, tmp_path):
     call(saved, tmp_path / "back", "autoencoder", "reconstruct", "a.png", "c.png")
     back = [read(path) for path in sorted((tmp_path / "back").iterdir())]
@@ -748,6 +762,9 @@ def test_a_linear_walk_differs_from_a_great_circle_between_its_ends(saved, model
         (("autoencoder", "reconstruct", "a.png", "--tile", "15", "--out", "x.png"), "tile 15: use a multiple of 2"),
         (("autoencoder", "reconstruct", "a.png", "--tile", "1", "--out", "x.png"), "tile 1: use a multiple of 2"),
         (("autoencoder", "traverse", "gone.png", "--out", "x.png"), "gone.png: no such file"),
+        (("sample", "--prompt", "nine", "--eta", "0.5", "--out", "x.png"), "eta is an option of ddim"),
+        (("sample", "--prompt", "nine", "--schedule", "log", "--out", "x.png"), "sampling.schedule: found 'log'"),
+        (("sample", "--prompt", "nine", "--guide", "no/model", "--out", "x.png"), "no/model: holds no model.json"),
         (("interpolate", "nine", "seven", "--linear", "--out", "x.png"), "--linear joins two images"),
         (("interpolate", "a.png", "nine", "--linear", "--out", "x.png"), "give two images or two prompts"),
     ],
