@@ -144,14 +144,16 @@ class Unet(Section):
 
     block_out_channels: Levels
     layers_per_block: Positive
-    cross_attention: tuple[bool, ...]  # a level each
+    attention: tuple[Literal["none", "self", "cross"], ...]  # a level each; the middle is always "cross", and so reads the text
+    transformer_layers_per_block: Positive
     num_heads: Positive
     norm_num_groups: Positive
+    qk_norm: bool
 
     @model_validator(mode="after")
-    def _a_flag_per_level(self) -> "Unet":
-        if len(self.cross_attention) != len(self.block_out_channels):
-            raise ValueError("cross_attention needs one true/false for each entry of block_out_channels")
+    def _a_kind_per_level(self) -> "Unet":
+        if len(self.attention) != len(self.block_out_channels):
+            raise ValueError("attention needs none, self or cross for each entry of block_out_channels")
         return self
 
 

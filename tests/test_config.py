@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VALUES = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 VALUES["data"] |= {"image_size": 32}
 VALUES["autoencoder"] |= {"block_out_channels": [32, 64, 64], "norm_num_groups": 8}
-VALUES["unet"] |= {"block_out_channels": [64, 96], "cross_attention": [False, True], "num_heads": 4, "norm_num_groups": 8}
+VALUES["unet"] |= {"block_out_channels": [64, 96], "attention": ["none", "cross"], "num_heads": 4, "norm_num_groups": 8}
 GONE = object()
 
 
@@ -88,7 +88,8 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"data.image_size": 30}, ["data.image_size 30", "factor 4"]),
         ({"data.image_size": 36}, ["latents of side 9", "unet.block_out_channels"]),
         ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, ["data", "val_fraction + test_fraction", "below 1"]),
-        ({"unet.block_out_channels": [64, 96, 96]}, ["unet", "cross_attention", "block_out_channels"]),
+        ({"unet.block_out_channels": [64, 96, 96]}, ["unet", "attention", "block_out_channels"]),
+        ({"unet.attention": ["none", "self_attention"]}, ["unet.attention.1", "found 'self_attention'", "'cross'"]),
         ({"unet.norm_num_groups": 7}, ["unet.block_out_channels has 64", "norm_num_groups 7"]),
         ({"autoencoder.norm_num_groups": 5}, ["autoencoder.block_out_channels has 32", "norm_num_groups 5"]),
         ({"unet.num_heads": 5}, ["unet.block_out_channels has 64", "num_heads 5"]),

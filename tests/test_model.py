@@ -72,7 +72,7 @@ def model(text_encoder) -> LatentDiffusion:
     torch.manual_seed(1)
     autoencoder = AutoencoderKL(1, 1, 2, [8, 16], norm_num_groups=4)
     loud(autoencoder.decoder, 3)
-    unet = UNet(2, 2, [16, 16], 1, [True, True], cross_attention_dim=8, num_heads=2, norm_num_groups=4)
+    unet = UNet(2, 2, [16, 16], 1, ["cross", "cross"], cross_attention_dim=8, num_heads=2, norm_num_groups=4)
     recipe = Recipe(
         kind="v",
         noise="cosine",
