@@ -330,8 +330,8 @@ class Pretrained(nn.Module):
             expected = cls.FIXED | cls.to_diffusers(arguments) | {"_class_name": cls.CLASS}
             for key, value in {**found, "_class_name": config.get("_class_name")}.items():
                 only = expected.get(key)
-                per_level = [only] * len(found["block_out_channels"])  # how diffusers may write one value for all levels
-                if value not in (None, only, per_level) and key not in cls.CARRIED:
+                repeated = [only] * len(found["block_out_channels"])  # how diffusers may write one value for all levels
+                if value not in (None, only, repeated) and key not in cls.CARRIED:
                     raise InputError(f"{key} = {value!r} is not supported, only {only!r}")
             with torch.device("meta"):
                 net = cls(**arguments)

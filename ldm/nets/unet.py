@@ -25,7 +25,7 @@ from ldm.nets.blocks import (
 
 EPS = 1e-5
 MASKED = -1e4  # diffusers' bias of a masked token; finite, so that a context masked throughout still gives numbers
-KEYS = 16  # attention to a number of tokens that is no multiple of this takes up to three times as long, on CPUs most of all
+KEYS = 16  # attention to a number of tokens that is no multiple of this takes up to four times as long on CPUs
 
 
 def timestep_features(timesteps: Tensor, channels: int) -> Tensor:
