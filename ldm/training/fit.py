@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -180,6 +181,7 @@ def _parallel(objective: Objective, execution: Execution) -> nn.Module:
     if distributed.ranks() == 1:
         return loss
     if not execution.shard:
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, one layout has several names
         return DistributedDataParallel(loss)
     distributed.shard(loss)
     return loss
