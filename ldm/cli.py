@@ -31,7 +31,9 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps; the model
 Guidance = Annotated[
     float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none. The model's default otherwise.")
 ]
-Sampler = Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m; the model's own default otherwise.")]
+Sampler = Annotated[
+    str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp_2m or langevin; the model's own default otherwise.")
+]
 Name = Annotated[str | None, typer.Option(help="Registered model; `registry.name` of params.yaml otherwise.")]
 
 
@@ -71,18 +73,46 @@ def sample(
     n: Annotated[int, typer.Option("-n", min=1, help="Images a prompt.")] = 1,
     model: Model = None,
     seed: Seed = 0,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first image: each depends on seed and number alone.")] = 0,
     steps: Steps = None,
-    guidance: Guidance = None,
     sampler: Sampler = None,
+    schedule: Annotated[str | None, typer.Option(help="Noise levels of the steps: karras, exponential or uniform.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Of ddim: 0 is deterministic, 1 is ddpm.")] = None,
+    churn: Annotated[float | None, typer.Option(help="Of heun: noise added on the way.")] = None,
+    guidance: Guidance = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Noise levels with guidance; the others have none.")
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="0 to 1: brings guided estimates back to the deviation of unguided ones.")
+    ] = None,
+    negative: Annotated[str, typer.Option(help="A prompt that guidance leads away from.")] = "",
+    guide: Annotated[
+        str | None, typer.Option(help="A weaker model of the same autoencoder that guidance leads away from (autoguidance).")
+    ] = None,
 ) -> None:
-    """Draw images for prompts from a registered or saved model.
+    """Draw images for prompts from a registered or saved model. What is left open is the model's own default.
 
     Example: `ldm sample --prompt "a handwritten seven" -n 16 --out seven.png`
     """
     _check_out(out)
     loaded = _load(model)
     prompts = [text for text in prompt for _ in range(n)]
-    images = loaded.sample(prompts, seed=seed, steps=steps, guidance=guidance, sampler=sampler)
+    images = loaded.sample(
+        prompts,
+        negative=negative,
+        guide=None if guide is None else _load(guide),
+        seed=seed,
+        first=first,
+        steps=steps,
+        sampler=sampler,
+        schedule=schedule,
+        eta=eta,
+        churn=churn,
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        guidance_rescale=guidance_rescale,
+    )
     _write(images, out, prompt if len(prompt) > 1 else None)
 
 

@@ -17,6 +17,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 HUB = r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}(/.+)?"  # ID@COMMIT[/SUBFOLDER]; a branch would not say which weights
+# of models that were registered before these could be chosen
+FORMERLY = {"schedule": "karras", "eta": 0.0, "churn": 0.0, "guidance_interval": None, "guidance_rescale": 0.0}
 Levels = Annotated[tuple[Positive, ...], Field(min_length=1)]  # channels of each level
 
 
@@ -142,14 +144,16 @@ class Unet(Section):
 
     block_out_channels: Levels
     layers_per_block: Positive
-    cross_attention: tuple[bool, ...]  # a level each
+    attention: tuple[Literal["none", "self", "cross"], ...]  # a level each; the middle is always "cross", and so reads the text
+    transformer_layers_per_block: Positive
     num_heads: Positive
     norm_num_groups: Positive
+    qk_norm: bool
 
     @model_validator(mode="after")
-    def _a_flag_per_level(self) -> "Unet":
-        if len(self.cross_attention) != len(self.block_out_channels):
-            raise ValueError("cross_attention needs one true/false for each entry of block_out_channels")
+    def _a_kind_per_level(self) -> "Unet":
+        if len(self.attention) != len(self.block_out_channels):
+            raise ValueError("attention needs none, self or cross for each entry of block_out_channels")
         return self
 
 
@@ -186,6 +190,13 @@ class Sampling(Section):
     def _interval_is_one(self) -> "Sampling":
         if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
             raise ValueError(f"guidance_interval is {list(self.guidance_interval)}; give the lower noise level first, or null")
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_the_samplers(self) -> "Sampling":
+        for name, sampler in (("eta", "ddim"), ("churn", "heun")):
+            if getattr(self, name) and self.sampler != sampler:
+                raise ValueError(f"{name} is an option of {sampler}; set it to 0 with sampler {self.sampler}")
         return self
 
 
@@ -282,8 +293,7 @@ def load_settings(root: Path) -> Settings:
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(_explain(problem, values) for problem in error.errors())
-        raise InputError(f"{path}: {problems}") from None
+        raise InputError(f"{path}: {_explained(error)}") from None
     encoder = settings.text.encoder  # checked now: the stage that loads it comes after the autoencoder's training
     if encoder != "minilm" and "@" not in encoder and not (root / encoder).is_dir():
         raise InputError(f"{path}: text.encoder: found {encoder!r}, neither minilm, nor a folder, nor ID@COMMIT on the hub")
@@ -298,8 +308,23 @@ def load_settings(root: Path) -> Settings:
     return settings
 
 
-def _explain(problem: Any, values: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
+def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampling:
+    """A model's sampling defaults with some of them changed; a change that is None is none."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    own = given.get("sampler", defaults["sampler"]) == defaults["sampler"]
+    others = {} if own else {"eta": 0.0, "churn": 0.0}  # the defaults are another sampler's
+    try:
+        return Sampling.model_validate({**FORMERLY, **defaults, **others, **given})
+    except ValidationError as error:
+        raise InputError(_explained(error, "sampling")) from None
+
+
+def _explained(error: ValidationError, *within: str) -> str:
+    """What is wrong with each key, the section that was validated being `within`."""
+    return "; ".join(_explain(problem, [*within, *map(str, problem["loc"])]) for problem in error.errors())
+
+
+def _explain(problem: Any, location: list[str]) -> str:
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _keys_beside(location)

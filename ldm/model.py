@@ -1,8 +1,9 @@
 """The trained system as one object: autoencoder, likelihood, U-Net, text encoder and what ties them together."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from ldm.bayes.bound import Bound, whole_bound
 from ldm.bayes.likelihoods import Likelihood, load_likelihood, to_float, to_uint8
+from ldm.config import Sampling, changed_sampling
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import classifier_free
-from ldm.diffusion.noise import karras_sigmas, noise_levels
-from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.guidance import Guidance, autoguidance, classifier_free
+from ldm.diffusion.noise import noise_levels
+from ldm.diffusion.samplers import SAMPLERS, DenoiseFn
 from ldm.errors import InputError
 from ldm.files import replacing
 from ldm.hashing import canonical_json
@@ -166,17 +168,28 @@ class LatentDiffusion:
         self,
         prompts: list[str],
         *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
+        negative: str = "",
+        guide: "LatentDiffusion | None" = None,
         seed: int = 0,
+        first: int = 0,
+        **sampling: Any,
     ) -> Tensor:
-        """One image a prompt, uint8 (N, C, H, W). What is None is the model's own default.
+        """One image a prompt, uint8 (N, C, H, W); `sampling` (keys of `ldm.config.Sampling`) changes the model's defaults.
 
-        Image i depends on (seed, i) and its prompt alone: other batch sizes draw the same starting noise.
+        Guidance leads away from the prompt `negative`, or, where `guide` is given, from that weaker model of the same latents.
+        Images are numbered, from `first` on: each depends on (seed, number) and its prompt alone, whatever is drawn beside it,
+        so that a batch can be divided in any way.
         """
-        context, mask = self._embed([*prompts, ""])
-        return self.decode(self._sample_latents(context, mask, steps, guidance, sampler, self._noise(seed, range(len(prompts)))))
+        options = changed_sampling(self.recipe.sampling, sampling)
+        text = self._embed([*prompts, negative])
+        if guide is not None:
+            if negative:
+                raise InputError("guidance leads away from a negative prompt or from a weaker model; give one of the two")
+            of = [(r.autoencoder, r.latent_mean, r.latent_std) for r in (self.recipe, guide.recipe)]
+            if of[0] != of[1]:
+                raise InputError("the guiding model was trained on other latents; take one of the same autoencoder and data")
+        weaker = None if guide is None else (guide, *guide._embed(prompts))
+        return self.decode(self._sample_latents(*text, options, seed, range(first, first + len(prompts)), weaker))
 
     @torch.inference_mode()
     def interpolate(
@@ -200,9 +213,8 @@ class LatentDiffusion:
         context = torch.cat([context, empty[None]])
         w = weights[:, None]  # the ends attend to their own tokens only: they are what `sample` draws
         mask = torch.cat([(masks[0] & (w < 1)) | (masks[1] & (w > 0)), masks[2:]])
-        noise = self._noise(seed, range(1)).expand(n, -1, -1, -1)
-        options = {"steps": None, "guidance": None, "sampler": None, **sampling}
-        return self.decode(self._sample_latents(context, mask, **options, noise=noise))
+        options = changed_sampling(self.recipe.sampling, sampling)
+        return self.decode(self._sample_latents(context, mask, options, seed, [0] * n))
 
     @torch.inference_mode()
     def bound(self, images: Tensor, prompts: list[str], *, levels: int, seed: int = 0, keys: list[str] | None = None) -> Bound:
@@ -222,7 +234,7 @@ class LatentDiffusion:
         return whole_bound(
             self.autoencoder,
             self.likelihood,
-            lambda x, sigma: self.denoiser(x, sigma, context=context, context_mask=mask),
+            self._under(context, mask),
             to_float(images).to(self.device),
             latent_mean=shift,
             latent_std=scale,
@@ -247,29 +259,43 @@ class LatentDiffusion:
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
         return text[rows].to(self.device), mask[rows].to(self.device)
 
-    def _noise(self, seed: int, numbers: range) -> Tensor:
-        return torch.stack([torch.randn(self.latent_shape, generator=generator(seed, "sample", i)) for i in numbers])
+    def _under(self, context: Tensor, mask: Tensor) -> DenoiseFn:
+        return partial(self.denoiser, context=context, context_mask=mask)
+
+    def _noise(self, seed: int, numbers: Sequence[int], *step: int) -> Tensor:
+        """What images of these numbers start from, or are given at a step, (N, c, h, w)."""
+        rngs = [generator(seed, "sample", number, *step) for number in numbers]
+        return torch.stack([torch.randn(self.latent_shape, generator=rng) for rng in rngs]).to(self.device)
 
     def _sample_latents(
-        self, context: Tensor, mask: Tensor, steps: int | None, guidance: float | None, sampler: str | None, noise: Tensor
+        self,
+        context: Tensor,
+        mask: Tensor,
+        options: Sampling,
+        seed: int,
+        numbers: Sequence[int],
+        weaker: "tuple[LatentDiffusion, Tensor, Tensor] | None" = None,
     ) -> Tensor:
-        """Latents (N, c, h, w) under `context` (N + 1, T, D), whose last row embeds the empty caption, from `noise` (N, …)."""
-        defaults = self.recipe.sampling
-        step_function = SAMPLERS.get(sampler or defaults["sampler"])
-        if step_function is None:
-            raise InputError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-        scale = defaults["guidance"] if guidance is None else guidance
-        count = defaults["steps"] if steps is None else steps
-        if count < 1:
-            raise InputError(f"steps {count}: a sampler takes at least one")
-        sigmas = karras_sigmas(count, self.levels.sigma_min, self.levels.sigma_max)
+        """Latents (N, c, h, w) under `context` (N + 1, T, D), whose last row is what guidance leads away from.
+
+        Or it leads away from the model `weaker`, under its own context (N, T, D).
+        """
+        sigmas = self.levels.grid(options.schedule, options.steps)
+        guidance = Guidance(options.guidance, options.guidance_interval, options.guidance_rescale)
+        more = {"ddim": {"eta": options.eta}, "heun": {"churn": options.churn}}.get(options.sampler, {})
         latents = []
-        for part, part_mask, start in zip(context[:-1].split(BATCH), mask[:-1].split(BATCH), noise.split(BATCH), strict=True):
-            guided = classifier_free(self.denoiser, scale, part, part_mask, context[-1], mask[-1])
-            x = (start.to(self.device) * float(sigmas[0])).contiguous(memory_format=torch.channels_last)
-            latents.append(step_function(guided, x, sigmas))
-        shift, scale_ = self._affine
-        return torch.cat(latents) * scale_ + shift
+        for start in range(0, len(numbers), BATCH):
+            part = slice(start, min(start + BATCH, len(numbers)))
+            text, its = (context[part], mask[part]), numbers[part]
+            if weaker:
+                other, *its_text = weaker
+                guided = autoguidance(self._under(*text), other._under(*(t[part] for t in its_text)), guidance)
+            else:
+                guided = classifier_free(self.denoiser, guidance, *text, context[-1], mask[-1])
+            x = (self._noise(seed, its) * float(sigmas[0])).contiguous(memory_format=torch.channels_last)
+            latents.append(SAMPLERS[options.sampler](guided, x, sigmas, partial(self._noise, seed, its), **more))
+        shift, scale = self._affine
+        return torch.cat(latents) * scale + shift
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

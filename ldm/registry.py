@@ -344,6 +344,7 @@ def _signature(defaults: Mapping[str, Any]) -> Any:
             ParamSpec("steps", "long", defaults["steps"]),
             ParamSpec("guidance", "double", defaults["guidance"]),
             ParamSpec("sampler", "string", defaults["sampler"]),
+            ParamSpec("negative", "string", ""),
             ParamSpec("seed", "long", 0),
         ]),
     )  # fmt: skip

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VALUES = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 VALUES["data"] |= {"image_size": 32}
 VALUES["autoencoder"] |= {"block_out_channels": [32, 64, 64], "norm_num_groups": 8}
-VALUES["unet"] |= {"block_out_channels": [64, 96], "cross_attention": [False, True], "num_heads": 4, "norm_num_groups": 8}
+VALUES["unet"] |= {"block_out_channels": [64, 96], "attention": ["none", "cross"], "num_heads": 4, "norm_num_groups": 8}
 GONE = object()
 
 
@@ -88,7 +88,8 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"data.image_size": 30}, ["data.image_size 30", "factor 4"]),
         ({"data.image_size": 36}, ["latents of side 9", "unet.block_out_channels"]),
         ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, ["data", "val_fraction + test_fraction", "below 1"]),
-        ({"unet.block_out_channels": [64, 96, 96]}, ["unet", "cross_attention", "block_out_channels"]),
+        ({"unet.block_out_channels": [64, 96, 96]}, ["unet", "attention", "block_out_channels"]),
+        ({"unet.attention": ["none", "self_attention"]}, ["unet.attention.1", "found 'self_attention'", "'cross'"]),
         ({"unet.norm_num_groups": 7}, ["unet.block_out_channels has 64", "norm_num_groups 7"]),
         ({"autoencoder.norm_num_groups": 5}, ["autoencoder.block_out_channels has 32", "norm_num_groups 5"]),
         ({"unet.num_heads": 5}, ["unet.block_out_channels has 64", "num_heads 5"]),
@@ -120,6 +121,17 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"train_vae.ldm.perceptual": "vgg"}, ["train_vae.ldm", "perceptual_sha256 is the sha256"]),
         ({"train_vae.ldm.perceptual": "vgg", "train_vae.ldm.perceptual_sha256": "0" * 64},
          ["train_vae.ldm.perceptual", "found 'vgg'", "neither random nor a file"]),
+        ({"diffusion.kind": "eps", "diffusion.zero_terminal_snr": True}, ["zero_terminal_snr", "kind eps", "take v or x0"]),
+        ({"diffusion.noise": "uniform", "diffusion.zero_terminal_snr": True}, ["zero_terminal_snr", "noise uniform has none"]),
+        ({"diffusion.shift": 0}, ["diffusion.shift", "found 0"]),
+        ({"train_unet.loss_weight": "snr"}, ["train_unet.loss_weight", "found 'snr'", "'min_snr'"]),
+        # how it is sampled
+        ({"sampling.sampler": "plms"}, ["sampling.sampler", "found 'plms'", "'langevin'"]),
+        ({"sampling.eta": 0.5}, ["eta is an option of ddim", "with sampler dpmpp_2m"]),
+        ({"sampling.churn": 5}, ["churn is an option of heun"]),
+        ({"sampling.guidance_interval": [3, 2]}, ["guidance_interval is [3.0, 2.0]", "lower noise level first"]),
+        ({"sampling.guidance_interval": [3]}, ["sampling.guidance_interval.1"]),
+        ({"sampling.guidance_rescale": 1.1}, ["sampling.guidance_rescale", "found 1.1"]),
         ({"precision": "fp16"}, ["precision", "found 'fp16'", "'bf16'"]),
         ({"evaluate.importance_samples": 0}, ["evaluate.importance_samples", "found 0"]),
     ],

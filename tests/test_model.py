@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +23,7 @@ import ldm.model
 from ldm import LatentDiffusion
 from ldm.bayes.likelihoods import Bernoulli, DiscretizedGaussian, DiscretizedLogistic, Likelihood
 from ldm.cli import app
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import InputError
 from ldm.model import Recipe, slerp
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, VQModel
@@ -68,7 +72,7 @@ def model(text_encoder) -> LatentDiffusion:
     torch.manual_seed(1)
     autoencoder = AutoencoderKL(1, 1, 2, [8, 16], norm_num_groups=4)
     loud(autoencoder.decoder, 3)
-    unet = UNet(2, 2, [16, 16], 1, [True, True], cross_attention_dim=8, num_heads=2, norm_num_groups=4)
+    unet = UNet(2, 2, [16, 16], 1, ["cross", "cross"], cross_attention_dim=8, num_heads=2, norm_num_groups=4)
     recipe = Recipe(
         kind="v",
         noise="cosine",
@@ -215,11 +219,55 @@ def test_samples_depend_on_seed_and_prompt(model):
     assert_same_images(first[2:3], swapped[2:3])
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
-@pytest.mark.parametrize("count", [1, 3])
-def test_an_image_does_not_depend_on_its_batch(sampler, count, model):
-    whole = model.sample(PROMPTS, seed=7, steps=4, sampler=sampler)
-    assert_same_images(model.sample(PROMPTS[:count], seed=7, steps=4, sampler=sampler), whole[:count])
+STOCHASTIC = {"ddpm": {}, "ddim": {"eta": 0.7}, "heun": {"churn": 3.0}, "langevin": {}}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_of_64_is_the_same_alone(sampler, model, decoded):
+    """By its number, to 1e-4 in the latents: noise that a sampler adds on its way comes from seed, number and step."""
+    many = [PROMPTS[i % 5] for i in range(64)]
+    options = {"seed": 7, "steps": 6, "sampler": sampler, **STOCHASTIC.get(sampler, {})}
+    whole = model.sample(many, **options)
+    for number in (0, 1, 37, 63):
+        assert_same_images(model.sample(many[number : number + 1], first=number, **options), whole[number : number + 1])
+    for number, alone in zip((0, 1, 37, 63), decoded[1:], strict=True):
+        torch.testing.assert_close(alone[0], decoded[0][number], rtol=0, atol=1e-4)
+    apart = (decoded[0][None] - decoded[0][:, None]).abs().amax((2, 3, 4))
+    assert apart[~torch.eye(64, dtype=torch.bool)].min() > 1e-2  # no two of them alike
+
+
+DRAW = """
+import sys, torch
+from ldm import LatentDiffusion
+from ldm.nets.autoencoder import AutoencoderKL
+
+seen, decode = [], AutoencoderKL.decode
+AutoencoderKL.decode = lambda self, z: seen.append(z) or decode(self, z)
+folder, out, first, *prompts = sys.argv[1:]
+LatentDiffusion.load(folder).sample(prompts, seed=7, steps=6, sampler="ddpm", first=int(first))
+torch.save(torch.cat(seen), out)
+"""
+
+
+def test_two_processes_draw_what_one_does(model, tmp_path, decoded):
+    model.save(tmp_path / "model")
+    many = [PROMPTS[i % 5] for i in range(64)]
+    model.sample(many, seed=7, steps=6, sampler="ddpm")
+    halves = [
+        subprocess.Popen([sys.executable, "-c", DRAW, tmp_path / "model", tmp_path / str(first), str(first), *many[first:][:32]])
+        for first in (0, 32)
+    ]
+    assert [half.wait(timeout=120) for half in halves] == [0, 0]
+    drawn = torch.cat([torch.load(tmp_path / name, weights_only=True) for name in ("0", "32")])
+    torch.testing.assert_close(drawn, decoded[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_stochastic_samplers_add_noise_on_the_way(sampler, model):
+    options = STOCHASTIC[sampler]
+    plain = {"ddpm": "euler", "ddim": "ddim", "heun": "heun", "langevin": "euler"}[sampler]
+    noisy, without = (model.sample(PROMPTS, steps=6, sampler=s, **o) for s, o in ((sampler, options), (plain, {})))
+    assert (noisy.int() - without.int()).abs().float().mean() > 1
 
 
 def test_an_image_does_not_depend_on_how_batches_are_split(model, monkeypatch):
@@ -253,13 +301,73 @@ def test_sampling_is_guided_euler_written_out(model):
 
 def test_the_models_own_defaults(model):
     assert torch.equal(model.sample(PROMPTS, seed=2), model.sample(PROMPTS, seed=2, steps=5, guidance=3.0, sampler="dpmpp_2m"))
-    for other in ({"steps": 6}, {"guidance": 1.0}, {"sampler": "euler"}):
+    others = [{"steps": 6}, {"guidance": 1.0}, {"sampler": "euler"}, {"schedule": "exponential"}, {"schedule": "uniform"}]
+    for other in [*others, {"guidance_interval": (0.1, 5.0)}, {"guidance_rescale": 0.9}, {"negative": "a nine"}, {"first": 1}]:
         assert not torch.equal(model.sample(PROMPTS, seed=2), model.sample(PROMPTS, seed=2, **other))
 
 
-def test_an_unknown_sampler_is_named_with_the_known(model):
-    with pytest.raises(InputError, match="sampler 'plms' is unknown; choose one of euler, heun, dpmpp_2m"):
-        model.sample(["nine"], sampler="plms")
+def test_a_samplers_options_do_not_pass_on_to_another(model):
+    churned = changed(model, sampling={**model.recipe.sampling, "sampler": "heun", "churn": 3.0})
+    assert torch.equal(churned.sample(PROMPTS, sampler="euler"), model.sample(PROMPTS, sampler="euler"))
+    assert torch.equal(churned.sample(PROMPTS), churned.sample(PROMPTS, sampler="heun"))  # as MLflow repeats the default
+    assert not torch.equal(churned.sample(PROMPTS), churned.sample(PROMPTS, churn=0.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "plms"}, "sampling.sampler: found 'plms'; Input should be 'ddpm', 'ddim', 'euler', 'heun', 'dpmpp_2m' or"),
+        ({"schedule": "linear"}, "sampling.schedule: found 'linear'"),
+        ({"steps": 0}, "sampling.steps: found 0"),
+        ({"guidance": -1.0}, "sampling.guidance: found -1.0"),
+        ({"stepz": 3}, "unknown key sampling.stepz: did you mean sampling.steps?"),
+        ({"eta": 0.5}, "sampling: eta is an option of ddim; set it to 0 with sampler dpmpp_2m"),
+        ({"sampler": "euler", "churn": 1.0}, "sampling: churn is an option of heun; set it to 0 with sampler euler"),
+        ({"guidance_interval": (2.0, 1.0)}, "sampling: guidance_interval is [2.0, 1.0]; give the lower noise level first"),
+    ],
+)
+def test_sampling_that_cannot_be(options, message, model):
+    with pytest.raises(InputError, match=re.escape(message)):
+        model.sample(["nine"], **options)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_caption(model):
+    """Of nothing else: away from itself, or with scale 1, a prompt is unguided."""
+    unguided = model.sample(PROMPTS[1:2], guidance=1.0)
+    assert_same_images(model.sample(PROMPTS[1:2], negative=PROMPTS[1], guidance=4.0), unguided)
+    assert torch.equal(model.sample(PROMPTS[1:2], negative="seven", guidance=1.0), unguided)
+
+
+def test_autoguidance_leads_away_from_the_weaker_model(model):
+    """By itself a model is not led anywhere, from where it is led written out: euler's first step to 0."""
+    assert_same_images(model.sample(PROMPTS, guide=model, guidance=4.0), model.sample(PROMPTS, guidance=1.0))
+    torch.manual_seed(5)
+    weak = LatentDiffusion(model.autoencoder, model.likelihood, loud(UNet(**model.unet.config), 3), model.recipe)
+    found = model.sample(PROMPTS, guide=weak, guidance=2.0, sampler="euler", steps=1)
+    sigma = torch.full((5,), model.levels.sigma_max)
+    text, mask = model._embed(PROMPTS)
+    x = model.levels.sigma_max * torch.stack([torch.randn(2, 8, 8, generator=generator(0, "sample", i)) for i in range(5)])
+    good, bad = (m.denoiser(x, sigma, context=text, context_mask=mask) for m in (model, weak))
+    shift, scale = (torch.tensor(v).view(1, 2, 1, 1) for v in (model.recipe.latent_mean, model.recipe.latent_std))
+    assert_same_images(found, model.decode((2 * good - bad) * scale + shift))
+
+
+def test_autoguidance_needs_the_same_latents(model):
+    for other in (changed(model, autoencoder="1" * 64), changed(model, latent_mean=[0.0, 0.0])):
+        with pytest.raises(InputError, match="trained on other latents"):
+            model.sample(["nine"], guide=other)
+    with pytest.raises(InputError, match="negative prompt or from a weaker model"):
+        model.sample(["nine"], guide=model, negative="seven")
+
+
+def test_a_model_of_before_is_sampled_as_it_was(model, tmp_path):
+    """Its recipe lacks what could not be chosen then."""
+    model.save(tmp_path / "model")
+    file = tmp_path / "model/model.json"
+    recipe = json.loads(file.read_text())
+    assert recipe["sampling"].keys() == {"sampler", "steps", "guidance"}
+    file.write_text(json.dumps({k: v for k, v in recipe.items() if k not in ("shift", "zero_terminal_snr")}))
+    assert_same_images(LatentDiffusion.load(tmp_path / "model").sample(PROMPTS), model.sample(PROMPTS))
 
 
 # Encoding, decoding, interpolation
@@ -584,6 +692,20 @@ def test_prior_samples_are_written_as_a_sheet_a_file_or_a_folder(saved, model, t
     assert read(tmp_path / "sheet.png").shape == (166, 586, 3)  # two rows of eight
 
 
+def test_every_option_of_sampling_reaches_the_sampler(saved, model, tmp_path):
+    chosen = {"sampler": "heun", "schedule": "uniform", "steps": 5, "churn": 2.0, "guidance": 4.0, "guidance_rescale": 0.5}
+    options = [text for name, value in chosen.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    command = ("sample", "--prompt", "nine", "-n", "2", "--seed", "3", "--first", "5", "--guidance-interval", "0.5", "9")
+    call(saved, tmp_path / "a", *command, *options, "--negative", "seven")
+    expected = model.sample(["nine"] * 2, seed=3, first=5, negative="seven", guidance_interval=(0.5, 9.0), **chosen)
+    assert_same_images(torch.tensor(np.stack([read(tmp_path / f"a/{i:04d}.png") for i in (0, 1)]))[:, None], expected)
+    call(
+        saved, tmp_path / "b", "sample", "--prompt", "nine", "--guide", str(saved / "model"), "--sampler", "ddim", "--eta", "0.5"
+    )
+    expected = model.sample(["nine"], guide=model, sampler="ddim", eta=0.5)
+    assert_same_images(torch.tensor(read(tmp_path / "b/0000.png"))[None, None], expected)
+
+
 def test_reconstructions_stand_beside_their_originals(saved, model, tmp_path):
     call(saved, tmp_path / "back", "autoencoder", "reconstruct", "a.png", "c.png")
     back = [read(path) for path in sorted((tmp_path / "back").iterdir())]
@@ -640,6 +762,9 @@ def test_a_linear_walk_differs_from_a_great_circle_between_its_ends(saved, model
         (("autoencoder", "reconstruct", "a.png", "--tile", "15", "--out", "x.png"), "tile 15: use a multiple of 2"),
         (("autoencoder", "reconstruct", "a.png", "--tile", "1", "--out", "x.png"), "tile 1: use a multiple of 2"),
         (("autoencoder", "traverse", "gone.png", "--out", "x.png"), "gone.png: no such file"),
+        (("sample", "--prompt", "nine", "--eta", "0.5", "--out", "x.png"), "eta is an option of ddim"),
+        (("sample", "--prompt", "nine", "--schedule", "log", "--out", "x.png"), "sampling.schedule: found 'log'"),
+        (("sample", "--prompt", "nine", "--guide", "no/model", "--out", "x.png"), "no/model: holds no model.json"),
         (("interpolate", "nine", "seven", "--linear", "--out", "x.png"), "--linear joins two images"),
         (("interpolate", "a.png", "nine", "--linear", "--out", "x.png"), "give two images or two prompts"),
     ],

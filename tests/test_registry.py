@@ -36,7 +36,7 @@ def tiny_model(seed: int, log_scale: float) -> LatentDiffusion:
     torch.manual_seed(seed)
     text = TextEncoder.from_pretrained("minilm", 8)
     autoencoder = AutoencoderKL(1, 1, 4, [8, 8], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False)
-    unet = UNet(4, 4, [8, 8], 1, [False, True], text.width, 2, norm_num_groups=4)
+    unet = UNet(4, 4, [8, 8], 1, ["none", "cross"], text.width, 2, norm_num_groups=4)
     recipe = Recipe(
         kind="v",
         noise="cosine",

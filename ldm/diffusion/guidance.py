@@ -1,28 +1,71 @@
-"""Guidance wraps a denoiser and is itself a denoiser."""
+"""Guidance wraps a denoiser and is itself a denoiser: D_bad + scale (D_good - D_bad).
+
+The bad one lacks the prompt (classifier-free guidance; Ho & Salimans 2022), or follows another that is not wanted (a negative
+prompt), or is a weaker model (autoguidance; Karras et al. 2024, "Guiding a diffusion model with a bad version of itself").
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-DenoiseFn = Callable[..., Tensor]
+from ldm.diffusion.samplers import DenoiseFn
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly, and where.
+
+    scale: 1 is none.
+    interval: (low, high]; at noise levels outside there is no guidance (Kynkäänniemi et al. 2024).
+    rescale: from 0 to 1, how far the guided estimate is brought back to the deviation that each image's unguided one has
+        (Lin et al. 2023, equations 15 and 16, here of x0).
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] | None = None
+    rescale: float = 0.0
+
+    def at(self, sigma: Tensor) -> bool:
+        """Whether anything is guided at levels `sigma` (B,), which are one and the same."""
+        return self.scale != 1 and (self.interval is None or self.interval[0] < float(sigma[0]) <= self.interval[1])
+
+    def combine(self, good: Tensor, bad: Tensor) -> Tensor:
+        """The guided estimate (B, C, H, W)."""
+        guided = torch.lerp(bad, good, self.scale)
+        if not self.rescale:
+            return guided
+        deviations = (x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (good, guided))
+        ratio = next(deviations) / next(deviations)
+        return guided * torch.lerp(torch.ones_like(ratio), ratio, self.rescale)
 
 
 def classifier_free(
-    denoiser: DenoiseFn, scale: float, context: Tensor, context_mask: Tensor, null: Tensor, null_mask: Tensor
+    denoiser: Callable[..., Tensor], guidance: Guidance, context: Tensor, context_mask: Tensor, null: Tensor, null_mask: Tensor
 ) -> DenoiseFn:
-    """D_null + scale (D_text - D_null): classifier-free guidance (Ho & Salimans 2022), `scale` 1 being none.
+    """Guided away from `null`: the empty caption or a negative prompt.
 
-    `context` (B, T, D) and its mask (B, T) condition on the prompts; `null` (T, D) and `null_mask` (T,) embed
-    the empty caption. Both halves run as one batch.
+    `context` (B, T, D) and its mask (B, T) condition on the prompts; `null` and `null_mask` are alike, or of one image.
+    Both halves run as one batch.
     """
-    if scale == 1:
-        return lambda x, sigma: denoiser(x, sigma, context=context, context_mask=context_mask)
     both = torch.cat([context, null.expand_as(context)])
     both_mask = torch.cat([context_mask, null_mask.expand_as(context_mask)])
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        text, empty = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), context=both, context_mask=both_mask).chunk(2)
-        return torch.lerp(empty, text, scale)
+        if not guidance.at(sigma):
+            return denoiser(x, sigma, context=context, context_mask=context_mask)
+        halves = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), context=both, context_mask=both_mask).chunk(2)
+        return guidance.combine(*halves)
+
+    return guided
+
+
+def autoguidance(denoiser: DenoiseFn, weaker: DenoiseFn, guidance: Guidance) -> DenoiseFn:
+    """Guided away from a weaker model of the same data: smaller, or trained less. Both are conditioned already."""
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        good = denoiser(x, sigma)
+        return guidance.combine(good, weaker(x, sigma)) if guidance.at(sigma) else good
 
     return guided

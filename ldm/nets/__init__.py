@@ -8,6 +8,7 @@ __getattr__, __all__ = exports(
         "AutoencoderKL": "autoencoder",
         "TextEncoder": "text",
         "UNet": "unet",
+        "UnconditionalUNet": "unet",
         "VQModel": "autoencoder",
         "load_autoencoder": "autoencoder",
     },

@@ -18,6 +18,7 @@ from ldm.nets.blocks import (
     Resnet,
     Stage,
     Upsample,
+    check_levels,
     check_multiples,
     full_precision,
     norm_silu,
@@ -152,10 +153,7 @@ class Autoencoder(Pretrained):
         super().__init__(scope)
         config, channels = self.config, self.config["block_out_channels"]
         groups, attention = config["norm_num_groups"], config["attention"] or [False] * len(channels)
-        if len(attention) != len(channels):
-            raise InputError(
-                f"attention (down_block_types) has {len(attention)} values for {len(channels)} of block_out_channels"
-            )
+        check_levels(attention, channels, "attention (down_block_types)")
         check_multiples(channels, [groups] * len(channels), "norm_num_groups")
         config["attention"] = attention  # equal networks, equal configurations
         shape = Shape(channels, attention, config["layers_per_block"], groups, config["mid_block_add_attention"])

@@ -67,31 +67,48 @@ class Resnet(nn.Module):
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS norm (Zhang & Sennrich 2019) of each head's queries or keys, so that logits cannot grow without bound."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # fused only where types agree
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens (B, N, C) to themselves or to a context (B, T, D)."""
 
-    def __init__(self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False) -> None:
+    def __init__(
+        self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False, qk_norm: bool = False
+    ) -> None:
         super().__init__()
-        source = context_channels or channels
+        source, width = context_channels or channels, channels // heads
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias)
         self.to_k = nn.Linear(source, channels, bias)
         self.to_v = nn.Linear(source, channels, bias)
+        self.norm_q, self.norm_k = (HeadNorm(width) if qk_norm else nn.Identity() for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, tokens: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """`mask` (B, 1, 1, T') is added to the logits; what it has beyond T must be -inf."""
         source = tokens if context is None else context
-        projected = self.to_q(tokens), self.to_k(source), self.to_v(source)
-        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected)  # (B, heads, N or T, C/heads)
+        q, k, v = self.to_q(tokens), self.to_k(source), self.to_v(source)
+        if mask is not None and (missing := mask.shape[-1] - k.shape[1]):
+            k, v = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing))
+        q, k, v = (projected.unflatten(-1, (self.heads, -1)) for projected in (q, k, v))  # (B, N or T', heads, C/heads)
+        q, k, v = self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
 class ImageAttention(Attention):
-    """The autoencoder's attention: one biased head over all positions, normalised, with a residual."""
+    """Biased attention over all positions, normalised, with a residual."""
 
-    def __init__(self, channels: int, groups: int, eps: float) -> None:
-        super().__init__(channels, heads=1, bias=True)
+    def __init__(self, channels: int, groups: int, eps: float, heads: int = 1, qk_norm: bool = False) -> None:
+        super().__init__(channels, heads, bias=True, qk_norm=qk_norm)
         self.group_norm = nn.GroupNorm(groups, channels, eps)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -104,7 +121,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        value, gate = self.proj(tokens).chunk(2, dim=-1)
+        # two maps rather than two halves of one: halves are strided, and their gradients would be copied into one
+        value, gate = (F.linear(tokens, *half) for half in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True))
         return value * F.gelu(gate)
 
 
@@ -120,10 +138,10 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and a feed-forward network, each pre-normalised with a residual."""
 
-    def __init__(self, channels: int, heads: int, context_channels: int) -> None:
+    def __init__(self, channels: int, heads: int, context_channels: int, qk_norm: bool) -> None:
         super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, heads)
-        self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context_channels)
+        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, heads, qk_norm=qk_norm)
+        self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context_channels, qk_norm=qk_norm)
         self.norm3, self.ff = nn.LayerNorm(channels), FeedForward(channels)
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
@@ -135,11 +153,14 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """The U-Net's attention: transformer blocks over all positions between two projections (1x1 or linear)."""
 
-    def __init__(self, channels: int, heads: int, context_channels: int, groups: int, layers: int, linear: bool) -> None:
+    def __init__(
+        self, channels: int, heads: int, context_channels: int, groups: int, layers: int, linear: bool, qk_norm: bool
+    ) -> None:
         super().__init__()
+        blocks = (TransformerBlock(channels, heads, context_channels, qk_norm) for _ in range(layers))
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_channels) for _ in range(layers))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -219,13 +240,20 @@ class Stage(nn.Module):
         return x, outputs
 
 
-def per_level(value: int | Sequence[int], levels: int) -> list[int]:
-    return [value] * levels if isinstance(value, int) else list(value)
+def per_level(value: int | Sequence[int], channels: Sequence[int], name: str) -> list[int]:
+    """One value for each level, given as that or as one for all."""
+    if isinstance(value, int):
+        return [value] * len(channels)
+    check_levels(value, channels, name)
+    return list(value)
+
+
+def check_levels(values: Sequence[Any], channels: Sequence[int], name: str) -> None:
+    if len(values) != len(channels):
+        raise InputError(f"{name} has {len(values)} values for {len(channels)} of block_out_channels")
 
 
 def check_multiples(channels: Sequence[int], divisors: Sequence[int], name: str) -> None:
-    if len(channels) != len(divisors):
-        raise InputError(f"{name} has {len(divisors)} values for {len(channels)} of block_out_channels")
     for count, divisor in zip(channels, divisors, strict=True):
         if count % divisor:
             raise InputError(f"block_out_channels: {count} is not a multiple of {name} = {divisor}")
@@ -301,11 +329,13 @@ class Pretrained(nn.Module):
             arguments = cls.from_diffusers(found)
             expected = cls.FIXED | cls.to_diffusers(arguments) | {"_class_name": cls.CLASS}
             for key, value in {**found, "_class_name": config.get("_class_name")}.items():
-                if value not in (None, expected.get(key)) and key not in cls.CARRIED:
-                    raise InputError(f"{key} = {value!r} is not supported, only {expected.get(key)!r}")
+                only = expected.get(key)
+                repeated = [only] * len(found["block_out_channels"])  # how diffusers may write one value for all levels
+                if value not in (None, only, repeated) and key not in cls.CARRIED:
+                    raise InputError(f"{key} = {value!r} is not supported, only {only!r}")
             with torch.device("meta"):
                 net = cls(**arguments)
-        except (InputError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except (InputError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise InputError(f"{file}: {error}") from error
         net.carried = {key: config[key] for key in cls.CARRIED if key in config}
         return net

@@ -1,7 +1,7 @@
-"""The text-conditional U-Net of latent diffusion, with the keys and outputs of diffusers' `UNet2DConditionModel`."""
+"""The U-Nets of latent diffusion, with the keys and outputs of diffusers' `UNet2DConditionModel` and `UNet2DModel`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from ldm.errors import InputError
 from ldm.nets.blocks import (
     Downsample,
+    ImageAttention,
     Pretrained,
     Resnet,
     Stage,
     Transformer,
     Upsample,
+    check_levels,
     check_multiples,
     norm_silu,
     per_level,
@@ -23,6 +25,7 @@ from ldm.nets.blocks import (
 
 EPS = 1e-5
 MASKED = -1e4  # diffusers' bias of a masked token; finite, so that a context masked throughout still gives numbers
+KEYS = 16  # attention to a number of tokens that is no multiple of this takes up to four times as long on CPUs
 
 
 def timestep_features(timesteps: Tensor, channels: int) -> Tensor:
@@ -43,14 +46,24 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
+DOWN = {"none": "DownBlock2D", "self": "AttnDownBlock2D", "cross": "CrossAttnDownBlock2D"}
+UP = {"none": "UpBlock2D", "self": "AttnUpBlock2D", "cross": "CrossAttnUpBlock2D"}
+
+
 class UNet(Pretrained):
     """Noisy latents (B, C, H, W), timesteps (B,) and a text (B, T, D) to an output like the latents.
 
-    `cross_attention` says level by level, outermost first, whether transformers follow the resnets; the middle has one
-    in any case. `num_heads` and `transformer_layers_per_block` are one number, or one per level.
+    `attention` says level by level, outermost first, what follows the resnets: "none", "self" (attention over the
+    image's positions) or "cross" (transformers, which attend to the text too). The middle always has a transformer.
+    `num_heads` and `transformer_layers_per_block` are one number, or one per level. `in_channels` counts those of
+    `concat`. `num_class_embeds` labels are embedded into the time embedding. `qk_norm` normalises queries and keys.
+
+    diffusers knows no `qk_norm`, and its `attention_head_dim` cannot express every choice of heads beside "self". Such
+    a network is saved with keys of its own, and an `attention_head_dim` that diffusers refuses to open.
     """
 
     CLASS = "UNet2DConditionModel"
+    MIDDLE: ClassVar = "cross"
     DEFAULTS: ClassVar = {
         "in_channels": 4,
         "out_channels": 4,
@@ -60,6 +73,7 @@ class UNet(Pretrained):
         "norm_num_groups": 32,
         "use_linear_projection": False,
         "transformer_layers_per_block": 1,
+        "num_class_embeds": None,
         "attention_head_dim": 8,
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
@@ -86,7 +100,7 @@ class UNet(Pretrained):
         "attention_type": "default",
         "class_embeddings_concat": False,
     }
-    CARRIED = ("sample_size", "upcast_attention", "addition_embed_type_num_heads")
+    CARRIED: ClassVar[tuple[str, ...]] = ("sample_size", "upcast_attention", "addition_embed_type_num_heads")
 
     def __init__(
         self,
@@ -94,60 +108,95 @@ class UNet(Pretrained):
         out_channels: int,
         block_out_channels: Sequence[int],
         layers_per_block: int,
-        cross_attention: Sequence[bool],
-        cross_attention_dim: int,
+        attention: Sequence[str],
+        cross_attention_dim: int | None,
         num_heads: int | Sequence[int],
         norm_num_groups: int = 32,
         use_linear_projection: bool = False,
         transformer_layers_per_block: int | Sequence[int] = 1,
+        num_class_embeds: int | None = None,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__(locals())
         channels, levels, groups = list(block_out_channels), len(block_out_channels), norm_num_groups
-        heads, depths = per_level(num_heads, levels), per_level(transformer_layers_per_block, levels)
-        if len(cross_attention) != levels:
-            raise InputError(f"cross_attention has {len(cross_attention)} values for {levels} of block_out_channels")
+        heads = per_level(num_heads, channels, "num_heads")
+        depths = per_level(transformer_layers_per_block, channels, "transformer_layers_per_block")
+        self._check_attention(attention, cross_attention_dim)
         check_multiples(channels, [groups] * levels, "norm_num_groups")
-        check_multiples(channels, heads, "num_heads")
+        attending = [*attention[:-1], self.MIDDLE]  # the middle's width and heads are those of the last level
+        used = [count if kind != "none" else 1 for count, kind in zip(heads, attending, strict=True)]
+        check_multiples(channels, used, "num_heads")
         time_channels, self.layers = 4 * channels[0], layers_per_block
 
-        def resnet(inputs: int, level: int) -> Resnet:
-            return Resnet(inputs, channels[level], groups, EPS, time_channels)
+        def resnets(inputs: Iterable[int], level: int) -> list[Resnet]:
+            return [Resnet(count, channels[level], groups, EPS, time_channels) for count in inputs]
 
-        def transformer(level: int) -> Transformer:
-            shape = (groups, depths[level], use_linear_projection)
-            return Transformer(channels[level], heads[level], cross_attention_dim, *shape)
+        def attentions(count: int, level: int, kind: str) -> list[nn.Module]:
+            if kind == "self":
+                return [ImageAttention(channels[level], groups, EPS, heads[level], qk_norm) for _ in range(count)]
+            shape = channels[level], heads[level], cross_attention_dim or 0, groups, depths[level]
+            return [Transformer(*shape, use_linear_projection, qk_norm) for _ in range(count if kind == "cross" else 0)]
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0])
-        self.down_blocks = nn.ModuleList()
+        self.class_embedding = nn.Embedding(num_class_embeds, time_channels) if num_class_embeds is not None else None
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = [channels[0]]  # channels of what the way down hands over to the way up
-        for level, attends in enumerate(cross_attention):
-            resnets = [resnet(skips[-1] if i == 0 else channels[level], level) for i in range(layers_per_block)]
+        for level, kind in enumerate(attention):
+            inputs = [skips[-1], *[channels[level]] * (layers_per_block - 1)]
             down = Downsample(channels[level], symmetric=True) if level < levels - 1 else None
-            attentions = [transformer(level) for _ in resnets if attends]
-            self.down_blocks.append(Stage(resnets, attentions, down=down))
+            self.down_blocks.append(Stage(resnets(inputs, level), attentions(len(inputs), level, kind), down=down))
             skips += [channels[level]] * (layers_per_block + (down is not None))
         last = levels - 1
-        self.mid_block = Stage([resnet(channels[last], last) for _ in range(2)], [transformer(last)])
-        self.up_blocks = nn.ModuleList()
+        self.mid_block = Stage(resnets([channels[last]] * 2, last), attentions(1, last, self.MIDDLE))
         before = channels[last]
-        for level in reversed(range(levels)):
-            resnets = []
-            for _ in range(layers_per_block + 1):
-                resnets.append(resnet(before + skips.pop(), level))
-                before = channels[level]
-            attentions = [transformer(level) for _ in resnets if cross_attention[level]]
-            self.up_blocks.append(Stage(resnets, attentions, up=Upsample(channels[level]) if level else None))
+        for level, kind in reversed(list(enumerate(attention))):
+            inputs = [count + skips.pop() for count in [before, *[channels[level]] * layers_per_block]]
+            up, before = Upsample(channels[level]) if level else None, channels[level]
+            self.up_blocks.append(Stage(resnets(inputs, level), attentions(len(inputs), level, kind), up=up))
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
-        """`timesteps` may be fractional; `context_mask` (B, T) is True at the tokens to attend to."""
+    def _check_attention(self, attention: Sequence[str], cross_attention_dim: int | None) -> None:
+        reads_text = self.MIDDLE == "cross"
+        check_levels(attention, self.config["block_out_channels"], "attention")
+        for kind in attention:
+            if kind not in DOWN:
+                raise InputError(f"attention has {kind!r}; known are {', '.join(DOWN)}")
+        if reads_text and cross_attention_dim is None:
+            raise InputError("cross_attention_dim is missing; without text, use UnconditionalUNet")
+        if not reads_text and ("cross" in attention or cross_attention_dim is not None):
+            found = f"attention {list(attention)} and cross_attention_dim {cross_attention_dim}"
+            raise InputError(f"{type(self).__name__} reads no text: found {found}; use UNet")
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        *,
+        class_labels: Tensor | None = None,
+        concat: Tensor | None = None,
+    ) -> Tensor:
+        """`timesteps` may be fractional; `context_mask` (B, T) is True at the tokens to attend to.
+
+        `class_labels` are int64 (B,). `concat` (B, C', H, W) are further channels: of an image to fill in or to enlarge.
+        """
+        _check_given("context", context, "cross_attention_dim", self.config["cross_attention_dim"])
+        _check_given("class_labels", class_labels, "num_class_embeds", self.config["num_class_embeds"])
+        x = x if concat is None else torch.cat([x, concat], dim=1)
+        if x.shape[1] != self.conv_in.in_channels:
+            raise InputError(f"x and concat have {x.shape[1]} channels, expected {self.conv_in.in_channels} (in_channels)")
         features = timestep_features(timesteps, self.conv_in.out_channels).to(x.dtype)
-        time = F.silu(self.time_embedding(features))  # (B, 4·channels[0]), activated once for all resnets
-        mask = None  # (B, 1, 1, T), added to the logits
+        time = self.time_embedding(features)  # (B, 4·channels[0])
+        if self.class_embedding is not None:
+            time = time + self.class_embedding(class_labels)
+        time = F.silu(time)  # once for all resnets
+        mask = None  # (B, 1, 1, T'), added to the logits
         if context_mask is not None:
             mask = torch.zeros_like(context_mask, dtype=x.dtype).masked_fill(~context_mask, MASKED)[:, None, None]
+            mask = F.pad(mask, (0, -mask.shape[-1] % KEYS), value=-math.inf)
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down_blocks:
@@ -161,17 +210,121 @@ class UNet(Pretrained):
         return self.conv_out(norm_silu(self.conv_norm_out, x))
 
     @staticmethod
-    def to_diffusers(config: dict[str, Any]) -> dict[str, Any]:
-        attends = config["cross_attention"]
-        theirs = {key: config[key] for key in UNet.DEFAULTS if key in config}
-        return theirs | {
-            "attention_head_dim": config["num_heads"],  # diffusers' name for the number of heads
-            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        }
+    def head_dim(config: dict[str, Any]) -> int | list[int] | None:
+        """diffusers' `attention_head_dim`; [] where it cannot express `num_heads`.
+
+        To transformers it is the number of heads, to other attention the width of one, and that reads it from the wrong
+        end on the way up.
+        """
+        kinds, channels = config["attention"], config["block_out_channels"]
+        heads = per_level(config["num_heads"], channels, "num_heads")
+        dims = [c // n if kind == "self" else n for kind, c, n in zip(kinds, channels, heads, strict=True)]
+        selves = [level for level, kind in enumerate(kinds) if kind == "self"]
+        for level in selves:
+            if level and kinds[-1 - level] == "none":  # whose own value nothing reads
+                dims[-1 - level] = dims[level]
+        same = all(dims[level] == dims[-1 - level] for level in selves)
+        return _one_if_equal(dims) if same and dims[-1] == heads[-1] else []
 
     @staticmethod
-    def from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
-        attends = [kind == "CrossAttnDownBlock2D" for kind in config["down_block_types"]]
-        ours = {key: config[key] for key in UNet.DEFAULTS if not key.endswith("_types") and key != "attention_head_dim"}
-        return ours | {"cross_attention": attends, "num_heads": config["attention_head_dim"]}
+    def heads(config: dict[str, Any], kinds: Sequence[str]) -> int | list[int]:
+        """`num_heads` from diffusers' configuration: the inverse of `head_dim`."""
+        channels = config["block_out_channels"]
+        dims = per_level(config["attention_head_dim"], channels, "attention_head_dim")
+        return _one_if_equal([_heads(c, n) if kind == "self" else n for kind, c, n in zip(kinds, channels, dims, strict=True)])
+
+    @classmethod
+    def to_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
+        kinds, dim = config["attention"], [] if config["qk_norm"] else cls.head_dim(config)
+        theirs = {key: config[key] for key in cls.DEFAULTS if key in config} | {
+            "attention_head_dim": dim,
+            "down_block_types": [DOWN[kind] for kind in kinds],
+            "up_block_types": [UP[kind] for kind in reversed(kinds)],
+        }
+        return theirs | ({key: config[key] for key in ("num_heads", "qk_norm")} if dim == [] else {})
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
+        names = {name: kind for kind, name in DOWN.items()}
+        kinds = [names.get(name, "none") for name in config["down_block_types"]]
+        check_levels(kinds, config["block_out_channels"], "down_block_types")
+        read = {key: config[key] for key in cls.DEFAULTS if not key.endswith("_types") and key != "attention_head_dim"}
+        ours = {"cross_attention_dim": None, **read, "attention": kinds, "qk_norm": config.get("qk_norm", False)}
+        if "num_heads" in config:
+            return ours | {"num_heads": config["num_heads"]}
+        ours["num_heads"] = cls.heads(config, kinds)
+        if cls.head_dim(ours) == []:
+            raise InputError(f"attention_head_dim = {config['attention_head_dim']!r} is not supported with these block types")
+        return ours
+
+
+class UnconditionalUNet(UNet):
+    """Noisy latents and timesteps to an output like the latents, without a text: `attention` is "none" or "self".
+
+    The middle attends to the image's positions. diffusers' `UNet2DModel` knows one width of a head for all levels (or one
+    head each): other choices of `num_heads` are saved as the base class says.
+    """
+
+    CLASS = "UNet2DModel"
+    MIDDLE = "self"
+    DEFAULTS: ClassVar = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": [224, 448, 672, 896],
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "num_class_embeds": None,
+        "attention_head_dim": 8,
+        "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
+        "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
+    }
+    FIXED: ClassVar = {
+        "mid_block_type": "UNetMidBlock2D",
+        "center_input_sample": False,
+        "time_embedding_type": "positional",
+        "freq_shift": 0,
+        "flip_sin_to_cos": True,
+        "mid_block_scale_factor": 1,
+        "downsample_padding": 1,
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+        "dropout": 0.0,
+        "act_fn": "silu",
+        "norm_eps": EPS,
+        "resnet_time_scale_shift": "default",
+        "add_attention": True,
+    }
+    CARRIED = ("sample_size", "num_train_timesteps")
+
+    @staticmethod
+    def head_dim(config: dict[str, Any]) -> int | list[int] | None:
+        """The width of a head wherever there is attention; None for one head each; [] where widths differ."""
+        kinds, channels = [*config["attention"][:-1], "self"], config["block_out_channels"]
+        heads = per_level(config["num_heads"], channels, "num_heads")
+        used = [(c, n) for kind, c, n in zip(kinds, channels, heads, strict=True) if kind == "self"]
+        widths = {c // n for c, n in used}
+        if len(widths) == 1:
+            return widths.pop()
+        return None if all(n == 1 for _, n in used) else []
+
+    @staticmethod
+    def heads(config: dict[str, Any], kinds: Sequence[str]) -> int | list[int]:
+        width, kinds = config["attention_head_dim"], [*kinds[:-1], "self"]
+        pairs = zip(kinds, config["block_out_channels"], strict=True)
+        return _one_if_equal([_heads(c, width or c) if kind == "self" else 1 for kind, c in pairs])
+
+
+def _heads(channels: int, width: int) -> int:
+    if channels % width:
+        raise InputError(f"attention_head_dim = {width} does not divide {channels} of block_out_channels")
+    return channels // width
+
+
+def _one_if_equal(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _check_given(name: str, value: Tensor | None, option: str, setting: int | None) -> None:
+    """What the network was built to be told must be given, and nothing that it would ignore."""
+    if (value is None) != (setting is None):
+        raise InputError(f"{name} is {'missing' if value is None else 'given'}, and the network's {option} is {setting}")

@@ -17,7 +17,7 @@ SHAPE = {"block_out_channels": (64, 64), "layers_per_block": 1, "cross_attention
 
 
 def ours() -> torch.nn.Module:
-    return UNet(4, 4, cross_attention=(False, True), num_heads=4, **SHAPE)
+    return UNet(4, 4, attention=("none", "cross"), num_heads=4, **SHAPE)
 
 
 def theirs(folder) -> torch.nn.Module:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.guidance import Guidance, autoguidance, classifier_free
 from ldm.diffusion.samplers import euler
 
 
@@ -49,8 +49,9 @@ def apart(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(text), torch.cat(empty)
 
 
-def guided(denoiser: Linear, scale: float, inputs: dict[str, Tensor]):
-    return classifier_free(denoiser, scale, *(inputs[name] for name in ("context", "context_mask", "null", "null_mask")))
+def guided(denoiser: Linear, scale: float, inputs: dict[str, Tensor], **options):
+    texts = (inputs[name] for name in ("context", "context_mask", "null", "null_mask"))
+    return classifier_free(denoiser, Guidance(scale, **options), *texts)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 7.5])
@@ -74,3 +75,52 @@ def test_a_guided_denoiser_is_a_denoiser_to_samplers(inputs):
     found = euler(guided(Linear(), 2.0, inputs), inputs["x"], sigmas)  # one step to 0 is the denoiser's estimate
     shrunk = inputs["x"] / 5 - inputs["x"] / (1 + inputs["sigma"].view(-1, 1, 1, 1))
     torch.testing.assert_close(found, empty + 2 * (text - empty) + shrunk)
+
+
+@pytest.mark.parametrize(("level", "inside"), [(0.5, False), (0.51, True), (2.0, True), (2.01, False)])
+def test_outside_of_the_interval_the_prompt_alone_counts(level, inside, inputs):
+    inputs["sigma"] = torch.full((3,), level, dtype=torch.float64)
+    text, empty = apart(inputs)
+    denoiser = Linear()
+    found = guided(denoiser, 3.0, inputs, interval=(0.5, 2.0))(inputs["x"], inputs["sigma"])
+    torch.testing.assert_close(found, empty + 3 * (text - empty) if inside else text)
+    assert denoiser.batches == [6 if inside else 3]
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+def test_rescale_is_diffusers_formula(rescale, inputs):
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    text, empty = apart(inputs)
+    expected = rescale_noise_cfg(empty + 5 * (text - empty), text, guidance_rescale=rescale)
+    found = guided(Linear(), 5.0, inputs, rescale=rescale)(inputs["x"], inputs["sigma"])
+    torch.testing.assert_close(found, expected)
+    if rescale == 1:
+        torch.testing.assert_close(found.flatten(1).std(1), text.flatten(1).std(1))
+
+
+def test_negative_prompts_may_differ_image_by_image(inputs):
+    negative = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mask = torch.arange(4) < torch.tensor([[1], [3], [2]])
+    texts = inputs["context"], inputs["context_mask"], negative, mask
+    found = classifier_free(Linear(), Guidance(2.0), *texts)(inputs["x"], inputs["sigma"])
+    text, _ = apart(inputs)
+    unwanted, _ = apart(inputs | {"context": negative, "context_mask": mask})
+    torch.testing.assert_close(found, unwanted + 2 * (text - unwanted))
+
+
+def test_autoguidance_extrapolates_from_the_weaker_model(inputs):
+    def strong(x: Tensor, sigma: Tensor) -> Tensor:
+        return x / (1 + sigma.view(-1, 1, 1, 1))
+
+    def weak(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(float(sigma[0]))
+        return strong(x, sigma) + 0.1 * x
+
+    calls: list[float] = []
+    x, sigma = inputs["x"], torch.full((3,), 1.5, dtype=torch.float64)
+    found = autoguidance(strong, weak, Guidance(2.5))(x, sigma)
+    torch.testing.assert_close(found, strong(x, sigma) - 1.5 * 0.1 * x)
+    for none in (Guidance(1.0), Guidance(2.5, interval=(0.0, 1.0))):
+        torch.testing.assert_close(autoguidance(strong, weak, none)(x, sigma), strong(x, sigma))
+    assert len(calls) == 1

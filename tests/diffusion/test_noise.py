@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from scipy import stats
 
 from ldm.diffusion.noise import karras_sigmas, noise_levels
+from ldm.errors import InputError
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}  # the last is not read
@@ -37,6 +38,43 @@ def test_table_stops_at_sigma_max_without_moving_the_rest(noise):
     assert cut[-1] <= 10.0 < whole[len(cut)]
     assert torch.equal(cut, whole[: len(cut)])
     assert (whole.diff() > 0).all()
+
+
+@pytest.mark.parametrize("noise", SCHEDULES)
+def test_zero_terminal_snr_is_diffusers(noise):
+    start, end = ENDS[noise]
+    theirs = DDIMScheduler(1000, start, end, SCHEDULES[noise], rescale_betas_zero_snr=True)
+    alpha_bar = theirs.alphas_cumprod.double()
+    table = noise_levels(noise, 80.0, zero_terminal_snr=True).table
+    assert table[-1] <= 80.0
+    np.testing.assert_allclose(1 / (1 + table**2), alpha_bar[: len(table)], rtol=2e-3, atol=2e-7)  # theirs is float32
+    beyond = alpha_bar[len(table) :].numpy()
+    assert len(beyond)  # the levels between sigma_max and infinity
+    assert (beyond < 1 / (1 + 80.0**2) + 1e-6).all()
+    finer = noise_levels(noise, 1e9, zero_terminal_snr=True).table
+    assert len(finer) == 999  # all but the last, where nothing is left of the image
+    assert finer[0] == pytest.approx(float(noise_levels(noise, 80.0).table[0]), rel=1e-12)  # and the first stays
+
+
+@pytest.mark.parametrize("noise", ["linear", "cosine"])
+def test_shift_multiplies_the_table(noise):
+    plain, shifted = noise_levels(noise, 1e9), noise_levels(noise, 1e9, shift=3.0)
+    torch.testing.assert_close(shifted.table[:-1], 3 * plain.table[: len(shifted.table) - 1])
+    torch.testing.assert_close(shifted.timesteps(3 * plain.table[:900]), plain.timesteps(plain.table[:900]))
+
+
+def test_shift_is_that_of_flow_matching():
+    """Esser et al. 2024, equation 23, as diffusers' flow schedulers apply it: t' = s t / (1 + (s - 1) t)."""
+    t = np.linspace(0.01, 0.9, 50)
+    shifted = 3 * t / (1 + 2 * t)
+    levels = noise_levels("uniform", 1e6, shift=3.0)
+    found = levels.quantile(torch.from_numpy(t)).numpy()
+    np.testing.assert_allclose(found / (1 + found), shifted, atol=2.5e-3)  # sigma_min leaves out a little of [0, 1]
+
+
+def test_a_shift_beyond_sigma_max_is_refused():
+    with pytest.raises(InputError, match=r"cosine, shifted by 100000\.0, has no two levels below sigma_max 80\.0"):
+        noise_levels("cosine", 80.0, shift=1e5)
 
 
 @pytest.mark.parametrize("noise", ["lognormal", "uniform"])
@@ -78,20 +116,41 @@ def test_timesteps_are_drawn_uniformly(noise):
     assert stats.kstest((index + 0.5) / len(entries), "uniform").pvalue > 0.001
 
 
-def test_uniform_levels_are_uniform_in_flow_time():
-    sigmas = draws("uniform", 3000)
-    low, high = 0.002 / 1.002, 80 / 81
-    assert stats.kstest(sigmas / (1 + sigmas), stats.uniform(low, high - low).cdf).pvalue > 0.001
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+def test_continuous_levels_have_their_distributions(shift):
+    """Of ln sigma or of the flow's time, each within [0.002, 80]."""
+
+    def sigmas(noise: str) -> np.ndarray:
+        levels, random = noise_levels(noise, 80.0, shift), torch.Generator().manual_seed(0)
+        return np.array([float(levels.draw(4, random)[0]) for _ in range(3000)], dtype=np.float64)
+
+    unshifted = sigmas("uniform") / shift
+    low, high = (s / (1 + s) for s in (0.002 / shift, 80 / shift))
+    assert stats.kstest(unshifted / (1 + unshifted), stats.uniform(low, high - low).cdf).pvalue > 0.001
+    for noise, mean, std in (("lognormal", -1.2, 1.2), ("logitnormal", 0.0, 1.0)):
+        ends = [(math.log(s / shift) - mean) / std for s in (0.002, 80)]
+        expected = stats.truncnorm(*ends, loc=mean + math.log(shift), scale=std)
+        assert stats.kstest(np.log(sigmas(noise)), expected.cdf).pvalue > 0.001
+    log = np.log(sigmas("loguniform"))
+    assert stats.kstest(log, stats.uniform(math.log(0.002), math.log(40_000)).cdf).pvalue > 0.001
 
 
-def test_lognormal_levels():
-    log_sigma = np.log(draws("lognormal", 4000))
-    assert log_sigma.mean() == pytest.approx(-1.2, abs=4 * 1.2 / np.sqrt(4000))
-    assert log_sigma.std() == pytest.approx(1.2, rel=4 / np.sqrt(8000))
-    assert stats.kstest(log_sigma, stats.norm(-1.2, 1.2).cdf).pvalue > 0.001
+def test_logit_normal_is_normal_in_the_logit_of_flow_time():
+    sigma = draws("logitnormal", 3000)
+    t = sigma / (1 + sigma)
+    assert stats.kstest(np.log(t / (1 - t)), stats.norm(0, 1).cdf).pvalue > 0.001
 
 
-@pytest.mark.parametrize("noise", [*SCHEDULES, "lognormal", "uniform"])
+@pytest.mark.parametrize("noise", [*SCHEDULES, "lognormal", "logitnormal", "loguniform", "uniform"])
+def test_quantiles_are_those_of_the_draws(noise):
+    levels = noise_levels(noise, 80.0)
+    drawn = levels.draw(8192, torch.Generator().manual_seed(1)).double()
+    for share in (0.1, 0.25, 0.5, 0.9):
+        below = float((drawn < levels.quantile(torch.tensor([share], dtype=torch.float64))).double().mean())
+        assert below == pytest.approx(share, abs=2e-3)
+
+
+@pytest.mark.parametrize("noise", [*SCHEDULES, "lognormal", "logitnormal", "loguniform", "uniform"])
 def test_draws_repeat_with_their_generator_and_stay_in_range(noise):
     levels = noise_levels(noise, 5.0)
     first, again, other = (levels.draw(512, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
@@ -102,6 +161,36 @@ def test_draws_repeat_with_their_generator_and_stay_in_range(noise):
     edges = torch.tensor([levels.sigma_min, levels.sigma_max])  # float32, as the draws are
     assert first.min() >= edges[0]
     assert first.max() <= edges[1] * (1 + 1e-6)
+
+
+def test_grids_in_closed_form():
+    """Evenly apart in ln sigma; in the flow's time, its shift undone; in timesteps as diffusers spaces "trailing" ones."""
+    levels = noise_levels("uniform", 80.0, shift=2.0)
+    np.testing.assert_allclose(levels.grid("exponential", 5), [*np.geomspace(80, 0.002, 5), 0], rtol=1e-10)
+    t = 40 / 41 * np.array([1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(levels.grid("uniform", 4), [*(2 * t / (1 - t)), 0], rtol=1e-12)
+    np.testing.assert_allclose(levels.grid("karras", 7), karras_sigmas(7, 0.002, 80.0), rtol=1e-12)
+    theirs = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", timestep_spacing="trailing")
+    theirs.set_timesteps(20)
+    table = noise_levels("scaled_linear", 80.0)
+    np.testing.assert_allclose(table.grid("uniform", 20)[:-1], table.table[theirs.timesteps], rtol=1e-12)
+    between = table.grid("uniform", 30)  # 1000 / 30 is no whole number
+    assert (between.diff() < 0).all()
+    np.testing.assert_allclose(table.timesteps(between[:-1]), 1000 - 1 - np.arange(30) * 1000 / 30, atol=1e-6)
+    assert len(table.grid("uniform", 1000)) == 1001
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "message"),
+    [
+        ("uniform", 1001, "steps 1001: schedule uniform has the 1000 timesteps of training"),
+        ("karras", 0, "steps 0: a sampler takes at least one"),
+        ("linear", 5, "schedule 'linear' is unknown; choose one of karras, exponential, uniform"),
+    ],
+)
+def test_grids_that_cannot_be(schedule, steps, message):
+    with pytest.raises(InputError, match=message):
+        noise_levels("scaled_linear", 80.0).grid(schedule, steps)
 
 
 def test_a_batch_is_stratified():

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from scipy import stats
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import karras_sigmas, noise_levels
-from ldm.diffusion.samplers import SAMPLERS, dpmpp_2m, euler
+from ldm.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, euler, heun, langevin
 
 ORDERS = {"euler": 1, "heun": 2, "dpmpp_2m": 2}
 SIGMA_MIN, SIGMA_MAX = 0.05, 20.0
@@ -85,12 +86,35 @@ def test_convergence_to_an_ode_solver_on_a_mixture(name):
     assert order(error) == pytest.approx(ORDERS[name], abs=0.2)
 
 
-@pytest.mark.parametrize("name", ORDERS)
-def test_samples_of_a_mixture_have_its_weights_and_moments(name):
+def noises(shape: tuple[int, ...], seed: int = 2) -> Callable[[int], Tensor]:
+    return lambda i: torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + i), dtype=torch.float64)
+
+
+def mixture_cdf(x: np.ndarray) -> np.ndarray:
+    return (WEIGHTS * stats.norm.cdf(x[:, None], MEANS, STDS)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "options"),
+    [
+        ("ddpm", 300, {}),
+        ("ddim", 300, {"eta": 0.5}),
+        ("euler", 200, {}),
+        ("heun", 60, {}),
+        ("heun", 60, {"churn": 20.0}),
+        ("heun", 60, {"churn": 20.0, "churn_min": 0.1, "churn_max": 10.0}),
+        ("dpmpp_2m", 60, {}),
+        ("langevin", 150, {"step": 0.2}),
+        ("langevin", 60, {"step": 0.2, "corrections": 4}),
+    ],
+)
+def test_samples_of_a_mixture_are_distributed_as_it_is(name, steps, options):
     count = 4000
-    noise = torch.randn(count, 1, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    steps = {"euler": 200, "heun": 60, "dpmpp_2m": 60}[name]
-    samples = SAMPLERS[name](mixture, 80 * noise, karras_sigmas(steps, 0.002, 80.0)).flatten().numpy()
+    shape = (count, 1, 1, 1)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = SAMPLERS[name](mixture, 80 * noise, karras_sigmas(steps, 0.002, 80.0), noises(shape), **options)
+    samples = drawn.flatten().numpy()
+    assert stats.kstest(samples, mixture_cdf).pvalue > 0.01
     left = samples < -0.2  # 3 and 6 standard deviations from the components
     assert left.mean() == pytest.approx(WEIGHTS[0], abs=4 * np.sqrt(np.prod(WEIGHTS) / count))
     for part, mean, std in ((samples[left], MEANS[0], STDS[0]), (samples[~left], MEANS[1], STDS[1])):
@@ -98,7 +122,54 @@ def test_samples_of_a_mixture_have_its_weights_and_moments(name):
         assert part.std() == pytest.approx(std, rel=4 / np.sqrt(2 * len(part)) + 0.01)
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("step", [0.3, 1.0])
+def test_langevin_steps_settle_where_their_discretisation_says(step):
+    """Constant step eps, precision a: variance 1 / (a (1 - eps a / 4)), the oracle of stochastic gradient Langevin dynamics."""
+    std, sigma, count = 0.5, 2.0, 40_000
+    shape = (count, 1, 1, 1)
+    sigmas = torch.tensor([sigma * (1 + 1e-9), sigma], dtype=torch.float64)
+    start = sigma * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = langevin(gaussian(0.0, std), start, sigmas, noises(shape), step=step, corrections=int(30 / step**2))
+    variance, eps = std**2 + sigma**2, (step * sigma) ** 2
+    expected = variance / (1 - eps / (4 * variance))
+    assert float(found.var()) == pytest.approx(expected, rel=3 * np.sqrt(2 / count))
+    assert abs(variance / expected - 1) > {0.3: 1, 1.0: 10}[step] * np.sqrt(2 / count)  # the oracle tells them apart
+
+
+def test_churn_is_algorithm_2_of_karras_et_al():
+    """Written again in numpy, from the paper."""
+    shape, churn, low, high, scale = (4, 1, 1, 1), 6.0, 0.3, 8.0, 1.007
+    sigmas = karras_sigmas(10, 0.05, 20.0)
+    noise, t = noises(shape), karras_sigmas(10, 0.05, 20.0).numpy()
+
+    def denoise(x: np.ndarray, level: float) -> np.ndarray:
+        return mixture(torch.from_numpy(x), torch.full((4,), level, dtype=torch.float64)).numpy()
+
+    x = start(4)[..., :1, :1].numpy()
+    begun = torch.from_numpy(x.copy())
+    for i in range(10):
+        gamma = min(churn / 10, np.sqrt(2) - 1) if low <= t[i] <= high else 0.0
+        t_hat = t[i] + gamma * t[i]
+        x_hat = x + np.sqrt(t_hat**2 - t[i] ** 2) * scale * noise(i).numpy()
+        d = (x_hat - denoise(x_hat, t_hat)) / t_hat
+        x = x_hat + (t[i + 1] - t_hat) * d
+        if t[i + 1] != 0:
+            x = x_hat + (t[i + 1] - t_hat) * (0.5 * d + 0.5 * (x - denoise(x, t[i + 1])) / t[i + 1])
+    found = heun(mixture, begun, sigmas, noise, churn=churn, churn_min=low, churn_max=high, churn_noise=scale)
+    np.testing.assert_allclose(found, x, rtol=1e-10)
+
+
+def test_stochastic_samplers_draw_by_themselves_where_no_noise_is_given():
+    x, sigmas = start(), karras_sigmas(5, 0.05, SIGMA_MAX)
+    for name in ("ddpm", "langevin"):
+        torch.manual_seed(3)
+        first, second = (SAMPLERS[name](mixture, x, sigmas) for _ in range(2))
+        assert not torch.equal(first, second)
+        torch.manual_seed(3)
+        assert torch.equal(first, SAMPLERS[name](mixture, x, sigmas))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_last_step_to_zero_is_the_denoisers_estimate(name):
     """And nothing divides by the final 0."""
     x, sigmas = start(), torch.tensor([3.0, 0.0], dtype=torch.float64)
@@ -106,7 +177,7 @@ def test_the_last_step_to_zero_is_the_denoisers_estimate(name):
     torch.testing.assert_close(SAMPLERS[name](gaussian(0.7, 0.5), x, sigmas), expected)
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_evaluations_and_dtype(name):
     seen: list[Tensor] = []
 
@@ -117,7 +188,7 @@ def test_evaluations_and_dtype(name):
     out = SAMPLERS[name](denoise, start().float(), karras_sigmas(8, 0.01, 20.0))
     assert out.dtype == torch.float32
     assert all(sigma.shape == (5,) and sigma.dtype == torch.float32 for sigma in seen)
-    assert len(seen) == (15 if name == "heun" else 8)
+    assert len(seen) == (15 if name in ("heun", "langevin") else 8)
 
 
 def network(x: Tensor, timesteps: Tensor) -> Tensor:
@@ -138,16 +209,45 @@ def scheduler_steps(scheduler, noise: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_euler_is_diffusers_ddim(spacing):
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_ddim_is_diffusers_ddim(spacing, eta):
     theirs = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, timestep_spacing=spacing)
     theirs.alphas_cumprod = theirs.alphas_cumprod.double()
-    theirs.final_alpha_cumprod = theirs.final_alpha_cumprod.double()
+    theirs.final_alpha_cumprod = torch.ones((), dtype=torch.float64)  # our last level is 0
     theirs.set_timesteps(25)
-    states, sigmas = scheduler_steps(theirs, start() / SIGMA_MAX)
+    begun = start() / SIGMA_MAX
+    noise = noises(begun.shape)
+    step = theirs.step
+    counter = iter(range(25))
+    theirs.step = lambda out, t, x: step(out, t, x, eta=eta, variance_noise=noise(next(counter)) if eta else None)
+    states, sigmas = scheduler_steps(theirs, begun)
     denoiser = Denoiser(network, "eps", noise_levels("scaled_linear", 80.0))
     for i, state in enumerate(states[:-1]):
-        torch.testing.assert_close(euler(denoiser, state, sigmas[i : i + 2]), states[i + 1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(euler(denoiser, states[0], sigmas), states[-1], rtol=1e-4, atol=1e-4)
+        one = ddim(denoiser, state, sigmas[i : i + 2], lambda _, i=i: noise(i), eta=eta)
+        torch.testing.assert_close(one, states[i + 1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ddim(denoiser, states[0], sigmas, noise, eta=eta), states[-1], rtol=1e-4, atol=1e-4)
+    if spacing == "trailing":  # the grid is theirs too
+        grid = noise_levels("scaled_linear", 80.0).grid("uniform", 25)
+        torch.testing.assert_close(grid, sigmas, rtol=1e-5, atol=0)
+    if not eta:
+        assert torch.equal(euler(denoiser, states[0], sigmas), ddim(denoiser, states[0], sigmas))
+
+
+def test_ddpm_is_diffusers_ddpm():
+    theirs = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, variance_type="fixed_small")
+    theirs.alphas_cumprod, theirs.one = theirs.alphas_cumprod.double(), theirs.one.double()
+    theirs.set_timesteps(50)
+    begun = start() / SIGMA_MAX
+    step = theirs.step
+    theirs.step = lambda out, t, x: step(out, t, x, generator=torch.Generator().manual_seed(int(t)))
+    states, sigmas = scheduler_steps(theirs, begun)
+    levels = noise_levels("scaled_linear", 80.0)
+
+    def noise(i: int) -> Tensor:
+        return torch.randn(begun.shape, generator=torch.Generator().manual_seed(int(theirs.timesteps[i])), dtype=torch.float64)
+
+    found = SAMPLERS["ddpm"](Denoiser(network, "eps", levels), states[0], sigmas, noise)
+    torch.testing.assert_close(found, states[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_dpmpp_2m_is_diffusers_dpm_solver():

@@ -25,7 +25,7 @@ def vq() -> tuple[Pretrained, Callable[[Tensor], Tensor]]:
 
 
 def unet() -> tuple[Pretrained, Callable[[Tensor], Tensor]]:
-    net = UNet(cross_attention=[False, True, True], cross_attention_dim=5, num_heads=2, **SHAPE)
+    net = UNet(attention=["none", "cross", "cross"], cross_attention_dim=5, num_heads=2, **SHAPE)
     context = torch.randn(2, 3, 5)
     return net, lambda x: net(x, torch.tensor([3.0, 500.0]), context, torch.tensor([[True, True, False]] * 2))
 
