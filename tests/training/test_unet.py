@@ -44,7 +44,7 @@ def latents(count: int = 40) -> Latents:
 
 def objective(loss_weight: str = "standard", kind: str = "v", device: torch.device = CPU) -> UnetObjective:
     torch.manual_seed(0)
-    net = UNet(1, 1, (16, 16), 1, (False, True), 8, 2, 8).place(device)
+    net = UNet(1, 1, (16, 16), 1, ("none", "cross"), 8, 2, 8).place(device)
     options = SimpleNamespace(caption_dropout=0.2, loss_weight=loss_weight, min_snr_gamma=5.0)
     return UnetObjective(Denoiser(net, kind, noise_levels(KINDS[kind], 80.0)), latents(), options, 3, device)
 
