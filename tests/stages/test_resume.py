@@ -167,11 +167,19 @@ def test_so_do_two_processes_of_which_the_first_is_killed(name, seed, pairs, tmp
     assert resumed(tmp_path / "killed", stage, kept, **extra) == contents(pairs(name), stage)
 
 
-def test_only_the_u_net_can_be_shared_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("LDM_SHARD_MODEL", "1"), monkeypatch.setenv("LDM_PROCESSES", "2")
-    options = load_settings(REPOSITORY).train_vae
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LDM_PROCESSES": "2", "LDM_SHARD_MODEL": "1"}, "LDM_SHARD_MODEL=1: train_vae cannot share its model out"),
+        ({"LDM_PROCESSES": "3"}, r"train_vae\.batch_size 32 cannot be shared by 3 processes; make it a multiple"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_before_they_start(variables, message, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options = load_settings(REPOSITORY).train_vae.model_copy(update={"batch_size": 32})
     work = training(tmp_path, "train_vae", {"precision": "fp32", "compile": False}, options, {}, torch.device("cpu"))
-    with pytest.raises(InputError, match="LDM_SHARD_MODEL=1: train_vae cannot share its model out, only train_unet can"), work:
+    with pytest.raises(InputError, match=message), work:
         raise AssertionError("it began")
 
 
