@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,27 +190,7 @@ def test_latents_that_would_crowd_a_gpu_stay_with_the_host(monkeypatch: pytest.M
     assert home_of(found, CPU) == CPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("weight", ["standard", "learned"])
-def test_a_step_on_a_gpu_waits_for_nothing_wherever_latents_are(weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    near = objective(weight, device=torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
-    far = objective(weight, device=torch.device("cuda"))
-    assert far._mean.device == CPU and near._mean.is_cuda
-    losses = []
-    for found in (near, far):
-        at_position(found, 0, 8)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            loss, _ = at_position(found, 8, 8)
-            loss.backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        losses.append(float(loss.detach()))
-    assert losses[0] == losses[1]
-
-
-# several processes
+# in the training loop
 
 
 class Silent:
@@ -219,21 +200,53 @@ class Silent:
     def load_state_dict(self, state): ...
 
 
-PLAN = SimpleNamespace(
-    images=48, batch_size=8, lr=3e-4, warmup_images=0, weight_decay=0.01, ema_halflife_images=100, checkpoint_images=1000
-)
+PLAN = {
+    "images": 48, "batch_size": 8, "lr": 3e-4, "warmup_images": 0, "weight_decay": 0.01, "ema_halflife_images": 100,
+    "checkpoint_images": 10_000,
+}  # fmt: skip
 
 
-def train(folder: Path, execution: Execution = Execution(), batches: int | None = None) -> Fitted | None:  # noqa: B008
-    """Fitted with a learned weight of noise levels; None where it was stopped after so many batches."""
-    seen = []
+def train(
+    folder: Path,
+    execution: Execution = Execution(),  # noqa: B008
+    should_stop: Callable[[], bool] = lambda: False,
+    found: UnetObjective | None = None,
+    **plan: int,
+) -> Fitted | None:
+    """Fitted, by default with a learned weight of noise levels; None where it was stopped."""
+    found, store = found or objective("learned"), CheckpointStore(folder / "store")
     try:
         return fit(
-            objective("learned"), PLAN, seed=1, journal=Silent(), store=CheckpointStore(folder / "store"),
-            progress=lambda done, row: None, should_stop=lambda: seen.append(0) or len(seen) == batches, execution=execution,
+            found, SimpleNamespace(**PLAN | plan), seed=1, journal=Silent(), store=store, progress=lambda done, row: None,
+            should_stop=should_stop, execution=execution,
         )  # fmt: skip
     except KeyboardInterrupt:
         return None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weight", ["standard", "learned"])
+def test_training_on_a_gpu_waits_for_nothing_wherever_latents_are(weight, tmp_path, monkeypatch) -> None:
+    """Batches three to nine, between looks at the curve, raise where the host waits for the device."""
+    objectives = [objective(weight, device=torch.device("cuda"))]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    objectives.append(objective(weight, device=torch.device("cuda")))
+    assert [found._mean.device.type for found in objectives] == ["cuda", "cpu"]
+    near, far = (float(at_position(found, 8, 8)[0].detach()) for found in objectives)
+    assert near == far
+    for place, found in enumerate(objectives):
+        seen: list[int] = []
+
+        def strict_for_a_while(seen=seen) -> bool:
+            seen.append(0)
+            torch.cuda.set_sync_debug_mode("error" if 1 < len(seen) < 9 else "default")
+            return len(seen) == 9
+
+        assert train(tmp_path / str(place), Execution(torch.bfloat16), strict_for_a_while, found, images=3200) is None
+        assert len(seen) == 9
+
+
+# several processes
 
 
 def save(fitted: Fitted, file: Path) -> None:
@@ -245,13 +258,14 @@ def save(fitted: Fitted, file: Path) -> None:
 def child(folder: Path) -> None:
     """One of two processes: trains with the model in each of them, then shared out, then so with a stop on the way."""
     torch.set_num_threads(1)
-    shared = Execution(shard=True, micro_batch=3)
+    shared, seen = Execution(shard=True, micro_batch=3), []
     with distributed.process_group(CPU):
         results = {
             "whole": train(folder / "whole"),
             "shared": train(folder / "shared", shared),
-            "stopped": train(folder / "stopped", shared, batches=3),
+            "stopped": train(folder / "stopped", shared, lambda: seen.append(0) or len(seen) == 3),
         }
+        torch.distributed.barrier()  # the first one has written its checkpoint
         if distributed.rank() == 0:
             shutil.copytree(folder / "stopped", folder / "for one")
         results["resumed"] = train(folder / "stopped", shared)
