@@ -137,9 +137,10 @@ class Batches:
         self._next: tuple[int, int] | None = None
 
     def at(self, position: int, batch_size: int) -> torch.Tensor:
-        """Raises `InputError`, naming the sample, where one cannot be decoded, in whichever process that happens."""
-        if batch_size % self.ranks:
-            raise InputError(f"a batch of {batch_size} cannot be shared evenly by {self.ranks} ranks; choose a multiple")
+        """`batch_size` is a multiple of `ranks`.
+
+        Raises `InputError`, naming the sample, where one cannot be decoded, in whichever process that happens.
+        """
         if self._stream is None or self._next != (position, batch_size):
             self._stream = self._read(position, batch_size)
         self._next = position + batch_size, batch_size

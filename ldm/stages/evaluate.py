@@ -272,6 +272,12 @@ def report(root: Path, settings: Settings, model: LatentDiffusion, metrics: Metr
         path = root / f"reports/plots/{stage}.png"
         loss_curves(frame, path, title=title, columns=["loss"], x="images", y_label="loss")
         curves.append(Figure(title, "Mean loss since the last point, against images seen.", path))
+    quarters = {f"loss_noise_q{i}": name for i, name in enumerate(("least noise", "less", "more", "most noise"), start=1)}
+    title, path = "Training the U-Net, by noise level", root / "reports/plots/train_unet_noise.png"
+    named = frame.rename(columns=quarters)
+    loss_curves(named, path, title=title, columns=list(quarters.values()), x="images", y_label="mean squared error")
+    about = "The unweighted loss in each quarter of the noise levels of training, equally often drawn."
+    curves.append(Figure(title, about, path))
     write_report(
         root / "reports/report.html",
         title="Latent diffusion model: evaluation",

@@ -51,12 +51,13 @@ def run(root: Path) -> None:
     }
     inputs = {"latents": file_hash(root / "data/latents/manifest.json")}
     with training(root, "train_unet", params, options, inputs, device) as work:
-        fitted = work.fit(UnetObjective(denoiser, latents, options.caption_dropout, settings.seed, device))
+        fitted = work.fit(UnetObjective(denoiser, latents, options, settings.seed, device))
         if not work.first:
             return
-        unet.save_pretrained(root / RAW)
-        unet.load_state_dict(fitted.ema)
-        unet.save_pretrained(root / OUT)
+        unet = build(settings, latents.text.shape[-1])  # a whole one: processes may have shared the other out
+        for folder, weights in ((RAW, fitted.last), (OUT, fitted.ema)):
+            unet.load_state_dict({k.removeprefix("unet."): v for k, v in weights.items() if k.startswith("unet.")})
+            unet.save_pretrained(root / folder)
         (root / OUT / "recipe.json").write_text(canonical_json(recipe(settings, latents)))
         write_curve(fitted, root / CURVE)
 

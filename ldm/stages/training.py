@@ -48,11 +48,14 @@ def training(
     count = int(os.environ.get("WORLD_SIZE") or _count("LDM_PROCESSES", 1))
     if options.batch_size % count:
         raise InputError(f"{stage}.batch_size {options.batch_size} cannot be shared by {count} processes; make it a multiple")
-    execution = Execution(_autocast(params["precision"], device), params["compile"], _count("LDM_MICRO_BATCH", 0) or None)
+    micro_batch, shard = _count("LDM_MICRO_BATCH", 0) or None, os.environ.get("LDM_SHARD_MODEL") == "1"
+    if shard and count > 1 and stage != "train_unet":
+        raise InputError(f"LDM_SHARD_MODEL=1: {stage} cannot share its model out, only train_unet can; unset it for {stage}")
+    execution = Execution(_autocast(params["precision"], device), params["compile"], micro_batch, shard and count > 1)
     params = {"device": str(device), **params, **options.model_dump()}
     with _peers(stage), distributed.process_group(device), contextlib.ExitStack() as held:
         first = distributed.rank() == 0
-        layout = {"processes": distributed.ranks(), "micro_batch": execution.micro_batch}
+        layout = {"processes": distributed.ranks(), "micro_batch": execution.micro_batch, "shard": execution.shard}
         key = work_key(stage, params | layout, inputs)
         folder = root / ".ldm" / "work" / stage / key
         tracker = Run()

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm import distributed
+
 
 @dataclass(frozen=True)
 class CheckpointStore:
@@ -61,6 +63,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        moment = name != "step"
-        state.setdefault(int(index), {})[name] = torch.empty_like(trained[int(index)]).copy_(value) if moment else value
+        if name != "step":
+            moment = torch.empty_like(trained[int(index)], requires_grad=False)
+            distributed.load({name: moment}, {name: value})
+            value = moment
+        state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

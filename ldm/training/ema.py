@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ldm import distributed
+
 RAMP = 0.05  # early on the half-life is at most this share of the images seen (Karras et al. 2024, EDM2)
 
 
@@ -24,7 +26,7 @@ class Ema:
         halflife = min(self.halflife_images, RAMP * images_seen)
         weight = 1 - 0.5 ** (batch_size / halflife) if halflife > 0 else 1.0
         n = self._parameters
-        torch._foreach_lerp_(self._average[:n], [tensor.detach() for tensor in self._live[:n]], weight)
+        torch._foreach_lerp_(distributed.own(self._average[:n]), distributed.own(self._live[:n]), weight)
         for average, buffer in zip(self._average[n:], self._live[n:], strict=True):
             average.copy_(buffer)
 
@@ -32,8 +34,7 @@ class Ema:
         return dict(zip(self._names, self._average, strict=True))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in zip(self._names, self._average, strict=True):
-            tensor.copy_(state[name])
+        distributed.load(self.state_dict(), state)
 
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:

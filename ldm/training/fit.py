@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -78,14 +79,19 @@ class Execution:
     autocast: torch.dtype | None = None  # of convolutions and products; parameters and sums stay float32
     compile: bool = False
     micro_batch: int | None = None  # images of a forward pass at most; gradients are accumulated over a batch
+    shard: bool = False  # several processes hold a part of the model each, and not the whole
 
 
 @dataclass
 class Fitted:
-    """Averaged weights with the module's keys, and the loss curve: a row of metrics for each logged position."""
+    """Averaged and last weights with the module's keys, and the loss curve: a row of metrics for each logged position.
+
+    Weights are whole also where processes shared them out, and then in the first process only.
+    """
 
     ema: dict[str, Tensor]
     curve: list[dict[str, float]] = field(default_factory=list)
+    last: dict[str, Tensor] = field(default_factory=dict)
 
 
 def learning_rate(schedule: Schedule, images_seen: int) -> float:
@@ -113,6 +119,7 @@ def fit(
     `FloatingPointError` where a loss or gradient is not finite or explodes, after saving the batch, naming it and the last
     good checkpoint, and `KeyboardInterrupt`, after saving a checkpoint, when `should_stop()` turns true.
     """
+    loss = _parallel(objective, execution)  # before the optimizer: it may replace the parameters by parts of them
     groups = objective.parameter_groups(schedule.lr)
     multipliers = [group.pop("lr_multiplier", 1.0) for group in groups]
     players = [group.pop("player", 0) for group in groups]
@@ -123,19 +130,18 @@ def fit(
     device = next(objective.module.parameters()).device
     if float(distributed.mean(torch.tensor(float(resumed), device=device))) != resumed:
         raise InputError(f"{store.folder}: the processes found different checkpoints here; they have to share this folder")
-    gradients = _Gradients(objective, optimizer, players, seed, execution)
+    gradients = _Gradients(loss, optimizer, players, seed, execution)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
     progress(resumed, {})
     for images_seen in range(resumed, schedule.images, schedule.batch_size):
         for group, multiplier in zip(optimizer.param_groups, multipliers, strict=True):
             group["lr"] = multiplier * learning_rate(schedule, images_seen)
-        metrics = gradients(images_seen, schedule.batch_size)
+        run.add(images_seen, *gradients(images_seen, schedule.batch_size))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = images_seen + schedule.batch_size
         ema.update(done, schedule.batch_size)
-        run.add(metrics, images_seen)
         looks = distributed.ranks() == 1 or device.type == "cpu" or done // schedule.batch_size % CHECK_BATCHES == 0
         stop = looks and distributed.any_of_them(should_stop(), device)  # all must agree
         due = done < schedule.images and (stop or done % schedule.checkpoint_images < schedule.batch_size)
@@ -151,60 +157,75 @@ def fit(
                 raise KeyboardInterrupt(f"stopped at a checkpoint after {done} images")
     journal.flush()
     objective.module.eval()
-    return Fitted(ema.state_dict(), run.curve)
+    return Fitted(distributed.whole(ema.state_dict()), run.curve, distributed.whole(objective.module.state_dict()))
 
 
 class _Loss(nn.Module):
-    """The loss as a module's forward, which is what DistributedDataParallel must wrap to synchronise gradients."""
+    """The loss as a module's forward, which is what must be wrapped to synchronise gradients."""
 
     def __init__(self, objective: Objective, autocast: torch.dtype | None):
         super().__init__()
         self.module, self._objective, self._autocast = objective.module, objective, autocast
+        self._device = next(self.module.parameters()).device.type
 
     def forward(self, *position: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        device = next(self.module.parameters()).device.type
-        with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
+        with torch.autocast(self._device, self._autocast, enabled=self._autocast is not None):
             return self._objective.loss(*position)
+
+
+def _parallel(objective: Objective, execution: Execution) -> nn.Module:
+    """The loss, whose gradients are the mean over all processes."""
+    if execution.compile:
+        objective.compile()
+    loss = _Loss(objective, execution.autocast)
+    if distributed.ranks() == 1:
+        return loss
+    if not execution.shard:
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, one layout has several names
+        return DistributedDataParallel(loss)
+    distributed.shard(loss)
+    return loss
 
 
 class _Gradients:
     """Fills the parameters' gradients with those of a whole batch, clipped: over micro-batches and over processes."""
 
-    def __init__(
-        self, objective: Objective, optimizer: torch.optim.Optimizer, players: list[int], seed: int, execution: Execution
-    ):
+    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, players: list[int], seed: int, execution: Execution):
+        self._loss, self._sharded = loss, execution.shard and distributed.ranks() > 1
         self.seed, self.micro_batch = seed, execution.micro_batch
-        if execution.compile:
-            objective.compile()
-        self._loss: nn.Module = _Loss(objective, execution.autocast)
-        if distributed.ranks() > 1:
-            self._loss = DistributedDataParallel(self._loss)
         self._sides = [
             [p for group, its in zip(optimizer.param_groups, players, strict=True) if its == player for p in group["params"]]
             for player in sorted(set(players))
         ]
 
-    def __call__(self, images_seen: int, batch_size: int) -> dict[str, Tensor]:
-        """The batch's metrics, and the norm of its gradients before they were clipped."""
+    def __call__(self, images_seen: int, batch_size: int) -> tuple[list[str], Tensor]:
+        """The batch's metrics, the last one the norm of its gradients before they were clipped: names and values, float64."""
         share = batch_size // distributed.ranks()
         first, step = distributed.rank() * share, min(self.micro_batch or share, share)
         parts = [slice(start, min(start + step, first + share)) for start in range(first, first + share, step)]
-        sums: dict[str, Tensor] = {}
+        rows = []
         for part in parts:
             weight = (part.stop - part.start) / share
-            last = part is parts[-1]
-            with contextlib.nullcontext() if last or distributed.ranks() == 1 else self._loss.no_sync():  # type: ignore[operator]
+            with self._accumulating() if part is not parts[-1] else contextlib.nullcontext():
                 loss, metrics = self._loss(images_seen, batch_size, generator(self.seed, "loss", images_seen), part)
                 (loss if len(parts) == 1 else loss * weight).backward()
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0) + value.detach().double() * weight
-        norms = []
-        for side in self._sides:
-            found = [p.grad for p in side if p.grad is not None]
-            norms.append(global_norm(found))
-            torch._foreach_mul_(found, (GRADIENT_NORM / norms[-1]).clamp(max=1.0))
-        means = distributed.mean(torch.stack(list(sums.values())))
-        return {**dict(zip(sums, means, strict=True)), "gradient_norm": global_norm(norms).double()}
+            rows.append(torch.stack([value.detach() for value in (loss, *metrics.values())]).double() * weight)
+        means = distributed.mean(torch.stack(rows).sum(0))
+        return ["loss", *metrics, "gradient_norm"], torch.cat([means, self._clip().double()[None]])
+
+    def _accumulating(self) -> contextlib.AbstractContextManager[None]:
+        """Within, a backward pass adds to the gradients without waiting for other processes: of models that each has whole."""
+        return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _clip(self) -> Tensor:
+        """The norm of all gradients, each player's of which is then at most `GRADIENT_NORM`."""
+        sides = [distributed.own(p.grad for p in side if p.grad is not None) for side in self._sides]
+        norms = torch.stack([global_norm(side) for side in sides])
+        if self._sharded:
+            norms = (distributed.mean(norms.square()) * distributed.ranks()).sqrt()
+        for side, scale in zip(sides, (GRADIENT_NORM / norms).clamp(max=1.0), strict=True):
+            torch._foreach_mul_(side, scale)
+        return torch.linalg.vector_norm(norms)
 
 
 class _Run:
@@ -215,56 +236,58 @@ class _Run:
     ):
         self.objective, self.optimizer, self.ema, self.journal, self.store = objective, optimizer, ema, journal, store
         self.curve: list[dict[str, float]] = []
-        self._sums: dict[str, Tensor] = {}
+        self._new: list[tuple[int, list[str], Tensor]] = []  # metrics that nobody has looked at
+        self._sums: dict[str, float] = {}
         self._count = 0
         self._saved: int | None = None
-        device = next(objective.module.parameters()).device
-        self._bad = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64, device=device)  # position, loss, gradient norm
-        self._usual = torch.tensor(float("inf"), dtype=torch.float64, device=device)  # gradient norm
+        self._usual: float | None = None  # gradient norm
 
-    def add(self, metrics: dict[str, Tensor], images_seen: int) -> None:
-        """Sum up metrics, and note the first batch that went wrong, without waiting for the device."""
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0) + value
-        self._count += 1
-        loss, norm = metrics["loss"], metrics["gradient_norm"]
-        wrong = ~(torch.isfinite(loss) & torch.isfinite(norm) & (norm <= EXPLOSION * self._usual.clamp(min=GRADIENT_NORM)))
-        position = torch.full_like(norm, images_seen)
-        self._bad = torch.where(wrong & (self._bad[0] < 0), torch.stack([position, loss, norm]), self._bad)
-        mean = torch.where(torch.isinf(self._usual), norm, torch.lerp(self._usual, norm, USUAL))
-        self._usual = torch.where(wrong, self._usual, mean)
+    def add(self, images_seen: int, names: list[str], values: Tensor) -> None:
+        """Keep a batch's metrics for `check`, without waiting for the device."""
+        self._new.append((images_seen, names, values))
 
     def check(self, batch_size: int) -> None:
-        """Raise `FloatingPointError` where a batch went wrong since the last look; it is saved for a closer one."""
-        position, loss, norm = self._bad.tolist()
-        if position < 0:
-            return
-        images_seen = int(position)
+        """Sum up what came since the last look; raise `FloatingPointError` where a batch went wrong, which is then saved."""
+        new, self._new = self._new, []
+        rows = torch.stack([values for _, _, values in new]).tolist()
+        for (images_seen, names, _), row in zip(new, rows, strict=True):
+            metrics = dict(zip(names, row, strict=True))
+            loss, norm = metrics["loss"], metrics["gradient_norm"]
+            usual = norm if self._usual is None else self._usual
+            if not (math.isfinite(loss) and math.isfinite(norm) and norm <= EXPLOSION * max(usual, GRADIENT_NORM)):
+                raise FloatingPointError(self._wrong(images_seen, batch_size, loss, norm))
+            self._usual = usual + USUAL * (norm - usual)
+            self._sums = {name: self._sums.get(name, 0.0) + value for name, value in metrics.items()}
+            self._count += 1
+
+    def _wrong(self, images_seen: int, batch_size: int, loss: float, norm: float) -> str:
+        """Save the batch that went wrong, and say where, and how."""
         file = self.store.folder.parent / f"bad_batch_{images_seen}.{distributed.rank()}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.cpu().contiguous() for k, v in self.objective.batch(images_seen, batch_size).items()}, file)
         kept = f"the checkpoint at {self._saved} images in {self.store.folder}" if self._saved else "none was saved"
-        raise FloatingPointError(
+        usual = "unknown" if self._usual is None else f"{self._usual:.4g}"
+        return (
             f"the batch of images {images_seen} to {images_seen + batch_size - 1} has loss {loss:.4g} and gradient norm "
-            f"{norm:.4g}, usual is {float(self._usual):.4g}; it is in {file}; last good state: {kept}; lower the learning rate"
+            f"{norm:.4g}, usual is {usual}; it is in {file}; last good state: {kept}; lower the learning rate"
         )
 
     def log(self, images_seen: int, lr: float) -> dict[str, float]:
         """Close a row of the loss curve: means since the last one."""
-        row = {name: float(total / self._count) for name, total in self._sums.items()}
+        row = {name: total / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         self.curve.append({"images": images_seen, **row, "lr": lr})
         self.journal.log({**row, "lr": lr}, images_seen)
         return row
 
     def save(self, images_seen: int) -> None:
+        tensors = {f"model.{k}": v for k, v in self.objective.module.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        tensors = distributed.whole(tensors)
         if distributed.rank() == 0:
-            tensors = {f"model.{k}": v for k, v in self.objective.module.state_dict().items()}
-            tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-            tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
-            tensors |= {f"sums.{k}": v for k, v in self._sums.items()} | {"usual": self._usual}
-            state = {"images_seen": images_seen, "curve": self.curve, "count": self._count, "sums": list(self._sums)}
-            self.store.save(tensors, {**state, "journal": self.journal.state_dict()})
+            state = {"images_seen": images_seen, "curve": self.curve, "count": self._count, "sums": self._sums}
+            self.store.save(tensors, {**state, "usual": self._usual, "journal": self.journal.state_dict()})
         self._saved = images_seen
         self.journal.flush()  # after the checkpoint: a kill in between delivers the same metrics again, not new ones
 
@@ -277,11 +300,11 @@ class _Run:
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        self.objective.module.load_state_dict(under("model."))
+        distributed.load(self.objective.module.state_dict(), under("model."))
         self.ema.load_state_dict(under("ema."))
         load_optimizer_tensors(self.optimizer, under("optimizer."))
-        sums, self._usual = under("sums."), tensors["usual"].to(self._usual)
-        self._sums, self._count, self.curve = {name: sums[name] for name in state["sums"]}, state["count"], state["curve"]
+        self._sums, self._count, self.curve = state["sums"], state["count"], state["curve"]
+        self._usual = state["usual"]
         self.journal.load_state_dict(state["journal"])
         self._saved = state["images_seen"]
         print(f"resuming after {self._saved} images from {self.store.folder}", flush=True)

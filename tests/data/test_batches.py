@@ -285,11 +285,6 @@ def test_a_damaged_sample_is_named_from_whichever_process(shards: Path, workers:
     assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(shards: Path) -> None:
-    with pytest.raises(InputError, match="a batch of 7 cannot be shared evenly by 2 ranks"):
-        Batches(open_shards(shards), 0, ranks=2).at(0, 7)
-
-
 def test_loading_leaves_the_global_random_state_alone(shards: Path) -> None:
     torch.manual_seed(0)
     before = torch.random.get_rng_state()

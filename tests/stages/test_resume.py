@@ -6,11 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TINY, clone, environment, set_params, with_soak
+import torch
+from tiny import REPOSITORY, TINY, clone, environment, set_params, with_soak
+
+from ldm.config import load_settings
+from ldm.errors import InputError
+from ldm.stages.training import training
 
 OUTS = {
     "train_vae": ("models/autoencoder", "reports/curves/train_vae.csv"),
@@ -32,8 +38,16 @@ PAPER = {
 }
 
 
-def start(root: Path, stage: str, processes: int = 1) -> subprocess.Popen[bytes]:
-    extra = {"LDM_PROCESSES": str(processes)}
+TWO = {"LDM_PROCESSES": "2"}
+PAIRS = {  # stage, settings, environment
+    "train_vae": ("train_vae", {}, TWO),
+    "train_unet": ("train_unet", {}, TWO),
+    "learned weight": ("train_unet", {"loss_weight": "learned"}, TWO),
+    "shared model": ("train_unet", {}, {**TWO, "LDM_SHARD_MODEL": "1"}),
+}
+
+
+def start(root: Path, stage: str, **extra: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", f"ldm.stages.{stage}"], cwd=root, env=environment(**extra))
 
 
@@ -57,17 +71,33 @@ def adversarial(trained, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def pairs(trained, tmp_path_factory) -> Callable[[str], Path]:
+    """Projects in which two processes trained, each made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def pair(name: str) -> Path:
+        if name not in made:
+            stage, settings, extra = PAIRS[name]
+            made[name] = Path(shutil.copytree(trained, tmp_path_factory.mktemp("pair") / "project"))
+            set_params(made[name], {stage: settings})
+            assert start(made[name], stage, **extra).wait(timeout=120) == 0
+        return made[name]
+
+    return pair
+
+
 def contents(root: Path, stage: str) -> dict[str, bytes]:
     files = [file for out in OUTS[stage] for file in sorted((root / out).rglob("*") if (root / out).is_dir() else [root / out])]
     return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
-def killed_in_mid_work(undisturbed: Path, root: Path, stage: str, seed: int, processes: int = 1) -> int:
+def killed_in_mid_work(undisturbed: Path, root: Path, stage: str, seed: int, **extra: str) -> int:
     """A copy whose stage is killed at a seeded moment after its first checkpoint; the images that its checkpoint holds."""
     shutil.copytree(undisturbed, root)
     for out in OUTS[stage]:
         shutil.rmtree(root / out) if (root / out).is_dir() else (root / out).unlink()
-    first = start(root, stage, processes)
+    first = start(root, stage, **extra)
     work = root / ".ldm/work" / stage
     while not any(path.name.isdigit() for path in work.glob("*/checkpoint/*")):
         assert first.poll() is None, "it ended before its first checkpoint was seen"
@@ -75,7 +105,7 @@ def killed_in_mid_work(undisturbed: Path, root: Path, stage: str, seed: int, pro
     time.sleep(float(np.random.default_rng(seed).uniform(0.02, 0.3)))  # into the work after the checkpoint
     assert first.poll() is None, "it ended before it was killed"
     others = children(first.pid)
-    assert len(others) >= processes - 1
+    assert len(others) >= int(extra.get("LDM_PROCESSES", 1)) - 1
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 30
@@ -99,10 +129,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-def resumed(root: Path, stage: str, kept: int, processes: int = 1) -> dict[str, bytes]:
+def resumed(root: Path, stage: str, kept: int, **extra: str) -> dict[str, bytes]:
     command = [sys.executable, "-m", f"ldm.stages.{stage}"]
-    env = environment(LDM_PROCESSES=str(processes))
-    again = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True)
+    again = subprocess.run(command, cwd=root, env=environment(**extra), capture_output=True, text=True, check=True)
     assert f"resuming after {kept} images" in again.stdout
     return contents(root, stage)
 
@@ -122,13 +151,36 @@ def test_so_does_training_against_a_discriminator(seed, adversarial, tmp_path):
     assert resumed(tmp_path / "killed", "train_vae", kept) == contents(adversarial, "train_vae")
 
 
-@pytest.mark.parametrize("seed", with_soak(0, 3))
-def test_so_do_two_processes_of_which_the_first_is_killed(seed, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("train_unet", 0),
+        *(pytest.param(name, seed, marks=pytest.mark.soak) for name in ("train_vae", "train_unet") for seed in range(1, 11)),
+        *(pytest.param(name, 1, marks=pytest.mark.soak) for name in ("learned weight", "shared model")),
+    ],
+)
+def test_so_do_two_processes_of_which_the_first_is_killed(name, seed, pairs, tmp_path):
     """Byte-identical to two that nobody disturbed; one process rounds its sums in another order."""
-    both = Path(shutil.copytree(trained, tmp_path / "both"))
-    assert start(both, "train_vae", processes=2).wait(timeout=120) == 0
-    kept = killed_in_mid_work(trained, tmp_path / "killed", "train_vae", seed, processes=2)
-    assert resumed(tmp_path / "killed", "train_vae", kept, processes=2) == contents(both, "train_vae")
+    stage, _, extra = PAIRS[name]
+    kept = killed_in_mid_work(pairs(name), tmp_path / "killed", stage, seed, **extra)
+    assert kept == LENGTHS["checkpoint_images"]
+    assert resumed(tmp_path / "killed", stage, kept, **extra) == contents(pairs(name), stage)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LDM_PROCESSES": "2", "LDM_SHARD_MODEL": "1"}, "LDM_SHARD_MODEL=1: train_vae cannot share its model out"),
+        ({"LDM_PROCESSES": "3"}, r"train_vae\.batch_size 32 cannot be shared by 3 processes; make it a multiple"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_before_they_start(variables, message, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options = load_settings(REPOSITORY).train_vae.model_copy(update={"batch_size": 32})
+    work = training(tmp_path, "train_vae", {"precision": "fp32", "compile": False}, options, {}, torch.device("cpu"))
+    with pytest.raises(InputError, match=message), work:
+        raise AssertionError("it began")
 
 
 def test_a_process_that_dies_takes_the_others_along(trained, tmp_path):

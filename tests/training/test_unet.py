@@ -1,0 +1,310 @@
+"""The U-Net's objective against textbook weights, exact means and one process, whole or shared out."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm import distributed
+from ldm.data.latents import Latents
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.noise import NoiseLevels, noise_levels
+from ldm.nets.unet import UNet
+from ldm.randomness import generator
+from ldm.training.checkpoint import CheckpointStore
+from ldm.training.fit import Execution, Fitted, fit
+from ldm.training.unet import Uncertainty, UnetObjective, by_quarter, home_of, min_snr_weight, quarters
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+KINDS = {"eps": "cosine", "x0": "cosine", "v": "cosine", "edm": "lognormal", "flow": "logitnormal"}
+NOISES = ("linear", "scaled_linear", "cosine", "lognormal", "logitnormal", "loguniform", "uniform")
+
+
+def latents(count: int = 40) -> Latents:
+    random = torch.Generator().manual_seed(0)
+    mean, logvar = torch.randn(2, count, 1, 8, 8, generator=random)
+    return Latents(
+        mean=3 * mean + 1,
+        logvar=logvar - 2,
+        caption=torch.arange(count) % 5,
+        text=torch.randn(6, 4, 8, generator=random),
+        text_mask=torch.arange(4) < torch.tensor([[1], [2], [3], [3], [2], [1]]),
+        manifest={"latent_mean": [1.0], "latent_std": [3.0]},
+    )
+
+
+def objective(loss_weight: str = "standard", kind: str = "v", device: torch.device = CPU) -> UnetObjective:
+    torch.manual_seed(0)
+    net = UNet(1, 1, (16, 16), 1, ("none", "cross"), 8, 2, 8).place(device)
+    options = SimpleNamespace(caption_dropout=0.2, loss_weight=loss_weight, min_snr_gamma=5.0)
+    return UnetObjective(Denoiser(net, kind, noise_levels(KINDS[kind], 80.0)), latents(), options, 3, device)
+
+
+# weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weighs_the_error_of_x0_the_same_for_every_kind(kind: str) -> None:
+    """min(SNR, gamma) |x0 - D(x)|², as Hang et al. 2023 have it for a network that predicts x0."""
+    random = torch.Generator().manual_seed(1)
+    denoiser = Denoiser(Last(), kind, noise_levels(KINDS[kind], 80.0)).double()
+    x0, noise = torch.randn(2, 50, 1, 4, 4, generator=random, dtype=torch.float64)
+    sigma = torch.logspace(-2, 1.9, 50, dtype=torch.float64)
+    estimate = denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma).numpy()
+    snr = 1 / sigma.numpy() ** 2
+    expected = np.minimum(snr, 5.0) * ((x0.numpy() - estimate) ** 2).mean((1, 2, 3))
+    found = min_snr_weight(denoiser, sigma, 5.0) * denoiser.loss(x0, noise, sigma)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
+
+
+class Last(nn.Module):
+    """Any function of what a network sees."""
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        return torch.tanh(2 * x + timesteps.view(-1, 1, 1, 1) / 1000)
+
+
+def test_min_snr_has_the_papers_forms_for_eps_and_v() -> None:
+    sigma = torch.logspace(-2, 1.9, 50, dtype=torch.float64)
+    snr = 1 / sigma.numpy() ** 2
+    for kind, expected in {"eps": np.minimum(snr, 5) / snr, "v": np.minimum(snr, 5) / (snr + 1)}.items():
+        found = min_snr_weight(Denoiser(Last(), kind, noise_levels("cosine", 80.0)), sigma, 5.0)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+
+
+def at_position(found: UnetObjective, position: int, count: int, part: slice | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    return found.loss(position, count, generator(0, "loss", position), part or slice(0, count))
+
+
+def test_what_is_minimised_and_what_is_reported() -> None:
+    """Of one image: the weighted loss, and the standard one beside it, the same whatever the weight is."""
+    standard, metrics = at_position(objective(), 8, 1)
+    assert "mse" not in metrics
+    for weight in ("min_snr", "learned"):
+        loss, metrics = at_position(objective(weight), 8, 1)
+        assert float(metrics["mse"].detach()) == float(standard.detach())
+        (quarter,) = (i for i in range(1, 5) if metrics[f"loss_noise_q{i}"])
+        assert float(metrics[f"loss_noise_q{quarter}"]) == pytest.approx(4 * float(standard.detach()), rel=0.01)
+        if weight == "learned":
+            assert float(loss.detach()) == float(standard.detach())  # it starts at u = 0
+    rng = generator(0, "loss", 8)
+    torch.randn((2, 1, 1, 8, 8), generator=rng)
+    sigma = float(noise_levels("cosine", 80.0).draw(1, rng))
+    loss, _ = at_position(objective("min_snr"), 8, 1)
+    expected = min(1 / sigma**2, 5.0) / (1 / sigma**2 + 1) * float(standard.detach())
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_learned_weight_scales_the_networks_gradient_and_has_one_of_its_own() -> None:
+    plain, learned = objective(), objective("learned")
+    with torch.no_grad():
+        learned.module["uncertainty"].weight.normal_(generator=torch.Generator().manual_seed(0))
+    standard, loss = (at_position(found, 8, 1)[0] for found in (plain, learned))
+    standard.backward(), loss.backward()
+    pairs = list(zip(plain.denoiser.net.parameters(), learned.denoiser.net.parameters(), strict=True))
+    ratio = float(torch.stack([(b.grad * a.grad).sum() for a, b in pairs]).sum() / sum(a.grad.square().sum() for a, _ in pairs))
+    assert abs(np.log(ratio)) > 0.1
+    for a, b in pairs:
+        torch.testing.assert_close(b.grad, ratio * a.grad, rtol=1e-4, atol=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(standard.detach()) * ratio - np.log(ratio), rel=1e-4)  # exp(-u), u
+    assert learned.module["uncertainty"].weight.grad.abs().max() > 0
+
+
+def test_an_uncertainty_comes_to_the_log_of_the_loss_at_each_level() -> None:
+    """With EDM2's Fourier features it can follow a loss that falls over three orders of magnitude, and one with a dent."""
+    module, levels = Uncertainty(), noise_levels("lognormal", 80.0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
+
+    def mean_loss(sigma: Tensor) -> Tensor:
+        return sigma.pow(-1.5) * (1 - 0.5 * torch.exp(-sigma.log().add(1.2).square()))
+
+    random = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        sigma = levels.draw(64, random)
+        loss = mean_loss(sigma) * (0.8 + 0.4 * torch.rand(64, generator=random))
+        module(loss, sigma).mean().backward()
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+    sigma = levels.quantile(torch.linspace(0.02, 0.98, 97, dtype=torch.float64)).float()
+    np.testing.assert_allclose(module.u(sigma).detach(), mean_loss(sigma).log(), atol=0.15)
+
+
+# loss by noise level
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("sigma_max", [3.0, 80.0])
+def test_quarters_are_means_over_the_levels_of_training(noise: str, sigma_max: float) -> None:
+    """Over all levels at once each is the mean within its quarter, also of a table of no multiple of four."""
+    levels = noise_levels(noise, sigma_max)
+    count = len(levels.table)
+    sigma = levels.quantile((torch.arange(count, dtype=torch.float64) + 0.5) / count).float()
+    loss = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    boundaries, shares = quarters(levels)
+    found = by_quarter(loss, sigma, boundaries, shares)
+    starts = np.floor(np.arange(5) * count / 4).astype(int)
+    expected = [part.astype(np.float64).mean() for part in np.split(loss.numpy(), starts[1:-1])]
+    assert list(found) == ["loss_noise_q1", "loss_noise_q2", "loss_noise_q3", "loss_noise_q4"]
+    np.testing.assert_allclose([float(value) for value in found.values()], expected, rtol=1e-5)
+    np.testing.assert_allclose(shares, np.diff(starts) / count, rtol=1e-6)
+
+
+def test_quarters_of_three_levels_are_numbers() -> None:
+    levels = NoiseLevels("cosine", torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64))
+    found = by_quarter(torch.ones(3), levels.table.float(), *quarters(levels))
+    assert [float(value) for value in found.values()] == [0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("weight", ["standard", "min_snr", "learned"])
+def test_the_loss_and_metrics_of_a_batch_are_the_sum_of_its_parts(weight: str) -> None:
+    """And the quarters' sum is four times the mean loss."""
+    found = objective(weight)
+    loss, metrics = at_position(found, 24, 8)
+    parts = [at_position(found, 24, 8, part) for part in (slice(0, 3), slice(3, 8))]
+    for name, value in {"loss": loss, **metrics}.items():
+        first, second = (float({"loss": a, **b}[name].detach()) for a, b in parts)
+        assert (3 * first + 5 * second) / 8 == pytest.approx(float(value.detach()), rel=1e-5), name
+    mean = float(metrics.get("mse", loss).detach())
+    assert sum(float(metrics[f"loss_noise_q{i}"]) for i in range(1, 5)) == pytest.approx(4 * mean, rel=0.02)
+
+
+# where latents are
+
+
+def test_latents_that_would_crowd_a_gpu_stay_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = latents()
+    size = 4 * (found.mean.numel() + found.logvar.numel() + found.text.numel())
+    for free, home in ((2 * size, "cuda"), (2 * size - 2, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
+        assert home_of(found, torch.device("cuda")).type == home
+    assert home_of(found, CPU) == CPU
+
+
+# in the training loop
+
+
+class Silent:
+    def log(self, metrics, images_seen): ...
+    def flush(self): ...
+    def state_dict(self): ...
+    def load_state_dict(self, state): ...
+
+
+PLAN = {
+    "images": 48, "batch_size": 8, "lr": 3e-4, "warmup_images": 0, "weight_decay": 0.01, "ema_halflife_images": 100,
+    "checkpoint_images": 10_000,
+}  # fmt: skip
+
+
+def train(
+    folder: Path,
+    execution: Execution = Execution(),  # noqa: B008
+    should_stop: Callable[[], bool] = lambda: False,
+    found: UnetObjective | None = None,
+    **plan: int,
+) -> Fitted | None:
+    """Fitted, by default with a learned weight of noise levels; None where it was stopped."""
+    found, store = found or objective("learned"), CheckpointStore(folder / "store")
+    try:
+        return fit(
+            found, SimpleNamespace(**PLAN | plan), seed=1, journal=Silent(), store=store, progress=lambda done, row: None,
+            should_stop=should_stop, execution=execution,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        return None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weight", ["standard", "learned"])
+def test_training_on_a_gpu_waits_for_nothing_wherever_latents_are(weight, tmp_path, monkeypatch) -> None:
+    """Batches three to nine, between looks at the curve, raise where the host waits for the device."""
+    objectives = [objective(weight, device=torch.device("cuda"))]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    objectives.append(objective(weight, device=torch.device("cuda")))
+    assert [found._mean.device.type for found in objectives] == ["cuda", "cpu"]
+    near, far = (float(at_position(found, 8, 8)[0].detach()) for found in objectives)
+    assert near == far
+    for place, found in enumerate(objectives):
+        seen: list[int] = []
+
+        def strict_for_a_while(seen=seen) -> bool:
+            seen.append(0)
+            torch.cuda.set_sync_debug_mode("error" if 1 < len(seen) < 9 else "default")
+            return len(seen) == 9
+
+        assert train(tmp_path / str(place), Execution(torch.bfloat16), strict_for_a_while, found, images=3200) is None
+        assert len(seen) == 9
+
+
+# several processes
+
+
+def save(fitted: Fitted, file: Path) -> None:
+    state = {f"last.{k}": v for k, v in fitted.last.items()} | {f"ema.{k}": v for k, v in fitted.ema.items()}
+    curve = {f"curve.{name}": torch.tensor([row[name] for row in fitted.curve]) for name in fitted.curve[0]}
+    save_file({k: v.contiguous() for k, v in (state | curve).items()}, file)
+
+
+def child(folder: Path) -> None:
+    """One of two processes: trains with the model in each of them, then shared out, then so with a stop on the way."""
+    torch.set_num_threads(1)
+    shared, seen = Execution(shard=True, micro_batch=3), []
+    with distributed.process_group(CPU):
+        results = {
+            "whole": train(folder / "whole"),
+            "shared": train(folder / "shared", shared),
+            "stopped": train(folder / "stopped", shared, lambda: seen.append(0) or len(seen) == 3),
+        }
+        torch.distributed.barrier()  # the first one has written its checkpoint
+        if distributed.rank() == 0:
+            shutil.copytree(folder / "stopped", folder / "for one")
+        results["resumed"] = train(folder / "stopped", shared)
+        for name, fitted in results.items():
+            if distributed.rank() == 0 and fitted:
+                save(fitted, folder / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left."""
+    folder = tmp_path_factory.mktemp("pair")
+    paths = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
+    common = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LDM_RENDEZVOUS": f"file://{folder}/rendezvous"}
+    command = [sys.executable, "-c", f"import test_unet; test_unet.child(test_unet.Path({str(folder)!r}))"]
+    processes = [subprocess.Popen(command, env={**os.environ, **common, "RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("name", ["whole", "shared"])
+def test_two_processes_train_the_same_u_net_as_one(name: str, pair: Path, tmp_path: Path) -> None:
+    alone = train(tmp_path)
+    save(alone, tmp_path / "alone.safetensors")
+    expected, found = load_file(tmp_path / "alone.safetensors"), load_file(pair / f"{name}.safetensors")
+    assert found.keys() == expected.keys()
+    assert max(expected["curve.gradient_norm"]) > 1  # clipping was at work
+    assert expected["last.uncertainty.weight"].abs().max() > 1e-4
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_shared_u_net_resumes_to_the_same_bytes(pair: Path) -> None:
+    assert not (pair / "stopped.safetensors").exists()
+    assert (pair / "resumed.safetensors").read_bytes() == (pair / "shared.safetensors").read_bytes()
+
+
+def test_one_process_goes_on_with_what_two_shared(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone, resumed = train(tmp_path), train(pair / "for one")
+    assert "resuming after 24 images" in capsys.readouterr().out
+    for key, value in alone.ema.items():
+        torch.testing.assert_close(resumed.ema[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
