@@ -15,6 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: more thr
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
+LONG = ("test_end_to_end.py", "test_pipeline.py", "test_resume.py")  # a minute and more
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: processes that take files one by one then end together."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def shell() -> Shell:
     """`shell(root, "dvc", "repro", NAME="value")` runs a command there and returns its result."""
