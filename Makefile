@@ -15,8 +15,8 @@ $(VENV)/.installed: pyproject.toml infra/constraints.txt
 run: install          ## images to a registered champion, once, here
 	ldm run
 
-test: install         ## everything but the long loops
-	python -m pytest -m "not soak"
+test: install         ## everything but the long loops, on two processes
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
 
 soak: install         ## the long loops
 	python -m pytest -m soak

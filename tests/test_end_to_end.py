@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from blobs import run_stages
 from PIL import Image
 from tiny import TINY, clone, set_params
 
+STAGES = ("source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet", "evaluate")
 UNREACHABLE = "http://127.0.0.1:9"  # the discard port: nothing answers there
 
 
@@ -22,16 +25,26 @@ def succeed(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory, shell) -> Path:
-    """A clone after a plain `dvc repro`, without tracking."""
+def home(tmp_path_factory) -> dict[str, str]:
+    """A home of Prefect's, whose database takes seconds to make."""
+    return {"PREFECT_HOME": str(tmp_path_factory.mktemp("home") / "prefect")}
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory, shell, home) -> tuple[Path, str]:
+    """A clone after its first `ldm run`, and what that printed."""
     root = clone(tmp_path_factory.mktemp("first") / "project")
     set_params(root, TINY)
-    succeed(shell(root, "dvc", "repro"))
-    return root
+    return root, succeed(shell(root, "ldm", "run", **home))
 
 
-def test_plain_dvc_repro_is_byte_identical_in_two_clones(reproduced, tmp_path, shell):
-    """The second clone lies elsewhere, cannot import Prefect, and its tracking server does not answer."""
+@pytest.fixture
+def ran(first_run) -> Path:
+    return first_run[0]
+
+
+def test_a_plain_dvc_repro_elsewhere_is_byte_identical(ran, tmp_path, shell):
+    """In a clone that lies elsewhere, cannot import Prefect, and whose tracking server does not answer."""
     (tmp_path / "absent").mkdir()
     (tmp_path / "absent/prefect.py").write_text("raise ImportError('prefect is not installed')")
     root = clone(tmp_path / "somewhere/else")
@@ -39,12 +52,12 @@ def test_plain_dvc_repro_is_byte_identical_in_two_clones(reproduced, tmp_path, s
     result = shell(root, "dvc", "repro", MLFLOW_TRACKING_URI=UNREACHABLE, PYTHONPATH=str(tmp_path / "absent"))
     assert "goes on without tracking" in succeed(result) + result.stderr
     for name in ("dvc.lock", "reports/metrics.json", "reports/samples.png", "reports/report.html"):
-        assert (root / name).read_bytes() == (reproduced / name).read_bytes(), name
+        assert (root / name).read_bytes() == (ran / name).read_bytes(), name
 
 
-def test_metrics_hold_what_the_issue_asks_for(reproduced):
-    metrics = json.loads((reproduced / "reports/metrics.json").read_text())
-    frame = pd.read_csv(reproduced / "reports/bounds.csv")
+def test_metrics_hold_what_the_issue_asks_for(ran):
+    metrics = json.loads((ran / "reports/metrics.json").read_text())
+    frame = pd.read_csv(ran / "reports/bounds.csv")
     assert metrics["nats"] == pytest.approx(frame.nats.mean())
     assert metrics["bits_per_dim"] == pytest.approx(-metrics["nats"] / (32 * 32 * np.log(2)))
     assert metrics["nats"] == pytest.approx(metrics["reconstruction_nats"] + metrics["entropy_nats"] + metrics["prior_nats"])
@@ -53,26 +66,26 @@ def test_metrics_hold_what_the_issue_asks_for(reproduced):
     assert metrics["judge_accuracy"] > 0.97  # it is trained on real images, whatever the model is like
 
 
-def test_run_registers_once_and_then_has_nothing_to_do(reproduced, shell, tmp_path):
-    home = {"PREFECT_HOME": str(tmp_path / "prefect")}
-    first = succeed(shell(reproduced, "ldm", "run", **home))
-    assert "models:/ldm/1 (new)" in first and "promoted: no champion yet" in first
-    second = succeed(shell(reproduced, "ldm", "run", **home))
-    assert "models:/ldm/1 (registered before)" in second and "executed" not in second
-    listed = succeed(shell(reproduced, "ldm", "registry", "list"))
+def test_run_registers_once_and_then_has_nothing_to_do(first_run, home, shell, ldm, tmp_path):
+    ran, printed = first_run
+    assert "models:/ldm/1 (new)" in printed and "promoted: no champion yet" in printed
+    assert re.findall(r"^(\w+) +executed", printed, re.M) == [*STAGES, "register", "gate"]
+    again = succeed(shell(ran, "ldm", "run", **home))
+    assert "models:/ldm/1 (registered before)" in again and "executed" not in again
+    listed = succeed(shell(ran, "ldm", "registry", "list"))
     assert len(listed.strip().splitlines()) == 2 and "challenger, champion" in listed
-    tags = succeed(shell(reproduced, "ldm", "registry", "show"))
-    lock = hashlib.sha256((reproduced / "dvc.lock").read_bytes()).hexdigest()
-    index = hashlib.sha256((reproduced / "data/shards/index.json").read_bytes()).hexdigest()
+    tags = succeed(ldm(ran, "registry", "show"))
+    lock = hashlib.sha256((ran / "dvc.lock").read_bytes()).hexdigest()
+    index = hashlib.sha256((ran / "data/shards/index.json").read_bytes()).hexdigest()
     assert lock in tags and index in tags
 
-    out = reproduced / "sheet.png"
+    out = ran / "sheet.png"
     prompt = "a handwritten seven"
-    succeed(shell(reproduced, "ldm", "sample", "--prompt", prompt, "-n", "3", "--seed", "5", "--out", str(out)))
+    succeed(shell(ran, "ldm", "sample", "--prompt", prompt, "-n", "3", "--seed", "5", "--out", str(out)))
     once = out.read_bytes()
-    succeed(shell(reproduced, "ldm", "sample", "--prompt", prompt, "-n", "3", "--seed", "5", "--out", str(out)))
+    succeed(ldm(ran, "sample", "--prompt", prompt, "-n", "3", "--seed", "5", "--out", str(out)))
     assert out.read_bytes() == once
-    succeed(shell(reproduced, "ldm", "sample", "--prompt", prompt, "-n", "3", "--seed", "6", "--out", str(out)))
+    succeed(ldm(ran, "sample", "--prompt", prompt, "-n", "3", "--seed", "6", "--out", str(out)))
     assert out.read_bytes() != once
 
     code = (
@@ -84,15 +97,13 @@ def test_run_registers_once_and_then_has_nothing_to_do(reproduced, shell, tmp_pa
         "open(sys.argv[1], 'wb').write(png)\n"
     )
     png = tmp_path / "seven.png"
-    succeed(shell(reproduced, sys.executable, "-c", code, str(png)))  # a plain MLflow user: no variable set
+    succeed(shell(ran, sys.executable, "-c", code, str(png)))  # a plain MLflow user: no variable set
     assert Image.open(io.BytesIO(png.read_bytes())).size == (32, 32)
 
-    walk = succeed(
-        shell(reproduced, "ldm", "interpolate", prompt, "a handwritten one", "-n", "4", "--out", str(tmp_path / "walk"))
-    )
+    walk = succeed(ldm(ran, "interpolate", prompt, "a handwritten one", "-n", "4", "--out", str(tmp_path / "walk")))
     assert "4 images" in walk and len(list((tmp_path / "walk").glob("*.png"))) == 4
-    a, b = (str(reproduced / f"data/raw/source/{n:04d}.png") for n in (0, 1))
-    succeed(shell(reproduced, "ldm", "interpolate", a, b, "--out", str(tmp_path / "images.png")))
+    a, b = (str(ran / f"data/raw/source/{n:04d}.png") for n in (0, 1))
+    succeed(ldm(ran, "interpolate", a, b, "--out", str(tmp_path / "images.png")))
 
 
 def colour_folder(folder: Path, count: int) -> None:
@@ -114,10 +125,14 @@ def colour_folder(folder: Path, count: int) -> None:
 def test_a_users_own_folder_needs_no_code_change(project, shell):
     colour_folder(project / "my/folder", 90)
     set_params(project, {"data": {"path": "my/folder", "channels": 3}})
-    succeed(shell(project, "dvc", "repro", "evaluate"))
+    needed = set(re.findall(r'"(\w+)"', succeed(shell(project, "dvc", "dag", "--dot", "evaluate"))))
+    assert needed == set(STAGES) - {"source"}
+    run_stages(project, *(stage for stage in STAGES if stage in needed))
+    succeed(shell(project, "dvc", "commit", "--force", "--with-deps", "evaluate"))  # fails where an out is missing
+    assert "up to date" in succeed(shell(project, "dvc", "status", "--with-deps", "evaluate"))
     metrics = json.loads((project / "reports/metrics.json").read_text())
     assert metrics["image"] == "32x32x3, lanczos" and "prompt_accuracy" not in metrics
-    assert not (project / "data/raw/source").exists()  # nothing that this data does not need has run
+    assert not (project / "data/raw/source").exists()
 
 
 BAD = {
@@ -131,7 +146,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(case, project, shell, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(case, project, shell, home):
     changes, folder, expected = BAD[case]
     set_params(project, changes)
     if folder:
@@ -140,9 +155,9 @@ def test_bad_input_is_one_line_and_exit_code_2(case, project, shell, tmp_path):
         colour_folder(project / "my/folder", 6)
         with (project / "my/folder/metadata.csv").open("a") as file:
             file.write("photos/gone.jpg,a gone gradient,nobody\n")
-    # One case goes through Prefect and DVC; the others stop before, or are run as the stage that would find them.
-    command = ("python", "-m", "ldm.stages.shard") if folder == "empty" else ("ldm", "run")
-    result = shell(project, *command, PREFECT_HOME=str(tmp_path / "prefect"))
+    # One case goes through Prefect and DVC, two stop before; the others are run as the stage that would find them.
+    alone = case in ("unknown key", "wrong value", "empty folder")
+    result = shell(project, *(("python", "-m", "ldm.stages.shard") if alone else ("ldm", "run")), **home)
     output = result.stdout + result.stderr
     assert result.returncode == 2, output
     assert expected in output and "Traceback" not in output

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from dvc.repo import Repo
+from kills import run_until_killed
 from PIL import Image
 from tiny import TINY, clone, set_params, with_soak
 from typer.testing import CliRunner
@@ -255,46 +256,16 @@ def test_batches_of_a_day_are_numbered(wanted: str, found: int, tmp_path: Path, 
 
 
 def until_killed(root: Path, inbox: Path, moment: int | None, delay: float = 0) -> tuple[int, bool]:
-    """Run ingest in a child that asks before each of its file operations, and kill it at one, or `delay` seconds after that.
+    """Ingest that asks before each operation on inbox and collection, and before each command that it runs."""
+    ours = (str(inbox), str(root / "data"))
 
-    How many it was until then, and whether it was killed.
-    """
-    asks, answers = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            ours = (str(inbox), str(root / "data"))
+    def asks(event: str, arguments: tuple[Any, ...]) -> bool:
+        return event == "subprocess.Popen" or (
+            event.startswith(("open", "os.", "shutil."))
+            and any(isinstance(a, str | os.PathLike) and os.fspath(a).startswith(ours) for a in arguments)
+        )
 
-            def ask(event: str, arguments: tuple[Any, ...]) -> None:
-                if event == "subprocess.Popen" or (
-                    event.startswith(("open", "os.", "shutil."))
-                    and any(isinstance(a, str | os.PathLike) and os.fspath(a).startswith(ours) for a in arguments)
-                ):
-                    os.write(asks[1], b".")
-                    os.read(answers[0], 1)
-
-            sys.addaudithook(ask)
-            ingest(root, inbox)
-        finally:
-            os._exit(0)
-    os.close(asks[1])
-    os.close(answers[0])
-    count = 0
-    while os.read(asks[0], 1):
-        count += 1
-        if count == moment:
-            if delay:
-                os.write(answers[1], b".")
-                time.sleep(delay)
-            os.killpg(child, signal.SIGKILL)
-            break
-        os.write(answers[1], b".")
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.close(asks[0])
-    os.close(answers[1])
-    assert status in (0, -signal.SIGKILL)
-    return count, status != 0
+    return run_until_killed(lambda: ingest(root, inbox), asks, moment, delay)
 
 
 @pytest.fixture(scope="module")

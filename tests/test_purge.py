@@ -6,8 +6,6 @@ import io
 import json
 import os
 import shutil
-import signal
-import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from dvc.repo import Repo
 from dvc_data.hashfile.db import HashFileDB
 from dvc_objects.fs import MemoryFileSystem
+from kills import run_until_killed
 from PIL import Image
 from tiny import TINY, clone, set_params, with_soak
 from torch import Tensor
@@ -451,35 +450,13 @@ def test_an_original_inside_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # kills
 
 
+def deletes(event: str, arguments: tuple[Any, ...]) -> bool:
+    return event == "os.remove" and any(place in str(arguments[0]) for place in ("/files/md5/", "/.ldm/"))
+
+
 def killed_at(image: str, moment: int) -> bool:
-    """Purge in a child that asks before each deletion, and kill it at one; whether it came that far."""
-    asks, answers = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-
-            def ask(event: str, arguments: tuple[Any, ...]) -> None:
-                if event == "os.remove" and any(place in str(arguments[0]) for place in ("/files/md5/", "/.ldm/")):
-                    os.write(asks[1], b".")
-                    os.read(answers[0], 1)
-
-            sys.addaudithook(ask)
-            purge(Path("."), image)
-        finally:
-            os._exit(0)
-    os.close(asks[1])
-    os.close(answers[0])
-    count = 0
-    while os.read(asks[0], 1):
-        count += 1
-        if count == moment:
-            os.kill(child, signal.SIGKILL)
-            break
-        os.write(answers[1], b".")
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.close(asks[0])
-    os.close(answers[1])
-    return code == -signal.SIGKILL
+    """Purge, killed before a deletion; whether it came that far."""
+    return run_until_killed(lambda: purge(Path("."), image), deletes, moment)[1]
 
 
 @pytest.mark.parametrize("seed", with_soak(2, 12))

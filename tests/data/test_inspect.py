@@ -111,18 +111,18 @@ def test_stats_of_a_folder_and_of_its_shards(shards: Path) -> None:
     assert found.images.text.str.len().eq(len("caption 0 ä")).all() and "11 to 11, median 11" in dict(found.summary())["captions"]
 
 
-def test_the_commands(shards: Path, shell, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    done = shell(tmp_path, "ldm", "data", "check", str(shards))
+def test_the_commands(shards: Path, shell, ldm, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = ldm(tmp_path, "data", "check", str(shards))
     assert (done.returncode, done.stderr) == (0, "") and "is as the index says" in done.stdout
-    done = shell(tmp_path, "ldm", "data", "stats", str(shards), "--sheet", "sheet.png")
+    done = ldm(tmp_path, "data", "stats", str(shards), "--sheet", "sheet.png")
     assert done.returncode == 0 and "median" in done.stdout
     assert Image.open(tmp_path / "sheet.png").width > 8 * TILE
     altered(sorted(shards.glob("*.tar"))[0], 600)
     done = shell(tmp_path, "ldm", "data", "check", str(shards))
     assert done.returncode == 1 and "sha256" in done.stdout and "dvc repro --force shard" in done.stderr
-    done = shell(tmp_path, "ldm", "data", "check", "nowhere")
+    done = ldm(tmp_path, "data", "check", "nowhere")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere/index.json: not found" in done.stderr
-    done = shell(tmp_path, "ldm", "data", "stats", "nowhere")
+    done = ldm(tmp_path, "data", "stats", "nowhere")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -159,28 +160,42 @@ def test_bad_settings_stop_everything_before_it_starts(project: Path, main: Call
     assert set(project.iterdir()) == before
 
 
-def test_help_reads_like_a_short_manual() -> None:
-    for module in ("flows.pipeline", "flows.serve"):
-        done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
-        assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+@pytest.mark.parametrize("module", ["flows.pipeline", "flows.serve"])
+def test_help_reads_like_a_short_manual(module: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    assert end.value.code == 0 and "usage" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_ldm_run_that_is_signalled_ends_with_all_it_started(
-    number: signal.Signals, code: int, project: Path, main: Callable[[], int], gone: Callable[[int], bool]
+    number: signal.Signals, code: int, project: Path, main: Callable[[], int], gone: Callable[[int], bool], tmp_path: Path
 ) -> None:
-    """The command itself, from outside: no stage outlives it, and its MLflow run says what happened."""
+    """The command itself, from outside: nothing outlives it, and its MLflow run says what happened.
+
+    Ctrl-C reaches one that has a temporary server; SIGTERM one that works with a server which was there before.
+    """
+    from prefect.settings import PREFECT_API_URL
+
     (project / "knob.txt").write_text("train_unet sleep")
+    server = {"PREFECT_HOME": str(tmp_path / "prefect")}
+    if number == signal.SIGTERM:
+        server["PREFECT_API_URL"] = str(PREFECT_API_URL.value())
     command = [Path(sys.executable).with_name("ldm"), "run"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(command, env={**os.environ, **server}, start_new_session=True, **pipes)
     pid = project / "train_unet.pid"
     while not pid.exists() or not pid.read_text():
         assert run.poll() is None, run.communicate()
         time.sleep(0.1)
     time.sleep(1)
+    tasks = Path(f"/proc/{run.pid}/task").glob("*/children")
+    started = [int(child) for children in tasks for child in children.read_text().split()]
+    assert len(started) == (3 if number == signal.SIGINT else 1)  # DVC; a temporary server, and what ends it
     (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)  # Ctrl-C reaches all of a terminal's group
     _, err = run.communicate(timeout=60)
     assert run.returncode == code, err
-    assert gone(int(pid.read_text()))
+    assert gone(int(pid.read_text())) and all(map(gone, started))
     assert statuses() == ["KILLED"]
     assert number != signal.SIGINT or "continues where this stopped" in err

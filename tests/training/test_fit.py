@@ -295,7 +295,7 @@ def start(folder: Path, pause: float) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("seed", with_soak(1, 10))
 def test_a_killed_and_resumed_process_ends_in_the_same_bytes(seed: int, tmp_path: Path) -> None:
     straight = start(tmp_path / "straight", 0.0)
-    killed = start(tmp_path / "killed", 0.01)
+    killed = start(tmp_path / "killed", 0.03)
     moment = 4 * (24 + int(np.random.default_rng(seed).integers(4, 16)))  # after the first checkpoint, well before the second
     assert killed.stdout is not None and straight.stdout is not None
     reported = []
