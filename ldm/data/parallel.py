@@ -8,6 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -49,8 +50,13 @@ def processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
     try:
         yield functools.partial(_in_order, pool, count * AHEAD)
     except BaseException as error:
-        for child in set(multiprocessing.active_children()) - others:
+        children = set(multiprocessing.active_children()) - others
+        for child in children:
             child.terminate()
+        for child in children:
+            wait([child.sentinel])
+        results: Any = pool._result_queue
+        results._writer.close()  # else the pool would wait for the rest of a result that was being sent
         if isinstance(error, BrokenProcessPool):
             raise InputError("a worker process was killed; if memory ran out, set LDM_WORKERS to fewer than now") from None
         raise
@@ -64,9 +70,17 @@ def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Callable[..., Any
     for item in items:
         pending.append(pool.submit(function, item))
         if len(pending) >= ahead:
-            yield pending.popleft().result()
+            yield _result(pool, pending.popleft())
     while pending:
-        yield pending.popleft().result()
+        yield _result(pool, pending.popleft())
+
+
+def _result(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
+    """Its result. A process that died while it was sending one goes unnoticed by the pool, which waits for the rest."""
+    while not futures.wait([future], timeout=1).done:
+        if any(process.exitcode is not None for process in list(pool._processes.values())):
+            raise BrokenProcessPool
+    return future.result()
 
 
 def _start() -> None:

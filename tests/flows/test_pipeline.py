@@ -163,6 +163,7 @@ def test_bad_settings_stop_everything_before_it_starts(project: Path, main: Call
 @pytest.mark.parametrize("module", ["flows.pipeline", "flows.serve"])
 def test_help_reads_like_a_short_manual(module: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit) as end:
         runpy.run_module(module, run_name="__main__")
     assert end.value.code == 0 and "usage" in capsys.readouterr().out
