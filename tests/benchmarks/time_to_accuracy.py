@@ -125,13 +125,13 @@ def our_run(settings: Settings, readers: dict[str, ShardReader], folder: Path, a
 
     def look(images_seen: int, ema: dict[str, Tensor]) -> None:
         with watch.paused():
-            average.load_state_dict(ema)
+            average.load_state_dict({k.removeprefix("unet."): v for k, v in ema.items()})
             points.append(asked.look(images_seen, watch, lambda prompts: model.sample(prompts, seed=settings.seed).numpy()))
 
     def save(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         look(state["images_seen"], {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
 
-    objective = UnetObjective(denoiser, latents, options.caption_dropout, settings.seed, device)
+    objective = UnetObjective(denoiser, latents, options, settings.seed, device)
     fitted = fit(
         objective, options, seed=settings.seed, journal=Run(), store=Watched(save), progress=lambda done, row: None
     )  # fmt: skip
