@@ -31,6 +31,7 @@ from ldm.training.fit import GRADIENT_NORM
 PARAMS = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())  # unvalidated: pydantic is not everywhere
 MODE = os.environ.get("LDM_BENCH_COMPILE_MODE")  # of torch.compile
 LR = 1e-4
+LARGER = 64  # images at once that a large network is tried with beside its batch
 
 
 def unet(widths: list[int], *attends: bool, **others: int) -> dict[str, Any]:
@@ -189,22 +190,21 @@ def test_training_step_on_a_gpu(network: str, tmp_path: Path, monkeypatch: pytes
     if network != "default":
         ours = steps["ours compiled" if "ours compiled" in steps else "ours"].side
         del steps, step
-        larger_batches(chosen, ours, flops)
+        larger_batch(chosen, ours, flops)
 
 
-def larger_batches(network: Network, ours: Ours, flops: int) -> None:
-    """Print what batches of more images gain, for as long as they fit."""
-    for count in (2 * network.batch, 4 * network.batch):
-        gc.collect()  # the other side's networks
-        torch.cuda.empty_cache()
-        step = Step(ours, draw(network, count, next(ours.net.parameters()).device), autocast=True)
-        try:
-            seconds = median(interleaved({"ours": step}, 5)["ours"])
-        except torch.OutOfMemoryError:
-            print(f"  ours, batch {count}: does not fit")
-            return
-        print(f"  ours, batch {count}: {seconds * 1e3:.1f} ms, {count / seconds:.0f} images/s, ", end="")
-        print(used(flops * count / seconds, step), flush=True)
+def larger_batch(network: Network, ours: Ours, flops: int) -> None:
+    """Print what `LARGER` images at once gain, where they fit."""
+    gc.collect()  # the other side's networks
+    torch.cuda.empty_cache()
+    step = Step(ours, draw(network, LARGER, next(ours.net.parameters()).device), autocast=True)
+    try:
+        seconds = median(interleaved({"ours": step}, 5)["ours"])
+    except torch.OutOfMemoryError:
+        print(f"  ours, batch {LARGER}: does not fit")
+        return
+    print(f"  ours, batch {LARGER}: {seconds * 1e3:.1f} ms, {LARGER / seconds:.0f} images/s, ", end="")
+    print(used(flops * LARGER / seconds, step), flush=True)
 
 
 def used(rate: float, step: Step) -> str:
