@@ -61,7 +61,7 @@ def test_latents_resident_loop(network: str) -> None:
         return Watching(UNet(**chosen.arguments).place(device), diffusion.kind, levels)
 
     def loop(denoiser: Watching | None = None, images: int = options.images) -> Fitted:
-        objective = UnetObjective(denoiser or fresh(), latents, options.caption_dropout, SETTINGS.seed, device)
+        objective = UnetObjective(denoiser or fresh(), latents, options, SETTINGS.seed, device)
         schedule = options.model_copy(update={"images": images})
         return fit(objective, schedule, seed=SETTINGS.seed, journal=Run(), store=Watched(), progress=lambda done, row: None)
 
