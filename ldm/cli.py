@@ -81,14 +81,14 @@ def sample(
     churn: Annotated[float | None, typer.Option(help="Of heun: noise added on the way.")] = None,
     guidance: Guidance = None,
     guidance_interval: Annotated[
-        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Noise levels with guidance; the others have none.")
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Noise levels with guidance; `0 1e9`: all.")
     ] = None,
     guidance_rescale: Annotated[
         float | None, typer.Option(help="0 to 1: brings guided estimates back to the deviation of unguided ones.")
     ] = None,
     negative: Annotated[str, typer.Option(help="A prompt that guidance leads away from.")] = "",
     guide: Annotated[
-        str | None, typer.Option(help="A weaker model of the same autoencoder that guidance leads away from (autoguidance).")
+        str | None, typer.Option(help="A weaker model of the same autoencoder and data, to be led away from (autoguidance).")
     ] = None,
 ) -> None:
     """Draw images for prompts from a registered or saved model. What is left open is the model's own default.

@@ -162,15 +162,18 @@ class Diffusion(Section):
     # training noise levels; see ldm/diffusion/noise.py
     noise: Literal["linear", "scaled_linear", "cosine", "lognormal", "logitnormal", "loguniform", "uniform"]
     sigma_max: Annotated[float, Field(ge=1)]  # noise levels stop here; latents have unit variance
-    shift: Rate  # multiplies noise levels; side of the latents over the side that the schedule was made for
+    # multiplies noise levels; side of the latents over the side that the schedule was made for
+    shift: Annotated[float, Field(ge=1 / 16, le=16)]
     zero_terminal_snr: bool  # the last timestep is noise alone
 
     @model_validator(mode="after")
-    def _terminal_snr_fits(self) -> "Diffusion":
+    def _noise_can_be_so(self) -> "Diffusion":
         if self.zero_terminal_snr and self.kind == "eps":
             raise ValueError("zero_terminal_snr: kind eps has nothing to learn where all is noise; take v or x0, or set it false")
         if self.zero_terminal_snr and self.noise not in ("linear", "scaled_linear", "cosine"):
             raise ValueError(f"zero_terminal_snr rescales a table of timesteps; noise {self.noise} has none: set it false")
+        if self.shift != 1 and self.noise == "loguniform":
+            raise ValueError("shift changes nothing for noise loguniform, whose ends stay where they are; set it to 1")
         return self
 
 

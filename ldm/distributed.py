@@ -7,9 +7,6 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-
-from ldm.nets.blocks import Stage
 
 
 def rank() -> int:
@@ -30,29 +27,42 @@ def mean(x: Tensor) -> Tensor:
 
 
 def any_of_them(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
-    return bool(mean(torch.tensor(float(flag), device=device)) > 0)
+    """Whether the flag is set in any process. Of several on GPUs, each waits for its own."""
+    return flag if ranks() == 1 else bool(mean(torch.tensor(float(flag), device=device)) > 0)
 
 
-def shard(module: nn.Module) -> None:
+def agree(number: int, device: torch.device) -> bool:
+    """Whether all processes have the same number."""
+    ends = torch.tensor([number, -number], device=device)  # int64: a float would round what counts images
+    if ranks() > 1:
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return int(ends[0]) == -int(ends[1])
+
+
+def shard(module: nn.Module, parts: Iterable[nn.Module]) -> None:
     """Share parameters, gradients and so the optimizer's state out over all processes (FSDP2; Zhao et al. 2023).
 
-    In place, before an optimizer sees the parameters. Each `Stage` is put together only while it runs, the rest for as
-    long as the module's own forward and backward pass takes.
+    In place, before an optimizer sees the parameters. Each of the `parts` is put together only while it runs, the rest for
+    as long as the module's own forward and backward pass takes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other layout
     mesh = init_device_mesh(next(module.parameters()).device.type, (ranks(),))
-    for part in (*(part for part in module.modules() if isinstance(part, Stage)), module):
+    for part in (*parts, module):
         fully_shard(part, mesh=mesh)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether each process has a part of it. (A DTensor, whose module takes half a second to import.)"""
+    return hasattr(tensor, "full_tensor")
 
 
 @torch.no_grad()
 def own(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's parts of tensors that were shared out, the others as they are; they share memory with them."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [tensor.to_local() if is_shared(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -60,8 +70,8 @@ def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state in which no tensor is shared out. All processes have to call this, and the first one gets those tensors."""
     found = {}
     for name, tensor in state.items():
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
+        if is_shared(tensor):
+            tensor = tensor.full_tensor()  # type: ignore[attr-defined]
             if rank():
                 continue
             tensor = tensor.cpu()  # there may be no room for all of them where the parts are
@@ -74,8 +84,11 @@ def load(state: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     """Copy the whole tensors `found` into those of `state`, of which each process may have a part."""
     for name, tensor in state.items():
         value = found[name]
-        if isinstance(tensor, DTensor):
-            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+        if is_shared(tensor):
+            from torch.distributed.tensor import distribute_tensor
+
+            mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+            value = distribute_tensor(value, mesh, placements, src_data_rank=None).to_local()
         own([tensor])[0].copy_(value)
 
 

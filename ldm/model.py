@@ -1,6 +1,7 @@
 """The trained system as one object: autoencoder, likelihood, U-Net, text encoder and what ties them together."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -182,6 +183,8 @@ class LatentDiffusion:
         """
         options = changed_sampling(self.recipe.sampling, sampling)
         text = self._embed([*prompts, negative])
+        if options.guidance == 1 and (negative or guide is not None):
+            raise InputError("guidance 1 leads nowhere: with a negative prompt or a guiding model, set another value")
         if guide is not None:
             if negative:
                 raise InputError("guidance leads away from a negative prompt or from a weaker model; give one of the two")
@@ -282,7 +285,9 @@ class LatentDiffusion:
         """
         sigmas = self.levels.grid(options.schedule, options.steps)
         guidance = Guidance(options.guidance, options.guidance_interval, options.guidance_rescale)
-        more = {"ddim": {"eta": options.eta}, "heun": {"churn": options.churn}}.get(options.sampler, {})
+        churn_max = self.levels.sigma_max / math.sqrt(2)  # churned levels are trained ones still
+        more = {"ddim": {"eta": options.eta}, "heun": {"churn": options.churn, "churn_max": churn_max}}.get(options.sampler, {})
+        deviation = math.sqrt(1 + float(sigmas[0]) ** 2)  # of standardised latents under that much noise; as in the bound
         latents = []
         for start in range(0, len(numbers), BATCH):
             part = slice(start, min(start + BATCH, len(numbers)))
@@ -292,7 +297,7 @@ class LatentDiffusion:
                 guided = autoguidance(self._under(*text), other._under(*(t[part] for t in its_text)), guidance)
             else:
                 guided = classifier_free(self.denoiser, guidance, *text, context[-1], mask[-1])
-            x = (self._noise(seed, its) * float(sigmas[0])).contiguous(memory_format=torch.channels_last)
+            x = (self._noise(seed, its) * deviation).contiguous(memory_format=torch.channels_last)
             latents.append(SAMPLERS[options.sampler](guided, x, sigmas, partial(self._noise, seed, its), **more))
         shift, scale = self._affine
         return torch.cat(latents) * scale + shift

@@ -45,7 +45,10 @@ def ldm(monkeypatch: pytest.MonkeyPatch) -> Shell:
 
         out, err, code = io.StringIO(), io.StringIO(), 0
         with monkeypatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            patch.setattr("os.environ", environment())
+            for name in os.environ.keys() - environment().keys():
+                patch.delenv(name)
+            for name, value in environment().items():
+                patch.setenv(name, value)
             patch.setattr("sys.argv", ["ldm", *arguments])
             patch.chdir(root)
             try:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,11 @@ def run_until_killed(work: Callable[[], object], asks: Asks, moment: int | None,
 
             sys.addaudithook(ask)
             work()
-        finally:
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
     os.close(questions[1])
     os.close(answers[0])
     count = 0

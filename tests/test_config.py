@@ -124,6 +124,8 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"diffusion.kind": "eps", "diffusion.zero_terminal_snr": True}, ["zero_terminal_snr", "kind eps", "take v or x0"]),
         ({"diffusion.noise": "uniform", "diffusion.zero_terminal_snr": True}, ["zero_terminal_snr", "noise uniform has none"]),
         ({"diffusion.shift": 0}, ["diffusion.shift", "found 0"]),
+        ({"diffusion.shift": 17}, ["diffusion.shift", "found 17"]),
+        ({"diffusion.noise": "loguniform", "diffusion.shift": 2}, ["shift changes nothing for noise loguniform"]),
         ({"train_unet.loss_weight": "snr"}, ["train_unet.loss_weight", "found 'snr'", "'min_snr'"]),
         # how it is sampled
         ({"sampling.sampler": "plms"}, ["sampling.sampler", "found 'plms'", "'langevin'"]),

@@ -286,7 +286,7 @@ def test_sampling_is_guided_euler_written_out(model):
         sigmas = [(high + i / 5 * (low - high)) ** 7 for i in range(6)] + [0.0]
         expected = []
         for i in range(3):
-            x = sigmas[0] * torch.randn(1, 2, 8, 8, generator=generator(11, "sample", i))
+            x = math.sqrt(1 + sigmas[0] ** 2) * torch.randn(1, 2, 8, 8, generator=generator(11, "sample", i))
             for sigma, following in pairwise(sigmas):
                 level = torch.tensor([sigma])
                 wanted, empty = (system.denoiser(x, level, context=text[r, None], context_mask=mask[r, None]) for r in (i, 3))
@@ -332,10 +332,12 @@ def test_sampling_that_cannot_be(options, message, model):
 
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_caption(model):
-    """Of nothing else: away from itself, or with scale 1, a prompt is unguided."""
+    """And of nothing else: away from itself, a prompt is unguided."""
     unguided = model.sample(PROMPTS[1:2], guidance=1.0)
     assert_same_images(model.sample(PROMPTS[1:2], negative=PROMPTS[1], guidance=4.0), unguided)
-    assert torch.equal(model.sample(PROMPTS[1:2], negative="seven", guidance=1.0), unguided)
+    for options in ({"negative": "seven"}, {"guide": model}):
+        with pytest.raises(InputError, match="guidance 1 leads nowhere"):
+            model.sample(["nine"], guidance=1.0, **options)
 
 
 def test_autoguidance_leads_away_from_the_weaker_model(model):
@@ -346,7 +348,8 @@ def test_autoguidance_leads_away_from_the_weaker_model(model):
     found = model.sample(PROMPTS, guide=weak, guidance=2.0, sampler="euler", steps=1)
     sigma = torch.full((5,), model.levels.sigma_max)
     text, mask = model._embed(PROMPTS)
-    x = model.levels.sigma_max * torch.stack([torch.randn(2, 8, 8, generator=generator(0, "sample", i)) for i in range(5)])
+    noise = torch.stack([torch.randn(2, 8, 8, generator=generator(0, "sample", i)) for i in range(5)])
+    x = math.sqrt(1 + model.levels.sigma_max**2) * noise
     good, bad = (m.denoiser(x, sigma, context=text, context_mask=mask) for m in (model, weak))
     shift, scale = (torch.tensor(v).view(1, 2, 1, 1) for v in (model.recipe.latent_mean, model.recipe.latent_std))
     assert_same_images(found, model.decode((2 * good - bad) * scale + shift))
@@ -367,7 +370,8 @@ def test_a_model_of_before_is_sampled_as_it_was(model, tmp_path):
     recipe = json.loads(file.read_text())
     assert recipe["sampling"].keys() == {"sampler", "steps", "guidance"}
     file.write_text(json.dumps({k: v for k, v in recipe.items() if k not in ("shift", "zero_terminal_snr")}))
-    assert_same_images(LatentDiffusion.load(tmp_path / "model").sample(PROMPTS), model.sample(PROMPTS))
+    then = {"schedule": "karras", "eta": 0.0, "churn": 0.0, "guidance_interval": (0.0, 1e9), "guidance_rescale": 0.0}
+    assert_same_images(LatentDiffusion.load(tmp_path / "model").sample(PROMPTS), model.sample(PROMPTS, **then))
 
 
 # Encoding, decoding, interpolation

@@ -16,6 +16,7 @@ from ldm.errors import InputError
 TIMESTEPS = 1000
 SIGMA_MIN = 0.002  # of the continuous distributions (Karras et al. 2022)
 BETAS = {"linear": (1e-4, 0.02, 1.0), "scaled_linear": (0.00085, 0.012, 0.5)}  # first, last, linear in beta to this power
+TABLES = (*BETAS, "cosine")
 NORMAL = {"lognormal": (-1.2, 1.2), "logitnormal": (0.0, 1.0)}  # mean and standard deviation of ln sigma
 SCHEDULES = ("karras", "exponential", "uniform")
 
@@ -91,9 +92,7 @@ class NoiseLevels:
             sigmas = self.sigma_max * (ramp * math.log(self.sigma_min / self.sigma_max)).exp()
         elif schedule != "uniform":
             raise InputError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-        elif self.noise in (*BETAS, "cosine"):
-            if steps > len(self.table):
-                raise InputError(f"steps {steps}: schedule uniform has the {len(self.table)} timesteps of training")
+        elif self.noise in TABLES:
             position = falling * len(self.table) - 1
             lower = position.floor().long().clamp(0, len(self.table) - 2)
             sigmas = torch.lerp(self.table[lower].log(), self.table[lower + 1].log(), position - lower).exp()
@@ -116,7 +115,7 @@ def noise_levels(noise: str, sigma_max: float, shift: float = 1.0, zero_terminal
     `zero_terminal_snr` rescales a table of timesteps so that its last one is noise alone (Lin et al. 2023, algorithm 1):
     sigma then grows without bound, as it nearly does in the cosine table, and timesteps beyond `sigma_max` are left out.
     """
-    if noise not in (*BETAS, "cosine"):
+    if noise not in TABLES:
         low, high = math.log10(SIGMA_MIN), math.log10(sigma_max)
         return NoiseLevels(noise, torch.logspace(low, high, TIMESTEPS, dtype=torch.float64), shift)
     if noise == "cosine":

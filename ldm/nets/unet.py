@@ -184,6 +184,8 @@ class UNet(Pretrained):
         `class_labels` are int64 (B,). `concat` (B, C', H, W) are further channels: of an image to fill in or to enlarge.
         """
         _check_given("context", context, "cross_attention_dim", self.config["cross_attention_dim"])
+        if context is None and context_mask is not None:
+            raise InputError("context_mask is given, and no context that it could mask")
         _check_given("class_labels", class_labels, "num_class_embeds", self.config["num_class_embeds"])
         x = x if concat is None else torch.cat([x, concat], dim=1)
         if x.shape[1] != self.conv_in.in_channels:

@@ -48,10 +48,9 @@ def training(
     count = int(os.environ.get("WORLD_SIZE") or _count("LDM_PROCESSES", 1))
     if options.batch_size % count:
         raise InputError(f"{stage}.batch_size {options.batch_size} cannot be shared by {count} processes; make it a multiple")
-    micro_batch, shard = _count("LDM_MICRO_BATCH", 0) or None, os.environ.get("LDM_SHARD_MODEL") == "1"
-    if shard and count > 1 and stage != "train_unet":
-        raise InputError(f"LDM_SHARD_MODEL=1: {stage} cannot share its model out, only train_unet can; unset it for {stage}")
-    execution = Execution(_autocast(params["precision"], device), params["compile"], micro_batch, shard and count > 1)
+    micro_batch, checkpointing = _count("LDM_MICRO_BATCH", 0) or None, _switch("LDM_GRADIENT_CHECKPOINTING")
+    shard = _switch("LDM_SHARD_MODEL") and count > 1 and stage == "train_unet"  # autoencoders are small
+    execution = Execution(_autocast(params["precision"], device), params["compile"], micro_batch, shard)
     params = {"device": str(device), **params, **options.model_dump()}
     with _peers(stage), distributed.process_group(device), contextlib.ExitStack() as held:
         first = distributed.rank() == 0
@@ -67,7 +66,7 @@ def training(
         def run(objective: Objective) -> Fitted:
             for net in objective.module.modules():
                 if isinstance(net, Pretrained):
-                    net.gradient_checkpointing = os.environ.get("LDM_GRADIENT_CHECKPOINTING") == "1"
+                    net.gradient_checkpointing = checkpointing
             progress = Progress(stage, options.images) if first else lambda done, row: None
             try:
                 with stop_at_checkpoint() as should_stop:
@@ -99,6 +98,13 @@ def _count(name: str, least: int) -> int:
     if not (value.isascii() and value.isdigit()) or int(value) < least:
         raise InputError(f"{name} is {value!r}; set it to a whole number of {least} or more, or unset it")
     return int(value)
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name) or "0"
+    if value not in ("0", "1"):
+        raise InputError(f"{name} is {value!r}; set it to 1, or unset it")
+    return value == "1"
 
 
 def _watch(child: "subprocess.Popen[bytes]", rank: int) -> None:

@@ -11,13 +11,13 @@ RAMP = 0.05  # early on the half-life is at most this share of the images seen (
 
 
 class Ema:
-    """Averages the parameters of a module. `state_dict` has the module's own keys; buffers are copied."""
+    """Averages the parameters of a module. `state_dict` has the module's own keys; its buffers are copied."""
 
     def __init__(self, module: nn.Module, halflife_images: int):
         self.halflife_images = halflife_images
-        self._live = [*module.parameters(), *module.buffers()]
-        self._parameters = len([*module.parameters()])
-        self._names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        parameters, kept = dict(module.named_parameters()), module.state_dict(keep_vars=True)
+        live = parameters | {name: tensor for name, tensor in kept.items() if name not in parameters}
+        self._names, self._live, self._parameters = list(live), list(live.values()), len(parameters)
         self._average = [tensor.detach().clone() for tensor in self._live]
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm import distributed
 from ldm.errors import InputError
+from ldm.nets.blocks import Stage
 from ldm.randomness import generator
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 from ldm.training.ema import Ema, global_norm
@@ -128,7 +129,7 @@ def fit(
     run = _Run(objective, optimizer, ema, journal, store)
     resumed = run.resume()
     device = next(objective.module.parameters()).device
-    if float(distributed.mean(torch.tensor(float(resumed), device=device))) != resumed:
+    if not distributed.agree(resumed, device):
         raise InputError(f"{store.folder}: the processes found different checkpoints here; they have to share this folder")
     gradients = _Gradients(loss, optimizer, players, seed, execution)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
@@ -183,7 +184,7 @@ def _parallel(objective: Objective, execution: Execution) -> nn.Module:
     if not execution.shard:
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, one layout has several names
         return DistributedDataParallel(loss)
-    distributed.shard(loss)
+    distributed.shard(loss, [part for part in loss.modules() if isinstance(part, Stage)])
     return loss
 
 

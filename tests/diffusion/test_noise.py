@@ -177,13 +177,13 @@ def test_grids_in_closed_form():
     between = table.grid("uniform", 30)  # 1000 / 30 is no whole number
     assert (between.diff() < 0).all()
     np.testing.assert_allclose(table.timesteps(between[:-1]), 1000 - 1 - np.arange(30) * 1000 / 30, atol=1e-6)
-    assert len(table.grid("uniform", 1000)) == 1001
+    finest = table.grid("uniform", 1500)  # more steps than timesteps: the last ones go below the first timestep
+    assert (finest.diff() < 0).all() and finest[-1] == 0
 
 
 @pytest.mark.parametrize(
     ("schedule", "steps", "message"),
     [
-        ("uniform", 1001, "steps 1001: schedule uniform has the 1000 timesteps of training"),
         ("karras", 0, "steps 0: a sampler takes at least one"),
         ("linear", 5, "schedule 'linear' is unknown; choose one of karras, exponential, uniform"),
     ],
