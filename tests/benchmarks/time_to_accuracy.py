@@ -125,7 +125,7 @@ def our_run(settings: Settings, readers: dict[str, ShardReader], folder: Path, a
 
     def look(images_seen: int, ema: dict[str, Tensor]) -> None:
         with watch.paused():
-            average.load_state_dict({k.removeprefix("unet."): v for k, v in ema.items()})
+            average.load_state_dict({k.removeprefix("unet."): v for k, v in ema.items() if k.startswith("unet.")})
             points.append(asked.look(images_seen, watch, lambda prompts: model.sample(prompts, seed=settings.seed).numpy()))
 
     def save(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
