@@ -169,7 +169,9 @@ class Diffusion(Section):
     @model_validator(mode="after")
     def _noise_can_be_so(self) -> "Diffusion":
         if self.zero_terminal_snr and self.kind == "eps":
-            raise ValueError("zero_terminal_snr: kind eps has nothing to learn where all is noise; take v or x0, or set it false")
+            raise ValueError(
+                "zero_terminal_snr: kind eps has nothing to learn from noise alone; take another kind, or set it false"
+            )
         if self.zero_terminal_snr and self.noise not in ("linear", "scaled_linear", "cosine"):
             raise ValueError(f"zero_terminal_snr rescales a table of timesteps; noise {self.noise} has none: set it false")
         if self.shift != 1 and self.noise == "loguniform":
@@ -312,12 +314,12 @@ def load_settings(root: Path) -> Settings:
 
 
 def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampling:
-    """A model's sampling defaults with some of them changed; a change that is None is none."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    own = given.get("sampler", defaults["sampler"]) == defaults["sampler"]
-    others = {} if own else {"eta": 0.0, "churn": 0.0}  # the defaults are another sampler's
+    """A model's sampling defaults with some of them changed; a change that is None, or to the default itself, is none."""
+    known = {**FORMERLY, **defaults}
+    given = {name: value for name, value in changes.items() if value is not None and value != known.get(name)}
+    others = {"eta": 0.0, "churn": 0.0} if "sampler" in given else {}  # the defaults are another sampler's
     try:
-        return Sampling.model_validate({**FORMERLY, **defaults, **others, **given})
+        return Sampling.model_validate({**known, **others, **given})
     except ValidationError as error:
         raise InputError(_explained(error, "sampling")) from None
 

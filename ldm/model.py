@@ -183,6 +183,8 @@ class LatentDiffusion:
         """
         options = changed_sampling(self.recipe.sampling, sampling)
         text = self._embed([*prompts, negative])
+        if first < 0:
+            raise InputError(f"first {first}: images are numbered from 0")
         if options.guidance == 1 and (negative or guide is not None):
             raise InputError("guidance 1 leads nowhere: with a negative prompt or a guiding model, set another value")
         if guide is not None:

@@ -121,7 +121,7 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"train_vae.ldm.perceptual": "vgg"}, ["train_vae.ldm", "perceptual_sha256 is the sha256"]),
         ({"train_vae.ldm.perceptual": "vgg", "train_vae.ldm.perceptual_sha256": "0" * 64},
          ["train_vae.ldm.perceptual", "found 'vgg'", "neither random nor a file"]),
-        ({"diffusion.kind": "eps", "diffusion.zero_terminal_snr": True}, ["zero_terminal_snr", "kind eps", "take v or x0"]),
+        ({"diffusion.kind": "eps", "diffusion.zero_terminal_snr": True}, ["zero_terminal_snr", "kind eps", "take another kind"]),
         ({"diffusion.noise": "uniform", "diffusion.zero_terminal_snr": True}, ["zero_terminal_snr", "noise uniform has none"]),
         ({"diffusion.shift": 0}, ["diffusion.shift", "found 0"]),
         ({"diffusion.shift": 17}, ["diffusion.shift", "found 17"]),

@@ -319,6 +319,7 @@ def test_a_samplers_options_do_not_pass_on_to_another(model):
         ({"sampler": "plms"}, "sampling.sampler: found 'plms'; Input should be 'ddpm', 'ddim', 'euler', 'heun', 'dpmpp_2m' or"),
         ({"schedule": "linear"}, "sampling.schedule: found 'linear'"),
         ({"steps": 0}, "sampling.steps: found 0"),
+        ({"first": -1}, "first -1: images are numbered from 0"),
         ({"guidance": -1.0}, "sampling.guidance: found -1.0"),
         ({"stepz": 3}, "unknown key sampling.stepz: did you mean sampling.steps?"),
         ({"eta": 0.5}, "sampling: eta is an option of ddim; set it to 0 with sampler dpmpp_2m"),
