@@ -24,7 +24,7 @@ import pandas as pd
 import yaml
 
 from ldm import lineage, tracking
-from ldm.config import Settings, load_settings
+from ldm.config import Settings, changed_sampling, load_settings
 from ldm.errors import InputError
 from ldm.hashing import content_hash, folder_hash
 
@@ -337,17 +337,18 @@ def _signature(defaults: Mapping[str, Any]) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
+    own = changed_sampling(dict(defaults), {})
     return ModelSignature(
         inputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed", required=False)]),
         outputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "png")]),
         params=ParamSchema([
-            ParamSpec("steps", "long", defaults["steps"]),
-            ParamSpec("guidance", "double", defaults["guidance"]),
-            ParamSpec("sampler", "string", defaults["sampler"]),
-            ParamSpec("schedule", "string", defaults["schedule"]),
-            ParamSpec("eta", "double", defaults["eta"]),
-            ParamSpec("churn", "double", defaults["churn"]),
-            ParamSpec("guidance_rescale", "double", defaults["guidance_rescale"]),
+            ParamSpec("steps", "long", own.steps),
+            ParamSpec("guidance", "double", own.guidance),
+            ParamSpec("sampler", "string", own.sampler),
+            ParamSpec("schedule", "string", own.schedule),
+            ParamSpec("eta", "double", own.eta),
+            ParamSpec("churn", "double", own.churn),
+            ParamSpec("guidance_rescale", "double", own.guidance_rescale),
             ParamSpec("negative", "string", ""),
             ParamSpec("seed", "long", 0),
         ]),

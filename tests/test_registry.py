@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ldm import registry
 from ldm.bayes.likelihoods import DiscretizedLogistic
 from ldm.cli import app
-from ldm.config import FORMERLY, load_settings
+from ldm.config import load_settings
 from ldm.data.reader import open_shards
 from ldm.data.shards import write_shards
 from ldm.errors import InputError
@@ -46,7 +46,7 @@ def tiny_model(seed: int, log_scale: float) -> LatentDiffusion:
         latent_mean=[0.0] * 4,
         latent_std=[1.0] * 4,
         text={"encoder": "minilm", "max_tokens": 8, "sha256": text.sha256},
-        sampling=FORMERLY | {"sampler": "euler", "steps": 2, "guidance": 1.0},
+        sampling={"sampler": "euler", "steps": 2, "guidance": 1.0},
     )
     return LatentDiffusion(autoencoder, DiscretizedLogistic(log_scale), unet, recipe)
 
