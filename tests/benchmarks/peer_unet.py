@@ -8,6 +8,8 @@ the network's layout and compilation that a user of diffusers could choose to be
 """
 
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import diffusers
 import torch
@@ -48,6 +50,17 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
+
+
+def serve(connection: Connection, folder: Path, batch: tuple[Tensor, ...], lr: float) -> None:
+    """Train on one batch at a word, "step", or only compute its loss, "loss"; each answered by the loss. "" ends it."""
+    training = Training(diffusers.UNet2DConditionModel.from_pretrained(folder), lr)
+    while word := connection.recv():
+        if word == "step":
+            connection.send(training.step(*batch))
+        else:
+            connection.send(training.gradients(*batch).item())
+            training.optimizer.zero_grad()
 
 
 @torch.inference_mode()
