@@ -7,6 +7,7 @@ given. The learning rate, 1e-4 there for weights trained before, is the caller's
 the network's layout and compilation that a user of diffusers could choose to be faster.
 """
 
+import contextlib
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,14 +54,15 @@ class Training:
 
 
 def serve(connection: Connection, folder: Path, batch: tuple[Tensor, ...], lr: float) -> None:
-    """Train on one batch at a word, "step", or only compute its loss, "loss"; each answered by the loss. "" ends it."""
+    """Train on one batch at a word, "step", or only compute its loss, "loss"; each answered by the loss."""
     training = Training(diffusers.UNet2DConditionModel.from_pretrained(folder), lr)
-    while word := connection.recv():
-        if word == "step":
-            connection.send(training.step(*batch))
-        else:
-            connection.send(training.gradients(*batch).item())
-            training.optimizer.zero_grad()
+    with contextlib.suppress(EOFError):  # the other end is closed
+        while word := connection.recv():
+            if word == "step":
+                connection.send(training.step(*batch))
+            else:
+                connection.send(training.gradients(*batch).item())
+                training.optimizer.zero_grad()
 
 
 @torch.inference_mode()
