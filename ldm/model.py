@@ -182,7 +182,6 @@ class LatentDiffusion:
         so that a batch can be divided in any way.
         """
         options = changed_sampling(self.recipe.sampling, sampling)
-        text = self._embed([*prompts, negative])
         if first < 0:
             raise InputError(f"first {first}: images are numbered from 0")
         if options.guidance == 1 and (negative or guide is not None):
@@ -193,6 +192,7 @@ class LatentDiffusion:
             of = [(r.autoencoder, r.latent_mean, r.latent_std) for r in (self.recipe, guide.recipe)]
             if of[0] != of[1]:
                 raise InputError("the guiding model was trained on other latents; take one of the same autoencoder and data")
+        text = self._embed([*prompts, negative])
         weaker = None if guide is None else (guide, *guide._embed(prompts))
         return self.decode(self._sample_latents(*text, options, seed, range(first, first + len(prompts)), weaker))
 

@@ -36,8 +36,8 @@ class Guidance:
         guided = torch.lerp(bad, good, self.scale)
         if not self.rescale:
             return guided
-        deviations = (x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (good, guided))
-        ratio = next(deviations) / next(deviations)
+        wanted, found = (x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (good, guided))
+        ratio = wanted / found
         return guided * torch.lerp(torch.ones_like(ratio), ratio, self.rescale)
 
 

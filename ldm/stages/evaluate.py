@@ -265,8 +265,8 @@ def report(root: Path, settings: Settings, model: LatentDiffusion, metrics: Metr
     """Write `metrics.json` and the self-contained `report.html`, with the loss curves of both trainings."""
     (root / "reports/metrics.json").write_text(canonical_json(metrics))
     curves = []
-    for stage, title in (("train_vae", "Training the autoencoder"), ("train_unet", "Training the U-Net")):
-        frame = pd.read_csv(root / f"reports/curves/{stage}.csv")
+    frames = {stage: pd.read_csv(root / f"reports/curves/{stage}.csv") for stage in ("train_vae", "train_unet")}
+    for (stage, frame), title in zip(frames.items(), ("Training the autoencoder", "Training the U-Net"), strict=True):
         if frame.empty:  # a pretrained autoencoder, used as it is
             continue
         path = root / f"reports/plots/{stage}.png"
@@ -274,7 +274,7 @@ def report(root: Path, settings: Settings, model: LatentDiffusion, metrics: Metr
         curves.append(Figure(title, "Mean loss since the last point, against images seen.", path))
     quarters = {f"loss_noise_q{i}": name for i, name in enumerate(("least noise", "less", "more", "most noise"), start=1)}
     title, path = "Training the U-Net, by noise level", root / "reports/plots/train_unet_noise.png"
-    named = frame.rename(columns=quarters)
+    named = frames["train_unet"].rename(columns=quarters)
     loss_curves(named, path, title=title, columns=list(quarters.values()), x="images", y_label="mean squared error")
     about = "The unweighted loss in each quarter of the noise levels of training, equally often drawn."
     curves.append(Figure(title, about, path))

@@ -247,6 +247,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 torch.set_num_threads(1)
+from ldm.tracking import Run
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import fit
 
@@ -268,16 +269,10 @@ class Objective:
         loss = (self.module(x) - x.roll(1, 3)).square().mean()
         return loss, {"pixels": x.abs().mean()}
 
-class Silent:
-    def log(self, metrics, images_seen): ...
-    def flush(self): ...
-    def state_dict(self): return None
-    def load_state_dict(self, state): ...
-
 plan = SimpleNamespace(images=480, batch_size=4, lr=3e-3, warmup_images=40, weight_decay=0.01)
 plan.ema_halflife_images, plan.checkpoint_images = 100, 96
 objective = Objective()
-fitted = fit(objective, plan, seed=1, journal=Silent(), store=CheckpointStore(folder / "store"), progress=lambda done, row: None)
+fitted = fit(objective, plan, seed=1, journal=Run(), store=CheckpointStore(folder / "store"), progress=lambda done, row: None)
 save_file({k: v.contiguous() for k, v in objective.module.state_dict().items()}, folder / "raw.safetensors")
 save_file({k: v.contiguous() for k, v in fitted.ema.items()}, folder / "ema.safetensors")
 (folder / "curve.json").write_text(json.dumps(fitted.curve))

@@ -1,9 +1,6 @@
 """The U-Net's objective against textbook weights, exact means and one process, whole or shared out."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ranks import run_two_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,11 +18,11 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import NoiseLevels, noise_levels
 from ldm.nets.unet import UNet
 from ldm.randomness import generator
+from ldm.tracking import Run
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, Fitted, fit
 from ldm.training.unet import Uncertainty, UnetObjective, by_quarter, home_of, min_snr_weight, quarters
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 KINDS = {"eps": "cosine", "x0": "cosine", "v": "cosine", "edm": "lognormal", "flow": "logitnormal"}
 NOISES = ("linear", "scaled_linear", "cosine", "lognormal", "logitnormal", "loguniform", "uniform")
@@ -193,13 +191,6 @@ def test_latents_that_would_crowd_a_gpu_stay_with_the_host(monkeypatch: pytest.M
 # in the training loop
 
 
-class Silent:
-    def log(self, metrics, images_seen): ...
-    def flush(self): ...
-    def state_dict(self): ...
-    def load_state_dict(self, state): ...
-
-
 PLAN = {
     "images": 48, "batch_size": 8, "lr": 3e-4, "warmup_images": 0, "weight_decay": 0.01, "ema_halflife_images": 100,
     "checkpoint_images": 10_000,
@@ -217,7 +208,7 @@ def train(
     found, store = found or objective("learned"), CheckpointStore(folder / "store")
     try:
         return fit(
-            found, SimpleNamespace(**PLAN | plan), seed=1, journal=Silent(), store=store, progress=lambda done, row: None,
+            found, SimpleNamespace(**PLAN | plan), seed=1, journal=Run(), store=store, progress=lambda done, row: None,
             should_stop=should_stop, execution=execution,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -278,11 +269,8 @@ def child(folder: Path) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left."""
     folder = tmp_path_factory.mktemp("pair")
-    paths = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
-    common = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LDM_RENDEZVOUS": f"file://{folder}/rendezvous"}
-    command = [sys.executable, "-c", f"import test_unet; test_unet.child(test_unet.Path({str(folder)!r}))"]
-    processes = [subprocess.Popen(command, env={**os.environ, **common, "RANK": str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    code = f"import test_unet; test_unet.child(test_unet.Path({str(folder)!r}))"
+    run_two_ranks(folder, code, Path(__file__).parent)
     return folder
 
 

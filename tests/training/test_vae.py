@@ -1,9 +1,7 @@
 """The autoencoder's objectives against closed forms and autograd by hand; on one process and on two."""
 
 import math
-import os
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_two_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,12 +20,12 @@ from ldm.bayes.likelihoods import make_likelihood, to_float
 from ldm.errors import InputError
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
+from ldm.tracking import Run
 from ldm.training.adversarial import AdversarialObjective, Adversary
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, fit
 from ldm.training.vae import VaeObjective, fit_scale, posterior_noise
 
-ROOT = Path(__file__).resolve().parents[2]
 PIXELS = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 ALL = slice(0, 8)
 
@@ -362,11 +361,9 @@ def test_the_fitted_scale_is_the_likeliest():
 # two processes
 
 SCRIPT = """
-import os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[2])
 import test_vae
 from ldm import distributed
 from ldm.training import fit as loop
@@ -375,24 +372,13 @@ class Bypassed(torch.nn.parallel.DistributedDataParallel):
     def forward(self, *args):
         return self.module(*args)  # past the wrapper that synchronises
 
-folder = Path(sys.argv[1])
 with distributed.process_group(torch.device("cpu")):
     for kind, micro_batch in test_vae.TRAININGS:
         if kind == "planted":
             loop.DistributedDataParallel = Bypassed
-        test_vae.train(folder / kind, kind, micro_batch)
+        test_vae.train(Path(folder) / kind, kind, micro_batch)
 """
 TRAININGS = (("paper", 0), ("elbo", 3), ("planted", 0))  # the objective, and at most how many images a pass takes
-
-
-class Silent:
-    def log(self, metrics, images_seen): ...
-
-    def flush(self): ...
-
-    def state_dict(self): ...
-
-    def load_state_dict(self, state): ...
 
 
 def train(folder: Path, kind: str, micro_batch: int = 0) -> dict[str, Tensor]:
@@ -406,7 +392,7 @@ def train(folder: Path, kind: str, micro_batch: int = 0) -> dict[str, Tensor]:
     objective.batches = images
     execution = Execution(micro_batch=micro_batch or None)
     store = CheckpointStore(folder / f"store{rank}")
-    fitted = fit(objective, plan, seed=1, journal=Silent(), store=store, progress=print, execution=execution)
+    fitted = fit(objective, plan, seed=1, journal=Run(), store=store, progress=print, execution=execution)
     tensors = {k: v.contiguous() for k, v in objective.module.state_dict().items()}
     tensors |= {f"ema.{k}": v.contiguous() for k, v in fitted.ema.items()}
     tensors["losses"] = torch.tensor([row["loss"] for row in fitted.curve])
@@ -418,12 +404,7 @@ def train(folder: Path, kind: str, micro_batch: int = 0) -> dict[str, Tensor]:
 def two_ranks(tmp_path_factory) -> Path:
     """What two processes have trained together: a folder for each of `TRAININGS`."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "train.py").write_text(SCRIPT)
-    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    environment = {**os.environ, **common, "LDM_RENDEZVOUS": f"file://{folder}/rendezvous"}
-    command = [sys.executable, str(folder / "train.py"), str(folder), str(Path(__file__).parent)]
-    processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    run_two_ranks(folder, f"folder = {str(folder)!r}\n{SCRIPT}", Path(__file__).parent)
     return folder
 
 
