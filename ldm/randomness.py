@@ -1,8 +1,12 @@
 """Randomness as a function of position: every draw comes from a name, never from a generator that has to be saved."""
 
+import functools
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 
 def seed_for(*parts: str | int) -> int:
@@ -14,3 +18,35 @@ def seed_for(*parts: str | int) -> int:
 def generator(*parts: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh torch generator for a position (see `seed_for`)."""
     return torch.Generator(device).manual_seed(seed_for(*parts))
+
+
+CHUNK = 1 << 16  # draws from one generator: few enough to stay in a core's cache, enough to hide how long one takes to seed
+
+
+def fill_normal(out: Tensor, *position: str | int, std: float = 1.0) -> Tensor:
+    """Fill `out`, contiguous and of floats, with draws of N(0, std²) for a position (see `seed_for`); returns it.
+
+    On a CPU all of torch's threads draw, each chunk from a generator of its own: the same numbers for any number of threads.
+    """
+    if out.device.type != "cpu":
+        return out.normal_(0, std, generator=generator(*position, device=out.device))
+    chunks = out.view(-1).split(CHUNK)
+
+    def draw(thread: int) -> None:
+        for number in range(thread, len(chunks), threads):
+            chunks[number].normal_(0, std, generator=generator(*position, number))
+
+    threads = min(torch.get_num_threads(), len(chunks))
+    if threads == 1:
+        draw(0)
+    else:
+        list(_pool(threads).map(draw, range(threads)))
+    return out
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

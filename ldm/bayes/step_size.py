@@ -1,0 +1,106 @@
+"""How large a step of Langevin dynamics may be: the curvature it meets, and its gradients' own noise."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.errors import InputError
+from ldm.randomness import fill_normal
+
+TOLERANCE = 0.05  # of a posterior variance
+ITERATIONS = 20  # of the power method
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What limits ε at some weights, U as in `ldm.bayes.sgld`; of the direction in which U bends most, unless said otherwise."""
+
+    curvature: float  # a
+    gradient_noise: float  # V, variance of the gradient of U over minibatches
+    mean_gradient_noise: float  # the same, of the average parameter
+    friction: float = 1.0  # of SGHMC; 1 is SGLD
+
+    def contraction(self, lr: float) -> float:
+        """What the drift leaves of a deviation in one step (of SGLD), 1 - εa/2: below -1 the chain diverges."""
+        return 1 - lr * self.curvature / 2
+
+    def noise_ratio(self, lr: float) -> float:
+        """Variance of a step's injected noise over that of its gradient noise, 4α/(εV): if it is not far above 1, samples are too wide."""
+        noise = max(self.gradient_noise, self.mean_gradient_noise)
+        return math.inf if noise == 0 else 4 * self.friction / (lr * noise)
+
+    def inflation(self, lr: float) -> float:
+        """Stationary variance over the posterior's, (1 + εV/(4α)) / (1 - εa/(4(2 - α))); infinite where the chain diverges."""
+        shrink = 1 - lr * self.curvature / (4 * (2 - self.friction))
+        return math.inf if shrink <= 0 else (1 + 1 / self.noise_ratio(lr)) / shrink
+
+    def recommended(self, tolerance: float = TOLERANCE) -> float:
+        """The largest ε whose `inflation` is 1 + tolerance at most."""
+        b = 1 / self.noise_ratio(1.0)  # both small: 1 + εb = (1 + tolerance) (1 - εc)
+        c = self.curvature / (4 * (2 - self.friction))
+        if b + c == 0:
+            raise InputError("the loss has neither curvature nor gradient noise here: it does not depend on these weights")
+        return tolerance / (b + (1 + tolerance) * c)
+
+    def warnings(self, lr: float, temperature: float = 1.0, tolerance: float = TOLERANCE) -> list[str]:
+        """Why samples drawn with step size `lr` would not be the posterior's, a sentence each."""
+        found = []
+        if not math.isfinite(self.inflation(lr)):
+            found.append(f"step size {lr:.3g} diverges: a step leaves {self.contraction(lr):.3g} of a deviation")
+        elif self.inflation(lr) > 1 + 2 * tolerance:
+            found.append(
+                f"step size {lr:.3g} gives variances up to {self.inflation(lr):.2f} times the posterior's (injected noise is "
+                f"{self.noise_ratio(lr):.3g} times the gradients', a step leaves {self.contraction(lr):.3g} of a deviation): "
+                f"take {self.recommended(tolerance):.3g}, or larger batches"
+            )
+        if temperature == 0:
+            found.append("temperature 0: there is no noise, this is gradient descent")
+        elif temperature != 1:
+            found.append(f"temperature {temperature:g}: samples are of the posterior to the power of {1 / temperature:g}")
+        return found
+
+
+def find_step_size(
+    loss: Callable[[int], Tensor],
+    params: list[Tensor],
+    *,
+    num_data: int,
+    prior_precision: float = 0.0,
+    minibatches: int = 16,
+    friction: float = 1.0,
+    seed: int = 0,
+) -> StepSize:
+    """Measure curvature and gradient noise at the present weights. `loss(i)` is the mean loss of minibatch i.
+
+    The curvature is the Hessian's eigenvalue of largest size over those minibatches together (power method on Hessian-vector
+    products), and the noise the variance of their gradients along its eigenvector. Gaussian prior; a Laplace prior bends nowhere.
+    """
+    if minibatches < 2:
+        raise InputError(f"minibatches {minibatches}: a variance takes 2 or more")
+
+    def gradient(i: int, graph: bool = False) -> list[Tensor]:
+        return [g * num_data for g in torch.autograd.grad(loss(i), params, create_graph=graph)]
+
+    def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
+        return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+    flat = fill_normal(torch.empty(sum(p.numel() for p in params), device=params[0].device), seed, "step size")
+    direction = [part.view(p.shape).to(p.dtype) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+    curvature = torch.zeros(())
+    for _ in range(ITERATIONS):
+        norm = dot(direction, direction).sqrt()
+        if norm == 0:
+            break
+        direction = [d / norm for d in direction]
+        product = [prior_precision * d for d in direction]
+        for i in range(minibatches):
+            bent = torch.autograd.grad(dot(gradient(i, graph=True), direction), params)
+            torch._foreach_add_(product, bent, alpha=1 / minibatches)
+        curvature, unit, direction = dot(product, direction), direction, product
+    gradients = [gradient(i) for i in range(minibatches)]
+    along = torch.stack([dot(g, unit) for g in gradients]).var()
+    each = torch.stack([torch.stack(parts).double().var(0).sum() for parts in zip(*gradients, strict=True)]).sum()
+    return StepSize(abs(float(curvature)), float(along), float(each) / flat.numel(), friction)
