@@ -294,5 +294,5 @@ def check_deterministic(module: nn.Module) -> None:
         random = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
         if part.training and (random or isinstance(part, nn.modules.batchnorm._BatchNorm)):
             raise InputError(
-                f"{name} ({type(part).__name__}) is in training mode, and the loss no function of the weights: call the model's eval()"
+                f"{name} ({type(part).__name__}) is in training mode, so the loss is random: call eval() on the model"
             )

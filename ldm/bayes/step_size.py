@@ -28,7 +28,7 @@ class StepSize:
         return 1 - lr * self.curvature / 2
 
     def noise_ratio(self, lr: float) -> float:
-        """Variance of a step's injected noise over that of its gradient noise, 4α/(εV): if it is not far above 1, samples are too wide."""
+        """Variance of a step's injected noise over that of its gradient noise, 4α/(εV), which should be far above 1."""
         noise = max(self.gradient_noise, self.mean_gradient_noise)
         return math.inf if noise == 0 else 4 * self.friction / (lr * noise)
 
