@@ -71,6 +71,7 @@ class Autoencoder(Section):
     ]  # levels, 0 the finest, whose resnets are followed by attention
     mid_block_add_attention: bool
     num_vq_embeddings: Positive  # codes of a VQModel
+    optimizer: Literal["adamw", "sgld"]  # in train_vae; sgld: see train_vae.sgld
 
     @model_validator(mode="after")
     def _says_what_stays(self) -> "Autoencoder":
@@ -114,6 +115,13 @@ class LdmObjective(Section):
         return self
 
 
+class Langevin(Section):
+    """What stochastic gradient Langevin dynamics samples; see `ldm.bayes.sgld`."""
+
+    prior_precision: Annotated[float, Field(ge=0)]  # of a Gaussian prior of the weights; 0 is flat
+    temperature: Annotated[float, Field(ge=0)]  # 1 is the posterior
+
+
 class TrainVae(Optimizer):
     objective: Literal["elbo", "ldm"]
     likelihood: Literal["discretized_logistic", "discretized_gaussian", "gaussian", "laplace", "bernoulli"]
@@ -124,6 +132,7 @@ class TrainVae(Optimizer):
     free_bits: Annotated[float, Field(ge=0)]  # nats that a latent channel of an image costs at least
     flip: bool  # half of the images are mirrored, at random
     shuffle: Literal["global", "shard"]  # "shard" reads shard by shard, for shards that do not fit on this disk
+    sgld: Langevin
     ldm: LdmObjective
 
     @model_validator(mode="after")
@@ -219,6 +228,19 @@ class Evaluate(Section):
     importance_samples: Positive  # posterior samples a test image, for the autoencoder's importance-weighted bound
 
 
+class Posterior(Langevin):
+    """How the stages `sample_posterior` sample weights of the decoder."""
+
+    part: tuple[Annotated[str, Field(min_length=1)], ...] | None  # modules of the decoder; null: its last block and output
+    lr: Rate | None  # step size; null: measured, see `ldm.bayes.step_size`
+    friction: Annotated[float, Field(gt=0, le=1)]  # of sghmc
+    chains: Annotated[int, Field(ge=2)]
+    batch_size: Positive  # images of a step of a chain
+    burn_in: Annotated[int, Field(ge=0)]  # steps before the first draw
+    thin: Positive  # steps from one draw to the next
+    draws: Annotated[int, Field(ge=4)]  # of each chain
+
+
 class Registry(Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     level: Annotated[float, Field(gt=0, lt=0.5)]  # chance of promoting an equal model; see ldm/evaluation/gate.py
@@ -239,6 +261,8 @@ class Settings(Section):
     train_unet: TrainUnet
     sampling: Sampling
     evaluate: Evaluate
+    sample_posterior: tuple[Literal["sgld", "sghmc"], ...]  # samplers; each is a stage
+    posterior: Posterior
     registry: Registry
 
     @property
@@ -270,6 +294,17 @@ class Settings(Section):
         weighed = (self.train_vae.beta_warmup_images, self.train_vae.free_bits) != (0, 0) or self.train_vae.beta != 1
         if self.autoencoder.regulariser == "vq" and weighed:
             raise ValueError("train_vae.beta is 1, beta_warmup_images and free_bits 0 with regulariser vq: it has no KL term")
+        langevin, vae = self.autoencoder.optimizer == "sgld", self.train_vae
+        if langevin and (self.autoencoder.regulariser, vae.objective) != ("kl", "elbo"):
+            raise ValueError(
+                "autoencoder.optimizer sgld samples a posterior: it needs regulariser kl and train_vae.objective elbo"
+            )
+        if langevin and vae.weight_decay:
+            raise ValueError("train_vae.weight_decay is 0 with optimizer sgld, whose prior is train_vae.sgld.prior_precision")
+        if self.sample_posterior and self.autoencoder.regulariser == "vq":
+            raise ValueError("sample_posterior needs autoencoder.regulariser kl; leave the list empty with vq")
+        if len(set(self.sample_posterior)) < len(self.sample_posterior):
+            raise ValueError(f"sample_posterior is {list(self.sample_posterior)}; name a sampler once")
         if not self.train_vae.images and not self.autoencoder.pretrained:
             raise ValueError("train_vae.images is 0: then autoencoder.pretrained names the autoencoder that is used as it is")
         return self

@@ -181,6 +181,20 @@ class LatentDiffusion:
         Images are numbered, from `first` on: each depends on (seed, number) and its prompt alone, whatever is drawn beside it,
         so that a batch can be divided in any way.
         """
+        return self.decode(self.sample_latents(prompts, negative=negative, guide=guide, seed=seed, first=first, **sampling))
+
+    @torch.inference_mode()
+    def sample_latents(
+        self,
+        prompts: list[str],
+        *,
+        negative: str = "",
+        guide: "LatentDiffusion | None" = None,
+        seed: int = 0,
+        first: int = 0,
+        **sampling: Any,
+    ) -> Tensor:
+        """The latents (N, c, h, w) that `sample` decodes."""
         options = changed_sampling(self.recipe.sampling, sampling)
         if first < 0:
             raise InputError(f"first {first}: images are numbered from 0")
@@ -194,7 +208,7 @@ class LatentDiffusion:
                 raise InputError("the guiding model was trained on other latents; take one of the same autoencoder and data")
         text = self._embed([*prompts, negative])
         weaker = None if guide is None else (guide, *guide._embed(prompts))
-        return self.decode(self._sample_latents(*text, options, seed, range(first, first + len(prompts)), weaker))
+        return self._sample_latents(*text, options, seed, range(first, first + len(prompts)), weaker)
 
     @torch.inference_mode()
     def interpolate(
@@ -249,6 +263,12 @@ class LatentDiffusion:
             u=u.to(self.device),
             noise=noise,
         )
+
+    @torch.inference_mode()
+    def bound_latents(self, images: Tensor, keys: list[str], *, seed: int = 0) -> Tensor:
+        """The draws from q(z | x), (N, c, h, w), that `bound` makes for uint8 images (N, C, H, W) of these keys."""
+        noise = torch.stack([torch.randn(self.latent_shape, generator=generator(seed, "bound", key)) for key in keys])
+        return self.encode(images).sample(noise.to(self.device))
 
     @property
     def _affine(self) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Pictures that go into a README or a report. Same input, same bytes: no dates, no version of the writer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import cycle
 from os import PathLike
@@ -184,6 +184,35 @@ def channel_bars(
     _dress(axes, title, "latent channel", y_label)
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     axes.grid(False, axis="x")
+    _save(figure, path)
+
+
+@matplotlib.rc_context(matplotlib.rcParamsDefault)
+def traces(values: np.ndarray, path: str | PathLike[str], *, title: str, y_label: str) -> None:
+    """Write `values` (chains, draws, quantities) against the draws as one PNG: a panel for each quantity."""
+    count = values.shape[2]
+    figure = Figure(figsize=(7.5, 1.6 * count + 0.6), layout="constrained")
+    for number, axes in enumerate(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]):
+        for chain, colour in zip(values[..., number], cycle(COLOURS), strict=False):
+            axes.plot(chain, color=colour, linewidth=1.2)
+        last = number == count - 1
+        _dress(axes, title if number == 0 else "", "draw, a line for each chain" if last else "", y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _save(figure, path)
+
+
+@matplotlib.rc_context(matplotlib.rcParamsDefault)
+def histograms(series: Mapping[str, np.ndarray], path: str | PathLike[str], *, title: str, x_label: str) -> None:
+    """Write the distributions of several sets of numbers as one PNG, on the same bins."""
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    edges = np.histogram_bin_edges(np.concatenate(list(series.values())), 50)
+    for (label, values), colour in zip(series.items(), cycle(COLOURS), strict=False):
+        counts, _ = np.histogram(values, edges)
+        axes.stairs(counts, edges, color=colour, fill=True, alpha=0.35)
+        axes.stairs(counts, edges, color=colour, linewidth=1.4, label=label)
+    _dress(axes, title, x_label, "images")
+    axes.legend(frameon=False)
     _save(figure, path)
 
 

@@ -121,12 +121,12 @@ def work_folder(root: Path, stage: str, key: str) -> Iterator[Path]:
 
 
 class Progress:
-    """A bar with images/s and time left on a terminal; elsewhere a plain line every few seconds."""
+    """A bar with speed and time left on a terminal; elsewhere a plain line every few seconds."""
 
     INTERVAL = 5.0  # seconds between plain lines
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total = label, total
+    def __init__(self, label: str, total: int, unit: str = "images"):
+        self.label, self.total, self.unit = label, total, unit
         self._origin: tuple[float, int] | None = None  # when and where the first call found the work
         self._printed = 0.0
         self._bar: Any = None
@@ -151,10 +151,11 @@ class Progress:
         rate = (done - first) / max(now - start, 1e-9)
         note = " ".join(f"{name} {value:.4g}" for name, value in list((metrics or {}).items())[:3])
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=f"{rate:,.0f} images/s", note=note)
+            self._bar.update(self._task, completed=done, rate=f"{rate:,.0f} {self.unit}/s", note=note)
             if done >= self.total:
                 self._bar.stop()
         elif now - self._printed >= self.INTERVAL or done >= self.total:
             self._printed = now
             left = (self.total - done) / max(rate, 1e-9)
-            print(f"{self.label}: {done:,}/{self.total:,} images  {rate:,.0f} images/s  {left:.0f} s left  {note}", flush=True)
+            where = f"{done:,}/{self.total:,} {self.unit}  {rate:,.0f} {self.unit}/s"
+            print(f"{self.label}: {where}  {left:.0f} s left  {note}", flush=True)

@@ -1,0 +1,29 @@
+"""Whether chains have converged, by ArviZ."""
+
+import numpy as np
+from pandas import DataFrame
+
+RHAT, ESS = 1.01, 400.0  # what Vehtari et al. 2021 ask for
+
+
+def convergence(values: np.ndarray) -> DataFrame:
+    """Rank-normalised split R-hat and bulk effective sample size of each quantity in `values` (chains, draws, quantities).
+
+    (Vehtari et al. 2021.) Columns `rhat`, `ess`. Quantities that are functions of a model's outputs say more than weights, which
+    networks have many equivalent settings of. Fewer than 4 draws a chain give NaN.
+    """
+    import arviz  # here: it takes a second, and most stages need none of it
+
+    data = arviz.convert_to_dataset({"value": values})
+    return DataFrame({name: np.ravel(getattr(arviz, name)(data)["value"]) for name in ("rhat", "ess")})
+
+
+def warnings(found: DataFrame) -> list[str]:
+    """Why the draws must not be taken for independent samples of one distribution, a sentence each."""
+    rhat, ess = float(found.rhat.max()), float(found.ess.min())
+    said = []
+    if not rhat <= RHAT:
+        said.append(f"R-hat is {rhat:.3g} where it should be {RHAT} at most: the chains have not mixed, take more steps")
+    if not ess >= ESS:
+        said.append(f"the effective sample size is {ess:.0f} where {ESS:.0f} are asked for: take more steps")
+    return said

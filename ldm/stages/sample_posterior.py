@@ -1,0 +1,282 @@
+"""Sample the posterior of weights of the trained decoder, and measure what an average over the samples is good for.
+
+The posterior is that of the decoder's part θ given the training images and one draw of latents from q(z | x) for each, all other
+weights being as trained: U(θ) = -log prior(θ) - Σ log p(x | z, θ). Chains start from the trained weights, which are also the
+centre of control variates, without which a step that is small enough for the gradients' noise would get nowhere.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from ldm.bayes.chains import Chains, Loss, control_variates
+from ldm.bayes.likelihoods import to_float, to_uint8
+from ldm.bayes.predictive import DecoderPosterior
+from ldm.bayes.sgld import SGHMC, SGLD, check_deterministic
+from ldm.bayes.step_size import StepSize, find_step_size
+from ldm.config import Posterior, load_settings
+from ldm.data.reader import ShardReader
+from ldm.errors import InputError
+from ldm.evaluation import convergence
+from ldm.evaluation.plots import histograms, image_grid, traces
+from ldm.hashing import canonical_json, folder_hash
+from ldm.model import LatentDiffusion
+from ldm.nets.blocks import network_hash
+from ldm.randomness import generator, seed_for
+from ldm.stages.inputs import index_hash, stage_shards
+from ldm.stages.runtime import Progress, set_up, stage_main, stop_at_checkpoint, work_folder, work_key
+from ldm.tracking import stage_run
+from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
+
+CHECKPOINT_STEPS = 50
+TRACED = 4  # held-out images whose log-likelihood is drawn against the draws
+SHOWN = 8  # images in a row
+BATCH = 64  # images measured at once
+
+Metrics = dict[str, Any]
+
+
+class Decoding:
+    """The decoder as a likelihood: the mean -log p(x | z, θ) of a minibatch, in nats an image."""
+
+    def __init__(self, model: LatentDiffusion, train: ShardReader, part: tuple[str, ...] | None, seed: int) -> None:
+        # GroupNorm's backward in channels-last crashes (torch 2.13) where it is not asked for every gradient.
+        model.autoencoder.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        check_deterministic(model.autoencoder)
+        self.model, self.train, self.seed = model, train, seed
+        self.start = chosen(model.autoencoder.decoder, part)
+
+    def loss(self, weights: dict[str, Tensor], h: Tensor, x: Tensor) -> Tensor:
+        output = torch.func.functional_call(self.model.autoencoder.decoder, weights, (h,))
+        return -self.model.likelihood.log_prob(x, output).flatten(1).sum(1).mean()
+
+    def data(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """What the decoder gets and has to give back for training images, of whose latents each has one draw for good."""
+        x = to_float(self.train.images(numbers)).to(self.model.device)
+        rngs = [generator(self.seed, "posterior latents", number) for number in numbers]
+        noise = torch.stack([torch.randn(self.model.latent_shape, generator=rng) for rng in rngs]).to(x.device)
+        with torch.no_grad():
+            return self.model.autoencoder.post_quant_conv(self.model.autoencoder.encode(x).sample(noise)), x
+
+    def batches(self, size: int, purpose: str, step: int, chains: int) -> tuple[Tensor, Tensor]:
+        """Minibatches of images drawn with replacement, one for each chain: (chains, size, …) each."""
+        drawn = torch.randint(len(self.train), (chains, size), generator=generator(self.seed, purpose, step))
+        parts = [self.data(numbers) for numbers in drawn.tolist()]
+        return torch.stack([h for h, _ in parts]), torch.stack([x for _, x in parts])
+
+
+def chosen(decoder: torch.nn.Module, part: tuple[str, ...] | None) -> dict[str, Tensor]:
+    """The weights by name of modules of the decoder; by default of its last block and all that follows."""
+    modules = [name for name, _ in decoder.named_modules() if name]
+    last = max(name for name in modules if name.startswith("up_blocks.") and name.count(".") == 1)
+    names = part or (last, "conv_norm_out", "conv_out")
+    for name in names:
+        if name not in modules:
+            known = sorted({module for module in modules if module.count(".") < 2})
+            raise InputError(f"posterior.part: the decoder has no {name!r}; it has {', '.join(known)}, and what is in them")
+    weights = dict(decoder.named_parameters())
+    return {key: value.detach() for key, value in weights.items() if f"{key}.".startswith(tuple(f"{name}." for name in names))}
+
+
+def step_sizes(options: Posterior, decoding: Decoding, loss: Loss, weights: dict[str, Tensor], friction: float) -> StepSize:
+    """What limits the step size at `weights`."""
+    names, leaves = list(weights), [value.detach().clone().requires_grad_() for value in weights.values()]
+
+    def minibatch(i: int) -> Tensor:
+        h, x = decoding.batches(options.batch_size, "step size", i, 1)
+        return loss(dict(zip(names, leaves, strict=True)), h[0], x[0])
+
+    about: dict[str, Any] = {"num_data": len(decoding.train), "prior_precision": options.prior_precision}
+    return find_step_size(minibatch, leaves, **about, friction=friction, seed=decoding.seed)
+
+
+def sample(chains: Chains, batch: Callable[[int], tuple[Tensor, ...]], steps: int, store: CheckpointStore, name: str) -> None:
+    """Take what is left of `steps`, from the last checkpoint on."""
+    if found := store.load():
+        tensors, state = found
+        chains.load_state_dict(tensors, state["images_seen"])
+        of_optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        load_optimizer_tensors(chains.optimizer, of_optimizer)
+    progress = Progress(name, steps, "steps")
+    progress(chains.done)
+    with stop_at_checkpoint() as should_stop:
+        while chains.done < steps:
+            losses = chains.step(*batch(chains.done))
+            stop = should_stop()
+            if (stop or chains.done % CHECKPOINT_STEPS == 0) and chains.done < steps:
+                optimizer = {f"optimizer.{k}": v for k, v in optimizer_tensors(chains.optimizer).items()}
+                store.save({**chains.state_dict(), **optimizer}, {"images_seen": chains.done})
+            if not torch.isfinite(losses).all():
+                raise InputError(f"{name}: the chains diverged at step {chains.done}; set a smaller posterior.lr, or null")
+            if stop:
+                raise KeyboardInterrupt(f"stopped at a checkpoint after {chains.done} steps")
+            progress(chains.done, {"loss": float(losses.mean())})
+
+
+def run(root: Path, sampler: str) -> None:
+    settings = load_settings(root)
+    options, seed = settings.posterior, settings.seed
+    device = set_up(settings.deterministic)
+    train, test = (stage_shards(root, split) for split in ("train", "test"))
+    model = LatentDiffusion.load(root / "models/ldm", device)
+    inputs = {"model": folder_hash(root / "models/ldm"), "shards": index_hash(train)}
+    params = {"sampler": sampler, "seed": seed, "deterministic": settings.deterministic, **options.model_dump()}
+    key = work_key("sample_posterior", params, inputs)
+    with work_folder(root, "sample_posterior", key) as folder, stage_run(f"sample_posterior_{sampler}", params, key) as tracker:
+        store = CheckpointStore(folder / "checkpoint")
+        chains, found = draw(options, sampler, Decoding(model, train, options.part, seed), store)
+        posterior = DecoderPosterior(model.autoencoder, model.likelihood, chains.draws())
+        plots = root / "reports/posterior" / sampler
+        shutil.rmtree(plots, ignore_errors=True)
+        plots.mkdir(parents=True)
+        more, scores = separated(posterior, test, seed, plots)
+        metrics = found | averaged(root, model, posterior, test, seed, plots) | more
+        metrics |= mapped(model, posterior, test, seed_for(seed, "posterior"), plots)
+        write(root, sampler, posterior, scores, metrics)
+        tracker.log({name: value for name, value in metrics.items() if isinstance(value, int | float)}, 0)
+        tracker.artifact(plots, "plots")
+        store.clear()
+    for warning in (*metrics["step_size_warnings"], *metrics["convergence_warnings"]):
+        print(f"sample_posterior: warning: {warning}", flush=True)
+    before, after, gain, error = (metrics[n] for n in ("bits_per_dim", "average_bits_per_dim", "gain_nats", "gain_nats_se"))
+    print(f"sample_posterior: {before:.4f} bits/dim as trained, {after:.4f} averaged (by {gain:.2f} ± {error:.2f} nats an image)")
+
+
+def draw(options: Posterior, sampler: str, decoding: Decoding, store: CheckpointStore) -> tuple[Chains, Metrics]:
+    """The chains at their end, and what their step size does."""
+    friction = options.friction if sampler == "sghmc" else 1.0
+    parts = torch.arange(len(decoding.train)).split(options.batch_size)
+    loss = control_variates(decoding.loss, decoding.start, (decoding.data(part.tolist()) for part in parts))
+    lr = options.lr or step_sizes(options, decoding, loss, decoding.start, friction).recommended()
+    common: dict[str, Any] = {"lr": lr, "num_data": len(decoding.train), "prior_precision": options.prior_precision}
+    common |= {"temperature": options.temperature, "seed": seed_for(decoding.seed, "posterior", sampler)}
+    chains = Chains(
+        loss,
+        {name: value.expand(options.chains, *value.shape) for name, value in decoding.start.items()},
+        partial(SGHMC, **common, friction=friction) if sampler == "sghmc" else partial(SGLD, **common),
+        burn_in=options.burn_in,
+        thin=options.thin,
+        vectorized=decoding.model.device.type != "cpu",  # there grouped convolutions are slower than one after the other
+    )
+    batch = partial(decoding.batches, options.batch_size, "posterior", chains=options.chains)
+    sample(chains, batch, options.burn_in + options.thin * options.draws, store, f"sample_posterior: {sampler}")
+    last = {name: value[0] for name, value in chains.parameters.items()}  # where gradients are noisier than at the centre
+    limits = step_sizes(options, decoding, loss, last, friction)
+    return chains, {
+        "sampler": sampler,
+        "weights": sum(value.numel() for value in decoding.start.values()),
+        "lr": lr,
+        "lr_recommended": limits.recommended(),
+        "contraction": limits.contraction(lr),
+        "noise_ratio": limits.noise_ratio(lr),
+        "inflation": limits.inflation(lr),
+        "step_size_warnings": limits.warnings(lr, options.temperature),
+    }
+
+
+def averaged(
+    root: Path, model: LatentDiffusion, posterior: DecoderPosterior, test: ShardReader, seed: int, plots: Path
+) -> Metrics:
+    """Bits/dim of the whole system on the test images, of the trained weights and of the average, and whether chains converged.
+
+    Of the bound's three terms only the reconstruction depends on the decoder: the others are those of the evaluation.
+    """
+    bounds = pd.read_csv(root / "reports/bounds.csv")
+    trained, draws = [], []
+    for rows in np.split(np.arange(len(test)), range(BATCH, len(test), BATCH)):
+        images = torch.from_numpy(test.images(rows))
+        z = model.bound_latents(images, test.captions.key.iloc[rows].tolist(), seed=seed)
+        x = to_float(images).to(model.device)
+        with torch.no_grad():
+            trained.append(model.likelihood.log_prob(x, model.autoencoder.decode(z)).double().flatten(1).sum(1).cpu())
+        draws.append(posterior.log_prob(x, z))
+    single, each = torch.cat(trained).numpy(), torch.cat(draws, 1)
+    if bounds.key.tolist() != test.captions.key.tolist() or not np.allclose(bounds.reconstruction, single, rtol=1e-4, atol=0.1):
+        raise InputError(f"{root / 'reports/bounds.csv'}: is not of this model and these test images; run `dvc repro evaluate`")
+    gain, to_bits = posterior.average(each).numpy() - single, 1 / (bounds.dims * np.log(2))
+    chains = posterior.draws.count // len(posterior.draws.weights)
+    values = each.view(chains, -1, each.shape[1]).numpy()
+    found = convergence.convergence(values)
+    traces(values[..., :TRACED], plots / "traces.png", title="log p(x | z, θ) of held-out images", y_label="nats")
+    return {
+        "bits_per_dim": float((-bounds.nats * to_bits).mean()),
+        "average_bits_per_dim": float((-(bounds.nats + gain) * to_bits).mean()),
+        "draw_bits_per_dim": float((-(bounds.nats + each.mean(0).numpy() - single) * to_bits).mean()),
+        "gain_nats": float(gain.mean()),
+        "gain_nats_se": float(gain.std(ddof=1) / np.sqrt(len(gain))),
+        "draws": posterior.draws.count,
+        "rhat": float(found.rhat.max()),
+        "ess": float(found.ess.min()),
+        "convergence_warnings": convergence.warnings(found),
+    }
+
+
+def mapped(model: LatentDiffusion, posterior: DecoderPosterior, test: ShardReader, seed: int, plots: Path) -> Metrics:
+    """Maps of the uncertainty of every pixel, of reconstructions and of samples; how it goes along with squared errors."""
+    spreads, errors = [], []
+    shown: list[Tensor] = []
+    for rows in np.split(np.arange(len(test)), range(BATCH, len(test), BATCH)):
+        images = torch.from_numpy(test.images(rows))
+        mean, std = posterior.uncertainty(model.encode(images).mean)
+        error = (mean.cpu() - to_float(images)).square()
+        spreads.append(std.cpu().numpy())
+        errors.append(error.numpy())
+        shown = shown or [images[:SHOWN], to_uint8(mean[:SHOWN]).cpu(), heat(std[:SHOWN]), heat(error[:SHOWN].sqrt())]
+    image_grid(
+        torch.cat(shown).numpy(), len(shown[0]), plots / "reconstructions.png",
+        row_labels=["real", "given back, mean", "its deviation", "error, absolute"],
+    )  # fmt: skip
+    texts = test.captions.text.drop_duplicates().head(SHOWN).tolist()
+    mean, std = posterior.uncertainty(model.sample_latents(texts, seed=seed))
+    pictures = torch.cat([to_uint8(mean).cpu(), heat(std)]).numpy()
+    image_grid(pictures, len(texts), plots / "samples.png", row_labels=["mean", "its deviation"])
+    correlation = spearmanr(np.concatenate(spreads).ravel(), np.concatenate(errors).ravel()).statistic
+    return {"uncertainty_error_rank_correlation": float(correlation)}
+
+
+def heat(values: Tensor) -> Tensor:
+    """Non-negative values (B, C, H, W) as uint8, white the largest of each image."""
+    most = values.flatten(1).amax(1).clamp(min=1e-12).view(-1, 1, 1, 1)
+    return (values / most * 255).round().to(torch.uint8).cpu()
+
+
+def separated(posterior: DecoderPosterior, test: ShardReader, seed: int, plots: Path) -> tuple[Metrics, pd.DataFrame]:
+    """Scores of the test images, and how well they tell them from images that were turned, inverted, or are noise (AUROC)."""
+    images = torch.from_numpy(test.images(range(len(test))))
+    noise = torch.randint(0, 256, images.shape, generator=generator(seed, "posterior noise")).to(torch.uint8)
+    others = {"rotated": images.rot90(1, (2, 3)), "inverted": 255 - images, "noise": noise}
+    device = posterior.likelihood.log_scale.device
+    scores = {name: scored(posterior, pixels, device) for name, pixels in {"held out": images, **others}.items()}
+    histograms({name: np.log10(values) for name, values in scores.items()}, plots / "scores.png",
+              title="Spread of the bound over posterior samples", x_label="log10 of nats")  # fmt: skip
+    labels = np.repeat([0, 1], len(test))
+    areas = {f"ood_auroc_{name}": float(roc_auc_score(labels, np.append(scores["held out"], scores[name]))) for name in others}
+    return areas, pd.DataFrame({"key": test.captions.key, "score": scores["held out"]})
+
+
+def scored(posterior: DecoderPosterior, images: Tensor, device: torch.device) -> np.ndarray:
+    return torch.cat([posterior.score(to_float(part).to(device)) for part in images.split(BATCH)]).numpy()
+
+
+def write(root: Path, sampler: str, posterior: DecoderPosterior, scores: pd.DataFrame, metrics: Metrics) -> None:
+    folder = root / "models/posterior" / sampler
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    about = {"autoencoder": network_hash(root / "models/ldm/autoencoder"), "sampler": sampler}
+    posterior.draws.save(folder / "samples.safetensors", about)
+    scores.to_csv(folder / "scores.csv", index=False)
+    (root / f"reports/posterior/{sampler}.json").write_text(canonical_json(metrics))
+
+
+if __name__ == "__main__":
+    stage_main("sample_posterior", partial(run, sampler=sys.argv[1]))
