@@ -115,7 +115,8 @@ MISTAKES = {
     "N/n missing": ("SGLD", 'alpha=scale * group["num_data"])', "alpha=scale)"),
     "preconditioned noise unscaled": ("PSGLD", "mul_(noise, torch._foreach_sqrt(roots))", "mul_(noise, roots)"),
     "noise preconditioned like the drift": ("PSGLD", "torch._foreach_mul_(noise, torch._foreach_sqrt(roots))", "pass"),
-    "prior left out": ("SGLD", "precision and group", "False and group"),
+    "prior left out": ("SGLD", 'precision = group["prior_precision"]', "precision = 0.0"),
+    "Gaussian prior as Laplace": ("SGLD", "precision and group", "False and group"),
     "prior as weight decay of the mean loss": (
         "SGLD", "params, alpha=scale * precision)", 'params, alpha=scale * precision * group["num_data"])',
     ),
