@@ -49,6 +49,8 @@ class Draws:
                 about = json.loads(file.metadata()["about"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             weights = tensors.pop("weights")
+            if not tensors or any(value.shape[1:2] != weights.shape for value in tensors.values()):
+                raise ValueError("no draws for its weights")
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; the stage sample_posterior writes it") from None
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -234,6 +234,14 @@ class PSGLD(Sampler):
         own = {"alpha": alpha, "eps": eps, "adaptation_steps": adaptation_steps}
         super().__init__(params, lr, num_data, prior_precision, prior, temperature, seed, **own)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        alpha, eps, steps = (self.param_groups[-1][name] for name in ("alpha", "eps", "adaptation_steps"))
+        if not (0 <= alpha < 1 and eps > 0 and (steps is None or steps >= 1)):
+            raise InputError(
+                f"alpha {alpha}, eps {eps}, adaptation_steps {steps}: expected 0 or more and below 1, more than 0, and 1 or more"
+            )
+
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
         params, alpha = group["params"], group["alpha"]
         step, last = int(self.state[params[0]]["step"]), group["adaptation_steps"]
@@ -272,9 +280,13 @@ class SGHMC(Sampler):
         seed: int | None = None,
         friction: float = 0.1,
     ) -> None:
+        super().__init__(params, lr, num_data, prior_precision, prior, temperature, seed, friction=friction)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        friction = self.param_groups[-1]["friction"]
         if not 0 < friction <= 1:
             raise InputError(f"friction {friction}: expected more than 0, and 1 (which is SGLD) at most")
-        super().__init__(params, lr, num_data, prior_precision, prior, temperature, seed, friction=friction)
 
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
         params = group["params"]
@@ -291,7 +303,8 @@ SAMPLERS = {"sgld": SGLD, "psgld": PSGLD, "sghmc": SGHMC}
 def check_deterministic(module: nn.Module) -> None:
     """Raise an `InputError` where the loss of a module is not a function of its weights and data: dropout, batch statistics."""
     for name, part in module.named_modules():
-        random = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
+        rate = getattr(part, "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout", 0)  # of nn.LSTM and others
+        random = isinstance(rate, int | float) and rate > 0
         if part.training and (random or isinstance(part, nn.modules.batchnorm._BatchNorm)):
             raise InputError(
                 f"{name} ({type(part).__name__}) is in training mode, so the loss is random: call eval() on the model"

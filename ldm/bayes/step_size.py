@@ -83,7 +83,7 @@ def find_step_size(
         raise InputError(f"minibatches {minibatches}: a variance takes 2 or more")
 
     def gradient(i: int, graph: bool = False) -> list[Tensor]:
-        return [g * num_data for g in torch.autograd.grad(loss(i), params, create_graph=graph)]
+        return [g * num_data for g in torch.autograd.grad(loss(i), params, create_graph=graph, materialize_grads=True)]
 
     def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
         return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
@@ -98,8 +98,10 @@ def find_step_size(
         direction = [d / norm for d in direction]
         product = [prior_precision * d for d in direction]
         for i in range(few):
-            bent = torch.autograd.grad(dot(gradient(i, graph=True), direction), params)
-            torch._foreach_add_(product, bent, alpha=1 / few)
+            slope = dot(gradient(i, graph=True), direction)
+            if slope.requires_grad:  # else the loss is linear
+                bent = torch.autograd.grad(slope, params, materialize_grads=True)
+                torch._foreach_add_(product, bent, alpha=1 / few)
         curvature, unit, direction = dot(product, direction), direction, product
     gradients = [gradient(i) for i in range(minibatches)]
     along = torch.stack([dot(g, unit) for g in gradients]).var()
