@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from ldm.errors import InputError
 from ldm.randomness import fill_normal
 
 TOLERANCE = 0.05  # of a posterior variance
-ITERATIONS = 15  # of the power method
+ITERATIONS = 20  # of the power method at most
+CONVERGED = 1e-3  # relative change of the eigenvalue
 CURVATURE_MINIBATCHES = 4  # a curvature varies less between minibatches than gradients do, and costs more
 
 
@@ -23,6 +24,7 @@ class StepSize:
     gradient_noise: float  # V, variance of the gradient of U over minibatches
     mean_gradient_noise: float  # the same, of the average parameter
     friction: float = 1.0  # of SGHMC; 1 is SGLD
+    direction: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)  # of unit length, as the parameters
 
     def contraction(self, lr: float) -> float:
         """What the drift leaves of a deviation in one step (of SGLD), 1 - εa/2: below -1 the chain diverges."""
@@ -73,11 +75,13 @@ def find_step_size(
     minibatches: int = 16,
     friction: float = 1.0,
     seed: int = 0,
+    nearby: StepSize | None = None,
 ) -> StepSize:
     """Measure curvature and gradient noise at the present weights. `loss(i)` is the mean loss of minibatch i.
 
-    The curvature is the Hessian's eigenvalue of largest size over the first minibatches together (power method on Hessian-vector
-    products), and the noise the variance of all their gradients along its eigenvector. A Laplace prior bends nowhere.
+    The curvature is the Hessian's eigenvalue of largest size over the first minibatches together, and the noise the variance of
+    all their gradients along its eigenvector. A Laplace prior bends nowhere. What was measured `nearby` saves the curvature, and
+    only the noise is measured anew.
     """
     if minibatches < 2:
         raise InputError(f"minibatches {minibatches}: a variance takes 2 or more")
@@ -85,25 +89,38 @@ def find_step_size(
     def gradient(i: int, graph: bool = False) -> list[Tensor]:
         return [g * num_data for g in torch.autograd.grad(loss(i), params, create_graph=graph, materialize_grads=True)]
 
-    def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-        return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+    def bend(direction: list[Tensor]) -> list[Tensor]:
+        """The Hessian of U times a vector."""
+        product, few = [prior_precision * d for d in direction], min(CURVATURE_MINIBATCHES, minibatches)
+        for i in range(few):
+            slope = _dot(gradient(i, graph=True), direction)
+            if slope.requires_grad:  # else the loss is linear
+                torch._foreach_add_(product, torch.autograd.grad(slope, params, materialize_grads=True), alpha=1 / few)
+        return product
 
+    curvature, unit = (nearby.curvature, list(nearby.direction)) if nearby else _largest(bend, params, seed)
+    gradients = [gradient(i) for i in range(minibatches)]
+    along = torch.stack([_dot(g, unit) for g in gradients]).var()
+    each = torch.stack([torch.stack(parts).double().var(0).sum() for parts in zip(*gradients, strict=True)]).sum()
+    return StepSize(abs(curvature), float(along), float(each) / sum(p.numel() for p in params), friction, tuple(unit))
+
+
+def _largest(bend: Callable[[list[Tensor]], list[Tensor]], params: list[Tensor], seed: int) -> tuple[float, list[Tensor]]:
+    """The eigenvalue of largest size of the symmetric matrix that `bend` multiplies by, and its eigenvector (power method)."""
     flat = fill_normal(torch.empty(sum(p.numel() for p in params), device=params[0].device), seed, "step size")
-    direction = [part.view(p.shape).to(p.dtype) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
-    curvature, few = torch.zeros(()), min(CURVATURE_MINIBATCHES, minibatches)
+    vector = [part.view(p.shape).to(p.dtype) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+    found = 0.0
     for _ in range(ITERATIONS):
-        norm = dot(direction, direction).sqrt()
+        norm = _dot(vector, vector).sqrt()
         if norm == 0:
             break
-        direction = [d / norm for d in direction]
-        product = [prior_precision * d for d in direction]
-        for i in range(few):
-            slope = dot(gradient(i, graph=True), direction)
-            if slope.requires_grad:  # else the loss is linear
-                bent = torch.autograd.grad(slope, params, materialize_grads=True)
-                torch._foreach_add_(product, bent, alpha=1 / few)
-        curvature, unit, direction = dot(product, direction), direction, product
-    gradients = [gradient(i) for i in range(minibatches)]
-    along = torch.stack([dot(g, unit) for g in gradients]).var()
-    each = torch.stack([torch.stack(parts).double().var(0).sum() for parts in zip(*gradients, strict=True)]).sum()
-    return StepSize(abs(float(curvature)), float(along), float(each) / flat.numel(), friction)
+        unit = [v / norm for v in vector]
+        vector = bend(unit)
+        before, found = found, float(_dot(vector, unit))
+        if abs(found - before) <= CONVERGED * abs(found):
+            break
+    return found, unit
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()

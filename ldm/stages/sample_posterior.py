@@ -88,7 +88,14 @@ def chosen(decoder: torch.nn.Module, part: tuple[str, ...] | None) -> dict[str, 
     return {key: value.detach() for key, value in weights.items() if f"{key}.".startswith(tuple(f"{name}." for name in names))}
 
 
-def step_sizes(options: Posterior, decoding: Decoding, loss: Loss, weights: dict[str, Tensor], friction: float) -> StepSize:
+def step_sizes(
+    options: Posterior,
+    decoding: Decoding,
+    loss: Loss,
+    weights: dict[str, Tensor],
+    friction: float,
+    nearby: StepSize | None = None,
+) -> StepSize:
     """What limits the step size at `weights`."""
     names, leaves = list(weights), [value.detach().clone().requires_grad_() for value in weights.values()]
 
@@ -97,7 +104,7 @@ def step_sizes(options: Posterior, decoding: Decoding, loss: Loss, weights: dict
         return loss(dict(zip(names, leaves, strict=True)), h[0], x[0])
 
     about: dict[str, Any] = {"num_data": len(decoding.train), "prior_precision": options.prior_precision}
-    return find_step_size(minibatch, leaves, **about, friction=friction, seed=decoding.seed)
+    return find_step_size(minibatch, leaves, **about, friction=friction, seed=decoding.seed, nearby=nearby)
 
 
 def sample(chains: Chains, batch: Callable[[int], tuple[Tensor, ...]], steps: int, store: CheckpointStore, name: str) -> None:
@@ -157,7 +164,8 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     friction = options.friction if sampler == "sghmc" else 1.0
     parts = torch.arange(len(decoding.train)).split(options.batch_size)
     loss = control_variates(decoding.loss, decoding.start, (decoding.data(part.tolist()) for part in parts))
-    lr = options.lr or step_sizes(options, decoding, loss, decoding.start, friction).recommended()
+    before = step_sizes(options, decoding, loss, decoding.start, friction)
+    lr = options.lr or before.recommended()
     common: dict[str, Any] = {"lr": lr, "num_data": len(decoding.train), "prior_precision": options.prior_precision}
     common |= {"temperature": options.temperature, "seed": seed_for(decoding.seed, "posterior", sampler)}
     chains = Chains(
@@ -171,7 +179,7 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     batch = partial(decoding.batches, options.batch_size, "posterior", chains=options.chains)
     sample(chains, batch, options.burn_in + options.thin * options.draws, store, f"sample_posterior: {sampler}")
     last = {name: value[0] for name, value in chains.parameters.items()}  # where gradients are noisier than at the centre
-    limits = step_sizes(options, decoding, loss, last, friction)
+    limits = step_sizes(options, decoding, loss, last, friction, before)
     return chains, {
         "sampler": sampler,
         "weights": sum(value.numel() for value in decoding.start.values()),
