@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
 
 TARGET = "evaluate"  # the last stage; registration is a side effect, so DVC does not know of it
+OPTIONAL = "sample_posterior@"  # stages that params.yaml asks for
 STARTED = time.monotonic()
 
 
@@ -55,6 +56,23 @@ def ingest(root: str, inbox: str) -> Ingested:
     for line in ingested.lines():
         get_run_logger().info("%s", line, extra=PLAIN)
     return ingested
+
+
+@task(cache_policy=NO_CACHE)
+def check_drift(root: str, batch: str) -> str:
+    """Warn where new images are unlike those of the model so far; they are taken in all the same: see `ldm.drift`."""
+    from ldm.drift import drift  # loads torch, which the flow does without where there is no posterior
+
+    logger = get_run_logger()
+    try:
+        found = drift(Path(root), Path(root, batch))
+    except InputError as error:  # no reason to stop: the images are versioned already
+        logger.warning("drift: not checked: %s", error, extra=PLAIN)
+        return "not checked"
+    if found.drifted:
+        for line in found.lines():
+            logger.warning("%s", line, extra=PLAIN)
+    return found.verdict
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=_mendable, retry_delay_seconds=2)
@@ -93,7 +111,9 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
     """Take in what is new in `inbox`, bring every stage up to date, register the model, let the gate decide, set the aliases."""
     folder = Path(root).resolve()
     settings = load_settings(folder)
-    stages = ancestors(read_graph(folder), TARGET)
+    graph = read_graph(folder)
+    stages = ancestors(graph, TARGET, *(stage.name for stage in graph if stage.name.startswith(OPTIONAL)))
+    notes: list[tuple[str, str]] = []
     tracking.use_default_store(folder)
     with _alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
         steps = [Step("start", "", time.monotonic() - STARTED)]
@@ -101,6 +121,8 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
             start = time.monotonic()
             batch = ingest(str(folder), inbox).batch
             steps.append(Step("ingest", "executed" if batch else "cached", time.monotonic() - start))
+            if batch and (folder / "models/posterior").is_dir():  # of the last run
+                notes.append(("new images", check_drift(str(folder), batch)))
             _check_data(folder, settings)
         steps += _run_stages(folder, stages, run.id)
         if (folder / "data/latents/manifest.json").is_file():
@@ -114,7 +136,7 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
         steps.append(Step("gate", "executed" if decision.n else "cached", time.monotonic() - start))
     champions = [v for v in registry.find({}, settings.registry.name) if "champion" in v.aliases]
     champion = champions[0].version if champions else None  # none, where the first model's bound is not finite
-    summary = summarise(folder, settings, steps, registered, decision, champion)
+    summary = summarise(folder, settings, steps, registered, decision, champion, notes)
     create_markdown_artifact(markdown(summary, folder), key="ldm-pipeline-summary")
     for what, value in summary.results:
         get_run_logger().info("%s: %s", what, value)  # for the logs of scheduled runs

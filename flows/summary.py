@@ -36,7 +36,13 @@ class Summary:
 
 
 def summarise(
-    root: Path, settings: Settings, steps: list[Step], registered: "Registered", decision: "Decision", champion: int | None
+    root: Path,
+    settings: Settings,
+    steps: list[Step],
+    registered: "Registered",
+    decision: "Decision",
+    champion: int | None,
+    notes: list[tuple[str, str]],
 ) -> Summary:
     name = settings.registry.name
     metrics = json.loads((root / "reports/metrics.json").read_text(encoding="utf-8"))
@@ -44,7 +50,13 @@ def summarise(
     verdict = "promoted" if decision.promote else "not promoted"
     if champion == registered.version and not decision.promote:
         verdict = "champion"
-    results = [*_quality(metrics), ("model", model), ("gate", f"{verdict}: {decision.reason}")]
+    results = [
+        *_quality(metrics),
+        *_posteriors(root, settings),
+        *notes,
+        ("model", model),
+        ("gate", f"{verdict}: {decision.reason}"),
+    ]
     places = [("samples", GRID), ("report", REPORT), ("decision", DECISION)]
     prompt = first_caption(root / "data/shards") or "…"
     commands = (
@@ -125,6 +137,17 @@ def _quality(metrics: dict[str, float | str]) -> list[tuple[str, str]]:
     if "prompt_accuracy" in metrics:
         unseen = f", unseen phrasings {number('unseen_prompt_accuracy'):.1%}" if "unseen_prompt_accuracy" in metrics else ""
         lines.append(("prompts read", f"{number('prompt_accuracy'):.1%}{unseen}"))
+    return lines
+
+
+def _posteriors(root: Path, settings: Settings) -> list[tuple[str, str]]:
+    """What the average over posterior samples gained, a line for each sampler."""
+    lines = []
+    for sampler in settings.sample_posterior:
+        found = json.loads((root / f"reports/posterior/{sampler}.json").read_text(encoding="utf-8"))
+        gain = f"{found['average_bits_per_dim']:.4f} bits/dim averaged over {found['draws']} samples"
+        doubts = len(found["step_size_warnings"]) + len(found["convergence_warnings"])
+        lines.append((f"posterior, {sampler}", gain + (f"; {doubts} warnings" if doubts else "")))
     return lines
 
 

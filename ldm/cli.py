@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-app.add_typer(data_app, name="data", help="Images and shards: check, stats, ingest, purge.")
+app.add_typer(data_app, name="data", help="Images and shards: check, stats, drift, ingest, purge.")
 autoencoder_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(autoencoder_app, name="autoencoder", help="A model's autoencoder alone: sample, reconstruct, traverse.")
 registry_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
@@ -272,6 +272,27 @@ def stats(
     if len(found.sheet):
         image_grid(found.sheet, min(8, len(found.sheet)), sheet)
         print(f"{'sheet':<12}{sheet}")
+
+
+@data_app.command("drift")
+def drift_of(
+    folder: Annotated[Path, typer.Argument(help="Images, with captions or without.")],
+    sampler: Annotated[str | None, typer.Option(help="Whose posterior samples score them: sgld or sghmc.")] = None,
+) -> None:
+    """Are new images like those that the model was trained on? Exit code 1 where they are not.
+
+    Each is scored by how much its bound varies over posterior samples of the decoder's weights, beside the test images.
+    The samples are those of the stage sample_posterior: set `sample_posterior: [sgld]` in params.yaml and run the pipeline.
+
+    Example: `ldm data drift ~/inbox`
+    """
+    from ldm.drift import drift
+
+    found = drift(_root(), folder, sampler)
+    for line in found.lines():
+        print(line)
+    if found.drifted:
+        raise typer.Exit(1)
 
 
 @data_app.command("ingest")

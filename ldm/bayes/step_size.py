@@ -12,7 +12,7 @@ from ldm.randomness import fill_normal
 
 TOLERANCE = 0.05  # of a posterior variance
 ITERATIONS = 20  # of the power method at most
-CONVERGED = 1e-3  # relative change of the eigenvalue
+CONVERGED = 1e-4  # relative change of the eigenvalue
 CURVATURE_MINIBATCHES = 4  # a curvature varies less between minibatches than gradients do, and costs more
 
 

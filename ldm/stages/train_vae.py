@@ -23,7 +23,7 @@ from ldm.stages.inputs import index_hash, stage_shards
 from ldm.stages.runtime import set_up, stage_main
 from ldm.stages.training import training, write_curve
 from ldm.training.adversarial import AdversarialObjective, Adversary
-from ldm.training.fit import Fitted
+from ldm.training.fit import Fitted, Langevin
 from ldm.training.vae import VaeObjective, evaluate_elbo, fit_scale, summary
 
 PRETRAINED, OUT, CURVE = "models/pretrained", "models/autoencoder", "reports/curves/train_vae.csv"
@@ -115,6 +115,14 @@ def objective(
     return AdversarialObjective(autoencoder, likelihood, batches, options, adversary)
 
 
+def langevin(settings: Settings, train: ShardReader) -> Langevin | None:
+    """What SGLD samples, where it is the optimizer: the loss is a mean over the values of all images."""
+    if settings.autoencoder.optimizer == "adamw":
+        return None
+    values = len(train) * train.preprocessing.channels * train.preprocessing.image_size**2
+    return Langevin(values, **settings.train_vae.sgld.model_dump())
+
+
 @torch.no_grad()
 def check_fits(discriminator: PatchDiscriminator, perceptual: Perceptual, x: Tensor) -> None:
     """Raise an `InputError` where images such as x are too small for the networks that judge them."""
@@ -161,7 +169,7 @@ def run(root: Path) -> None:
             loading = {"workers": loader_workers(device.type), "rank": rank(), "ranks": ranks()}
             batches = Batches(train, settings.seed, shuffle=options.shuffle, flip=options.flip, **loading)
             loss = objective(root, settings, autoencoder, likelihood, batches, train.preprocessing.image_size)
-            fitted = work.fit(loss)
+            fitted = work.fit(loss, langevin(settings, train))
             loss.module.load_state_dict(fitted.ema)
         if not work.first:
             return

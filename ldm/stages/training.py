@@ -22,7 +22,7 @@ from ldm.nets.blocks import Pretrained
 from ldm.stages.runtime import INTERRUPTED, Progress, stop_at_checkpoint, work_folder, work_key
 from ldm.tracking import Run, stage_run
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.fit import Execution, Fitted, Objective, fit
+from ldm.training.fit import Execution, Fitted, Langevin, Objective, fit
 
 GRACE = 5.0  # seconds in which a process notices by itself that another one failed
 
@@ -31,7 +31,7 @@ GRACE = 5.0  # seconds in which a process notices by itself that another one fai
 class Training:
     """A training stage under way."""
 
-    fit: Callable[[Objective], Fitted]
+    fit: Callable[..., Fitted]  # of an objective, and of a `Langevin` or None
     tracker: Run
     first: bool  # of the processes: the one that writes
 
@@ -63,7 +63,7 @@ def training(
             tracker = held.enter_context(stage_run(stage, params, key))
         store = CheckpointStore(folder / "checkpoint")
 
-        def run(objective: Objective) -> Fitted:
+        def run(objective: Objective, langevin: Langevin | None = None) -> Fitted:
             for net in objective.module.modules():
                 if isinstance(net, Pretrained):
                     net.gradient_checkpointing = checkpointing
@@ -72,7 +72,7 @@ def training(
                 with stop_at_checkpoint() as should_stop:
                     return fit(
                         objective, options, seed=params["seed"], journal=tracker, store=store, progress=progress,
-                        should_stop=should_stop, execution=execution,
+                        should_stop=should_stop, execution=execution, langevin=langevin,
                     )  # fmt: skip
             except FloatingPointError as error:  # the same would come again: no retry helps
                 raise InputError(str(error)) from None

@@ -1,10 +1,10 @@
-"""The one training loop: AdamW, schedules counted in images, an average of the weights, exact resume."""
+"""The one training loop: AdamW or SGLD, schedules counted in images, an average of the weights, exact resume."""
 
 import contextlib
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm import distributed
+from ldm.bayes.sgld import SGLD
 from ldm.errors import InputError
 from ldm.nets.blocks import Stage
-from ldm.randomness import generator
+from ldm.randomness import generator, seed_for
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 from ldm.training.ema import Ema, global_norm
 
@@ -33,7 +34,7 @@ class Objective(Protocol):
     def module(self) -> nn.Module: ...
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """For AdamW. `lr_multiplier` scales the schedule; groups of another `player` are clipped by themselves."""
+        """For the optimizer. `lr_multiplier` scales the schedule; groups of another `player` are clipped by themselves."""
         ...
 
     def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,6 +84,15 @@ class Execution:
     shard: bool = False  # several processes hold a part of the model each, and not the whole
 
 
+@dataclass(frozen=True)
+class Langevin:
+    """Sample a posterior by SGLD instead of minimising by AdamW: the learning rate is its step size; see `ldm.bayes.sgld`."""
+
+    num_data: int  # that the loss would be a mean of if it were of all data
+    prior_precision: float
+    temperature: float
+
+
 @dataclass
 class Fitted:
     """Averaged and last weights with the module's keys, and the loss curve: a row of metrics for each logged position.
@@ -113,8 +123,12 @@ def fit(
     progress: Callable[[int, dict[str, float]], None],
     should_stop: Callable[[], bool] = lambda: False,
     execution: Execution = Execution(),
+    langevin: Langevin | None = None,
 ) -> Fitted:
     """Train `objective.module` for `schedule.images` images, resuming from `store` where it holds a checkpoint.
+
+    With `langevin` the last weights are a draw from a posterior, as far as its step size fell slowly enough, the averaged ones
+    estimate its mean, and gradients are not clipped.
 
     In a process group each process takes its share of every batch; the first one saves and logs. Raises
     `FloatingPointError` where a loss or gradient is not finite or explodes, after saving the batch, naming it and the last
@@ -124,14 +138,14 @@ def fit(
     groups = objective.parameter_groups(schedule.lr)
     multipliers = [group.pop("lr_multiplier", 1.0) for group in groups]
     players = [group.pop("player", 0) for group in groups]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True)
+    optimizer = _optimizer(groups, schedule, seed, langevin)
     ema = Ema(objective.module, schedule.ema_halflife_images)
     run = _Run(objective, optimizer, ema, journal, store)
     resumed = run.resume()
     device = next(objective.module.parameters()).device
     if not distributed.agree(resumed, device):
         raise InputError(f"{store.folder}: the processes found different checkpoints here; they have to share this folder")
-    gradients = _Gradients(loss, optimizer, players, seed, execution)
+    gradients = _Gradients(loss, optimizer, players, seed, execution, clip=langevin is None)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
     progress(resumed, {})
@@ -159,6 +173,12 @@ def fit(
     journal.flush()
     objective.module.eval()
     return Fitted(distributed.whole(ema.state_dict()), run.curve, distributed.whole(objective.module.state_dict()))
+
+
+def _optimizer(groups: list[dict[str, Any]], schedule: Schedule, seed: int, langevin: Langevin | None) -> torch.optim.Optimizer:
+    if langevin is None:
+        return torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True)
+    return SGLD(groups, schedule.lr, **asdict(langevin), seed=seed_for(seed, "langevin"))
 
 
 class _Loss(nn.Module):
@@ -189,10 +209,22 @@ def _parallel(objective: Objective, execution: Execution) -> nn.Module:
 
 
 class _Gradients:
-    """Fills the parameters' gradients with those of a whole batch, clipped: over micro-batches and over processes."""
+    """Fills the parameters' gradients with those of a whole batch, clipped or not: over micro-batches and over processes."""
 
-    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, players: list[int], seed: int, execution: Execution):
-        self._loss, self._sharded = loss, execution.shard and distributed.ranks() > 1
+    def __init__(
+        self,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        players: list[int],
+        seed: int,
+        execution: Execution,
+        clip: bool,
+    ) -> None:
+        self._loss, self._sharded, self._most = (
+            loss,
+            execution.shard and distributed.ranks() > 1,
+            GRADIENT_NORM if clip else math.inf,
+        )
         self.seed, self.micro_batch = seed, execution.micro_batch
         self._sides = [
             [p for group, its in zip(optimizer.param_groups, players, strict=True) if its == player for p in group["params"]]
@@ -219,12 +251,12 @@ class _Gradients:
         return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) else contextlib.nullcontext()
 
     def _clip(self) -> Tensor:
-        """The norm of all gradients, each player's of which is then at most `GRADIENT_NORM`."""
+        """The norm of all gradients, each player's of which is then at most `GRADIENT_NORM`, where they are clipped."""
         sides = [distributed.own(p.grad for p in side if p.grad is not None) for side in self._sides]
         norms = torch.stack([global_norm(side) for side in sides])
         if self._sharded:
             norms = (distributed.mean(norms.square()) * distributed.ranks()).sqrt()
-        for side, scale in zip(sides, (GRADIENT_NORM / norms).clamp(max=1.0), strict=True):
+        for side, scale in zip(sides, (self._most / norms).clamp(max=1.0), strict=True):
             torch._foreach_mul_(side, scale)
         return torch.linalg.vector_norm(norms)
 
