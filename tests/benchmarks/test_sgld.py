@@ -75,29 +75,30 @@ def test_step_is_sgd_and_normals() -> None:
 
 
 def test_step() -> None:
-    """Of every sampler, over SGD's and drawing as many normals."""
+    """Of every sampler, over SGD's and drawing as many normals, one after the other.
+
+    Torch's idle threads look for work for a while, and take it from the cores that draw. So every drawing here follows an
+    operation on all of torch's threads, as it does after gradients.
+    """
     params, flat, rng = with_gradients(), torch.empty(size(with_gradients())), torch.Generator()
-    given = {"num_data": NUM_DATA, "seed": 0}
-    seconds = interleaved(
-        {
-            "SGD, foreach": torch.optim.SGD(params, LR / 2 * NUM_DATA, foreach=True).step,
-            "fill_normal": lambda: fill_normal(flat, 0),
-            "one normal_": lambda: flat.normal_(generator=rng),
-            "SGLD": SGLD(params, LR, **given).step,
-            "SGLD, Gaussian prior": SGLD(params, LR, prior_precision=1.0, **given).step,
-            "SGLD, Laplace prior": SGLD(params, LR, prior_precision=1.0, prior="laplace", **given).step,
-            "PSGLD": PSGLD(params, LR, **given).step,
-            "SGHMC": SGHMC(params, LR, **given).step,
-        },
-        ROUNDS,
-    )
+    descend, given = torch.optim.SGD(params, LR / 2 * NUM_DATA, foreach=True).step, {"num_data": NUM_DATA, "seed": 0}
+    sums = {
+        "SGD and one normal_": lambda: (descend(), flat.normal_(generator=rng)),
+        "SGD and fill_normal": lambda: (descend(), fill_normal(flat, 0)),
+    }
+    samplers = {
+        "SGLD": SGLD(params, LR, **given).step,
+        "SGLD, Gaussian prior": SGLD(params, LR, prior_precision=1.0, **given).step,
+        "SGLD, Laplace prior": SGLD(params, LR, prior_precision=1.0, prior="laplace", **given).step,
+        "PSGLD": PSGLD(params, LR, **given).step,
+        "SGHMC": SGHMC(params, LR, **given).step,
+    }
+    seconds = interleaved(sums | {"SGD": descend} | samplers, ROUNDS)
     print(f"\nstep of {flat.numel():,} parameters, {torch.get_num_threads()} threads")
     milliseconds(seconds)
-    descent = seconds["SGD, foreach"]
-    for normals in ("fill_normal", "one normal_"):
-        parts = [a + b for a, b in zip(descent, seconds[normals], strict=True)]
-        costs = {name: times_faster(parts, times) for name, times in seconds.items() if name.startswith(("SG", "PS"))}
-        print(f"  over SGD and {normals}: " + ", ".join(f"{name} {c:.2f}" for name, c in list(costs.items())[1:]), flush=True)
+    for parts in sums:
+        costs = ", ".join(f"{name} {times_faster(seconds[parts], seconds[name]):.2f}" for name in samplers)
+        print(f"  over {parts}: {costs}", flush=True)
 
 
 def test_normals() -> None:
@@ -117,7 +118,7 @@ def test_normals() -> None:
 
 @dataclass
 class Posteriors:
-    """SGLD as `posteriors` documents it: a mean log-likelihood with the temperature 1 / num_data, whose step is ε num_data / 2."""
+    """SGLD as `posteriors` documents it: a mean log-likelihood with the temperature 1 / num_data, and the step ε num_data / 2."""
 
     loss: Callable[[dict[str, Tensor], tuple[Tensor, ...]], Tensor]  # mean negative log-likelihood of a minibatch
     params: dict[str, Tensor]
