@@ -31,14 +31,15 @@ def fill_normal(out: Tensor, *position: str | int, std: float = 1.0) -> Tensor:
     if out.device.type != "cpu":
         return out.normal_(0, std, generator=generator(*position, device=out.device))
     chunks = out.view(-1).split(CHUNK)
+    numbers = iter(range(len(chunks)))  # whoever is free takes the next: a core may have other work
 
-    def draw(thread: int) -> None:
-        for number in range(thread, len(chunks), threads):
+    def draw(_: int = 0) -> None:
+        for number in numbers:
             chunks[number].normal_(0, std, generator=generator(*position, number))
 
     threads = min(torch.get_num_threads(), len(chunks))
     if threads == 1:
-        draw(0)
+        draw()
     else:
         list(_pool(threads).map(draw, range(threads)))
     return out
