@@ -107,24 +107,29 @@ def step_sizes(
     return find_step_size(minibatch, leaves, **about, friction=friction, seed=decoding.seed, nearby=nearby)
 
 
-def sample(chains: Chains, batch: Callable[[int], tuple[Tensor, ...]], steps: int, store: CheckpointStore, name: str) -> None:
-    """Take what is left of `steps`, from the last checkpoint on."""
+def resume(chains: Chains, store: CheckpointStore) -> None:
+    """Go back to the last checkpoint, if there is one."""
     if found := store.load():
         tensors, state = found
         chains.load_state_dict(tensors, state["images_seen"])
         of_optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
         load_optimizer_tensors(chains.optimizer, of_optimizer)
+        chains.optimizer.param_groups[0]["lr"] = state["lr"]
+
+
+def sample(chains: Chains, batch: Callable[[int], tuple[Tensor, ...]], steps: int, store: CheckpointStore, name: str) -> None:
+    """Take what is left of `steps`, with checkpoints on the way."""
     progress = Progress(name, steps, "steps")
     progress(chains.done)
     with stop_at_checkpoint() as should_stop:
         while chains.done < steps:
             losses = chains.step(*batch(chains.done))
-            stop = should_stop()
-            if (stop or chains.done % CHECKPOINT_STEPS == 0) and chains.done < steps:
-                optimizer = {f"optimizer.{k}": v for k, v in optimizer_tensors(chains.optimizer).items()}
-                store.save({**chains.state_dict(), **optimizer}, {"images_seen": chains.done})
             if not torch.isfinite(losses).all():
-                raise InputError(f"{name}: the chains diverged at step {chains.done}; set a smaller posterior.lr, or null")
+                raise InputError(f"{name}: the chains diverged by step {chains.done}; set a smaller posterior.lr, or null")
+            stop = should_stop()
+            if stop or chains.done % CHECKPOINT_STEPS == 0:
+                optimizer = {f"optimizer.{k}": v for k, v in optimizer_tensors(chains.optimizer).items()}
+                store.save({**chains.state_dict(), **optimizer}, {"images_seen": chains.done, "lr": chains.optimizer.step_size()})
             if stop:
                 raise KeyboardInterrupt(f"stopped at a checkpoint after {chains.done} steps")
             progress(chains.done, {"loss": float(losses.mean())})
@@ -164,8 +169,8 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     friction = options.friction if sampler == "sghmc" else 1.0
     parts = torch.arange(len(decoding.train)).split(options.batch_size)
     loss = control_variates(decoding.loss, decoding.start, (decoding.data(part.tolist()) for part in parts))
-    before = step_sizes(options, decoding, loss, decoding.start, friction)
-    lr = options.lr or before.recommended()
+    bends = step_sizes(options, decoding, loss, decoding.start, friction)
+    lr = options.lr or bends.recommended()
     common: dict[str, Any] = {"lr": lr, "num_data": len(decoding.train), "prior_precision": options.prior_precision}
     common |= {"temperature": options.temperature, "seed": seed_for(decoding.seed, "posterior", sampler)}
     chains = Chains(
@@ -177,18 +182,29 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
         vectorized=decoding.model.device.type != "cpu",  # there grouped convolutions are slower than one after the other
     )
     batch = partial(decoding.batches, options.batch_size, "posterior", chains=options.chains)
-    sample(chains, batch, options.burn_in + options.thin * options.draws, store, f"sample_posterior: {sampler}")
-    last = {name: value[0] for name, value in chains.parameters.items()}  # where gradients are noisier than at the centre
-    limits = step_sizes(options, decoding, loss, last, friction, before)
+    steps, name = options.burn_in + options.thin * options.draws, f"sample_posterior: {sampler}"
+
+    def limits() -> StepSize:
+        """At the first chain's weights, where gradients are noisier than at the centre."""
+        here = {name: value[0] for name, value in chains.parameters.items()}
+        return step_sizes(options, decoding, loss, here, friction, bends)
+
+    resume(chains, store)
+    if chains.done < options.burn_in:
+        sample(chains, batch, options.burn_in, store, f"{name}, burn-in")
+    if chains.done == options.burn_in and options.lr is None:
+        lr = chains.optimizer.param_groups[0]["lr"] = min(lr, limits().recommended())
+    sample(chains, batch, steps, store, name)
+    lr, found = chains.optimizer.step_size(), limits()
     return chains, {
         "sampler": sampler,
         "weights": sum(value.numel() for value in decoding.start.values()),
         "lr": lr,
-        "lr_recommended": limits.recommended(),
-        "contraction": limits.contraction(lr),
-        "noise_ratio": limits.noise_ratio(lr),
-        "inflation": limits.inflation(lr),
-        "step_size_warnings": limits.warnings(lr, options.temperature),
+        "lr_recommended": found.recommended(),
+        "contraction": found.contraction(lr),
+        "noise_ratio": found.noise_ratio(lr),
+        "inflation": found.inflation(lr),
+        "step_size_warnings": found.warnings(lr, options.temperature),
     }
 
 
