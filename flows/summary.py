@@ -59,8 +59,9 @@ def summarise(
     ]
     places = [("samples", GRID), ("report", REPORT), ("decision", DECISION)]
     prompt = first_caption(root / "data/shards") or "…"
+    it = f"models:/{name}@champion" if champion == registered.version else f"models:/{name}/{registered.version}"
     commands = (
-        f'ldm sample --model models:/{name}@champion --prompt "{prompt}" -n 16 --out samples.png',
+        f'ldm sample --model {it} --prompt "{prompt}" -n 16 --out samples.png',
         "ldm registry list",
         "make ui",
     )
