@@ -102,7 +102,7 @@ class Sampler(torch.optim.Optimizer):
         for name in group.keys() - self.defaults.keys() - {"params", "param_names"}:
             raise InputError(f"{type(self).__name__} has no {name}: {REFUSED.get(name, 'leave it out')}")
         if not callable(group["lr"]) and not group["lr"] >= 0:
-            raise InputError(f"lr {group['lr']}: a step size is a positive number, or a function of the step")
+            raise InputError(f"lr {group['lr']}: a step size is 0 or more, or a function of the step")
         if group["num_data"] < 1:
             raise InputError(f"num_data {group['num_data']}: the number of data that the mean loss is a mean of, 1 or more")
         if group["prior"] not in PRIORS:
@@ -124,22 +124,23 @@ class Sampler(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
-            raise InputError("a hook would run before each step of the sampler, where gradients get clipped; remove it")
+        self._check_gradients()
         for number, group in enumerate(self.param_groups):
-            params = group["params"]
-            for p in params:
-                if p._backward_hooks or p._post_accumulate_grad_hooks:
-                    raise InputError(f"a parameter of {tuple(p.shape)} has a hook that may change its gradient; remove it")
-                if p.grad is None:
-                    raise InputError(
-                        f"a parameter of {tuple(p.shape)} has no gradient: leave out what the loss does not depend on"
-                    )
             lr, count = self.step_size(number), self._count(group)
             noise = self._draw(number, int(count), math.sqrt(lr * group["temperature"] * group.get("friction", 1.0)))
             self._update(group, lr, noise)
             count += 1
         return loss
+
+    def _check_gradients(self) -> None:
+        """Before anything moves."""
+        if self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
+            raise InputError("a hook would run before each step of the sampler, where gradients get clipped; remove it")
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                raise InputError(f"a parameter of {tuple(p.shape)} has a hook that may change its gradient; remove it")
+            if p.grad is None:
+                raise InputError(f"a parameter of {tuple(p.shape)} has no gradient: leave out what the loss does not depend on")
 
     def step_size(self, number: int = 0) -> float:
         """ε of the next step, of a parameter group."""

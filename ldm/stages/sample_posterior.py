@@ -22,7 +22,7 @@ from torch import Tensor
 from ldm.bayes.chains import Chains, Loss, control_variates
 from ldm.bayes.likelihoods import to_float, to_uint8
 from ldm.bayes.predictive import DecoderPosterior
-from ldm.bayes.sgld import SGHMC, SGLD, check_deterministic
+from ldm.bayes.sgld import SAMPLERS, check_deterministic
 from ldm.bayes.step_size import StepSize, find_step_size
 from ldm.config import Posterior, load_settings
 from ldm.data.reader import ShardReader
@@ -138,6 +138,8 @@ def sample(chains: Chains, batch: Callable[[int], tuple[Tensor, ...]], steps: in
 def run(root: Path, sampler: str) -> None:
     settings = load_settings(root)
     options, seed = settings.posterior, settings.seed
+    if sampler not in ("sgld", "sghmc"):
+        raise InputError(f"sample_posterior {sampler}: name a sampler, sgld or sghmc")
     device = set_up(settings.deterministic)
     train, test = (stage_shards(root, split) for split in ("train", "test"))
     model = LatentDiffusion.load(root / "models/ldm", device)
@@ -173,10 +175,11 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     lr = options.lr or bends.recommended()
     common: dict[str, Any] = {"lr": lr, "num_data": len(decoding.train), "prior_precision": options.prior_precision}
     common |= {"temperature": options.temperature, "seed": seed_for(decoding.seed, "posterior", sampler)}
+    common |= {"friction": friction} if sampler == "sghmc" else {}
     chains = Chains(
         loss,
         {name: value.expand(options.chains, *value.shape) for name, value in decoding.start.items()},
-        partial(SGHMC, **common, friction=friction) if sampler == "sghmc" else partial(SGLD, **common),
+        partial(SAMPLERS[sampler], **common),
         burn_in=options.burn_in,
         thin=options.thin,
         vectorized=decoding.model.device.type != "cpu",  # there grouped convolutions are slower than one after the other
@@ -303,4 +306,4 @@ def write(root: Path, sampler: str, posterior: DecoderPosterior, scores: pd.Data
 
 
 if __name__ == "__main__":
-    stage_main("sample_posterior", partial(run, sampler=sys.argv[1]))
+    stage_main("sample_posterior", partial(run, sampler="".join(sys.argv[1:])))
