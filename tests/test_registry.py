@@ -190,6 +190,14 @@ def test_what_changed_since_the_last_repro_is_not_registered(root: Path, models:
     assert registry.versions().empty
 
 
+def test_a_posterior_that_is_no_longer_asked_for_stops_nothing(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    """DVC leaves in dvc.lock what a stage was last run with, after the stage has gone from the list in params.yaml."""
+    write_outs(root, models["poor"])
+    stage = {"params": {"params.yaml": {"seed": -1, "posterior": {"draws": 3}}}}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"sample_posterior@sgld": stage}}))
+    assert registry.register(root).created
+
+
 def test_an_alias_lost_to_a_kill_is_set_by_the_next_run(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["poor"])
     registry.register(root)
