@@ -121,7 +121,7 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
             start = time.monotonic()
             batch = ingest(str(folder), inbox).batch
             steps.append(Step("ingest", "executed" if batch else "cached", time.monotonic() - start))
-            if batch and (folder / "models/posterior").is_dir():  # of the last run
+            if batch and settings.sample_posterior and (folder / "models/posterior").is_dir():  # of the last run
                 notes.append(("new images", check_drift(str(folder), batch)))
             _check_data(folder, settings)
         steps += _run_stages(folder, stages, run.id)

@@ -15,6 +15,7 @@ from scipy.stats import fisher_exact
 from ldm.bayes.chains import Draws
 from ldm.bayes.likelihoods import to_float
 from ldm.bayes.predictive import DecoderPosterior
+from ldm.config import load_settings
 from ldm.data.batches import order
 from ldm.data.folders import Place, walk
 from ldm.data.images import SUFFIXES, Preprocessing, UnreadableImage, to_array
@@ -64,12 +65,17 @@ class Drift:
 
 
 def samplers(root: Path) -> list[str]:
-    """Those whose posterior samples the project has."""
-    return sorted(path.parent.name for path in (root / POSTERIORS).glob("*/samples.safetensors"))
+    """Those whose posterior samples the project asks for and has; what earlier settings left behind may be of another model."""
+    files = ("samples.safetensors", "scores.csv")
+    asked = load_settings(root).sample_posterior
+    return [sampler for sampler in asked if all((root / POSTERIORS / sampler / name).is_file() for name in files)]
 
 
 def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
-    """Score the images of a folder, with captions or without, under the posterior samples of `sampler` (default: the first)."""
+    """Score the images of a folder, with captions or without, under the posterior samples of `sampler`.
+
+    By default the first that params.yaml names. Raises `InputError` where there are no samples, of this model, or no images.
+    """
     known = samplers(root)
     if not known or (sampler or known[0]) not in known:
         has = f"it has {', '.join(known)}" if known else "set sample_posterior: [sgld] in params.yaml and run the pipeline"
