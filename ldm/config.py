@@ -233,6 +233,7 @@ class Posterior(Langevin):
 
     part: tuple[Annotated[str, Field(min_length=1)], ...] | None  # modules of the decoder; null: its last block and output
     lr: Rate | None  # step size; null: measured, see `ldm.bayes.step_size`
+    temperature: Annotated[float, Field(gt=0)]  # 1 is the posterior; step sizes are measured against its noise
     friction: Annotated[float, Field(gt=0, le=1)]  # of sghmc
     chains: Annotated[int, Field(ge=2)]
     batch_size: Positive  # images of a step of a chain

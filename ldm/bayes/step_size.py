@@ -23,20 +23,28 @@ class StepSize:
     curvature: float  # a
     gradient_noise: float  # V, variance of the gradient of U over minibatches
     mean_gradient_noise: float  # the same, of the average parameter
-    friction: float = 1.0  # of SGHMC; 1 is SGLD
+    friction: float = 1.0  # α of SGHMC; 1 is SGLD
+    temperature: float = 1.0  # T
     direction: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)  # of unit length, as the parameters
 
     def contraction(self, lr: float) -> float:
-        """What the drift leaves of a deviation in one step (of SGLD), 1 - εa/2: below -1 the chain diverges."""
-        return 1 - lr * self.curvature / 2
+        """What the drift leaves of a deviation in one step, 1 - εa/2: below -1 the chain diverges.
+
+        With momentum, the eigenvalue of largest size of the map (θ, v) to (θ', v'); of a pair of complex ones, that size.
+        """
+        kept = 1 - self.friction
+        half = (1 + kept - lr * self.curvature / 2) / 2
+        if half**2 < kept:
+            return math.sqrt(kept)
+        return half + math.copysign(math.sqrt(half**2 - kept), half)
 
     def noise_ratio(self, lr: float) -> float:
-        """Variance of a step's injected noise over that of its gradient noise, 4α/(εV), which should be far above 1."""
+        """Variance of a step's injected noise over that of its gradient noise, 4αT/(εV), which should be far above 1."""
         noise = max(self.gradient_noise, self.mean_gradient_noise)
-        return math.inf if noise == 0 else 4 * self.friction / (lr * noise)
+        return math.inf if noise == 0 else 4 * self.friction * self.temperature / (lr * noise)
 
     def inflation(self, lr: float) -> float:
-        """Stationary variance over the posterior's, (1 + εV/(4α)) / (1 - εa/(4(2 - α))); infinite where the chain diverges."""
+        """Stationary variance over T/a, (1 + εV/(4αT)) / (1 - εa/(4(2 - α))); infinite where the chain diverges."""
         shrink = 1 - lr * self.curvature / (4 * (2 - self.friction))
         return math.inf if shrink <= 0 else (1 + 1 / self.noise_ratio(lr)) / shrink
 
@@ -48,21 +56,21 @@ class StepSize:
             raise InputError("the loss has neither curvature nor gradient noise here: it does not depend on these weights")
         return tolerance / (b + (1 + tolerance) * c)
 
-    def warnings(self, lr: float, temperature: float = 1.0, tolerance: float = TOLERANCE) -> list[str]:
+    def warnings(self, lr: float, tolerance: float = TOLERANCE) -> list[str]:
         """Why samples drawn with step size `lr` would not be the posterior's, a sentence each."""
         found = []
         if not math.isfinite(self.inflation(lr)):
             found.append(f"step size {lr:.3g} diverges: a step leaves {self.contraction(lr):.3g} of a deviation")
         elif self.inflation(lr) > 1 + 2 * tolerance:
             found.append(
-                f"step size {lr:.3g} gives variances up to {self.inflation(lr):.2f} times the posterior's (injected noise is "
+                f"step size {lr:.3g} gives variances up to {self.inflation(lr):.2f} times what they should be (injected noise is "
                 f"{self.noise_ratio(lr):.3g} times the gradients', a step leaves {self.contraction(lr):.3g} of a deviation): "
                 f"take {self.recommended(tolerance):.3g}, or larger batches"
             )
-        if temperature == 0:
-            found.append("temperature 0: there is no noise, this is gradient descent")
-        elif temperature != 1:
-            found.append(f"temperature {temperature:g}: samples are of the posterior to the power of {1 / temperature:g}")
+        if self.temperature != 1:
+            found.append(
+                f"temperature {self.temperature:g}: samples are of the posterior to the power of {1 / self.temperature:g}"
+            )
         return found
 
 
@@ -74,6 +82,7 @@ def find_step_size(
     prior_precision: float = 0.0,
     minibatches: int = 16,
     friction: float = 1.0,
+    temperature: float = 1.0,
     seed: int = 0,
     nearby: StepSize | None = None,
 ) -> StepSize:
@@ -85,6 +94,8 @@ def find_step_size(
     """
     if minibatches < 2:
         raise InputError(f"minibatches {minibatches}: a variance takes 2 or more")
+    if not temperature > 0:
+        raise InputError(f"temperature {temperature:g}: without noise there is nothing to sample; give more than 0")
 
     def gradient(i: int, graph: bool = False) -> list[Tensor]:
         return [g * num_data for g in torch.autograd.grad(loss(i), params, create_graph=graph, materialize_grads=True)]
@@ -102,7 +113,9 @@ def find_step_size(
     gradients = [gradient(i) for i in range(minibatches)]
     along = torch.stack([_dot(g, unit) for g in gradients]).var()
     each = torch.stack([torch.stack(parts).double().var(0).sum() for parts in zip(*gradients, strict=True)]).sum()
-    return StepSize(abs(curvature), float(along), float(each) / sum(p.numel() for p in params), friction, tuple(unit))
+    return StepSize(
+        abs(curvature), float(along), float(each) / sum(p.numel() for p in params), friction, temperature, tuple(unit)
+    )
 
 
 def _largest(bend: Callable[[list[Tensor]], list[Tensor]], params: list[Tensor], seed: int) -> tuple[float, list[Tensor]]:

@@ -104,7 +104,8 @@ def step_sizes(
         return loss(dict(zip(names, leaves, strict=True)), h[0], x[0])
 
     about: dict[str, Any] = {"num_data": len(decoding.train), "prior_precision": options.prior_precision}
-    return find_step_size(minibatch, leaves, **about, friction=friction, seed=decoding.seed, nearby=nearby)
+    about |= {"friction": friction, "temperature": options.temperature}
+    return find_step_size(minibatch, leaves, **about, seed=decoding.seed, nearby=nearby)
 
 
 def resume(chains: Chains, store: CheckpointStore) -> None:
@@ -207,7 +208,7 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
         "contraction": found.contraction(lr),
         "noise_ratio": found.noise_ratio(lr),
         "inflation": found.inflation(lr),
-        "step_size_warnings": found.warnings(lr, options.temperature),
+        "step_size_warnings": found.warnings(lr),
     }
 
 

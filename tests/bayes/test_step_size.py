@@ -84,11 +84,15 @@ def test_one_minibatch_has_no_variance():
         find_step_size(Quadratic(2), [], num_data=10, minibatches=1)
 
 
-CASES = [Target(lr=0.4, precision=2.0, noise=10.0), Target(lr=0.05, precision=2.0, noise=10.0, friction=0.3)]
+CASES = [
+    Target(lr=0.4, precision=2.0, noise=10.0),
+    Target(lr=0.05, precision=2.0, noise=10.0, friction=0.3),
+    Target(lr=0.04, precision=2.0, noise=10.0, temperature=0.1),
+]
 
 
 def measured(target: Target) -> StepSize:
-    return StepSize(target.precision, target.noise, target.noise / 2, target.friction)
+    return StepSize(target.precision, target.noise, target.noise / 2, target.friction, target.temperature)
 
 
 @pytest.mark.parametrize("target", CASES)
@@ -96,7 +100,7 @@ def test_inflation_by_simulation(target):
     make = SGLD if target.friction == 1 else lambda *a, **o: SGHMC(*a, friction=target.friction, **o)
     expected = measured(target).inflation(target.lr)
     assert expected > 1.2
-    found = float(run(target, make).var()) * target.precision
+    found = float(run(target, make).var()) * target.precision / target.temperature
     assert found == pytest.approx(expected, rel=3 * math.sqrt(2 / 100_000))
 
 
@@ -105,7 +109,8 @@ def test_what_is_recommended_is_as_inflated_as_stated(target):
     for tolerance in (0.01, 0.05, 0.5):
         lr = measured(target).recommended(tolerance)
         assert measured(target).inflation(lr) == pytest.approx(1 + tolerance)
-        assert replace(target, lr=lr).lyapunov * target.precision == pytest.approx(1 + tolerance)
+        variance = replace(target, lr=lr).lyapunov
+        assert variance * target.precision / target.temperature == pytest.approx(1 + tolerance)
 
 
 def test_the_noisier_of_the_two_counts():
@@ -122,14 +127,28 @@ def test_contraction_and_divergence():
     assert grown.abs().min() > 1e3 and run(Target(lr=0.39, precision=10.0), SGLD, chains=100, steps=400).abs().max() < 20
 
 
+@pytest.mark.parametrize("friction", [1.0, 0.3, 0.01])
+def test_contraction_is_an_eigenvalue_of_the_update(friction):
+    for lr in (0.01, 0.5, 1.0, 3.0, 7.0):
+        eigenvalues = np.linalg.eigvals(Target(lr=lr, precision=1.0, friction=friction).transition)
+        expected = eigenvalues[np.abs(eigenvalues).argmax()]
+        found = StepSize(1.0, 0.0, 0.0, friction).contraction(lr)
+        assert abs(found) == pytest.approx(abs(expected)) and (expected.imag or found == pytest.approx(expected.real))
+
+
+def test_without_noise_there_is_no_step_size():
+    with pytest.raises(InputError, match="temperature 0"):
+        find_step_size(Quadratic(2), [], num_data=10, temperature=0.0)
+
+
 def test_warnings():
     found = StepSize(curvature=10.0, gradient_noise=40.0, mean_gradient_noise=0.0)
     good = found.recommended()
     assert found.warnings(good) == []
     (wide,) = found.warnings(5 * good)
-    assert f"take {good:.3g}" in wide and f"{found.inflation(5 * good):.2f} times the posterior's" in wide
+    assert f"take {good:.3g}" in wide and f"{found.inflation(5 * good):.2f} times what they should be" in wide
     (far,) = found.warnings(0.5)
     assert "diverges" in far and "-1.5" in far
-    assert "gradient descent" in found.warnings(good, temperature=0.0)[0]
-    assert "to the power of 2" in found.warnings(good, temperature=0.5)[0]
-    assert len(found.warnings(0.5, temperature=0.5)) == 2
+    cold = replace(found, temperature=0.5)
+    assert "to the power of 2" in cold.warnings(cold.recommended())[0]
+    assert len(cold.warnings(0.5)) == 2
