@@ -84,8 +84,11 @@ def chosen(decoder: torch.nn.Module, part: tuple[str, ...] | None) -> dict[str, 
         if name not in modules:
             known = sorted({module for module in modules if module.count(".") < 2})
             raise InputError(f"posterior.part: the decoder has no {name!r}; it has {', '.join(known)}, and what is in them")
-    weights = dict(decoder.named_parameters())
-    return {key: value.detach() for key, value in weights.items() if f"{key}.".startswith(tuple(f"{name}." for name in names))}
+    starts = tuple(f"{name}." for name in names)
+    weights = {key: value.detach() for key, value in decoder.named_parameters() if key.startswith(starts)}
+    if not weights:
+        raise InputError(f"posterior.part: {', '.join(names)} of the decoder holds no weights; name a part that does")
+    return weights
 
 
 def step_sizes(
