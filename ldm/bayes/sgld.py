@@ -39,6 +39,10 @@ class Polynomial:
     b: float
     gamma: float = 0.55
 
+    def __post_init__(self) -> None:
+        if not (self.a > 0 and self.b > 0 and self.gamma > 0):
+            raise InputError(f"{self}: give a, b and gamma above 0, or a first and a last step size to Polynomial.between")
+
     @classmethod
     def between(cls, first: float, last: float, steps: int, gamma: float = 0.55) -> "Polynomial":
         """From step size `first` at step 0 to `last` at step `steps`."""
@@ -64,6 +68,10 @@ class Cyclical:
     steps: int  # of all cycles together
     cycles: int
     exploration: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and 1 <= self.cycles <= self.steps and 0 <= self.exploration < 1):
+            raise InputError(f"{self}: give lr above 0, as many steps as cycles or more, and exploration from 0 to below 1")
 
     def __call__(self, step: int) -> float:
         return 0.5 * self.lr * (1 + math.cos(math.pi * self._progress(step)))
@@ -101,9 +109,9 @@ class Sampler(torch.optim.Optimizer):
         group = self.param_groups[-1]
         for name in group.keys() - self.defaults.keys() - {"params", "param_names"}:
             raise InputError(f"{type(self).__name__} has no {name}: {REFUSED.get(name, 'leave it out')}")
-        if not callable(group["lr"]) and not group["lr"] >= 0:
+        if not callable(group["lr"]) and not 0 <= group["lr"] < math.inf:
             raise InputError(f"lr {group['lr']}: a step size is 0 or more, or a function of the step")
-        if group["num_data"] < 1:
+        if not 1 <= group["num_data"] < math.inf:
             raise InputError(f"num_data {group['num_data']}: the number of data that the mean loss is a mean of, 1 or more")
         if group["prior"] not in PRIORS:
             raise InputError(f"prior {group['prior']!r}: expected one of {', '.join(PRIORS)}")
@@ -161,7 +169,7 @@ class Sampler(torch.optim.Optimizer):
         group = self.param_groups[number]
         params = group["params"]
         if number not in self._noise:
-            self._noise[number] = torch.empty(sum(p.numel() for p in params), device=params[0].device)
+            self._noise[number] = torch.empty(sum(p.numel() for p in params), dtype=torch.float32, device=params[0].device)
         flat = fill_normal(self._noise[number], group["seed"], "langevin", number, step, std=std)
         parts = flat.split([p.numel() for p in params])
         return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]

@@ -191,7 +191,9 @@ def parameter(dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"foreach": True}, "has no foreach: leave it out"),
         ({"lr": -1.0}, "lr -1.0"),
         ({"lr": math.nan}, "lr nan"),
+        ({"lr": math.inf}, "lr inf"),
         ({"num_data": 0}, "num_data 0"),
+        ({"num_data": math.nan}, "num_data nan"),
         ({"prior": "cauchy"}, "gaussian, laplace"),
         ({"prior_precision": -1.0}, "prior_precision -1.0"),
         ({"temperature": math.inf}, "temperature inf"),
@@ -328,6 +330,19 @@ def test_resumed_run(make, lr, tmp_path):
     assert walk(copied, params, 3) == uninterrupted
 
 
+def test_noise_does_not_depend_on_the_default_dtype():
+    def noise() -> Tensor:
+        return SGLD([p], 1.0, num_data=1, seed=0)._draw(0, 0, 1.0)[0]
+
+    p = parameter()
+    before = noise()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert noise().dtype == torch.float32 and torch.equal(noise(), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_closure():
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -400,6 +415,15 @@ def test_polynomial_schedule_of_welling_and_teh():
 def test_polynomial_schedule_that_does_not_fall(first, last, steps, gamma):
     with pytest.raises(InputError, match="a step size from"):
         Polynomial.between(first, last, steps, gamma)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Polynomial(1.0, 0.0), lambda: Polynomial(-1.0, 1.0), lambda: Polynomial(1.0, 1.0, 0.0),
+    lambda: Cyclical(0.0, 10, 2), lambda: Cyclical(1.0, 10, 0), lambda: Cyclical(1.0, 1, 2), lambda: Cyclical(1.0, 10, 2, 1.0),
+])  # fmt: skip
+def test_schedules_that_are_none(make):
+    with pytest.raises(InputError, match="above 0"):
+        make()
 
 
 @pytest.mark.parametrize(("steps", "cycles"), [(100, 4), (103, 4), (10, 1)])
