@@ -85,6 +85,7 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
     draws, about = Draws.load(source / "samples.safetensors")
     if about.get("autoencoder") != network_hash(root / "models/ldm/autoencoder"):
         raise InputError(f"{source}: its samples are of another decoder than models/ldm; run `dvc repro`")
+    torch.backends.cudnn.allow_tf32 = False  # as in the stage: rounding to 10 bits would add to every new score
     reference = pd.read_csv(source / "scores.csv").score.to_numpy()
     names, pixels, found, unreadable = _images(folder, Preprocessing(**model.recipe.preprocessing))
     posterior = DecoderPosterior(model.autoencoder, model.likelihood, draws)
