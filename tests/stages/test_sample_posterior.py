@@ -150,7 +150,7 @@ def test_chains_that_diverge_are_bad_input(sampled, tmp_path):
 
 # the end of a process
 
-LONG = {"part": ["conv_out"], "burn_in": 10, "thin": 40, "draws": 4, "batch_size": 1}
+LONG = {"part": ["conv_out"], "burn_in": 10, "thin": 40, "draws": 5, "batch_size": 1}
 
 
 def start(root: Path, **options) -> subprocess.Popen:
@@ -168,7 +168,7 @@ def undisturbed(sampled, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("seed", with_soak(1, 6))
 def test_a_killed_run_goes_on_to_the_same_bytes(seed, undisturbed, tmp_path):
-    """The kill lies between the second and the third checkpoint, within the time it took from the first to the second."""
+    """The kill comes as long after the second checkpoint as a seeded share of the time from the first to the second."""
     root = Path(shutil.copytree(undisturbed, tmp_path / "killed"))
     for folder in ("models/posterior", "reports/posterior"):
         shutil.rmtree(root / folder)
@@ -182,8 +182,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(seed, undisturbed, tmp_path):
     time.sleep(float(np.random.default_rng(seed).uniform(0.05, 0.9)) * (seen[1] - seen[0]))
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    (kept,) = (int(path.name) for path in work.glob("*/checkpoint/*") if path.name.isdigit())
-    assert kept == 2 * CHECKPOINT_STEPS and not outs(root)
+    kept = max(int(path.name) for path in work.glob("*/checkpoint/*") if path.name.isdigit())
+    assert 2 * CHECKPOINT_STEPS <= kept <= 3 * CHECKPOINT_STEPS and not outs(root)  # of 210 steps
     again = start(root, stdout=subprocess.PIPE, text=True)
     lines = again.communicate(timeout=120)[0]
     assert again.returncode == 0 and "burn-in:" not in lines  # which the checkpoint has behind it
