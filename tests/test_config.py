@@ -143,6 +143,7 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
             ["optimizer sgld", "objective elbo"],
         ),
         ({"autoencoder.optimizer": "sgld", "train_vae.weight_decay": 0.1}, ["weight_decay is 0", "sgld.prior_precision"]),
+        ({"autoencoder.optimizer": "sgld", "train_vae.free_bits": 0.5}, ["optimizer sgld", "free_bits 0"]),
         ({"autoencoder.optimizer": "psgld"}, ["autoencoder.optimizer", "found 'psgld'", "'sgld'"]),
         ({"sample_posterior": ["sgld"], "autoencoder.regulariser": "vq"}, ["sample_posterior needs", "leave the list empty"]),
         ({"sample_posterior": ["sgld", "sgld"]}, ["sample_posterior is ['sgld', 'sgld']", "once"]),
