@@ -295,19 +295,26 @@ class Settings(Section):
         weighed = (self.train_vae.beta_warmup_images, self.train_vae.free_bits) != (0, 0) or self.train_vae.beta != 1
         if self.autoencoder.regulariser == "vq" and weighed:
             raise ValueError("train_vae.beta is 1, beta_warmup_images and free_bits 0 with regulariser vq: it has no KL term")
-        langevin, vae = self.autoencoder.optimizer == "sgld", self.train_vae
-        if langevin and (self.autoencoder.regulariser, vae.objective) != ("kl", "elbo"):
-            raise ValueError(
-                "autoencoder.optimizer sgld samples a posterior: it needs regulariser kl and train_vae.objective elbo"
-            )
-        if langevin and vae.weight_decay:
-            raise ValueError("train_vae.weight_decay is 0 with optimizer sgld, whose prior is train_vae.sgld.prior_precision")
-        if self.sample_posterior and self.autoencoder.regulariser == "vq":
+        if not self.train_vae.images and not self.autoencoder.pretrained:
+            raise ValueError("train_vae.images is 0: then autoencoder.pretrained names the autoencoder that is used as it is")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_of_a_posterior(self) -> "Settings":
+        vae, kind = self.train_vae, self.autoencoder.regulariser
+        if self.autoencoder.optimizer == "sgld":
+            if (kind, vae.objective) != ("kl", "elbo"):
+                raise ValueError(
+                    "optimizer sgld samples a posterior: set autoencoder.regulariser kl and train_vae.objective elbo"
+                )
+            if (vae.beta, vae.beta_warmup_images, vae.free_bits) != (1, 0, 0):
+                raise ValueError("optimizer sgld samples a posterior: set train_vae.beta 1, beta_warmup_images and free_bits 0")
+            if vae.weight_decay:
+                raise ValueError("train_vae.weight_decay is 0 with optimizer sgld, whose prior is train_vae.sgld.prior_precision")
+        if self.sample_posterior and kind == "vq":
             raise ValueError("sample_posterior needs autoencoder.regulariser kl; leave the list empty with vq")
         if len(set(self.sample_posterior)) < len(self.sample_posterior):
             raise ValueError(f"sample_posterior is {list(self.sample_posterior)}; name a sampler once")
-        if not self.train_vae.images and not self.autoencoder.pretrained:
-            raise ValueError("train_vae.images is 0: then autoencoder.pretrained names the autoencoder that is used as it is")
         return self
 
 

@@ -48,10 +48,11 @@ def make_project(root: Path, changes: dict[str, Any], binary: bool = False) -> P
 
 
 def run_stages(root: Path, *names: str) -> None:
-    """As `python -m ldm.stages.NAME` in the project's folder would, but for what that does to a process."""
+    """As `python -m ldm.stages.NAME` in the project's folder would, but for what that does to a process; "NAME ARGUMENT", too."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         for name in names:
-            importlib.import_module(f"ldm.stages.{name}").run(root)
+            stage, *arguments = name.split()
+            importlib.import_module(f"ldm.stages.{stage}").run(root, *arguments)
     finally:
         torch.use_deterministic_algorithms(deterministic)

@@ -66,3 +66,14 @@ def project(tmp_path: Path) -> Path:
     root = clone(tmp_path / "project")
     set_params(root, TINY)
     return root
+
+
+@pytest.fixture(scope="session")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of blobs whose stages have run, with posterior samples by SGHMC; not to be changed."""
+    from blobs import make_project, run_stages
+
+    posterior = {"burn_in": 4, "thin": 2, "draws": 4, "batch_size": 8}
+    root = make_project(tmp_path_factory.mktemp("sampled"), {"sample_posterior": ["sghmc"], "posterior": posterior})
+    run_stages(root, "train_vae", "cache_latents", "train_unet", "evaluate", "sample_posterior sghmc")
+    return root

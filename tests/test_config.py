@@ -136,6 +136,22 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"sampling.guidance_rescale": 1.1}, ["sampling.guidance_rescale", "found 1.1"]),
         ({"precision": "fp16"}, ["precision", "found 'fp16'", "'bf16'"]),
         ({"evaluate.importance_samples": 0}, ["evaluate.importance_samples", "found 0"]),
+        # posteriors of weights
+        ({"autoencoder.optimizer": "sgld", "autoencoder.regulariser": "vq"}, ["optimizer sgld", "regulariser kl"]),
+        (
+            {"autoencoder.optimizer": "sgld", "train_vae.objective": "ldm", "train_vae.likelihood": "laplace"},
+            ["optimizer sgld", "objective elbo"],
+        ),
+        ({"autoencoder.optimizer": "sgld", "train_vae.weight_decay": 0.1}, ["weight_decay is 0", "sgld.prior_precision"]),
+        ({"autoencoder.optimizer": "sgld", "train_vae.free_bits": 0.5}, ["optimizer sgld", "free_bits 0"]),
+        ({"autoencoder.optimizer": "psgld"}, ["autoencoder.optimizer", "found 'psgld'", "'sgld'"]),
+        ({"sample_posterior": ["sgld"], "autoencoder.regulariser": "vq"}, ["sample_posterior needs", "leave the list empty"]),
+        ({"sample_posterior": ["sgld", "sgld"]}, ["sample_posterior is ['sgld', 'sgld']", "once"]),
+        ({"sample_posterior": ["nuts"]}, ["sample_posterior.0", "found 'nuts'", "'sghmc'"]),
+        ({"posterior.chains": 1}, ["posterior.chains", "found 1"]),
+        ({"posterior.draws": 3}, ["posterior.draws", "found 3"]),
+        ({"posterior.lr": 0}, ["posterior.lr", "found 0"]),
+        ({"posterior.friction": 1.5}, ["posterior.friction", "found 1.5"]),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(edits: dict[str, Any], expected: list[str], tmp_path: Path) -> None:

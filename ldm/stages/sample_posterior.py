@@ -50,8 +50,10 @@ class Decoding:
     """The decoder as a likelihood: the mean -log p(x | z, θ) of a minibatch, in nats an image."""
 
     def __init__(self, model: LatentDiffusion, train: ShardReader, part: tuple[str, ...] | None, seed: int) -> None:
-        # GroupNorm's backward in channels-last crashes (torch 2.13) where it is not asked for every gradient.
-        model.autoencoder.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        # GroupNorm's backward in channels-last crashes (torch 2.13) where it is not asked for every gradient. Copies, because
+        # `to` leaves the strides of dimensions of size 1, by which convolutions go.
+        for weight in model.autoencoder.parameters():
+            weight.data = weight.detach().clone(memory_format=torch.contiguous_format)
         check_deterministic(model.autoencoder)
         self.model, self.train, self.seed = model, train, seed
         self.start = chosen(model.autoencoder.decoder, part)
@@ -66,7 +68,8 @@ class Decoding:
         rngs = [generator(self.seed, "posterior latents", number) for number in numbers]
         noise = torch.stack([torch.randn(self.model.latent_shape, generator=rng) for rng in rngs]).to(x.device)
         with torch.no_grad():
-            return self.model.autoencoder.post_quant_conv(self.model.autoencoder.encode(x).sample(noise)), x
+            h = self.model.autoencoder.post_quant_conv(self.model.autoencoder.encode(x).sample(noise))
+        return h.clone(memory_format=torch.contiguous_format), x
 
     def batches(self, size: int, purpose: str, step: int, chains: int) -> tuple[Tensor, Tensor]:
         """Minibatches of images drawn with replacement, one for each chain: (chains, size, …) each."""

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm.bayes.chains import Chains, Draws
-from ldm.bayes.sgld import PSGLD, SAMPLERS, SGHMC, SGLD, Cyclical, Polynomial
+from ldm.bayes.chains import Chains, Draws, control_variates
+from ldm.bayes.sgld import SAMPLERS, SGHMC, SGLD, Cyclical, Polynomial
 from ldm.errors import InputError
+from ldm.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 
 NET = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
 
@@ -190,18 +191,97 @@ def test_no_file(tmp_path):
         Draws.load(tmp_path / "draws.safetensors")
 
 
-def test_the_optimizer_takes_part_in_a_saved_state():
-    """Chains go on with their optimizer's state and their weights as they would have."""
-    sampler = partial(PSGLD, lr=1e-3, num_data=20, seed=3)
-    whole, half = Chains(net_loss, start(3), sampler), Chains(net_loss, start(3), sampler)
+@pytest.mark.parametrize("done", [1, 4, 5])
+@pytest.mark.parametrize("make", SAMPLERS.values())
+def test_saved_chains_go_on_as_if_nothing_had_been(make, done, tmp_path):
+    """Through a file, before their first draw and after: the same weights and draws to the bit."""
     generator = torch.Generator().manual_seed(2)
-    batches = [(torch.randn(3, 5, 2, generator=generator), torch.randn(3, 5, 1, generator=generator)) for _ in range(6)]
+    batches = [(torch.randn(3, 5, 2, generator=generator), torch.randn(3, 5, 1, generator=generator)) for _ in range(8)]
+
+    def new() -> Chains:
+        return Chains(
+            net_loss, start(3), partial(make, lr=Polynomial.between(1e-2, 1e-3, 8), num_data=20, seed=3), burn_in=2, thin=2
+        )
+
+    whole, half, other = new(), new(), new()
     for number, batch in enumerate(batches):
         whole.step(*batch)
-        if number < 3:
+        if number < done:
             half.step(*batch)
-    resumed = Chains(net_loss, half.parameters, sampler)
-    resumed.optimizer.load_state_dict(half.optimizer.state_dict())
-    for batch in batches[3:]:
-        resumed.step(*batch)
-    assert all(torch.equal(resumed.parameters[name], value) for name, value in whole.parameters.items())
+    save_file({**half.state_dict(), **optimizer_tensors(half.optimizer)}, tmp_path / "state.safetensors")
+    saved = load_file(tmp_path / "state.safetensors")
+    own = half.state_dict().keys()
+    other.load_state_dict({name: saved[name] for name in own}, done)
+    load_optimizer_tensors(other.optimizer, {name: value for name, value in saved.items() if name not in own})
+    for batch in batches[done:]:
+        other.step(*batch)
+    assert other.done == whole.done == 8
+    assert all(torch.equal(other.parameters[name], value) for name, value in whole.parameters.items())
+    assert torch.equal(other.draws().weights, whole.draws().weights) and other.draws().count == 9
+    assert all(torch.equal(other.draws().values[name], value) for name, value in whole.draws().values.items())
+
+
+# control variates
+
+DATA = [torch.randn(24, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (2, 1)]
+PARTS = [slice(0, 8), slice(8, 16), slice(16, 22), slice(22, 24)]  # of unequal sizes
+
+
+def point(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in NET.named_parameters()}
+
+
+def gradient(loss, weights: dict[str, Tensor], *batch: Tensor) -> dict[str, Tensor]:
+    """By autograd."""
+    leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    return dict(zip(leaves, torch.autograd.grad(loss(leaves, *batch), list(leaves.values())), strict=True))
+
+
+def corrected():
+    return control_variates(net_loss, point(0), ([tensor[part] for tensor in DATA] for part in PARTS))
+
+
+def test_control_variates_add_the_full_gradient_less_the_minibatchs():
+    """Baker et al. 2019, equation 4, term by term."""
+    loss, centre, here = corrected(), point(0), point(1)
+    batch = [tensor[3:9] for tensor in DATA]
+    found, terms = gradient(loss, here, *batch), [
+        gradient(net_loss, here, *batch), gradient(net_loss, centre, *batch), gradient(net_loss, centre, *DATA),
+    ]  # fmt: skip
+    for name, value in found.items():
+        torch.testing.assert_close(value, terms[0][name] - terms[1][name] + terms[2][name], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(loss(centre, *batch), net_loss(centre, *batch))  # the loss itself is as it was there
+
+
+def test_control_variates_change_no_mean_and_take_all_noise_at_their_centre():
+    loss, whole = corrected(), gradient(net_loss, point(1), *DATA)
+    sizes = [part.stop - part.start for part in PARTS]
+    each = [gradient(loss, point(1), *(tensor[part] for tensor in DATA)) for part in PARTS]
+    for name, value in whole.items():
+        mean = sum(size / 24 * one[name] for size, one in zip(sizes, each, strict=True))
+        torch.testing.assert_close(mean, value, rtol=1e-10, atol=1e-12)
+    at_centre, expected = gradient(loss, point(0), *(tensor[:3] for tensor in DATA)), gradient(net_loss, point(0), *DATA)
+    for name, value in expected.items():
+        torch.testing.assert_close(at_centre[name], value, rtol=1e-10, atol=1e-12)
+        assert (gradient(net_loss, point(0), *(tensor[:3] for tensor in DATA))[name] - value).abs().max() > 1e-2
+
+
+def test_chains_under_control_variates_vectorized_or_not():
+    def draws(vectorized: bool) -> Draws:
+        begin = {name: torch.stack([value + 0.1 * i for i in range(3)]) for name, value in point(0).items()}
+        chains = Chains(corrected(), begin, partial(SGHMC, lr=1e-3, num_data=24, seed=3), vectorized=vectorized)
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(5):
+            index = torch.randint(24, (3, 4), generator=generator)
+            chains.step(*(tensor[index] for tensor in DATA))
+        return chains.draws()
+
+    one, other = draws(True), draws(False)
+    for name, value in one.values.items():
+        torch.testing.assert_close(value, other.values[name], rtol=1e-9, atol=1e-9)
+
+
+def test_control_variates_of_no_data_are_refused():
+    with pytest.raises(InputError, match="there are none"):
+        control_variates(net_loss, point(0), [])

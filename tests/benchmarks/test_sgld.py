@@ -82,9 +82,11 @@ def test_step() -> None:
     """
     params, flat, rng = with_gradients(), torch.empty(size(with_gradients())), torch.Generator()
     descend, given = torch.optim.SGD(params, LR / 2 * NUM_DATA, foreach=True).step, {"num_data": NUM_DATA, "seed": 0}
+    decay = torch.optim.SGD(params, LR / 2 * NUM_DATA, foreach=True, weight_decay=1 / NUM_DATA).step  # the Gaussian prior's work
     sums = {
         "SGD and one normal_": lambda: (descend(), flat.normal_(generator=rng)),
         "SGD and fill_normal": lambda: (descend(), fill_normal(flat, 0)),
+        "SGD with weight decay and fill_normal": lambda: (decay(), fill_normal(flat, 0)),
     }
     samplers = {
         "SGLD": SGLD(params, LR, **given).step,

@@ -1,7 +1,9 @@
 """Stages with an autoencoder other than the default one: VQ, Bernoulli, a scale for each pixel, trained without a likelihood."""
 
+import contextlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from ldm.errors import InputError
 from ldm.evaluation.gate import Decision
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel, load_autoencoder
 from ldm.registry import Registered
-from ldm.stages import evaluate
+from ldm.stages import evaluate, train_vae, training
 from ldm.stages.train_vae import measured
+from ldm.training.fit import Langevin, learning_rate
 
 ALL = ("train_vae", "cache_latents", "train_unet", "evaluate")
 
@@ -178,6 +181,58 @@ def test_the_papers_objective_goes_through_the_whole_pipeline(tmp_path):
     root = make_project(tmp_path, {"train_vae": {"likelihood": "laplace", "objective": "ldm", "images": 64}})
     run_stages(root, *ALL)
     assert math.isfinite(metrics(root)["bits_per_dim"])
+
+
+SGLD = {
+    "autoencoder": {"optimizer": "sgld"},
+    "train_vae": {"images": 512, "lr": 1e-8, "checkpoint_images": 128, "ema_halflife_images": 0},
+}
+
+
+def autoencoder_files(root: Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in (root / "models/autoencoder").iterdir()}
+    return {**files, "curve": (root / "reports/curves/train_vae.csv").read_bytes()}
+
+
+def test_an_autoencoder_sampled_by_langevin_dynamics(tmp_path, monkeypatch):
+    """From a trained one, as dynamics take long to get anywhere: stopped and resumed it is the same, byte for byte."""
+    root = make_project(tmp_path / "project", {})
+    run_stages(root, "train_vae")
+    shutil.copytree(root / "models/autoencoder", root / "trained")
+    before = load_autoencoder(root / "trained").state_dict()
+    set_params(root, SGLD)
+    set_params(root, {"autoencoder": {"pretrained": "trained"}})
+    run_stages(root, "pretrained", "train_vae")
+    expected = autoencoder_files(root)
+    shutil.rmtree(root / "models/autoencoder")
+    asked = iter([False] * 5 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "stop_at_checkpoint", lambda: contextlib.nullcontext(lambda: next(asked, False)))
+        with pytest.raises(KeyboardInterrupt, match="after 192 images"):
+            run_stages(root, "train_vae")
+    assert not (root / "models/autoencoder").exists()
+    run_stages(root, "train_vae")
+    assert autoencoder_files(root) == expected
+
+    reader, options = open_shards(root / "data/shards", "train"), load_settings(root)
+    langevin = train_vae.langevin(options, reader)
+    assert langevin == Langevin(len(reader) * 16 * 16, prior_precision=1.0, temperature=1.0)
+    # Next to the injected noise, of 16 steps along half a cosine, drift is little.
+    variance = sum(learning_rate(options.train_vae, images_seen) for images_seen in range(0, 512, 32))
+    after = load_autoencoder(root / "models/autoencoder").state_dict()
+    moved = torch.cat([(after[name] - value).flatten() for name, value in before.items()])
+    assert float(moved.std()) == pytest.approx(math.sqrt(variance), rel=0.2)
+    curve = pd.read_csv(root / "reports/curves/train_vae.csv")
+    assert abs(curve.loss.iloc[-4:].mean() - curve.loss.iloc[:4].mean()) < 0.2 * curve.loss.mean()
+
+
+def test_temperature_and_prior_are_the_settings(tmp_path):
+    root = make_project(tmp_path, SGLD)
+    set_params(root, {"train_vae": {"sgld": {"temperature": 0.5, "prior_precision": 3.0}}})
+    reader = open_shards(root / "data/shards", "train")
+    assert train_vae.langevin(load_settings(root), reader) == Langevin(len(reader) * 256, prior_precision=3.0, temperature=0.5)
+    set_params(root, {"autoencoder": {"optimizer": "adamw"}})
+    assert train_vae.langevin(load_settings(root), reader) is None
 
 
 def test_rate_and_distortion_in_training_are_shown_where_they_are_code_lengths(tmp_path, monkeypatch):

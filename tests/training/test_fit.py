@@ -22,9 +22,10 @@ from tiny import with_soak
 from torch import Tensor, nn
 
 from ldm.data.batches import order
+from ldm.randomness import fill_normal, seed_for
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.ema import Ema, global_norm
-from ldm.training.fit import Execution, Fitted, fit, learning_rate
+from ldm.training.fit import Execution, Fitted, Langevin, fit, learning_rate
 
 PLAIN = Execution()
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,13 +110,14 @@ def run(
     journal: Journal | None = None,
     stop: Callable[[], bool] = lambda: False,
     execution: Execution = PLAIN,
+    langevin: Langevin | None = None,
 ) -> Fitted:
     """`fit` with the folder's store."""
     journal = journal or Journal(set())
     store = CheckpointStore(folder / "store")
     return fit(
         objective, plan, seed=7, journal=journal, store=store, progress=lambda done, row: None, should_stop=stop,
-        execution=execution,
+        execution=execution, langevin=langevin,
     )  # fmt: skip
 
 
@@ -216,6 +218,31 @@ def test_training_equals_adamw_in_float64(tmp_path: Path) -> None:
     np.testing.assert_allclose([row["gradient_norm"] for row in fitted.curve], norms, rtol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_langevin_dynamics_in_float64(temperature: float, tmp_path: Path) -> None:
+    """Welling & Teh 2011, equation 4, with the learning rate of each position as step size, and gradients as they are."""
+    plan, objective = Plan(lr=2e-4), Regression()
+    fitted = run(tmp_path, objective, plan, langevin=Langevin(num_data=50, prior_precision=40.0, temperature=temperature))
+    w, norms, moved = np.array([0.5, 0.5, 0.5, -0.25]), [], []
+    average = w
+    for step in range(12):
+        index = order(5, 50, step * 8, 8)
+        x, y = np.c_[objective.x[index], np.ones(8)], objective.y[index, 0]
+        gradient = 20 * (x @ w - y) @ x / 8
+        norms.append(np.linalg.norm(gradient))
+        rate = np.array([1, 1, 1, 3.0]) * 2e-4 * ((step + 1) / 4 if step < 3 else np.cos(np.pi / 2 * (step - 3) / 9) ** 2)
+        drawn = [fill_normal(torch.empty(n), seed_for(7, "langevin"), "langevin", i, step).numpy() for i, n in enumerate((3, 1))]
+        noise = np.sqrt(rate * temperature) * np.concatenate(drawn)
+        moved.append(np.abs(noise).max())
+        w = w - rate / 2 * (50 * gradient + 40 * w) + noise
+        average = w + (average - w) * 0.5 ** (8 / min(40, 0.05 * (step + 1) * 8))
+    assert max(norms) > 1.5 and max(moved) > 1e-3  # more than what is clipped otherwise, and there is noise
+    found = torch.cat([objective.module.weight[0], objective.module.bias]).detach().numpy()
+    np.testing.assert_allclose(found, w, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(torch.cat([fitted.ema["weight"][0], fitted.ema["bias"]]).numpy(), average, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose([row["gradient_norm"] for row in fitted.curve], norms, rtol=1e-4)
+
+
 def test_a_row_of_the_curve_is_the_mean_since_the_last(tmp_path: Path) -> None:
     """With 100 batches there is a row every second one; the journal gets the same rows."""
     stored: set[tuple[str, float, int, int]] = set()
@@ -249,9 +276,9 @@ from torch import nn
 torch.set_num_threads(1)
 from ldm.tracking import Run
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.fit import fit
+from ldm.training.fit import Langevin, fit
 
-folder, pause = Path(sys.argv[1]), float(sys.argv[2])
+folder, pause, optimizer = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 
 class Objective:
     def __init__(self):
@@ -272,25 +299,28 @@ class Objective:
 plan = SimpleNamespace(images=480, batch_size=4, lr=3e-3, warmup_images=40, weight_decay=0.01)
 plan.ema_halflife_images, plan.checkpoint_images = 100, 96
 objective = Objective()
-fitted = fit(objective, plan, seed=1, journal=Run(), store=CheckpointStore(folder / "store"), progress=lambda done, row: None)
+langevin = Langevin(num_data=10, prior_precision=1.0, temperature=1.0) if optimizer == "sgld" else None
+common = {"journal": Run(), "store": CheckpointStore(folder / "store"), "progress": lambda done, row: None}
+fitted = fit(objective, plan, seed=1, langevin=langevin, **common)
 save_file({k: v.contiguous() for k, v in objective.module.state_dict().items()}, folder / "raw.safetensors")
 save_file({k: v.contiguous() for k, v in fitted.ema.items()}, folder / "ema.safetensors")
 (folder / "curve.json").write_text(json.dumps(fitted.curve))
 """
 
 
-def start(folder: Path, pause: float) -> subprocess.Popen[str]:
+def start(folder: Path, pause: float, optimizer: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     (folder / "train.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(folder / "train.py"), str(folder), str(pause)]
+    command = [sys.executable, str(folder / "train.py"), str(folder), str(pause), optimizer]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgld"])
 @pytest.mark.parametrize("seed", with_soak(1, 10))
-def test_a_killed_and_resumed_process_ends_in_the_same_bytes(seed: int, tmp_path: Path) -> None:
-    straight = start(tmp_path / "straight", 0.0)
-    killed = start(tmp_path / "killed", 0.03)
+def test_a_killed_and_resumed_process_ends_in_the_same_bytes(seed: int, optimizer: str, tmp_path: Path) -> None:
+    straight = start(tmp_path / "straight", 0.0, optimizer)
+    killed = start(tmp_path / "killed", 0.03, optimizer)
     moment = 4 * (24 + int(np.random.default_rng(seed).integers(4, 16)))  # after the first checkpoint, well before the second
     assert killed.stdout is not None and straight.stdout is not None
     reported = []
@@ -305,7 +335,7 @@ def test_a_killed_and_resumed_process_ends_in_the_same_bytes(seed: int, tmp_path
     assert 96 <= saved < reported[-1] < 480  # in the middle of work that no checkpoint holds
     assert not (tmp_path / "killed/raw.safetensors").exists()
 
-    resumed = start(tmp_path / "killed", 0.0)
+    resumed = start(tmp_path / "killed", 0.0, optimizer)
     lines = resumed.communicate(timeout=60)[0].split("\n")
     assert resumed.returncode == 0
     assert f"resuming after {saved} images" in lines[0]

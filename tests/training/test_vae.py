@@ -23,7 +23,7 @@ from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
 from ldm.tracking import Run
 from ldm.training.adversarial import AdversarialObjective, Adversary
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.fit import Execution, fit
+from ldm.training.fit import Execution, Langevin, fit
 from ldm.training.vae import VaeObjective, fit_scale, posterior_noise
 
 PIXELS = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
@@ -378,21 +378,27 @@ with distributed.process_group(torch.device("cpu")):
             loop.DistributedDataParallel = Bypassed
         test_vae.train(Path(folder) / kind, kind, micro_batch)
 """
-TRAININGS = (("paper", 0), ("elbo", 3), ("planted", 0))  # the objective, and at most how many images a pass takes
+TRAININGS = (
+    ("paper", 0),
+    ("elbo", 3),
+    ("langevin", 0),
+    ("planted", 0),
+)  # the objective, and at most how many images a pass takes
 
 
 def train(folder: Path, kind: str, micro_batch: int = 0) -> dict[str, Tensor]:
     """Weights, averages and losses of this process after six steps; written to its file, too."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = distributed.rank()
-    plan = SimpleNamespace(images=48, batch_size=8, lr=1e-3, warmup_images=0, weight_decay=0.01)
+    langevin = Langevin(8 * 768, prior_precision=1.0, temperature=1.0) if kind == "langevin" else None
+    plan = SimpleNamespace(images=48, batch_size=8, lr=1e-6 if langevin else 1e-3, warmup_images=0, weight_decay=0.01)
     plan.ema_halflife_images, plan.checkpoint_images = 20, 16
     images = Images(rank, distributed.ranks())
-    objective = elbo_objective() if kind == "elbo" else adversarial(start=16, beta=1e-6, images=images)
+    objective = elbo_objective() if kind in ("elbo", "langevin") else adversarial(start=16, beta=1e-6, images=images)
     objective.batches = images
     execution = Execution(micro_batch=micro_batch or None)
     store = CheckpointStore(folder / f"store{rank}")
-    fitted = fit(objective, plan, seed=1, journal=Run(), store=store, progress=print, execution=execution)
+    fitted = fit(objective, plan, seed=1, journal=Run(), store=store, progress=print, execution=execution, langevin=langevin)
     tensors = {k: v.contiguous() for k, v in objective.module.state_dict().items()}
     tensors |= {f"ema.{k}": v.contiguous() for k, v in fitted.ema.items()}
     tensors["losses"] = torch.tensor([row["loss"] for row in fitted.curve])
@@ -412,11 +418,11 @@ def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return [key for key in a if not torch.equal(a[key], b[key])]
 
 
-@pytest.mark.parametrize("kind", ["paper", "elbo"])
+@pytest.mark.parametrize("kind", ["paper", "elbo", "langevin"])
 def test_two_processes_train_one_model_the_same_as_one_process(kind, two_ranks, tmp_path):
     """Gradients that were not synchronised would part the ranks; wrongly scaled ones would part them from one process.
 
-    Each has four of eight images: three and one, where passes take three at most.
+    Each has four of eight images: three and one, where passes take three at most. Noise of their own would part them, too.
     """
     alone = train(tmp_path, kind)
     first, second = (load_file(two_ranks / kind / f"rank{rank}.safetensors") for rank in range(2))
