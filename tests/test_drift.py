@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import hypergeom
+from tiny import REPOSITORY, set_params
 
 from ldm import drift as module
-from ldm.drift import LEVEL, drift
+from ldm.drift import LEVEL, drift, samplers
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,20 @@ def test_samples_of_another_decoder_are_refused(copy, inbox, ldm):
     found = ldm(copy, "data", "drift", str(inbox / "alike"))
     assert found.returncode == 2
     assert found.stderr.endswith("its samples are of another decoder than models/ldm; run `dvc repro`\n")
+
+
+def test_what_earlier_settings_left_behind_is_not_used(tmp_path: Path) -> None:
+    """DVC leaves the outs of a stage that has gone from the list; they are of the model of that time."""
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    for sampler in ("sghmc", "sgld"):
+        (tmp_path / "models/posterior" / sampler).mkdir(parents=True)
+        for name in ("samples.safetensors", "scores.csv"):
+            (tmp_path / "models/posterior" / sampler / name).touch()
+    for asked in ([], ["sgld"], ["sgld", "sghmc"]):
+        set_params(tmp_path, {"sample_posterior": asked})
+        assert samplers(tmp_path) == asked
+    (tmp_path / "models/posterior/sgld/scores.csv").unlink()
+    assert samplers(tmp_path) == ["sghmc"]
 
 
 # in the flow

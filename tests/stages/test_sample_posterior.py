@@ -99,6 +99,8 @@ def test_which_weights_a_part_names(loaded):
         InputError, match=r"posterior\.part: the decoder has no 'conv_ou'; it has conv_in, conv_norm_out, conv_out"
     ):
         chosen(decoder, ("conv_out", "conv_ou"))
+    with pytest.raises(InputError, match=r"posterior\.part: mid_block\.downsamplers of the decoder holds no weights"):
+        chosen(decoder, ("mid_block.downsamplers",))
 
 
 def by_hand(root: Path, model: LatentDiffusion, test: ShardReader) -> np.ndarray:
