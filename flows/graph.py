@@ -35,11 +35,11 @@ def read_graph(root: Path) -> tuple[Stage, ...]:
         raise InputError(f"{root / 'dvc.yaml'}: {error}") from None
 
 
-def ancestors(stages: Iterable[Stage], *targets: str) -> tuple[Stage, ...]:
-    """`targets` and all that they need, in the order given."""
+def ancestors(stages: Iterable[Stage], target: str) -> tuple[Stage, ...]:
+    """`target` and all that it needs, in the order given."""
     stages = tuple(stages)
-    needed = set(targets)
-    for target in needed - {stage.name for stage in stages}:
+    needed = {target}
+    if target not in {stage.name for stage in stages}:
         raise InputError(f"dvc.yaml has no stage {target!r}; it has {', '.join(stage.name for stage in stages)}")
     for stage in reversed(stages):
         if stage.name in needed:

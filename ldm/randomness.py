@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def seed_for(*parts: str | int) -> int:
-    """A 63-bit seed for a position such as `(seed, "noise", images_seen)`; equal parts give equal seeds."""
+    """A 63-bit seed for a position such as `(seed, "noise", images_seen)`; equal parts give equal seeds.
+
+    Torch's generator on a CPU takes 32 bits of it.
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

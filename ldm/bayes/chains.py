@@ -64,7 +64,7 @@ def control_variates(loss: Loss, centre: dict[str, Tensor], batches: Iterable[tu
     From a minibatch's gradient that at `centre` is taken away, and added the one of all data, which `batches` go through once,
     here. A step then costs two gradients, and their noise falls with the distance from `centre`, a good one being an optimum.
     """
-    gradient = torch.func.grad(loss)
+    gradient, centre = torch.func.grad(loss), {name: value.detach() for name, value in centre.items()}
     count, total = 0, {name: torch.zeros_like(value) for name, value in centre.items()}
     for batch in batches:
         for name, value in gradient(centre, *batch).items():

@@ -27,7 +27,6 @@ REFUSED = {
     "dampening": "SGHMC has momentum, with the noise that belongs to it (friction)",
     "betas": "PSGLD has a preconditioner, SGHMC momentum",
     "weight_decay": "state the prior: prior_precision (1 / variance)",
-    "max_norm": "clipped gradients are those of no posterior; take a smaller lr",
 }
 
 
@@ -107,8 +106,7 @@ class Sampler(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in group.keys() - self.defaults.keys() - {"params", "param_names"}:
-            raise InputError(f"{type(self).__name__} has no {name}: {REFUSED.get(name, 'leave it out')}")
+        self._refuse(group.keys() - self.defaults.keys() - {"params", "param_names"})
         if not callable(group["lr"]) and not 0 <= group["lr"] < math.inf:
             raise InputError(f"lr {group['lr']}: a step size is 0 or more, or a function of the step")
         if not 1 <= group["num_data"] < math.inf:
@@ -124,6 +122,10 @@ class Sampler(torch.optim.Optimizer):
                     f"a parameter of {tuple(p.shape)} is {p.dtype}, which rounds the noise away: "
                     "sample float32 parameters (autocast may compute in less)"
                 )
+
+    def _refuse(self, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            raise InputError(f"{type(self).__name__} has no {name}: {REFUSED.get(name, 'leave it out')}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -210,7 +212,9 @@ class SGLD(Sampler):
         prior: str = "gaussian",
         temperature: float = 1.0,
         seed: int | None = None,
+        **unknown: Any,
     ) -> None:
+        self._refuse(unknown)
         super().__init__(params, lr, num_data, prior_precision, prior, temperature, seed)
 
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
@@ -239,7 +243,9 @@ class PSGLD(Sampler):
         alpha: float = 0.99,
         eps: float = 1e-5,
         adaptation_steps: int | None = None,
+        **unknown: Any,
     ) -> None:
+        self._refuse(unknown)
         own = {"alpha": alpha, "eps": eps, "adaptation_steps": adaptation_steps}
         super().__init__(params, lr, num_data, prior_precision, prior, temperature, seed, **own)
 
@@ -288,7 +294,9 @@ class SGHMC(Sampler):
         temperature: float = 1.0,
         seed: int | None = None,
         friction: float = 0.1,
+        **unknown: Any,
     ) -> None:
+        self._refuse(unknown)
         super().__init__(params, lr, num_data, prior_precision, prior, temperature, seed, friction=friction)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

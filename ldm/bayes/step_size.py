@@ -63,7 +63,7 @@ class StepSize:
             found.append(f"step size {lr:.3g} diverges: a step leaves {self.contraction(lr):.3g} of a deviation")
         elif self.inflation(lr) > 1 + 2 * tolerance:
             found.append(
-                f"step size {lr:.3g} gives variances up to {self.inflation(lr):.2f} times what they should be (injected noise is "
+                f"step size {lr:.3g} gives variances about {self.inflation(lr):.2f} times what they should be (injected noise is "
                 f"{self.noise_ratio(lr):.3g} times the gradients', a step leaves {self.contraction(lr):.3g} of a deviation): "
                 f"take {self.recommended(tolerance):.3g}, or larger batches"
             )

@@ -25,6 +25,7 @@ from ldm.bayes.predictive import DecoderPosterior
 from ldm.bayes.sgld import SAMPLERS, check_deterministic
 from ldm.bayes.step_size import StepSize, find_step_size
 from ldm.config import Posterior, load_settings
+from ldm.data.batches import order
 from ldm.data.reader import ShardReader
 from ldm.errors import InputError
 from ldm.evaluation import convergence
@@ -41,6 +42,8 @@ from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, opt
 CHECKPOINT_STEPS = 50
 TRACED = 4  # held-out images whose log-likelihood is drawn against the draws
 SHOWN = 8  # images in a row
+TINY = 1e-12  # nats
+MEASURED = 1024  # test images at most whose pixels are mapped and scores kept
 BATCH = 64  # images measured at once
 
 Metrics = dict[str, Any]
@@ -162,7 +165,7 @@ def run(root: Path, sampler: str) -> None:
         plots.mkdir(parents=True)
         more, scores = separated(posterior, test, seed, plots)
         metrics = found | averaged(root, model, posterior, test, seed, plots) | more
-        metrics |= mapped(model, posterior, test, seed_for(seed, "posterior"), plots)
+        metrics |= mapped(model, posterior, test, seed, plots)
         write(root, sampler, posterior, scores, metrics)
         tracker.log({name: value for name, value in metrics.items() if isinstance(value, int | float)}, 0)
         tracker.artifact(plots, "plots")
@@ -259,8 +262,9 @@ def mapped(model: LatentDiffusion, posterior: DecoderPosterior, test: ShardReade
     """Maps of the uncertainty of every pixel, of reconstructions and of samples; how it goes along with squared errors."""
     spreads, errors = [], []
     shown: list[Tensor] = []
-    for rows in np.split(np.arange(len(test)), range(BATCH, len(test), BATCH)):
-        images = torch.from_numpy(test.images(rows))
+    rows = measured(test, seed)
+    for part in np.split(rows, range(BATCH, len(rows), BATCH)):
+        images = torch.from_numpy(test.images(part))
         mean, std = posterior.uncertainty(model.encode(images).mean)
         error = (mean.cpu() - to_float(images)).square()
         spreads.append(std.cpu().numpy())
@@ -271,7 +275,7 @@ def mapped(model: LatentDiffusion, posterior: DecoderPosterior, test: ShardReade
         row_labels=["real", "given back, mean", "its deviation", "error, absolute"],
     )  # fmt: skip
     texts = test.captions.text.drop_duplicates().head(SHOWN).tolist()
-    mean, std = posterior.uncertainty(model.sample_latents(texts, seed=seed))
+    mean, std = posterior.uncertainty(model.sample_latents(texts, seed=seed_for(seed, "posterior")))
     pictures = torch.cat([to_uint8(mean).cpu(), heat(std)]).numpy()
     image_grid(pictures, len(texts), plots / "samples.png", row_labels=["mean", "its deviation"])
     correlation = spearmanr(np.concatenate(spreads).ravel(), np.concatenate(errors).ravel()).statistic
@@ -286,19 +290,25 @@ def heat(values: Tensor) -> Tensor:
 
 def separated(posterior: DecoderPosterior, test: ShardReader, seed: int, plots: Path) -> tuple[Metrics, pd.DataFrame]:
     """Scores of the test images, and how well they tell them from images that were turned, inverted, or are noise (AUROC)."""
-    images = torch.from_numpy(test.images(range(len(test))))
+    rows = measured(test, seed)
+    images = torch.from_numpy(test.images(rows))
     noise = torch.randint(0, 256, images.shape, generator=generator(seed, "posterior noise")).to(torch.uint8)
     others = {"rotated": images.rot90(1, (2, 3)), "inverted": 255 - images, "noise": noise}
-    device = posterior.likelihood.log_scale.device
-    scores = {name: scored(posterior, pixels, device) for name, pixels in {"held out": images, **others}.items()}
-    histograms({name: np.log10(values) for name, values in scores.items()}, plots / "scores.png",
+    scores = {name: scored(posterior, pixels) for name, pixels in {"held out": images, **others}.items()}
+    histograms({name: np.log10(np.maximum(values, TINY)) for name, values in scores.items()}, plots / "scores.png",
               title="Spread of the bound over posterior samples", x_label="log10 of nats")  # fmt: skip
-    labels = np.repeat([0, 1], len(test))
+    labels = np.repeat([0, 1], len(rows))
     areas = {f"ood_auroc_{name}": float(roc_auc_score(labels, np.append(scores["held out"], scores[name]))) for name in others}
-    return areas, pd.DataFrame({"key": test.captions.key, "score": scores["held out"]})
+    return areas, pd.DataFrame({"key": test.captions.key.iloc[rows], "score": scores["held out"]})
 
 
-def scored(posterior: DecoderPosterior, images: Tensor, device: torch.device) -> np.ndarray:
+def measured(test: ShardReader, seed: int) -> np.ndarray:
+    """Positions of `MEASURED` test images, or of all."""
+    return np.sort(order(seed_for(seed, "posterior measured"), len(test), 0, min(len(test), MEASURED)))
+
+
+def scored(posterior: DecoderPosterior, images: Tensor) -> np.ndarray:
+    device = posterior.likelihood.log_scale.device
     return torch.cat([posterior.score(to_float(part).to(device)) for part in images.split(BATCH)]).numpy()
 
 

@@ -220,11 +220,8 @@ class _Gradients:
         execution: Execution,
         clip: bool,
     ) -> None:
-        self._loss, self._sharded, self._most = (
-            loss,
-            execution.shard and distributed.ranks() > 1,
-            GRADIENT_NORM if clip else math.inf,
-        )
+        self._loss, self._sharded = loss, execution.shard and distributed.ranks() > 1
+        self._most = GRADIENT_NORM if clip else math.inf
         self.seed, self.micro_batch = seed, execution.micro_batch
         self._sides = [
             [p for group, its in zip(optimizer.param_groups, players, strict=True) if its == player for p in group["params"]]

@@ -187,7 +187,6 @@ def parameter(dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"nesterov": True}, "SGHMC has momentum"),
         ({"weight_decay": 1e-2}, "prior_precision"),
         ({"betas": (0.9, 0.999)}, "preconditioner"),
-        ({"max_norm": 1.0}, "clipped gradients"),
         ({"foreach": True}, "has no foreach: leave it out"),
         ({"lr": -1.0}, "lr -1.0"),
         ({"lr": math.nan}, "lr nan"),
@@ -199,16 +198,16 @@ def parameter(dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"temperature": math.inf}, "temperature inf"),
     ],
 )
-def test_options_of_a_group_that_would_sample_something_else(make, options, message):
+def test_options_that_would_sample_something_else(make, options, message):
+    """Of a group, or of all."""
     with pytest.raises(InputError, match=message):
         make([{"params": [parameter()], **options}], 0.1, num_data=10)
+    with pytest.raises(InputError, match=message):
+        make([parameter()], **{"lr": 0.1, "num_data": 10, **options})
 
 
-def test_options_of_other_optimizers_are_no_keyword_arguments():
+def test_the_number_of_data_is_required():
     for make in SAMPLERS.values():
-        for name in ("momentum", "weight_decay"):
-            with pytest.raises(TypeError, match=name):
-                make([parameter()], 0.1, num_data=10, **{name: 0.1})
         with pytest.raises(TypeError, match="num_data"):
             make([parameter()], 0.1)
 
