@@ -58,6 +58,7 @@ def summarise(
         ("gate", f"{verdict}: {decision.reason}"),
     ]
     places = [("samples", GRID), ("report", REPORT), ("decision", DECISION)]
+    places += [("uncertainty", f"reports/posterior/{sampler}") for sampler in settings.sample_posterior]
     prompt = first_caption(root / "data/shards") or "…"
     it = f"models:/{name}@champion" if champion == registered.version else f"models:/{name}/{registered.version}"
     commands = (
@@ -66,7 +67,7 @@ def summarise(
         "make ui",
     )
     return Summary(
-        tuple(steps), tuple(results), tuple((what, place) for what, place in places if (root / place).is_file()), commands
+        tuple(steps), tuple(results), tuple((what, place) for what, place in places if (root / place).exists()), commands
     )
 
 
@@ -86,11 +87,12 @@ def show(summary: Summary) -> None:
             table.add_row(step.name, f"[{style}]{step.status}[/]", f"{step.seconds:.1f}", _memory(step.peak_bytes))
         console.print(table)
     else:
+        width = max(16, *(len(step.name) + 2 for step in summary.steps))
         for step in summary.steps:
-            print(f"{step.name:<16}{step.status:<12}{step.seconds:>8.1f} s  {_memory(step.peak_bytes):>9}".rstrip())
+            print(f"{step.name:<{width}}{step.status:<12}{step.seconds:>8.1f} s  {_memory(step.peak_bytes):>9}".rstrip())
     print()
     for what, value in (*summary.results, *summary.places):
-        print(f"{what:<16}{value}")
+        print(f"{what:<15} {value}")
     print("\nnext:")
     for command in summary.next:
         print(f"  {command}")
@@ -148,7 +150,7 @@ def _posteriors(root: Path, settings: Settings) -> list[tuple[str, str]]:
         found = json.loads((root / f"reports/posterior/{sampler}.json").read_text(encoding="utf-8"))
         gain = f"{found['average_bits_per_dim']:.4f} bits/dim averaged over {found['draws']} samples"
         doubts = len(found["step_size_warnings"]) + len(found["convergence_warnings"])
-        lines.append((f"posterior, {sampler}", gain + (f"; {doubts} warnings" if doubts else "")))
+        lines.append((f"by {sampler}", gain + (f"; {doubts} warnings" if doubts else "")))
     return lines
 
 

@@ -277,11 +277,15 @@ def stats(
 @data_app.command("drift")
 def drift_of(
     folder: Annotated[Path, typer.Argument(help="Images, with captions or without.")],
-    sampler: Annotated[str | None, typer.Option(help="Whose posterior samples score them: sgld or sghmc.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="Whose posterior samples score them: sgld or sghmc; the first of `sample_posterior` otherwise."),
+    ] = None,
 ) -> None:
     """Are new images like those that the model was trained on? Exit code 1 where they are not.
 
-    Each is scored by how much its bound varies over posterior samples of the decoder's weights, beside the test images.
+    Each is scored by how much its bound varies over posterior samples of the decoder's weights, beside the test images. It takes
+    several unlike images to be sure that images are unlike; those beyond the limit are named in any case.
     The samples are those of the stage sample_posterior: set `sample_posterior: [sgld]` in params.yaml and run the pipeline.
 
     Example: `ldm data drift ~/inbox`

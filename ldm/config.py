@@ -231,7 +231,9 @@ class Evaluate(Section):
 class Posterior(Langevin):
     """How the stages `sample_posterior` sample weights of the decoder."""
 
-    part: tuple[Annotated[str, Field(min_length=1)], ...] | None  # modules of the decoder; null: its last block and output
+    part: (
+        Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None
+    )  # modules of the decoder; null: its last block and output
     lr: Rate | None  # step size; null: measured, see `ldm.bayes.step_size`
     temperature: Annotated[float, Field(gt=0)]  # 1 is the posterior; step sizes are measured against its noise
     friction: Annotated[float, Field(gt=0, le=1)]  # of sghmc

@@ -54,14 +54,17 @@ class Drift:
         share = (
             f"{self.beyond} of {len(self.scores)} images score beyond {QUANTILE:.0%} of the test images (p = {self.p_value:.2g})"
         )
-        return f"drift: {share}; look at them before the model learns them" if self.drifted else f"no drift: {share}"
+        return f"drift: {share}; look at them" if self.drifted else f"no drift: {share}"
 
     def lines(self) -> list[str]:
         """The report, for people."""
         chosen = "" if self.found == len(self.scores) + self.unreadable else f", {len(self.scores)} of them scored, at random"
-        lines = [f"{self.found} images{chosen}; {self.unreadable} unreadable", self.verdict]
-        most = self.scores.head(SHOWN)
-        return lines + [f"  {score:.3g} nats (limit {self.limit:.3g})  {name}" for name, score in most.itertuples(index=False)]
+        count = "1 image" if self.found == 1 else f"{self.found} images"
+        lines = [f"{count}{chosen}; {self.unreadable} unreadable", self.verdict]
+        most = self.scores[self.scores.score > self.limit].head(SHOWN)
+        return lines + [
+            f"  {name}: {score:.3g} nats, the limit is {self.limit:.3g}" for name, score in most.itertuples(index=False)
+        ]
 
 
 def samplers(root: Path) -> list[str]:
@@ -100,7 +103,7 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
 def _images(folder: Path, prepared: Preprocessing) -> tuple[list[str], np.ndarray, int, int]:
     """Names and pixels, uint8 (N, C, H, W), of at most `MOST` images as the model sees them; all; unreadable ones."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; name one of images")
+        raise InputError(f"{folder}: no such folder; give a folder of images")
     images = [name for name, reason in walk(folder) if PurePosixPath(name).suffix.lower() in SUFFIXES and not reason]
     chosen = sorted(images[i] for i in order(0, len(images), 0, min(len(images), MOST))) if images else []
     start, end = prepared.margin // 2, prepared.margin // 2 + prepared.image_size

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import yaml
 
 from ldm import lineage, tracking
 from ldm.config import Settings, changed_sampling, load_settings
@@ -253,8 +252,10 @@ def _check_outs(root: Path) -> None:
     for path in (root / MODEL, *(root / kept for kept in KEPT)):
         if not path.exists():
             raise InputError(f"{path}: not found; `dvc repro` (or `ldm run`) makes it")
-    params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
-    for stage, locked in yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8")).get("stages", {}).items():
+    from dvc.utils.serialize import load_yaml
+
+    params, lock = (load_yaml(str(root / name)) for name in ("params.yaml", "dvc.lock"))  # DVC's: 1e-07 is a number
+    for stage, locked in lock.get("stages", {}).items():
         if stage.startswith("sample_posterior@"):
             continue
         for key, value in locked.get("params", {}).get("params.yaml", {}).items():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny import set_params
 from typer.testing import CliRunner
 
 from ldm import registry
@@ -188,6 +189,18 @@ def test_what_changed_since_the_last_repro_is_not_registered(root: Path, models:
     with pytest.raises(InputError, match=r"metrics\.json: changed since stage evaluate wrote it"):
         registry.register(root)
     assert registry.versions().empty
+
+
+def test_small_numbers_are_numbers_as_dvc_writes_them(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    """DVC writes 1.0e-7 as 1e-07, which other readers of YAML take for a string."""
+    write_outs(root, models["poor"])
+    set_params(root, {"train_vae": {"lr": 1.0e-7}})
+    lock = root / "dvc.lock"
+    lock.write_text("stages:\n  train_vae:\n    params:\n      params.yaml:\n        train_vae.lr: 1e-07\n")
+    assert registry.register(root).created
+    lock.write_text(lock.read_text().replace("1e-07", "2e-07"))
+    with pytest.raises(InputError, match=r"train_vae\.lr changed"):
+        registry.register(root)
 
 
 def test_a_posterior_that_is_no_longer_asked_for_stops_nothing(root: Path, models: dict[str, LatentDiffusion]) -> None:

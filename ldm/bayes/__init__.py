@@ -15,6 +15,7 @@ __getattr__, __all__ = exports(
         "SGHMC": "sgld",
         "SGLD": "sgld",
         "StepSize": "step_size",
+        "check_deterministic": "sgld",
         "diagnose": "diagnostics",
         "elbo": "elbo",
         "find_step_size": "step_size",

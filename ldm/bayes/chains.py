@@ -136,6 +136,8 @@ class Chains:
                 f"no draws after {self.done} steps of which {self.burn_in} are burn-in, thinned by {self.thin}: take more"
             )
         values = {name: torch.stack([draw[name] for draw, _ in self._draws], 1) for name in self.parameters}
+        if not all(bool(value.isfinite().all()) for value in values.values()):
+            raise InputError(f"the chains diverged: weights are not finite after {self.done} steps; take a smaller step size")
         return Draws(values, torch.tensor([lr for _, lr in self._draws], dtype=torch.float64))
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ldm.randomness import fill_normal
 
 Schedule = Callable[[int], float]  # how many steps were taken, to the step size of the next
 PRIORS = ("gaussian", "laplace")
+EXACT = (torch.float32, torch.float64)  # types that do not round a step's noise away
 # Options of other optimizers that would change what is sampled, and what there is instead.
 REFUSED = {
     "momentum": "SGHMC has momentum, with the noise that belongs to it (friction)",
@@ -117,7 +118,7 @@ class Sampler(torch.optim.Optimizer):
             if not (math.isfinite(group[name]) and group[name] >= 0):
                 raise InputError(f"{name} {group[name]}: expected 0 or more")
         for p in group["params"]:
-            if p.dtype not in (torch.float32, torch.float64):
+            if p.dtype not in EXACT:
                 raise InputError(
                     f"a parameter of {tuple(p.shape)} is {p.dtype}, which rounds the noise away: "
                     "sample float32 parameters (autocast may compute in less)"
@@ -149,6 +150,8 @@ class Sampler(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"]):
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 raise InputError(f"a parameter of {tuple(p.shape)} has a hook that may change its gradient; remove it")
+            if p.dtype not in EXACT:
+                raise InputError(f"a parameter of {tuple(p.shape)} became {p.dtype}, which rounds the noise away")
             if p.grad is None:
                 raise InputError(f"a parameter of {tuple(p.shape)} has no gradient: leave out what the loss does not depend on")
 

@@ -23,7 +23,9 @@ def warnings(found: DataFrame) -> list[str]:
     rhat, ess = float(found.rhat.max()), float(found.ess.min())
     said = []
     if not rhat <= RHAT:
-        said.append(f"R-hat is {rhat:.3g} where it should be {RHAT} at most: the chains have not mixed, take more steps")
+        said.append(
+            f"R-hat is {rhat:.3g} where it should be {RHAT} at most: the chains have not mixed; leave more steps between draws"
+        )
     if not ess >= ESS:
-        said.append(f"the effective sample size is {ess:.0f} where {ESS:.0f} are asked for: take more steps")
+        said.append(f"the effective sample size is {ess:.0f} where {ESS:.0f} are asked for; take more draws, farther apart")
     return said

@@ -188,29 +188,35 @@ def channel_bars(
 
 
 @matplotlib.rc_context(matplotlib.rcParamsDefault)
-def traces(values: np.ndarray, path: str | PathLike[str], *, title: str, y_label: str) -> None:
-    """Write `values` (chains, draws, quantities) against the draws as one PNG: a panel for each quantity."""
+def traces(values: np.ndarray, path: str | PathLike[str], *, title: str, names: Sequence[str], y_label: str) -> None:
+    """Write `values` (chains, draws, quantities) against the draws as one PNG: a panel for each quantity, which has a name."""
     count = values.shape[2]
-    figure = Figure(figsize=(7.5, 1.6 * count + 0.6), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.7 * count + 0.6), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     for number, axes in enumerate(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]):
         for chain, colour in zip(values[..., number], cycle(COLOURS), strict=False):
             axes.plot(chain, color=colour, linewidth=1.2)
-        last = number == count - 1
-        _dress(axes, title if number == 0 else "", "draw, a line for each chain" if last else "", y_label)
+        _dress(axes, "", "draw, a line for each chain" if number == count - 1 else "", y_label)
+        axes.set_title(names[number], loc="left", fontsize=9)
+        axes.ticklabel_format(axis="y", useOffset=False, style="plain")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     _save(figure, path)
 
 
 @matplotlib.rc_context(matplotlib.rcParamsDefault)
 def histograms(series: Mapping[str, np.ndarray], path: str | PathLike[str], *, title: str, x_label: str) -> None:
-    """Write the distributions of several sets of numbers as one PNG, on the same bins."""
+    """Write the distributions of several sets of positive numbers as one PNG, on the same bins of a logarithmic axis."""
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    edges = np.histogram_bin_edges(np.concatenate(list(series.values())), 50)
+    everything = np.concatenate(list(series.values()))
+    edges = np.geomspace(everything.min() / 1.05, everything.max() * 1.05, 51)
     for (label, values), colour in zip(series.items(), cycle(COLOURS), strict=False):
         counts, _ = np.histogram(values, edges)
         axes.stairs(counts, edges, color=colour, fill=True, alpha=0.35)
         axes.stairs(counts, edges, color=colour, linewidth=1.4, label=label)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     _dress(axes, title, x_label, "images")
     axes.legend(frameon=False)
     _save(figure, path)

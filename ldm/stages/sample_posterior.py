@@ -8,6 +8,7 @@ centre of control variates, without which a step that is small enough for the gr
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from ldm.bayes.chains import Chains, Loss, control_variates
-from ldm.bayes.likelihoods import to_float, to_uint8
+from ldm.bayes.likelihoods import BIN, to_float, to_uint8
 from ldm.bayes.predictive import DecoderPosterior
 from ldm.bayes.sgld import SAMPLERS, check_deterministic
 from ldm.bayes.step_size import StepSize, find_step_size
@@ -40,6 +41,7 @@ from ldm.tracking import stage_run
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 
 CHECKPOINT_STEPS = 50
+GROWTH = 2.0  # of the gradients' noise on the way from the burn-in's end, which the step size allows for
 TRACED = 4  # held-out images whose log-likelihood is drawn against the draws
 SHOWN = 8  # images in a row
 TINY = 1e-12  # nats
@@ -159,6 +161,7 @@ def run(root: Path, sampler: str) -> None:
     with work_folder(root, "sample_posterior", key) as folder, stage_run(f"sample_posterior_{sampler}", params, key) as tracker:
         store = CheckpointStore(folder / "checkpoint")
         chains, found = draw(options, sampler, Decoding(model, train, options.part, seed), store)
+        print(f"sample_posterior: {sampler}: measuring the samples", flush=True)
         posterior = DecoderPosterior(model.autoencoder, model.likelihood, chains.draws())
         plots = root / "reports/posterior" / sampler
         shutil.rmtree(plots, ignore_errors=True)
@@ -180,6 +183,7 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     """The chains at their end, and what their step size does."""
     friction = options.friction if sampler == "sghmc" else 1.0
     parts = torch.arange(len(decoding.train)).split(options.batch_size)
+    print(f"sample_posterior: {sampler}: the gradient of all {len(decoding.train):,} images, and the curvature", flush=True)
     loss = control_variates(decoding.loss, decoding.start, (decoding.data(part.tolist()) for part in parts))
     bends = step_sizes(options, decoding, loss, decoding.start, friction)
     lr = options.lr or bends.recommended()
@@ -206,7 +210,9 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     if chains.done < options.burn_in:
         sample(chains, batch, options.burn_in, store, f"{name}, burn-in")
     if chains.done == options.burn_in and options.lr is None:
-        lr = chains.optimizer.param_groups[0]["lr"] = min(lr, limits().recommended())
+        now = limits()
+        noisier = replace(now, gradient_noise=GROWTH * now.gradient_noise, mean_gradient_noise=GROWTH * now.mean_gradient_noise)
+        chains.optimizer.param_groups[0]["lr"] = min(lr, noisier.recommended())
     sample(chains, batch, steps, store, name)
     lr, found = chains.optimizer.step_size(), limits()
     return chains, {
@@ -244,7 +250,9 @@ def averaged(
     chains = posterior.draws.count // len(posterior.draws.weights)
     values = each.view(chains, -1, each.shape[1]).numpy()
     found = convergence.convergence(values)
-    traces(values[..., :TRACED], plots / "traces.png", title="log p(x | z, θ) of held-out images", y_label="nats")
+    names = [f"image {key}" for key in bounds.key[:TRACED]]
+    shown = values[..., : len(names)]
+    traces(shown, plots / "traces.png", title="log p(x | z, θ) of held-out images", names=names, y_label="nats")
     return {
         "bits_per_dim": float((-bounds.nats * to_bits).mean()),
         "average_bits_per_dim": float((-(bounds.nats + gain) * to_bits).mean()),
@@ -260,32 +268,32 @@ def averaged(
 
 def mapped(model: LatentDiffusion, posterior: DecoderPosterior, test: ShardReader, seed: int, plots: Path) -> Metrics:
     """Maps of the uncertainty of every pixel, of reconstructions and of samples; how it goes along with squared errors."""
-    spreads, errors = [], []
-    shown: list[Tensor] = []
-    rows = measured(test, seed)
+    rows, spreads, errors = measured(test, seed), [], []
     for part in np.split(rows, range(BATCH, len(rows), BATCH)):
         images = torch.from_numpy(test.images(part))
         mean, std = posterior.uncertainty(model.encode(images).mean)
-        error = (mean.cpu() - to_float(images)).square()
-        spreads.append(std.cpu().numpy())
-        errors.append(error.numpy())
-        shown = shown or [images[:SHOWN], to_uint8(mean[:SHOWN]).cpu(), heat(std[:SHOWN]), heat(error[:SHOWN].sqrt())]
-    image_grid(
-        torch.cat(shown).numpy(), len(shown[0]), plots / "reconstructions.png",
-        row_labels=["real", "given back, mean", "its deviation", "error, absolute"],
-    )  # fmt: skip
+        spreads.append(std.cpu())
+        errors.append((mean.cpu() - to_float(images)).square())
+    images = torch.from_numpy(test.images(rows[:SHOWN]))
+    mean, std = posterior.uncertainty(model.encode(images).mean)
     texts = test.captions.text.drop_duplicates().head(SHOWN).tolist()
-    mean, std = posterior.uncertainty(model.sample_latents(texts, seed=seed_for(seed, "posterior")))
-    pictures = torch.cat([to_uint8(mean).cpu(), heat(std)]).numpy()
-    image_grid(pictures, len(texts), plots / "samples.png", row_labels=["mean", "its deviation"])
-    correlation = spearmanr(np.concatenate(spreads).ravel(), np.concatenate(errors).ravel()).statistic
+    drawn, spread = posterior.uncertainty(model.sample_latents(texts, seed=seed_for(seed, "posterior")))
+    show(
+        [images, to_uint8(mean)], {"its deviation": std, "error": errors[0][: len(images)].sqrt()}, plots / "reconstructions.png"
+    )
+    show([to_uint8(drawn)], {"its deviation": spread}, plots / "samples.png")
+    correlation = spearmanr(torch.cat(spreads).flatten(), torch.cat(errors).flatten()).statistic
     return {"uncertainty_error_rank_correlation": float(correlation)}
 
 
-def heat(values: Tensor) -> Tensor:
-    """Non-negative values (B, C, H, W) as uint8, white the largest of each image."""
-    most = values.flatten(1).amax(1).clamp(min=1e-12).view(-1, 1, 1, 1)
-    return (values / most * 255).round().to(torch.uint8).cpu()
+def show(images: list[Tensor], maps: dict[str, Tensor], path: Path) -> None:
+    """A row of each of the images (N, C, H, W), uint8, and of each map, non-negative, its largest value white."""
+    names = ["real", "given back, mean"] if len(images) == 2 else ["mean"]
+    most = {name: max(float(values.max()), TINY) for name, values in maps.items()}
+    names += [f"{name}, white: {value / BIN:.2g} of 255" for name, value in most.items()]
+    scaled = [(values / most[name] * 255).round().to(torch.uint8) for name, values in maps.items()]
+    rows = [row.cpu() for row in (*images, *scaled)]
+    image_grid(torch.cat(rows).numpy(), len(rows[0]), path, row_labels=names)
 
 
 def separated(posterior: DecoderPosterior, test: ShardReader, seed: int, plots: Path) -> tuple[Metrics, pd.DataFrame]:
@@ -295,8 +303,8 @@ def separated(posterior: DecoderPosterior, test: ShardReader, seed: int, plots: 
     noise = torch.randint(0, 256, images.shape, generator=generator(seed, "posterior noise")).to(torch.uint8)
     others = {"rotated": images.rot90(1, (2, 3)), "inverted": 255 - images, "noise": noise}
     scores = {name: scored(posterior, pixels) for name, pixels in {"held out": images, **others}.items()}
-    histograms({name: np.log10(np.maximum(values, TINY)) for name, values in scores.items()}, plots / "scores.png",
-              title="Spread of the bound over posterior samples", x_label="log10 of nats")  # fmt: skip
+    histograms({name: np.maximum(values, TINY) for name, values in scores.items()}, plots / "scores.png",
+              title="Spread of the bound over posterior samples", x_label="nats")  # fmt: skip
     labels = np.repeat([0, 1], len(rows))
     areas = {f"ood_auroc_{name}": float(roc_auc_score(labels, np.append(scores["held out"], scores[name]))) for name in others}
     return areas, pd.DataFrame({"key": test.captions.key.iloc[rows], "score": scores["held out"]})

@@ -59,7 +59,7 @@ def test_chains_that_have_not_mixed(kind):
 def test_warnings_are_of_the_worst_quantity():
     assert warnings(pd.DataFrame({"rhat": [1.0, 1.01], "ess": [400.0, 9000.0]})) == []
     (few,) = warnings(pd.DataFrame({"rhat": [1.0, 1.0], "ess": [399.0, 9000.0]}))
-    assert few == "the effective sample size is 399 where 400 are asked for: take more steps"
+    assert few == "the effective sample size is 399 where 400 are asked for; take more draws, farther apart"
     (mixed,) = warnings(pd.DataFrame({"rhat": [1.0, 1.02], "ess": [500.0, 9000.0]}))
     assert mixed.startswith("R-hat is 1.02")
 

@@ -231,7 +231,7 @@ def test_the_summary_of_a_run_names_the_average(sampled):
     decision = Decision(promote=True, n=0, mean=math.nan, se=math.nan, lower=math.nan, level=0.05, reason="no champion yet")
     step = Step("evaluate", "executed", 1.0)
     results = summarise(sampled, load_settings(sampled), [step], Registered(1, created=True), decision, 1, []).results
-    line = dict(results)["posterior, sghmc"]
+    line = dict(results)["by sghmc"]
     metrics = found(sampled)
     doubts = len(metrics["convergence_warnings"]) + len(metrics["step_size_warnings"])
     assert line == f"{metrics['average_bits_per_dim']:.4f} bits/dim averaged over 8 samples; {doubts} warnings"
