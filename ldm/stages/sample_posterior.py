@@ -287,11 +287,11 @@ def mapped(model: LatentDiffusion, posterior: DecoderPosterior, test: ShardReade
 
 
 def show(images: list[Tensor], maps: dict[str, Tensor], path: Path) -> None:
-    """A row of each of the images (N, C, H, W), uint8, and of each map, non-negative, its largest value white."""
+    """A row of each of the images (N, C, H, W), uint8, and of each map, non-negative, its largest percent white."""
     names = ["real", "given back, mean"] if len(images) == 2 else ["mean"]
-    most = {name: max(float(values.max()), TINY) for name, values in maps.items()}
-    names += [f"{name}, white: {value / BIN:.2g} of 255" for name, value in most.items()]
-    scaled = [(values / most[name] * 255).round().to(torch.uint8) for name, values in maps.items()]
+    most = {name: max(float(values.quantile(0.99)), TINY) for name, values in maps.items()}
+    names += [f"{name}, white: {value / BIN:.2g} of 255 or more" for name, value in most.items()]
+    scaled = [(values / most[name] * 255).round().clamp(max=255).to(torch.uint8) for name, values in maps.items()]
     rows = [row.cpu() for row in (*images, *scaled)]
     image_grid(torch.cat(rows).numpy(), len(rows[0]), path, row_labels=names)
 
