@@ -160,14 +160,15 @@ def run(root: Path, sampler: str) -> None:
     key = work_key("sample_posterior", params, inputs)
     with work_folder(root, "sample_posterior", key) as folder, stage_run(f"sample_posterior_{sampler}", params, key) as tracker:
         store = CheckpointStore(folder / "checkpoint")
-        chains, found = draw(options, sampler, Decoding(model, train, options.part, seed), store)
+        chains, limits = draw(options, sampler, Decoding(model, train, options.part, seed), store)
         print(f"sample_posterior: {sampler}: measuring the samples", flush=True)
         posterior = DecoderPosterior(model.autoencoder, model.likelihood, chains.draws())
         plots = root / "reports/posterior" / sampler
         shutil.rmtree(plots, ignore_errors=True)
         plots.mkdir(parents=True)
         more, scores = separated(posterior, test, seed, plots)
-        metrics = found | averaged(root, model, posterior, test, seed, plots) | more
+        metrics = {"sampler": sampler, "weights": sum(value.numel() for value in next(iter(posterior.draws)).values())}
+        metrics |= described(limits, chains.optimizer.step_size()) | averaged(root, model, posterior, test, seed, plots) | more
         metrics |= mapped(model, posterior, test, seed, plots)
         write(root, sampler, posterior, scores, metrics)
         tracker.log({name: value for name, value in metrics.items() if isinstance(value, int | float)}, 0)
@@ -179,8 +180,8 @@ def run(root: Path, sampler: str) -> None:
     print(f"sample_posterior: {before:.4f} bits/dim as trained, {after:.4f} averaged (by {gain:.2f} ± {error:.2f} nats an image)")
 
 
-def draw(options: Posterior, sampler: str, decoding: Decoding, store: CheckpointStore) -> tuple[Chains, Metrics]:
-    """The chains at their end, and what their step size does."""
+def draw(options: Posterior, sampler: str, decoding: Decoding, store: CheckpointStore) -> tuple[Chains, StepSize]:
+    """The chains at their end, and what limits their step size there."""
     friction = options.friction if sampler == "sghmc" else 1.0
     parts = torch.arange(len(decoding.train)).split(options.batch_size)
     print(f"sample_posterior: {sampler}: the gradient of all {len(decoding.train):,} images, and the curvature", flush=True)
@@ -214,16 +215,18 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
         noisier = replace(now, gradient_noise=GROWTH * now.gradient_noise, mean_gradient_noise=GROWTH * now.mean_gradient_noise)
         chains.optimizer.param_groups[0]["lr"] = min(lr, noisier.recommended())
     sample(chains, batch, steps, store, name)
-    lr, found = chains.optimizer.step_size(), limits()
-    return chains, {
-        "sampler": sampler,
-        "weights": sum(value.numel() for value in decoding.start.values()),
+    return chains, limits()
+
+
+def described(limits: StepSize, lr: float) -> Metrics:
+    """What a step size does."""
+    return {
         "lr": lr,
-        "lr_recommended": found.recommended(),
-        "contraction": found.contraction(lr),
-        "noise_ratio": found.noise_ratio(lr),
-        "inflation": found.inflation(lr),
-        "step_size_warnings": found.warnings(lr),
+        "lr_recommended": limits.recommended(),
+        "contraction": limits.contraction(lr),
+        "noise_ratio": limits.noise_ratio(lr),
+        "inflation": limits.inflation(lr),
+        "step_size_warnings": limits.warnings(lr),
     }
 
 
