@@ -167,7 +167,7 @@ def run(root: Path, sampler: str) -> None:
         shutil.rmtree(plots, ignore_errors=True)
         plots.mkdir(parents=True)
         more, scores = separated(posterior, test, seed, plots)
-        metrics = {"sampler": sampler, "weights": sum(value.numel() for value in next(iter(posterior.draws)).values())}
+        metrics: Metrics = {"sampler": sampler, "weights": sum(value.numel() for value in next(iter(posterior.draws)).values())}
         metrics |= described(limits, chains.optimizer.step_size()) | averaged(root, model, posterior, test, seed, plots) | more
         metrics |= mapped(model, posterior, test, seed, plots)
         write(root, sampler, posterior, scores, metrics)
