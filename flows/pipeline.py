@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
 
 TARGET = "evaluate"  # the last stage; registration is a side effect, so DVC does not know of it
-OPTIONAL = "sample_posterior@"  # stages that params.yaml asks for
 STARTED = time.monotonic()
 
 
@@ -112,7 +111,7 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
     settings = load_settings(folder)
     graph = read_graph(folder)
     stages = ancestors(graph, TARGET)
-    optional = tuple(stage for stage in graph if stage.name.startswith(OPTIONAL))
+    optional = tuple(stage for stage in graph if stage.name.startswith(registry.OPTIONAL))
     notes: list[tuple[str, str]] = []
     tracking.use_default_store(folder)
     with _alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:

@@ -454,18 +454,16 @@ def _read_image(path: str, model: "LatentDiffusion", whole: bool = False) -> "Te
     prepared = images.Preprocessing(**model.recipe.preprocessing)
     try:
         blob = Path(path).read_bytes()
-        image = images.decode(blob, channels=prepared.channels, background=prepared.background) if whole else prepared.read(blob)
-        pixels = images.to_array(image)
+        if not whole:
+            return torch.tensor(prepared.as_seen(blob))
+        pixels = images.to_array(images.decode(blob, channels=prepared.channels, background=prepared.background))
     except images.UnreadableImage as error:
         raise InputError(f"{path}: not a readable image ({error})") from None
-    if whole:
-        factor = model.autoencoder.factor
-        if min(pixels.shape[1:]) < factor:
-            raise InputError(f"{path}: its shorter side is less than the {factor} pixels of one latent")
-        height, width = (side // factor * factor for side in pixels.shape[1:])
-        return torch.tensor(pixels[:, :height, :width])
-    start, end = prepared.margin // 2, prepared.margin // 2 + prepared.image_size
-    return torch.tensor(pixels[:, start:end, start:end])
+    factor = model.autoencoder.factor
+    if min(pixels.shape[1:]) < factor:
+        raise InputError(f"{path}: its shorter side is less than the {factor} pixels of one latent")
+    height, width = (side // factor * factor for side in pixels.shape[1:])
+    return torch.tensor(pixels[:, :height, :width])
 
 
 def _check_out(out: Path, option: str = "--out") -> None:

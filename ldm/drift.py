@@ -13,15 +13,14 @@ import torch
 from scipy.stats import fisher_exact
 
 from ldm.bayes.chains import Draws
-from ldm.bayes.likelihoods import to_float
 from ldm.bayes.predictive import DecoderPosterior
 from ldm.config import load_settings
 from ldm.data.batches import order
 from ldm.data.folders import Place, walk
-from ldm.data.images import SUFFIXES, Preprocessing, UnreadableImage, to_array
+from ldm.data.images import SUFFIXES, Preprocessing, UnreadableImage
 from ldm.device import default_device
 from ldm.errors import InputError
-from ldm.model import BATCH, LatentDiffusion
+from ldm.model import LatentDiffusion
 from ldm.nets.blocks import network_hash
 
 POSTERIORS = "models/posterior"
@@ -92,8 +91,7 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
     reference = pd.read_csv(source / "scores.csv").score.to_numpy()
     names, pixels, found, unreadable = _images(folder, Preprocessing(**model.recipe.preprocessing))
     posterior = DecoderPosterior(model.autoencoder, model.likelihood, draws)
-    parts = [posterior.score(to_float(part).to(model.device)) for part in torch.from_numpy(pixels).split(BATCH)]
-    scores = pd.DataFrame({"file_name": names, "score": torch.cat(parts).numpy()})
+    scores = pd.DataFrame({"file_name": names, "score": posterior.scores(torch.from_numpy(pixels)).numpy()})
     limit = float(np.quantile(reference, QUANTILE))
     counts = [[int((values > limit).sum()), int((values <= limit).sum())] for values in (scores.score.to_numpy(), reference)]
     p_value = float(fisher_exact(counts, alternative="greater").pvalue)
@@ -106,11 +104,10 @@ def _images(folder: Path, prepared: Preprocessing) -> tuple[list[str], np.ndarra
         raise InputError(f"{folder}: no such folder; give a folder of images")
     images = [name for name, reason in walk(folder) if PurePosixPath(name).suffix.lower() in SUFFIXES and not reason]
     chosen = sorted(images[i] for i in order(0, len(images), 0, min(len(images), MOST))) if images else []
-    start, end = prepared.margin // 2, prepared.margin // 2 + prepared.image_size
     names, pixels = [], []
     for name in chosen:
         try:
-            pixels.append(to_array(prepared.read(Place(folder / name).read()))[:, start:end, start:end])
+            pixels.append(prepared.as_seen(Place(folder / name).read()))
             names.append(name)
         except UnreadableImage:
             pass

@@ -100,6 +100,10 @@ class LatentDiffusion:
         side = self.recipe.preprocessing["image_size"]
         return self.autoencoder.latent_shape(side, side)
 
+    def latent_noise(self, rngs: Sequence[torch.Generator]) -> Tensor:
+        """Standard normal noise (N, c, h, w) for as many latents, each from its own generator."""
+        return torch.stack([torch.randn(self.latent_shape, generator=rng) for rng in rngs]).to(self.device)
+
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """The text encoder the model was trained with, checked by hash."""
@@ -139,7 +143,7 @@ class LatentDiffusion:
             drawn = torch.stack([torch.randint(len(codes), places, generator=rng) for rng in rngs]).to(self.device)
             z = codes[drawn].permute(0, 3, 1, 2)
         else:
-            z = torch.stack([torch.randn(self.latent_shape, generator=rng) for rng in rngs]).to(self.device)
+            z = self.latent_noise(rngs)
         images = [
             self.likelihood.sample(self.autoencoder.decode(z[i : i + 1]), rng) for i, rng in enumerate(rngs)
         ]  # one by one: the draw of image i depends on no other
@@ -246,7 +250,7 @@ class LatentDiffusion:
         shift, scale = self._affine
         context, mask = self._embed(prompts)
         rngs = [generator(seed, "bound", key) for key in keys]
-        latent_noise = torch.stack([torch.randn(self.latent_shape, generator=rng) for rng in rngs]).to(self.device)
+        latent_noise = self.latent_noise(rngs)
         noise = torch.stack([torch.randn((levels, *self.latent_shape), generator=rng) for rng in rngs], 1).to(self.device)
         # Stratified over ln sigma: one draw in each of `levels` equal parts.
         u = torch.stack([(torch.arange(levels) + torch.rand(levels, generator=rng)) / levels for rng in rngs], 1)
@@ -267,8 +271,7 @@ class LatentDiffusion:
     @torch.inference_mode()
     def bound_latents(self, images: Tensor, keys: list[str], *, seed: int = 0) -> Tensor:
         """The draws from q(z | x), (N, c, h, w), that `bound` makes for uint8 images (N, C, H, W) of these keys."""
-        noise = torch.stack([torch.randn(self.latent_shape, generator=generator(seed, "bound", key)) for key in keys])
-        return self.encode(images).sample(noise.to(self.device))
+        return self.encode(images).sample(self.latent_noise([generator(seed, "bound", key) for key in keys]))
 
     @property
     def _affine(self) -> tuple[Tensor, Tensor]:
@@ -289,8 +292,7 @@ class LatentDiffusion:
 
     def _noise(self, seed: int, numbers: Sequence[int], *step: int) -> Tensor:
         """What images of these numbers start from, or are given at a step, (N, c, h, w)."""
-        rngs = [generator(seed, "sample", number, *step) for number in numbers]
-        return torch.stack([torch.randn(self.latent_shape, generator=rng) for rng in rngs]).to(self.device)
+        return self.latent_noise([generator(seed, "sample", number, *step) for number in numbers])
 
     def _sample_latents(
         self,

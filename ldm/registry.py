@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
 
 MODEL = "models/ldm"
+OPTIONAL = "sample_posterior@"  # stages that params.yaml asks for, and no part of a version
 KEPT = ("dvc.lock", "params.yaml", "reports/metrics.json", "reports/report.html")  # stored with a version
 REQUIREMENTS = (  # what loading and sampling import
     "mlflow", "torch", "transformers", "safetensors", "numpy", "pandas", "pillow", "pydantic", "pyyaml",
@@ -256,7 +257,7 @@ def _check_outs(root: Path) -> None:
 
     params, lock = (load_yaml(str(root / name)) for name in ("params.yaml", "dvc.lock"))  # DVC's: 1e-07 is a number
     for stage, locked in lock.get("stages", {}).items():
-        if stage.startswith("sample_posterior@"):
+        if stage.startswith(OPTIONAL):
             continue
         for key, value in locked.get("params", {}).get("params.yaml", {}).items():
             if _at(params, key) != value:

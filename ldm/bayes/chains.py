@@ -26,13 +26,17 @@ class Draws:
     weights: Tensor  # the step sizes they were drawn with (Welling & Teh 2011, equation 11)
 
     @property
+    def chains(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    @property
     def count(self) -> int:
         """Of all chains together."""
-        return len(self.weights) * next(iter(self.values.values())).shape[0]
+        return self.chains * len(self.weights)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Draw after draw, chain after chain: name -> weights."""
-        for chain in range(self.count // len(self.weights)):
+        for chain in range(self.chains):
             for draw in range(len(self.weights)):
                 yield {name: value[chain, draw] for name, value in self.values.items()}
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ldm.bayes.chains import Draws
-from ldm.bayes.likelihoods import Likelihood
+from ldm.bayes.likelihoods import Likelihood, to_float
 from ldm.errors import InputError
 from ldm.nets.autoencoder import Autoencoder
+
+BATCH = 64  # images decoded at once
 
 
 class DecoderPosterior:
@@ -22,8 +24,7 @@ class DecoderPosterior:
                     f"posterior samples have {name} {tuple(value.shape[2:])}, the decoder {known.get(name, 'has not')}"
                 )
         self.autoencoder, self.likelihood, self.draws = autoencoder, likelihood, draws
-        chains = draws.count // len(draws.weights)
-        self.weights = (draws.weights / draws.weights.sum() / chains).repeat(chains)  # (S,), sum 1
+        self.weights = (draws.weights / draws.weights.sum() / draws.chains).repeat(draws.chains)  # (S,), sum 1
 
     def outputs(self, z: Tensor) -> Iterator[Tensor]:
         """The decoder's output for latents z (B, c, h, w) under each draw, S times (B, C, H, W)."""
@@ -49,6 +50,11 @@ class DecoderPosterior:
     def score(self, x: Tensor) -> Tensor:
         """How unlike the training data images x (B, C, H, W) are: `spread` with the latents at their posterior mean, (B,)."""
         return self.spread(self.log_prob(x, self.autoencoder.encode(x).mean))
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        """`score` of any number of uint8 images (N, C, H, W), (N,)."""
+        device = self.likelihood.log_scale.device
+        return torch.cat([self.score(to_float(part).to(device)) for part in pixels.split(BATCH)])
 
     @torch.no_grad()
     def uncertainty(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -176,12 +176,17 @@ class Sampler(torch.optim.Optimizer):
         if number not in self._noise:
             self._noise[number] = torch.empty(sum(p.numel() for p in params), dtype=torch.float32, device=params[0].device)
         flat = fill_normal(self._noise[number], group["seed"], "langevin", number, step, std=std)
-        parts = flat.split([p.numel() for p in params])
-        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
+        return shaped(flat, params)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._noise = {}
+
+
+def shaped(flat: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """Consecutive parts of a vector, of the shapes and types of `params`."""
+    parts = flat.split([p.numel() for p in params])
+    return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
 
 
 def _add_gradient(to: list[Tensor], group: dict[str, Any], scale: float) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ldm.bayes.sgld import shaped
 from ldm.errors import InputError
 from ldm.randomness import fill_normal
 
@@ -121,7 +122,7 @@ def find_step_size(
 def _largest(bend: Callable[[list[Tensor]], list[Tensor]], params: list[Tensor], seed: int) -> tuple[float, list[Tensor]]:
     """The eigenvalue of largest size of the symmetric matrix that `bend` multiplies by, and its eigenvector (power method)."""
     flat = fill_normal(torch.empty(sum(p.numel() for p in params), device=params[0].device), seed, "step size")
-    vector = [part.view(p.shape).to(p.dtype) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+    vector = shaped(flat, params)
     found = 0.0
     for _ in range(ITERATIONS):
         norm = _dot(vector, vector).sqrt()

@@ -59,6 +59,11 @@ class Preprocessing:
         image = decode(blob, channels=self.channels, background=self.background, min_side=min_side, max_pixels=max_pixels)
         return fit_square(image, self.side, self.resize_filter, self.fit, self.background)
 
+    def as_seen(self, blob: bytes) -> np.ndarray:
+        """What a model sees of an image file, uint8 (C, S, S): the middle of the stored image; `UnreadableImage` says why not."""
+        start, end = self.margin // 2, self.margin // 2 + self.image_size
+        return to_array(self.read(blob))[:, start:end, start:end]
+
     def is_stored(self, blob: bytes) -> bool:
         """Whether a file is a JPEG that already is what would be stored, so that storing it as it is loses nothing."""
         if not blob.startswith(b"\xff\xd8"):

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm.bayes.chains import Chains, Loss, control_variates
 from ldm.bayes.likelihoods import BIN, to_float, to_uint8
-from ldm.bayes.predictive import DecoderPosterior
+from ldm.bayes.predictive import BATCH, DecoderPosterior
 from ldm.bayes.sgld import SAMPLERS, check_deterministic
 from ldm.bayes.step_size import StepSize, find_step_size
 from ldm.config import Posterior, load_settings
@@ -46,7 +46,6 @@ TRACED = 4  # held-out images whose log-likelihood is drawn against the draws
 SHOWN = 8  # images in a row
 TINY = 1e-12  # nats
 MEASURED = 1024  # test images at most whose pixels are mapped and scores kept
-BATCH = 64  # images measured at once
 
 Metrics = dict[str, Any]
 
@@ -71,9 +70,9 @@ class Decoding:
         """What the decoder gets and has to give back for training images, of whose latents each has one draw for good."""
         x = to_float(self.train.images(numbers)).to(self.model.device)
         rngs = [generator(self.seed, "posterior latents", number) for number in numbers]
-        noise = torch.stack([torch.randn(self.model.latent_shape, generator=rng) for rng in rngs]).to(x.device)
         with torch.no_grad():
-            h = self.model.autoencoder.post_quant_conv(self.model.autoencoder.encode(x).sample(noise))
+            z = self.model.autoencoder.encode(x).sample(self.model.latent_noise(rngs))
+            h = self.model.autoencoder.post_quant_conv(z)
         return h.clone(memory_format=torch.contiguous_format), x
 
     def batches(self, size: int, purpose: str, step: int, chains: int) -> tuple[Tensor, Tensor]:
@@ -100,23 +99,11 @@ def chosen(decoder: torch.nn.Module, part: tuple[str, ...] | None) -> dict[str, 
 
 
 def step_sizes(
-    options: Posterior,
-    decoding: Decoding,
-    loss: Loss,
-    weights: dict[str, Tensor],
-    friction: float,
-    nearby: StepSize | None = None,
+    loss: Loss, minibatch: Callable[[int], tuple[Tensor, ...]], weights: dict[str, Tensor], **options: Any
 ) -> StepSize:
-    """What limits the step size at `weights`."""
-    names, leaves = list(weights), [value.detach().clone().requires_grad_() for value in weights.values()]
-
-    def minibatch(i: int) -> Tensor:
-        h, x = decoding.batches(options.batch_size, "step size", i, 1)
-        return loss(dict(zip(names, leaves, strict=True)), h[0], x[0])
-
-    about: dict[str, Any] = {"num_data": len(decoding.train), "prior_precision": options.prior_precision}
-    about |= {"friction": friction, "temperature": options.temperature}
-    return find_step_size(minibatch, leaves, **about, seed=decoding.seed, nearby=nearby)
+    """What limits the step size at `weights`; `options` of `find_step_size`."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
+    return find_step_size(lambda i: loss(leaves, *minibatch(i)), list(leaves.values()), **options)
 
 
 def resume(chains: Chains, store: CheckpointStore) -> None:
@@ -166,11 +153,14 @@ def run(root: Path, sampler: str) -> None:
         plots = root / "reports/posterior" / sampler
         shutil.rmtree(plots, ignore_errors=True)
         plots.mkdir(parents=True)
-        more, scores = separated(posterior, test, seed, plots)
+        rows = np.sort(order(seed_for(seed, "posterior measured"), len(test), 0, min(len(test), MEASURED)))
+        pixels = torch.from_numpy(test.images(rows))
+        scores, more = separated(posterior, pixels, seed, plots)
         metrics: Metrics = {"sampler": sampler, "weights": sum(value.numel() for value in next(iter(posterior.draws)).values())}
         metrics |= described(limits, chains.optimizer.step_size()) | averaged(root, model, posterior, test, seed, plots) | more
-        metrics |= mapped(model, posterior, test, seed, plots)
-        write(root, sampler, posterior, scores, metrics)
+        texts = test.captions.text.drop_duplicates().head(SHOWN).tolist()
+        metrics |= mapped(model, posterior, pixels, texts, seed, plots)
+        write(root, sampler, posterior, pd.DataFrame({"key": test.captions.key.iloc[rows], "score": scores}), metrics)
         tracker.log({name: value for name, value in metrics.items() if isinstance(value, int | float)}, 0)
         tracker.artifact(plots, "plots")
         store.clear()
@@ -186,15 +176,20 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     parts = torch.arange(len(decoding.train)).split(options.batch_size)
     print(f"sample_posterior: {sampler}: the gradient of all {len(decoding.train):,} images, and the curvature", flush=True)
     loss = control_variates(decoding.loss, decoding.start, (decoding.data(part.tolist()) for part in parts))
-    bends = step_sizes(options, decoding, loss, decoding.start, friction)
+    common: dict[str, Any] = {"num_data": len(decoding.train), **options.model_dump(include={"prior_precision", "temperature"})}
+
+    @cache  # they are the same at all weights
+    def minibatch(i: int) -> tuple[Tensor, ...]:
+        return tuple(part[0] for part in decoding.batches(options.batch_size, "step size", i, 1))
+
+    measure = partial(step_sizes, loss, minibatch, **common, friction=friction, seed=decoding.seed)
+    bends = measure(decoding.start)
     lr = options.lr or bends.recommended()
-    common: dict[str, Any] = {"lr": lr, "num_data": len(decoding.train), "prior_precision": options.prior_precision}
-    common |= {"temperature": options.temperature, "seed": seed_for(decoding.seed, "posterior", sampler)}
-    common |= {"friction": friction} if sampler == "sghmc" else {}
+    own = {"friction": friction} if sampler == "sghmc" else {}
     chains = Chains(
         loss,
         {name: value.expand(options.chains, *value.shape) for name, value in decoding.start.items()},
-        partial(SAMPLERS[sampler], **common),
+        partial(SAMPLERS[sampler], lr=lr, **common, **own, seed=seed_for(decoding.seed, "posterior", sampler)),
         burn_in=options.burn_in,
         thin=options.thin,
         vectorized=decoding.model.device.type != "cpu",  # there grouped convolutions are slower than one after the other
@@ -204,8 +199,7 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
 
     def limits() -> StepSize:
         """At the first chain's weights, where gradients are noisier than at the centre."""
-        here = {name: value[0] for name, value in chains.parameters.items()}
-        return step_sizes(options, decoding, loss, here, friction, bends)
+        return measure({name: value[0] for name, value in chains.parameters.items()}, nearby=bends)
 
     resume(chains, store)
     if chains.done < options.burn_in:
@@ -250,8 +244,7 @@ def averaged(
     if bounds.key.tolist() != test.captions.key.tolist() or not np.allclose(bounds.reconstruction, single, rtol=1e-4, atol=0.1):
         raise InputError(f"{root / 'reports/bounds.csv'}: is not of this model and these test images; run `dvc repro evaluate`")
     gain, to_bits = posterior.average(each).numpy() - single, 1 / (bounds.dims * np.log(2))
-    chains = posterior.draws.count // len(posterior.draws.weights)
-    values = each.view(chains, -1, each.shape[1]).numpy()
+    values = each.view(posterior.draws.chains, -1, each.shape[1]).numpy()
     found = convergence.convergence(values)
     names = [f"image {key}" for key in bounds.key[:TRACED]]
     shown = values[..., : len(names)]
@@ -269,58 +262,41 @@ def averaged(
     }
 
 
-def mapped(model: LatentDiffusion, posterior: DecoderPosterior, test: ShardReader, seed: int, plots: Path) -> Metrics:
+def mapped(
+    model: LatentDiffusion, posterior: DecoderPosterior, pixels: Tensor, texts: list[str], seed: int, plots: Path
+) -> Metrics:
     """Maps of the uncertainty of every pixel, of reconstructions and of samples; how it goes along with squared errors."""
-    rows, spreads, errors = measured(test, seed), [], []
-    for part in np.split(rows, range(BATCH, len(rows), BATCH)):
-        images = torch.from_numpy(test.images(part))
-        mean, std = posterior.uncertainty(model.encode(images).mean)
-        spreads.append(std.cpu())
-        errors.append((mean.cpu() - to_float(images)).square())
-    images = torch.from_numpy(test.images(rows[:SHOWN]))
-    mean, std = posterior.uncertainty(model.encode(images).mean)
-    texts = test.captions.text.drop_duplicates().head(SHOWN).tolist()
+    parts = [posterior.uncertainty(model.encode(part).mean) for part in pixels.split(BATCH)]
+    mean, std = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    error = (mean - to_float(pixels)).square()
+    images = {"real": pixels[:SHOWN], "given back, mean": to_uint8(mean[:SHOWN])}
+    show(images, {"its deviation": std[:SHOWN], "error": error[:SHOWN].sqrt()}, plots / "reconstructions.png")
     drawn, spread = posterior.uncertainty(model.sample_latents(texts, seed=seed_for(seed, "posterior")))
-    show(
-        [images, to_uint8(mean)], {"its deviation": std, "error": errors[0][: len(images)].sqrt()}, plots / "reconstructions.png"
-    )
-    show([to_uint8(drawn)], {"its deviation": spread}, plots / "samples.png")
-    correlation = spearmanr(torch.cat(spreads).flatten(), torch.cat(errors).flatten()).statistic
-    return {"uncertainty_error_rank_correlation": float(correlation)}
+    show({"mean": to_uint8(drawn)}, {"its deviation": spread}, plots / "samples.png")
+    return {"uncertainty_error_rank_correlation": float(spearmanr(std.flatten(), error.flatten()).statistic)}
 
 
-def show(images: list[Tensor], maps: dict[str, Tensor], path: Path) -> None:
+def show(images: dict[str, Tensor], maps: dict[str, Tensor], path: Path) -> None:
     """A row of each of the images (N, C, H, W), uint8, and of each map, non-negative, its largest percent white."""
-    names = ["real", "given back, mean"] if len(images) == 2 else ["mean"]
-    most = {name: max(float(values.quantile(0.99)), TINY) for name, values in maps.items()}
-    names += [f"{name}, white: {value / BIN:.2g} of 255 or more" for name, value in most.items()]
-    scaled = [(values / most[name] * 255).round().clamp(max=255).to(torch.uint8) for name, values in maps.items()]
-    rows = [row.cpu() for row in (*images, *scaled)]
-    image_grid(torch.cat(rows).numpy(), len(rows[0]), path, row_labels=names)
+    rows = dict(images)
+    for name, values in maps.items():
+        white = max(float(np.quantile(values.cpu(), 0.99)), TINY)
+        scaled = (values / white * 255).round().clamp(max=255).to(torch.uint8)
+        rows[f"{name}, white: {white / BIN:.2g} of 255 or more"] = scaled
+    pictures = torch.cat([row.cpu() for row in rows.values()]).numpy()
+    image_grid(pictures, len(pictures) // len(rows), path, row_labels=list(rows))
 
 
-def separated(posterior: DecoderPosterior, test: ShardReader, seed: int, plots: Path) -> tuple[Metrics, pd.DataFrame]:
-    """Scores of the test images, and how well they tell them from images that were turned, inverted, or are noise (AUROC)."""
-    rows = measured(test, seed)
-    images = torch.from_numpy(test.images(rows))
-    noise = torch.randint(0, 256, images.shape, generator=generator(seed, "posterior noise")).to(torch.uint8)
-    others = {"rotated": images.rot90(1, (2, 3)), "inverted": 255 - images, "noise": noise}
-    scores = {name: scored(posterior, pixels) for name, pixels in {"held out": images, **others}.items()}
+def separated(posterior: DecoderPosterior, pixels: Tensor, seed: int, plots: Path) -> tuple[np.ndarray, Metrics]:
+    """Scores of images, and how well they tell them from the same turned or inverted, and from noise (AUROC)."""
+    noise = torch.randint(0, 256, pixels.shape, generator=generator(seed, "posterior noise")).to(torch.uint8)
+    others = {"rotated": pixels.rot90(1, (2, 3)), "inverted": 255 - pixels, "noise": noise}
+    scores = {name: posterior.scores(images).numpy() for name, images in {"held out": pixels, **others}.items()}
     histograms({name: np.maximum(values, TINY) for name, values in scores.items()}, plots / "scores.png",
               title="Spread of the bound over posterior samples", x_label="nats")  # fmt: skip
-    labels = np.repeat([0, 1], len(rows))
+    labels = np.repeat([0, 1], len(pixels))
     areas = {f"ood_auroc_{name}": float(roc_auc_score(labels, np.append(scores["held out"], scores[name]))) for name in others}
-    return areas, pd.DataFrame({"key": test.captions.key.iloc[rows], "score": scores["held out"]})
-
-
-def measured(test: ShardReader, seed: int) -> np.ndarray:
-    """Positions of `MEASURED` test images, or of all."""
-    return np.sort(order(seed_for(seed, "posterior measured"), len(test), 0, min(len(test), MEASURED)))
-
-
-def scored(posterior: DecoderPosterior, images: Tensor) -> np.ndarray:
-    device = posterior.likelihood.log_scale.device
-    return torch.cat([posterior.score(to_float(part).to(device)) for part in images.split(BATCH)]).numpy()
+    return scores["held out"], areas
 
 
 def write(root: Path, sampler: str, posterior: DecoderPosterior, scores: pd.DataFrame, metrics: Metrics) -> None:
