@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from ldm.bayes.chains import Chains, Loss, control_variates
+from ldm.bayes.chains import Chains, control_variates
 from ldm.bayes.likelihoods import BIN, to_float, to_uint8
 from ldm.bayes.predictive import BATCH, DecoderPosterior
 from ldm.bayes.sgld import SAMPLERS, check_deterministic
@@ -96,14 +96,6 @@ def chosen(decoder: torch.nn.Module, part: tuple[str, ...] | None) -> dict[str, 
     if not weights:
         raise InputError(f"posterior.part: {', '.join(names)} of the decoder holds no weights; name a part that does")
     return weights
-
-
-def step_sizes(
-    loss: Loss, minibatch: Callable[[int], tuple[Tensor, ...]], weights: dict[str, Tensor], **options: Any
-) -> StepSize:
-    """What limits the step size at `weights`; `options` of `find_step_size`."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
-    return find_step_size(lambda i: loss(leaves, *minibatch(i)), list(leaves.values()), **options)
 
 
 def resume(chains: Chains, store: CheckpointStore) -> None:
@@ -182,7 +174,11 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     def minibatch(i: int) -> tuple[Tensor, ...]:
         return tuple(part[0] for part in decoding.batches(options.batch_size, "step size", i, 1))
 
-    measure = partial(step_sizes, loss, minibatch, **common, friction=friction, seed=decoding.seed)
+    def measure(weights: dict[str, Tensor], nearby: StepSize | None = None) -> StepSize:
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
+        given = {**common, "friction": friction, "seed": decoding.seed, "nearby": nearby}
+        return find_step_size(lambda i: loss(leaves, *minibatch(i)), list(leaves.values()), **given)
+
     bends = measure(decoding.start)
     lr = options.lr or bends.recommended()
     own = {"friction": friction} if sampler == "sghmc" else {}
