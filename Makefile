@@ -1,34 +1,63 @@
 # make install | run | test | lint | bench | soak | ui
-PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# The first Python that runs; 3.11 leads because the constraints were tested on it.
+PYTHON ?= $(shell for v in 3.11 3.12 3.13; do python$$v -c 'import ensurepip' 2> /dev/null && echo python$$v && break; done)
+
+# uv does not read pip's settings: pass on where pip was told to look, unless uv was told itself.
+comma := ,
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_EXTRA_INDEX_URL
+export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
+# like pip, take the best version of any index
+export UV_INDEX_STRATEGY ?= unsafe-best-match
+endif
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(subst $() ,$(comma),$(strip $(PIP_FIND_LINKS)))
+endif
+ifdef PIP_CERT
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+
 .PHONY: install run test soak lint bench ui
-install: $(VENV)/.installed
+install: $(VENV)/.run  ## what `make run` needs
 
-$(VENV)/.installed: pyproject.toml infra/constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[test]'
-	touch $@
+$(BIN)/python:
+	$(or $(PYTHON),$(error no Python 3.11, 3.12 or 3.13 found; choose one: make install PYTHON=/path/to/python)) -m venv $(VENV)
 
-run: install          ## images to a registered champion, once, here
+# Two stamps: .run stands for the package and its dependencies, .test for these and the test extra.
+# Python compiles what it imports once; where it may not write bytecode, uv compiles everything now.
+$(VENV)/.test: EXTRA := [test]
+$(VENV)/.run $(VENV)/.test: pyproject.toml infra/constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt uv
+	uv pip install $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode) --python $(BIN)/python \
+	  --constraint infra/constraints.txt --editable '.$(EXTRA)'
+	touch $(VENV)/.run $@
+
+run: $(VENV)/.run     ## images to a registered champion, once, here
 	ldm run
 
-test: install         ## everything but the long loops, on two processes
+test: $(VENV)/.test   ## everything but the long loops, on two processes
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
 
-soak: install         ## the long loops
+soak: $(VENV)/.test   ## the long loops
 	python -m pytest -m soak
 
-lint: install
+lint: $(VENV)/.test   ## style, types, layers, and that the constraints resolve for each Python
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports
+	uv pip check --python $(BIN)/python
+	for v in 3.11 3.12 3.13; do \
+	  uv pip compile --quiet --python-version $$v --extra test --constraint infra/constraints.txt pyproject.toml > /dev/null || exit 1; done
 
-bench: install        ## speed as ratios against peers; see tests/benchmarks
+bench: $(VENV)/.test  ## speed as ratios against peers; see tests/benchmarks
 	OMP_NUM_THREADS=$$(nproc) python -m pytest tests/benchmarks -o addopts="--import-mode=importlib -s" -o timeout=0
 
-ui: install           ## MLflow at http://127.0.0.1:5000, Prefect at http://127.0.0.1:4200; ctrl-C ends both
+ui: $(VENV)/.run      ## MLflow at http://127.0.0.1:5000, Prefect at http://127.0.0.1:4200; ctrl-C ends both
 	trap 'kill 0' INT TERM; mlflow ui --port 5000 & prefect server start & wait

@@ -25,7 +25,6 @@ from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL
 
 from flows import supervise
-from flows.graph import Stage, ancestors, read_graph
 from flows.summary import Step, Summary, markdown, show, summarise
 from ldm import lineage, registry, tracking
 from ldm.config import Settings, find_root, load_settings
@@ -33,11 +32,13 @@ from ldm.data.latents import prune_store
 from ldm.errors import InputError
 from ldm.ingest import Ingested
 from ldm.ingest import ingest as take_in
+from ldm.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
+from ldm.versioning import Node, ancestors, read_graph
 
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
 
-TARGET = "evaluate"  # the last stage; registration is a side effect, so DVC does not know of it
+TARGET = "evaluate"  # the stage before registration, a side effect of which DVC does not know
 STARTED = time.monotonic()
 
 
@@ -74,18 +75,21 @@ def check_drift(root: str, batch: str) -> str:
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=_mendable, retry_delay_seconds=2)
-def run_stage(root: str, stage: Stage, parent_run: str | None) -> supervise.Outcome:
+def run_stage(root: str, stage: Node, parent_run: str | None) -> supervise.Outcome:
     """One stage of dvc.yaml as a child process; its lines are this task's log."""
     logger = get_run_logger()
     limit = os.environ.get("LDM_STAGE_TIMEOUT")
+    records = tracking.Records(Path(root) / TRACKING)
+    parent = {"LDM_PARENT_RUN": parent_run} if parent_run else {}
     try:
-        return supervise.run_stage(
-            Path(root),
-            stage.name,
-            on_line=lambda line: logger.info("%s", line, extra=PLAIN),
-            timeout=float(limit) if limit else None,
-            env={"LDM_PARENT_RUN": parent_run} if parent_run else {},
-        )
+        with records.following():
+            return supervise.run_stage(
+                Path(root),
+                stage.name,
+                on_line=lambda line: logger.info("%s", line, extra=PLAIN),
+                timeout=float(limit) if limit else None,
+                env={"LDM_RECORDS": str(records.folder), **parent},
+            )
     except supervise.StageFailed as failure:
         if not failure.bad_input:  # a retry that helps must not hide that there was something to help
             logger.error("%s", failure, extra=PLAIN)
@@ -111,7 +115,7 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
     settings = load_settings(folder)
     graph = read_graph(folder)
     stages = ancestors(graph, TARGET)
-    optional = tuple(stage for stage in graph if stage.name.startswith(registry.OPTIONAL))
+    others = tuple(stage for stage in graph if stage not in stages)
     notes: list[tuple[str, str]] = []
     tracking.use_default_store(folder)
     with _alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
@@ -120,12 +124,12 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
             start = time.monotonic()
             batch = ingest(str(folder), inbox).batch
             steps.append(Step("ingest", "executed" if batch else "cached", time.monotonic() - start))
-            if batch and settings.sample_posterior and (folder / "models/posterior").is_dir():  # of the last run
+            if batch and (folder / POSTERIOR).is_dir():  # of the last run
                 notes.append(("new images", check_drift(str(folder), batch)))
             _check_data(folder, settings)
         steps += _run_stages(folder, stages, run.id)
-        if (folder / "data/latents/manifest.json").is_file():
-            prune_store(folder / ".ldm/store/latents", folder / "data/latents")
+        if (folder / LATENTS / "manifest.json").is_file():
+            prune_store(folder / LATENT_STORE, folder / LATENTS)
         lineage.log_results(run, folder)
         start = time.monotonic()
         registered = register(str(folder), run.id)
@@ -133,10 +137,10 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
         start = time.monotonic()
         decision = gate(str(folder), registered.version)
         steps.append(Step("gate", "executed" if decision.n else "cached", time.monotonic() - start))
-        steps += _run_stages(folder, optional, run.id)  # last: what fails here keeps no model from its place
+        steps += _run_stages(folder, others, run.id)  # last: what fails here keeps no model from its place
     champions = [v for v in registry.find({}, settings.registry.name) if "champion" in v.aliases]
     champion = champions[0].version if champions else None  # none, where the first model's bound is not finite
-    summary = summarise(folder, settings, steps, registered, decision, champion, notes)
+    summary = summarise(folder, settings, steps, others, registered, decision, champion, notes)
     create_markdown_artifact(markdown(summary, folder), key="ldm-pipeline-summary")
     for what, value in summary.results:
         get_run_logger().info("%s: %s", what, value)  # for the logs of scheduled runs
@@ -160,7 +164,7 @@ def _alone(root: Path) -> Iterator[None]:
         yield
 
 
-def _run_stages(root: Path, stages: tuple[Stage, ...], parent_run: str | None) -> list[Step]:
+def _run_stages(root: Path, stages: tuple[Node, ...], parent_run: str | None) -> list[Step]:
     """Each stage after those it depends on, in this thread, so that a signal reaches the child that is running."""
     outcomes: dict[str, supervise.Outcome] = {}
     retries = int(os.environ.get("LDM_STAGE_RETRIES", "1"))

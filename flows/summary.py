@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.config import Settings
+from ldm.paths import DECISION, METRICS, REPORT, SAMPLES, SHARDS
+from ldm.versioning import Node
 
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
     from ldm.registry import Registered
-
-GRID, REPORT, DECISION = "reports/samples.png", "reports/report.html", "reports/decision.html"
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,28 @@ def summarise(
     root: Path,
     settings: Settings,
     steps: list[Step],
+    others: tuple[Node, ...],
     registered: "Registered",
     decision: "Decision",
     champion: int | None,
     notes: list[tuple[str, str]],
 ) -> Summary:
     name = settings.registry.name
-    metrics = json.loads((root / "reports/metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
     model = f"models:/{name}/{registered.version} ({'new' if registered.created else 'registered before'})"
     verdict = "promoted" if decision.promote else "not promoted"
     if champion == registered.version and not decision.promote:
         verdict = "champion"
     results = [
         *_quality(metrics),
-        *_posteriors(root, settings),
+        *_said(root, others),
         *notes,
         ("model", model),
         ("gate", f"{verdict}: {decision.reason}"),
     ]
-    places = [("samples", GRID), ("report", REPORT), ("decision", DECISION)]
-    places += [("uncertainty", f"reports/posterior/{sampler}") for sampler in settings.sample_posterior]
-    prompt = first_caption(root / "data/shards") or "…"
+    places = [("samples", SAMPLES), ("report", REPORT), ("decision", DECISION)]
+    places += [(node.name, out) for node in others for out in node.outs if (root / out).is_dir() and out.startswith("reports/")]
+    prompt = first_caption(root / SHARDS) or "…"
     it = f"models:/{name}@champion" if champion == registered.version else f"models:/{name}/{registered.version}"
     commands = (
         f'ldm sample --model {it} --prompt "{prompt}" -n 16 --out samples.png',
@@ -91,8 +92,10 @@ def show(summary: Summary) -> None:
         for step in summary.steps:
             print(f"{step.name:<{width}}{step.status:<12}{step.seconds:>8.1f} s  {_memory(step.peak_bytes):>9}".rstrip())
     print()
-    for what, value in (*summary.results, *summary.places):
-        print(f"{what:<15} {value}")
+    lines = (*summary.results, *summary.places)
+    width = max(15, *(len(what) + 1 for what, _ in lines))
+    for what, value in lines:
+        print(f"{what:<{width}} {value}")
     print("\nnext:")
     for command in summary.next:
         print(f"  {command}")
@@ -143,15 +146,11 @@ def _quality(metrics: dict[str, float | str]) -> list[tuple[str, str]]:
     return lines
 
 
-def _posteriors(root: Path, settings: Settings) -> list[tuple[str, str]]:
-    """What the average over posterior samples gained, a line for each sampler."""
-    lines = []
-    for sampler in settings.sample_posterior:
-        found = json.loads((root / f"reports/posterior/{sampler}.json").read_text(encoding="utf-8"))
-        gain = f"{found['average_bits_per_dim']:.4f} bits/dim averaged over {found['draws']} samples"
-        doubts = len(found["step_size_warnings"]) + len(found["convergence_warnings"])
-        lines.append((f"by {sampler}", gain + (f"; {doubts} warnings" if doubts else "")))
-    return lines
+def _said(root: Path, others: tuple[Node, ...]) -> list[tuple[str, str]]:
+    """What stages beside the registered model say of themselves: the entry `summary` of their metrics."""
+    files = [(node.name, root / out) for node in others for out in node.outs if out.endswith(".json")]
+    found = [(name, json.loads(file.read_text(encoding="utf-8"))) for name, file in files if file.is_file()]
+    return [(name, values["summary"]) for name, values in found if "summary" in values]
 
 
 def _memory(size: int) -> str:

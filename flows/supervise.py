@@ -1,10 +1,11 @@
 """One stage as one child process: its lines, a time limit, and an end that leaves no orphan.
 
-The child is `dvc repro -s STAGE` in a session of its own. Its stdin is a pipe that only this process holds open; DVC
+The child is `python -m ldm.versioning STAGE` in a session of its own. Its stdin is a pipe that only this process holds open; DVC
 hands it on to the stage, which watches it (`LDM_OWNER_PIPE`) and stops when it closes, even after `kill -9` of the owner.
 """
 
 import contextlib
+import json
 import os
 import queue
 import re
@@ -19,17 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from ldm.versioning import Reproduced, is_up_to_date
+
 GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # seconds to end by each
 TAIL = 50  # lines kept for an error message
 POLL = 0.2  # seconds between looks at the clock
 BAD_INPUT = 2  # exit code of a stage whose input the user has to mend
-# what DVC says around a stage: of no use to someone who watches a pipeline
-CHATTER = re.compile(
-    r"(Running stage '.*':|> .+|Stage '.*' didn't change, skipping|Stage '.*' is cached - skipping run.*|"
-    r"Updating lock file '.*'|Generating lock file '.*'|Use `dvc push` .*|To track the changes with git, run:|"
-    r"\tgit add .*|To enable auto staging, run:|\tdvc config core.autostage true|Data and pipelines are up to date.|\s*)"
-)
-FAILURE = re.compile(r"ERROR: failed to reproduce '.*': failed to run: .*, exited with (-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,9 @@ def run_stage(
     """
     start = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL)
-    executed, exit_code, peak, looked = False, None, 0, 0.0
+    if is_up_to_date(root, stage):
+        return Outcome(stage, "cached", time.monotonic() - start, 0)
+    peak, looked = 0, 0.0
     with _child(root, stage, env or {}) as child:
         for line in _lines(child.output):
             if timeout is not None and time.monotonic() - start > timeout:
@@ -87,17 +85,12 @@ def run_stage(
                 if child.poll():  # something that left the group may still hold the output open
                     break
                 continue
-            executed |= line == f"Running stage '{stage}':"
-            failure = FAILURE.fullmatch(line)
-            if failure:
-                exit_code = int(failure[1])
-            elif not CHATTER.fullmatch(line):
-                tail.append(line)
-                on_line(line)
-        code = child.wait()
+            tail.append(line)
+            on_line(line)
+        code, result = child.wait(), child.result()
     if code != 0:
-        raise StageFailed(stage, code if exit_code is None else exit_code, tuple(tail))
-    return Outcome(stage, "executed" if executed else "cached", time.monotonic() - start, peak)
+        raise StageFailed(stage, result.exit_code or code, tuple(tail))
+    return Outcome(stage, "executed" if result.executed else "cached", time.monotonic() - start, peak)
 
 
 def peak_memory(session: int) -> int:
@@ -122,9 +115,9 @@ def _running(session: int) -> Iterator[Path]:
 class _Child:
     """The leader of a session and process group."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: "subprocess.Popen[str]", result: int) -> None:
         assert process.stdout is not None
-        self.output, self.pid, self._process = process.stdout, process.pid, process
+        self.output, self.pid, self._process, self._result = process.stdout, process.pid, process, result
 
     def poll(self) -> bool:
         """Whether it has ended."""
@@ -132,6 +125,11 @@ class _Child:
 
     def wait(self) -> int:
         return self._process.wait()
+
+    def result(self) -> Reproduced:
+        """What it said of itself at its end; nothing if it was killed."""
+        with open(self._result, closefd=False) as file:
+            return Reproduced(**json.loads(file.read() or "{}"))
 
     def stop(self) -> None:
         """End the whole group, gently first. The leader may be gone while others are not."""
@@ -158,15 +156,17 @@ class _Child:
 @contextlib.contextmanager
 def _child(root: Path, stage: str, env: Mapping[str, str]) -> Iterator[_Child]:
     read, write = os.pipe()  # neither end is inherited, except as the child's stdin
+    result, theirs = os.pipe()
     interpreter = Path(sys.executable).parent  # `python` in dvc.yaml is this one
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "-s", stage],
+        [sys.executable, "-m", "ldm.versioning", stage],
         cwd=root,
         env={
             **os.environ,
             **env,
             "PATH": f"{interpreter}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "LDM_OWNER_PIPE": "1",
+            "LDM_RESULT_FD": str(theirs),
             "PYTHONUNBUFFERED": "1",
         },
         stdin=read,
@@ -176,14 +176,17 @@ def _child(root: Path, stage: str, env: Mapping[str, str]) -> Iterator[_Child]:
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
+        pass_fds=(theirs,),
     )
     os.close(read)
-    child = _Child(process)
+    os.close(theirs)
+    child = _Child(process, result)
     try:
         yield child
     finally:
         child.stop()
         os.close(write)
+        os.close(result)
 
 
 def _lines(output: IO[str]) -> Iterator[str | None]:

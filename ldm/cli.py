@@ -1,4 +1,4 @@
-"""The command line: `ldm run`, `sample`, `interpolate`, `autoencoder …`, `data …`, `registry …`. `--help` explains each."""
+"""The command line: `ldm run`, `sample`, `interpolate`, `autoencoder …`, `data …`, `checkpoints …`, `registry …`."""
 
 import os
 import sys
@@ -19,6 +19,8 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(data_app, name="data", help="Images and shards: check, stats, drift, ingest, purge.")
 autoencoder_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(autoencoder_app, name="autoencoder", help="A model's autoencoder alone: sample, reconstruct, traverse.")
+checkpoints_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(checkpoints_app, name="checkpoints", help="Unfinished trainings: list, adopt, drop.")
 registry_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(registry_app, name="registry", help="Registered models: list, show, register, promote, roll back.")
 
@@ -337,8 +339,63 @@ def purge_image(
     for line in (*purged.lines(), *purged.notes):
         print(line)
     if len(purged.versions):
-        _table(purged.versions)
+        _table(list(purged.versions.columns), purged.versions.astype(str).to_numpy().tolist())
     print("dry run: nothing was deleted" if dry_run else "deleted", f"not touched: {UNTOUCHED}", sep="; ")
+
+
+@checkpoints_app.command("list")
+def list_checkpoints() -> None:
+    """Unfinished trainings, the newest last: how far each got, and whether a run would go on from it.
+
+    `ready`: a run with the same settings and inputs goes on from it. `running`: it is being trained. `changed: …`: the code or a
+    library has changed since; a run would start from nothing, unless the checkpoint is adopted.
+    """
+    from ldm.stages import work
+
+    found = work.works(_root())
+    if not found:
+        print("no unfinished trainings")
+        return
+    _table(
+        ["key", "stage", "reached", "size", "written", "state"],
+        [[one.key[:8], one.stage, one.progress, _size(one.size), f"{one.written:%Y-%m-%d %H:%M}", one.state()] for one in found],
+    )
+
+
+@checkpoints_app.command("adopt")
+def adopt_checkpoint(
+    key: Annotated[str, typer.Argument(help="The beginning of its key, as `ldm checkpoints list` shows it.")],
+) -> None:
+    """Let the next run go on from a checkpoint that was written under other code.
+
+    Use it if the change does not matter to what the training computes. The run in MLflow and the registered version get the tag
+    `ldm.adopted`, which says what had changed.
+    """
+    from ldm.stages import work
+
+    taken = work.adopt(_root(), key)
+    print(f"{taken.stage}: the next run with these settings goes on after {taken.progress}")
+
+
+@checkpoints_app.command("drop")
+def drop_checkpoint(
+    keys: Annotated[list[str] | None, typer.Argument(help="Beginnings of keys, as `ldm checkpoints list` shows them.")] = None,
+    changed: Annotated[bool, typer.Option("--changed", help="All that were written under other code.")] = False,
+) -> None:
+    """Delete unfinished trainings."""
+    from ldm.stages import work
+
+    root = _root()
+    chosen = [work.find(root, key) for key in keys or []]
+    chosen += [one for one in work.works(root) if changed and one.changes() and one not in chosen]
+    if not chosen and not changed:
+        raise InputError("name checkpoints by their keys, or give --changed; `ldm checkpoints list` shows them")
+    for one in chosen:
+        line = f"dropped {one.key[:8]}: {one.stage}, {one.progress}, {_size(one.size)}"
+        work.drop(one)
+        print(line)
+    if not chosen:
+        print("no checkpoints under other code")
 
 
 @registry_app.command("list")
@@ -347,13 +404,16 @@ def list_versions(name: Name = None) -> None:
     from ldm import registry
 
     name = _name(name)
-    frame = registry.versions(name)
-    if frame.empty:
+    found = registry.find({}, name)
+    if not found:
         raise InputError(f"model {name!r} has no versions; `ldm run` registers one")
-    frame["created"] = [f"{created:%Y-%m-%d %H:%M}" for created in frame.created]
-    frame["bits_per_dim"] = [bits if bits == registry.NO_BOUND else f"{float(bits):.4f}" for bits in frame.bits_per_dim]
-    frame["git_commit"] = [str(commit)[:8] for commit in frame.get("git_commit", [""] * len(frame))]
-    _table(frame[["version", "aliases", "created", "bits_per_dim", "image", "git_commit"]])
+    rows = []
+    for one in found:
+        bits = one.tags[registry.BITS]
+        number = bits if bits == registry.NO_BOUND else f"{float(bits):.4f}"
+        row = [str(one.version), ", ".join(one.aliases), f"{one.created:%Y-%m-%d %H:%M}", number, one.tags[registry.IMAGE]]
+        rows.append([*row, one.tags.get("ldm.git_commit", "")[:8]])
+    _table(["version", "aliases", "created", "bits_per_dim", "image", "git_commit"], rows)
 
 
 @registry_app.command()
@@ -496,17 +556,24 @@ def _write(images: Any, out: Path, rows: list[str] | None = None, columns: list[
     print(f"{len(pixels)} {'image' if len(pixels) == 1 else 'images'} written to {out}")
 
 
-def _table(frame: Any) -> None:
+def _table(columns: list[str], rows: list[list[str]]) -> None:
+    """Left-aligned columns; a table on a terminal, plain lines elsewhere."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*map(str, frame.columns), box=None, pad_edge=False)
-        for row in frame.astype(str).itertuples(index=False):
+        table = Table(*columns, box=None, pad_edge=False)
+        for row in rows:
             table.add_row(*row)
         Console().print(table)
-    else:
-        print(frame.to_string(index=False))
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def main() -> None:

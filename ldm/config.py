@@ -17,8 +17,6 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 HUB = r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}(/.+)?"  # ID@COMMIT[/SUBFOLDER]; a branch would not say which weights
-# of models that were registered before these could be chosen
-FORMERLY = {"schedule": "karras", "eta": 0.0, "churn": 0.0, "guidance_interval": None, "guidance_rescale": 0.0}
 Levels = Annotated[tuple[Positive, ...], Field(min_length=1)]  # channels of each level
 
 
@@ -343,7 +341,7 @@ def load_settings(root: Path) -> Settings:
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: {_explained(error)}") from None
+        raise InputError(f"{path}: {explained(error)}") from None
     encoder = settings.text.encoder  # checked now: the stage that loads it comes after the autoencoder's training
     if encoder != "minilm" and "@" not in encoder and not (root / encoder).is_dir():
         raise InputError(f"{path}: text.encoder: found {encoder!r}, neither minilm, nor a folder, nor ID@COMMIT on the hub")
@@ -358,18 +356,7 @@ def load_settings(root: Path) -> Settings:
     return settings
 
 
-def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampling:
-    """A model's sampling defaults with some of them changed; a change that is None, or to the default itself, is none."""
-    known = {**FORMERLY, **defaults}
-    given = {name: value for name, value in changes.items() if value is not None and value != known.get(name)}
-    others = {"eta": 0.0, "churn": 0.0} if "sampler" in given else {}  # the defaults are another sampler's
-    try:
-        return Sampling.model_validate({**known, **others, **given})
-    except ValidationError as error:
-        raise InputError(_explained(error, "sampling")) from None
-
-
-def _explained(error: ValidationError, *within: str) -> str:
+def explained(error: ValidationError, *within: str) -> str:
     """What is wrong with each key, the section that was validated being `within`."""
     return "; ".join(_explain(problem, [*within, *map(str, problem["loc"])]) for problem in error.errors())
 

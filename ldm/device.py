@@ -19,6 +19,20 @@ def default_device() -> torch.device:
     return torch.device(name)
 
 
+def set_up(deterministic: bool) -> torch.device:
+    """The device of a stage, with deterministic kernels if asked for."""
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32: bounds and latents are compared to more than 10 bits
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = default_device()
+    if device.type == "cpu":
+        reuse_freed_memory()
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return device
+
+
 def reuse_freed_memory() -> None:
     """Keep what is freed for the next allocation, where the C library is glibc.
 

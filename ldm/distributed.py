@@ -26,11 +26,6 @@ def mean(x: Tensor) -> Tensor:
     return total / ranks()
 
 
-def any_of_them(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process. Of several on GPUs, each waits for its own."""
-    return flag if ranks() == 1 else bool(mean(torch.tensor(float(flag), device=device)) > 0)
-
-
 def agree(number: int, device: torch.device) -> bool:
     """Whether all processes have the same number."""
     ends = torch.tensor([number, -number], device=device)  # int64: a float would round what counts images

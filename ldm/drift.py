@@ -22,8 +22,8 @@ from ldm.device import default_device
 from ldm.errors import InputError
 from ldm.model import LatentDiffusion
 from ldm.nets.blocks import network_hash
+from ldm.paths import MODEL, POSTERIOR
 
-POSTERIORS = "models/posterior"
 QUANTILE = 0.99  # of the test images' scores: beyond it an image counts as unlike them
 LEVEL = 0.001  # chance that images like the test images are called drift
 MOST = 1000  # images scored
@@ -70,7 +70,7 @@ def samplers(root: Path) -> list[str]:
     """Those whose posterior samples the project asks for and has; what earlier settings left behind may be of another model."""
     files = ("samples.safetensors", "scores.csv")
     asked = load_settings(root).sample_posterior
-    return [sampler for sampler in asked if all((root / POSTERIORS / sampler / name).is_file() for name in files)]
+    return [sampler for sampler in asked if all((root / POSTERIOR / sampler / name).is_file() for name in files)]
 
 
 def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
@@ -81,11 +81,11 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
     known = samplers(root)
     if not known or (sampler or known[0]) not in known:
         has = f"it has {', '.join(known)}" if known else "set sample_posterior: [sgld] in params.yaml and run the pipeline"
-        raise InputError(f"{root / POSTERIORS}: no posterior samples{f' of {sampler}' if sampler else ''}; {has}")
-    source = root / POSTERIORS / (sampler or known[0])
-    model = LatentDiffusion.load(root / "models/ldm", default_device())
+        raise InputError(f"{root / POSTERIOR}: no posterior samples{f' of {sampler}' if sampler else ''}; {has}")
+    source = root / POSTERIOR / (sampler or known[0])
+    model = LatentDiffusion.load(root / MODEL, default_device())
     draws, about = Draws.load(source / "samples.safetensors")
-    if about.get("autoencoder") != network_hash(root / "models/ldm/autoencoder"):
+    if about.get("autoencoder") != network_hash(root / MODEL / "autoencoder"):
         raise InputError(f"{source}: its samples are of another decoder than models/ldm; run `dvc repro`")
     torch.backends.cudnn.allow_tf32 = False  # as in the stage: rounding to 10 bits would add to every new score
     reference = pd.read_csv(source / "scores.csv").score.to_numpy()

@@ -29,3 +29,10 @@ def replacing(out: Path) -> Iterator[Path]:
         os.rename(out, aside)  # two renames, not a removal that may take minutes
     os.rename(partial, out)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -3,12 +3,15 @@
 import contextlib
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.hashing import file_hash
+from ldm.paths import METRICS, PLOTS, REPORT, SAMPLES, SHARDS
 from ldm.tracking import Run, open_run
+
+ADOPTED = "adopted.json"  # in an out whose weights are from more than one state of the code
 
 
 @contextlib.contextmanager
@@ -25,18 +28,18 @@ def pipeline_run(root: Path, params: Mapping[str, Any], name: str = "pipeline") 
 def log_results(run: Run, root: Path) -> None:
     """Record on a pipeline's run what its stages made: lineage, the data set, metrics, plots and the report."""
     run.tag(lineage(root))
-    index = root / "data/shards/index.json"
+    index = root / SHARDS / "index.json"
     if index.is_file():
         splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
         profile = {f"{split}_images": stop - start for split, (start, stop) in splits.items()}
         run.dataset("shards", file_hash(index)[:32], str(index.relative_to(root)), profile)
-    metrics = root / "reports/metrics.json"
+    metrics = root / METRICS
     if metrics.is_file():
         run.log(numbers(metrics), images_seen=0)
     run.flush()
-    for name in ("metrics.json", "report.html", "samples.png", "plots"):
-        if (root / "reports" / name).exists():
-            run.artifact(root / "reports" / name, "plots" if name == "plots" else None)
+    for path in (METRICS, REPORT, SAMPLES, PLOTS):
+        if (root / path).exists():
+            run.artifact(root / path, "plots" if path == PLOTS else None)
 
 
 def lineage(root: Path) -> dict[str, str]:
@@ -47,7 +50,7 @@ def lineage(root: Path) -> dict[str, str]:
         # what a run itself rewrites does not make the code another one
         dirty = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
         tags = {"ldm.git_commit": commit, "ldm.git_dirty": str(bool(dirty)).lower()}
-    for tag, path in (("ldm.dvc_lock", root / "dvc.lock"), ("ldm.data_index", root / "data/shards/index.json")):
+    for tag, path in (("ldm.dvc_lock", root / "dvc.lock"), ("ldm.data_index", root / SHARDS / "index.json")):
         if path.is_file():
             tags[tag] = file_hash(path)
     return tags
@@ -57,6 +60,20 @@ def numbers(path: Path) -> dict[str, float]:
     """The numeric entries of a flat JSON file of metrics."""
     values = json.loads(path.read_text(encoding="utf-8"))
     return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+
+
+def adopted(out: Path) -> str | None:
+    """In one line, which states of the code made an out together; None: one."""
+    if not (out / ADOPTED).is_file():
+        return None
+    found = json.loads((out / ADOPTED).read_text(encoding="utf-8"))
+    return described(found["stage"], found["adopted"])
+
+
+def described(stage: str, steps: Iterable[dict[str, Any]]) -> str:
+    """Adopted checkpoints as one line for people."""
+    parts = [f"{step['reached']:,} by code {step['code'][:8]}, then changed: {', '.join(step['changed'])}" for step in steps]
+    return f"{stage}: {'; '.join(parts)}"
 
 
 def _close_children(run: Run) -> None:

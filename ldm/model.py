@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ldm.bayes.bound import Bound, whole_bound
 from ldm.bayes.likelihoods import Likelihood, load_likelihood, to_float, to_uint8
-from ldm.config import Sampling, changed_sampling
+from ldm.config import Sampling
+from ldm.diffusion.defaults import changed_sampling
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, autoguidance, classifier_free
 from ldm.diffusion.noise import noise_levels

@@ -25,7 +25,8 @@ from ldm.data.images import SUFFIXES
 from ldm.data.reader import SPLITS
 from ldm.errors import InputError
 from ldm.hashing import content_hash, file_hash
-from ldm.repository import held, open_repository
+from ldm.paths import LATENT_STORE, LATENTS, SHARD_CACHE, SHARDS
+from ldm.versioning import held, open_repository
 
 TAG = "ldm.purged"  # of a version: hashes (first 16 digits) of images that it saw and that were purged since
 DIGEST, NAME = 16, 8  # hexadecimal digits in a sample's key: of the file's hash, of its name's
@@ -147,7 +148,7 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
     try:
         with open_repository(root) as repo:
             store, notes = _remote(repo, remote)
-            with contextlib.nullcontext() if dry_run else held(repo, root / "data/shards", root / "data/latents"):
+            with contextlib.nullcontext() if dry_run else held(repo, root / SHARDS, root / LATENTS):
                 objects = _Objects(repo.cache.local, store)
                 found = _find(root, repo, objects, image)
                 versions = _versions(root, objects, found)
@@ -200,7 +201,7 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> _Found:
 
     current = _current(root, repo, objects, {*originals, *shards, *latents, *others})
     present = [current[md5] for md5 in (*originals, *shards, *latents) if md5 in current]
-    present += [str(path) for path in (root / "data/shards").glob("*.tar") if _holds(path, digests)]
+    present += [str(path) for path in (root / SHARDS).glob("*.tar") if _holds(path, digests)]
     if present:
         raise InputError(f"{image}: still in {present[0]}; {again}")
     unclear = ", ".join(sorted(map(objects.sha256, others - current.keys())))
@@ -286,7 +287,7 @@ def _own_files(root: Path, digests: set[str]) -> Iterator[Copy]:
 
     The store is only there to save work; a kill may have left a file of a shard in it that nothing names any more.
     """
-    downloads, store, latents = root / ".ldm/shards", root / ".ldm/store/latents", root / "data/latents"
+    downloads, store, latents = root / SHARD_CACHE, root / LATENT_STORE, root / LATENTS
     for path in sorted(downloads.iterdir()) if downloads.is_dir() else []:
         if path.is_file() and _holds(path, digests):
             yield Copy("download", ".ldm", str(path), path.stat().st_size)
@@ -322,7 +323,7 @@ def _versions(root: Path, objects: _Objects, found: _Found) -> list[tuple[regist
     for version in _registered(root):
         lock = yaml.safe_load(registry.kept(version, "dvc.lock") or "") or {}
         outs = [out for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])]
-        listing = next((objects.listing(out["md5"]) for out in outs if out["path"] == "data/shards"), None)
+        listing = next((objects.listing(out["md5"]) for out in outs if out["path"] == SHARDS), None)
         seen = {path.split("-")[0] for path, md5 in listing or [] if md5 in found.shards}
         recorded = set(version.tags.get(TAG, "").split(",")) & set(found.digests)  # by a purge that was killed
         if seen or recorded or listing is None:

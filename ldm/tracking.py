@@ -1,8 +1,11 @@
 """MLflow runs with an honest status and buffered metrics; nothing here is allowed to fail or stall the work it records.
 
 Tracking is on where `MLFLOW_TRACKING_URI` is set, and only then is mlflow imported. Stages nest under the run that
-`LDM_PARENT_RUN` names. MLflow ignores a metric that it already has (same key, value, timestamp and step), so
-delivering a checkpoint's metrics twice doubles nothing: checkpoint first, then `flush`.
+`LDM_PARENT_RUN` names. Importing mlflow takes longer than most stages, so under the flow a stage only writes a record to the
+folder `LDM_RECORDS`, which the flow's process delivers (`Records`); alone it speaks to MLflow itself.
+
+MLflow ignores a metric that it already has (same key, value, timestamp and step), so delivering a checkpoint's metrics twice
+doubles nothing: checkpoint first, then `flush`.
 """
 
 import contextlib
@@ -80,24 +83,28 @@ class Run:
         if self._tracked:
             self._buffer = [(key, value, stamp, seen) for key, value, stamp, seen in state["metrics"]] + self._buffer
 
-    def _open(self, tags: Mapping[str, str], params: Mapping[str, Any], key: str | None) -> None:
+    def _open(self, tags: Mapping[str, str], params: Mapping[str, Any], key: str | None, start: int | None = None) -> bool:
+        """Begin, or go on with an earlier run of the same key or record; `start` in ms. Whether that worked."""
+
         def connect() -> None:
             _knock(uri)
             client, entities = mlflow_client(), _entities()
             experiment = experiment_id(client)
-            self.id = _earlier_run(client, experiment, tags, key) if key else None
+            self.id = _earlier_run(client, experiment, tags, key)
             if self.id:
                 client.update_run(self.id, status="RUNNING")
             else:
-                self.id = client.create_run(experiment, tags=dict(tags), run_name=tags["ldm.stage"]).info.run_id
+                self.id = client.create_run(experiment, start, dict(tags), tags["ldm.stage"]).info.run_id
             pairs = [entities.Param(name, str(value)) for name, value in flatten(params).items()]
-            for start in range(0, len(pairs), 100):
-                client.log_batch(self.id, params=pairs[start : start + 100])
+            for first in range(0, len(pairs), 100):
+                client.log_batch(self.id, params=pairs[first : first + 100])
             self._client = client
 
         uri = os.environ["MLFLOW_TRACKING_URI"]
-        if not self._attempt(f"{uri} cannot be used; the work goes on without tracking", connect):
+        opened = self._attempt(f"{uri} cannot be used; the work goes on without tracking", connect)
+        if not opened:
             self.id = None
+        return opened
 
     def _deliver(self) -> bool:
         metric = _entities().Metric
@@ -110,10 +117,12 @@ class Run:
             del self._buffer[:BATCH]
         return True
 
-    def _close(self, status: str) -> None:
-        if self._client is not None:
-            self._deliver()
-            self._attempt("its status was not stored", lambda: self._client.set_terminated(self.id, status))
+    def _close(self, status: str, end: int | None = None) -> bool:
+        """End the run; `end` in ms. Whether all of it was delivered."""
+        if self._client is None:
+            return False
+        delivered = self._deliver()
+        return self._attempt("its status was not stored", lambda: self._client.set_terminated(self.id, status, end)) and delivered
 
     def _attempt(self, what: str, call: Callable[[], Any]) -> bool:
         """Call MLflow briefly; a failure is one warning per run, never an exception."""
@@ -129,6 +138,111 @@ class Run:
         return True
 
 
+class _Record(Run):
+    """A run as a file of JSON lines, for `Records` to deliver."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(tracked=True)
+        self._path = folder / f"{time.time_ns()}-{os.getpid()}.jsonl"
+
+    def flush(self) -> None:
+        if self._buffer:
+            self._write("metrics", self._buffer)
+            self._buffer = []
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        self._write("artifact", [str(path), folder])
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._write("tag", [dict(tags)])
+
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        self._write("dataset", [name, digest, source, dict(profile)])
+
+    def _open(self, tags: Mapping[str, str], params: Mapping[str, Any], key: str | None, start: int | None = None) -> bool:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        values = {name: str(value) for name, value in flatten(params).items()}
+        self._write("open", [{**tags, "ldm.record": self._path.stem}, values, key, time.time_ns() // 1_000_000])
+        return True
+
+    def _close(self, status: str, end: int | None = None) -> bool:
+        self.flush()
+        self._write("close", [status, time.time_ns() // 1_000_000])
+        return True
+
+    def _write(self, what: str, values: Any) -> None:
+        """One whole line, or nothing: the disk may be full, and the work goes on."""
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([what, values]) + "\n")
+
+
+class Records:
+    """Delivers to MLflow what stages record in a folder. What cannot be delivered stays there for a later run of the flow."""
+
+    EVERY = 5.0  # seconds between deliveries while a stage runs
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[Path, tuple[Run, int]] = {}  # the run of each file, and how many of its lines are delivered
+        self._wait_until = 0.0
+        self._warned = False
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Deliver while a stage runs, and once more at its end, when whatever has not been closed was killed."""
+        ended = threading.Event()
+
+        def follow() -> None:
+            while not ended.wait(self.EVERY):
+                self.deliver()
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.deliver(ended=True)
+
+    def deliver(self, ended: bool = False) -> None:
+        """Deliver what is new in every file. `ended`: nobody writes any more."""
+        if time.monotonic() < self._wait_until:
+            return
+        for path in sorted(self.folder.glob("*.jsonl")):
+            if not self._deliver(path, ended):
+                self._wait_until = time.monotonic() + RETRY_SECONDS
+                return
+
+    def _deliver(self, path: Path, ended: bool) -> bool:
+        run, done = self._known.get(path) or (Run(tracked=True), 0)
+        run._warned = self._warned  # one warning for all of them
+        written = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half a line
+        lines = [json.loads(line) for line in written[done:]]
+        if ended and (not written or json.loads(written[-1])[0] != "close"):
+            lines.append(["close", ["KILLED", time.time_ns() // 1_000_000]])
+        for what, values in lines:
+            if what == "open" and not run._open(*values):
+                self._warned = True
+                return False  # with the next call from the beginning
+            if what == "metrics":
+                run._buffer.extend(map(tuple, values))
+                run.flush()
+            elif what == "close":
+                delivered = run._close(*values)
+                self._known.pop(path, None)
+                if delivered or not written:
+                    path.unlink()
+                return delivered or not written  # a run that could not be closed comes again from the beginning: nothing doubles
+            elif what == "artifact":
+                run.artifact(Path(values[0]), values[1])
+            elif what in ("tag", "dataset"):
+                getattr(run, what)(*values)
+            done += 1
+        self._known[path] = run, done
+        return True
+
+
 def _knock(uri: str) -> None:
     """Raise OSError at once where nothing listens: MLflow's own attempts take many seconds, its import some too."""
     parts = urlsplit(uri)
@@ -138,13 +252,15 @@ def _knock(uri: str) -> None:
 
 
 @contextlib.contextmanager
-def stage_run(stage: str, params: Mapping[str, Any], key: str | None = None) -> Iterator[Run]:
+def stage_run(
+    stage: str, params: Mapping[str, Any], key: str | None = None, tags: Mapping[str, str] | None = None
+) -> Iterator[Run]:
     """A run for one stage, nested under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED, whatever happened.
 
     `key` names the work: a retry with the same key and parent continues the earlier run instead of opening a second.
     """
-    tags = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN")}
-    with open_run({name: value for name, value in tags.items() if value}, params, key) as run:
+    known = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN"), **(tags or {})}
+    with open_run({name: value for name, value in known.items() if value}, params, key) as run:
         yield run
 
 
@@ -163,7 +279,8 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_run(tags: Mapping[str, str], params: Mapping[str, Any], key: str | None) -> Iterator[Run]:
-    run = Run(tracked=bool(os.environ.get("MLFLOW_TRACKING_URI")) and os.environ.get("RANK", "0") == "0")
+    tracked, records = os.environ.get("RANK", "0") == "0", os.environ.get("LDM_RECORDS")
+    run = _Record(Path(records)) if tracked and records else Run(tracked=tracked and bool(os.environ.get("MLFLOW_TRACKING_URI")))
     with _sigterm_raises():
         if run._tracked:
             run._open(tags, params, key)
@@ -244,7 +361,12 @@ def experiment_id(client: Any) -> str:
 
 
 def _earlier_run(client: Any, experiment: str, tags: Mapping[str, str], key: str | None) -> str | None:
-    """The run that a retry continues: same key and parent; without a parent, one that has not finished."""
+    """The run that a retry continues: same key and parent; without a parent, one that has not finished. Or that of a record."""
+    if record := tags.get("ldm.record"):
+        for run in client.search_runs([experiment], f"tags.`ldm.record` = '{record}'"):
+            return str(run.info.run_id)
+    if not key:
+        return None
     parent = tags.get("mlflow.parentRunId")
     for run in client.search_runs([experiment], f"tags.`ldm.key` = '{key}'", order_by=["attributes.start_time DESC"]):
         if run.data.tags.get("mlflow.parentRunId") == parent and (parent or run.info.status != "FINISHED"):

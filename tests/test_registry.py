@@ -177,7 +177,7 @@ def test_what_changed_since_the_last_repro_is_not_registered(root: Path, models:
     settings = yaml.safe_load((root / "params.yaml").read_text())
     metrics = root / "reports/metrics.json"
     out = {"path": "reports/metrics.json", "md5": hashlib.md5(metrics.read_bytes()).hexdigest()}
-    stage = {"params": {"params.yaml": {"train_unet.lr": settings["train_unet"]["lr"]}}, "outs": [out]}
+    stage = {"params": {"params.yaml": {"train_unet.lr": settings["train_unet"]["lr"]}}, "outs": [out, {"path": "models/ldm"}]}
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"evaluate": stage}}))
     settings["train_unet"]["lr"] *= 2
     (root / "params.yaml").write_text(yaml.safe_dump(settings))
@@ -196,7 +196,9 @@ def test_small_numbers_are_numbers_as_dvc_writes_them(root: Path, models: dict[s
     write_outs(root, models["poor"])
     set_params(root, {"train_vae": {"lr": 1.0e-7}})
     lock = root / "dvc.lock"
-    lock.write_text("stages:\n  train_vae:\n    params:\n      params.yaml:\n        train_vae.lr: 1e-07\n")
+    lock.write_text(
+        "stages:\n  train_vae:\n    params:\n      params.yaml:\n        train_vae.lr: 1e-07\n    outs:\n    - path: models/ldm\n"
+    )
     assert registry.register(root).created
     lock.write_text(lock.read_text().replace("1e-07", "2e-07"))
     with pytest.raises(InputError, match=r"train_vae\.lr changed"):
@@ -206,7 +208,8 @@ def test_small_numbers_are_numbers_as_dvc_writes_them(root: Path, models: dict[s
 def test_a_posterior_that_is_no_longer_asked_for_stops_nothing(root: Path, models: dict[str, LatentDiffusion]) -> None:
     """DVC leaves in dvc.lock what a stage was last run with, after the stage has gone from the list in params.yaml."""
     write_outs(root, models["poor"])
-    stage = {"params": {"params.yaml": {"seed": -1, "posterior": {"draws": 3}}}}
+    outs, deps = [{"path": "models/posterior/sgld"}], [{"path": "models/ldm"}]
+    stage = {"params": {"params.yaml": {"seed": -1, "posterior": {"draws": 3}}}, "outs": outs, "deps": deps}
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"sample_posterior@sgld": stage}}))
     assert registry.register(root).created
 

@@ -11,20 +11,25 @@ from ldm.bayes.diagnostics import diagnose
 from ldm.bayes.likelihoods import to_float
 from ldm.config import load_settings
 from ldm.data.latents import open_latents, write_latents
+from ldm.device import set_up
 from ldm.nets.autoencoder import VQModel, load_autoencoder
 from ldm.nets.blocks import network_hash
 from ldm.nets.text import TextEncoder
+from ldm.paths import AUTOENCODER, LATENT_STORE, LATENTS, SHARDS
+from ldm.progress import Progress
 from ldm.stages.inputs import stage_shards
-from ldm.stages.runtime import Progress, set_up, stage_main, work_key
+from ldm.stages.runtime import stage_main
+from ldm.stages.stage import Stage
+from ldm.stages.work import identify
 from ldm.tracking import stage_run
 
 
 def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
-    autoencoder = load_autoencoder(root / "models/autoencoder").place(device)
+    autoencoder = load_autoencoder(root / AUTOENCODER).place(device)
     encoder = TextEncoder.from_pretrained(settings.text.encoder, settings.text.max_tokens)
-    digest = network_hash(root / "models/autoencoder")
+    digest = network_hash(root / AUTOENCODER)
     identity = {
         "autoencoder": digest,
         "text_encoder": encoder.sha256,
@@ -36,23 +41,23 @@ def run(root: Path) -> None:
         posterior = autoencoder.encode(to_float(images).to(device))
         return posterior.mean.cpu(), posterior.logvar.cpu()
 
-    options = {**settings.text.model_dump(), **settings.cache_latents.model_dump()}
-    with stage_run("cache_latents", options) as tracker:
+    kernels = identify(STAGE.name, {"deterministic": settings.deterministic}, {}, {"device": device.type})
+    with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
         readers = {split: stage_shards(root, split) for split in ("train", "val")}
         total = sum(map(len, readers.values()))
         progress = Progress("cache_latents", total)
         manifest, reused = write_latents(
             readers,
-            root / "data/latents",
+            root / LATENTS,
             encode,
             encoder,
             identity,
             progress,
-            store=root / ".ldm/store/latents",
-            code=work_key("cache_latents", {"device": device.type, "deterministic": settings.deterministic}, {}),
+            store=root / LATENT_STORE,
+            code=kernels.key,
             flip=settings.cache_latents.flip,
         )
-        val = open_latents(root / "data/latents", "val", autoencoder=digest)
+        val = open_latents(root / LATENTS, "val", autoencoder=digest)
         if not isinstance(autoencoder, VQModel):
             found = diagnose(val.mean, val.logvar)
             tracker.log(found.metrics(), total)
@@ -62,5 +67,13 @@ def run(root: Path) -> None:
     print(f"cache_latents: {len(manifest['files'])} shards, {reused} of them encoded before and reused")
 
 
+STAGE = Stage(
+    "cache_latents",
+    run,
+    settings=("deterministic", "text", "cache_latents"),
+    inputs=(SHARDS, AUTOENCODER),
+    outs=(LATENTS,),
+)
+
 if __name__ == "__main__":
-    stage_main("cache_latents", run)
+    stage_main(STAGE)

@@ -20,6 +20,7 @@ from ldm.bayes.likelihoods import LIKELIHOODS, load_likelihood
 from ldm.config import Settings, load_settings
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
+from ldm.device import set_up
 from ldm.errors import InputError
 from ldm.evaluation.bounds import image_bounds
 from ldm.evaluation.features import PixelPCA
@@ -32,9 +33,24 @@ from ldm.model import LatentDiffusion, Recipe
 from ldm.nets.autoencoder import VQModel, load_autoencoder
 from ldm.nets.blocks import network_hash
 from ldm.nets.unet import UNet
+from ldm.paths import (
+    AUTOENCODER,
+    BOUNDS,
+    METRICS,
+    MODEL,
+    PLOTS,
+    REPORT,
+    SAMPLES,
+    SHARDS,
+    UNET,
+    UNET_CURVE,
+    VAE_CURVE,
+)  # fmt: skip
+from ldm.progress import Progress
 from ldm.randomness import seed_for
 from ldm.stages.inputs import stage_shards
-from ldm.stages.runtime import Progress, set_up, stage_main
+from ldm.stages.runtime import stage_main
+from ldm.stages.stage import Stage
 from ldm.tracking import stage_run
 from ldm.training.vae import evaluate_elbo, evaluate_importance, summary
 
@@ -51,11 +67,10 @@ def run(root: Path) -> None:
     device = set_up(settings.deterministic)
     train, test = (stage_shards(root, split) for split in ("train", "test"))
     assemble(root, settings)
-    model = LatentDiffusion.load(root / "models/ldm", device)
-    params = {"seed": settings.seed, **settings.evaluate.model_dump(), **settings.sampling.model_dump()}
-    shutil.rmtree(root / "reports/plots", ignore_errors=True)  # not every model has every picture
-    (root / "reports/plots").mkdir(parents=True)
-    with stage_run("evaluate", params) as tracker:
+    model = LatentDiffusion.load(root / MODEL, device)
+    shutil.rmtree(root / PLOTS, ignore_errors=True)  # not every model has every picture
+    (root / PLOTS).mkdir(parents=True)
+    with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
         metrics, figures = bound_metrics(root, settings, model, test)
         parts = (part(root, settings, model, test) for part in (reconstruct, posteriors, explore))
         for found, more in (*parts, draw(root, settings, model, train, test)):
@@ -71,13 +86,13 @@ def run(root: Path) -> None:
 
 def assemble(root: Path, settings: Settings) -> None:
     """Write `models/ldm`: autoencoder, averaged U-Net, and the recipe with its sampling defaults."""
-    vae, unet = root / "models/autoencoder", root / "models/unet"
+    vae, unet = root / AUTOENCODER, root / UNET
     recipe = Recipe(**json.loads((unet / "recipe.json").read_text()), sampling=settings.sampling.model_dump())
     if recipe.autoencoder != network_hash(vae):
         raise InputError(
             f"{unet}: was trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on"
         )
-    LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), UNet.from_pretrained(unet), recipe).save(root / "models/ldm")
+    LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), UNet.from_pretrained(unet), recipe).save(root / MODEL)
 
 
 def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
@@ -95,13 +110,13 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
     if isinstance(model.autoencoder, VQModel):
         terms = {"reconstruction": own.reconstruction, "rate": own.kl}
         frame = pd.DataFrame({"key": test.captions.key, **{name: value.double().cpu() for name, value in terms.items()}})
-        frame.assign(dims=own.dims).to_csv(root / "reports/bounds.csv", index=False)
+        frame.assign(dims=own.dims).to_csv(root / BOUNDS, index=False)
         return metrics, figures
     samples = settings.evaluate.importance_samples
     tighter = evaluate_importance(model.autoencoder, model.likelihood, test, settings.seed, samples)
     progress = Progress("evaluate: bound", len(test))
     frame = image_bounds(model, test, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
-    frame.to_csv(root / "reports/bounds.csv", index=False)
+    frame.to_csv(root / BOUNDS, index=False)
     to_bits = -1 / (own.dims * math.log(2))
     return metrics | {
         "importance_bits_per_dim": float(tighter.mean()) * to_bits,
@@ -115,7 +130,7 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
 
 def rate_and_distortion(root: Path, settings: Settings, own: Elbo) -> list[Figure]:
     """What latents and pixels cost on the test images, beside the training images quarter by quarter of the training."""
-    curve, rate = pd.read_csv(root / "reports/curves/train_vae.csv"), float(own.kl.mean())
+    curve, rate = pd.read_csv(root / VAE_CURVE), float(own.kl.mean())
     if curve.empty or not LIKELIHOODS[settings.train_vae.likelihood].discrete:  # a density's nats are no code length
         return []
     terms = curve.assign(rate=curve.get("kl_nats", rate))[["rate", "distortion_nats"]].to_numpy()  # of codes always the same
@@ -123,7 +138,7 @@ def rate_and_distortion(root: Path, settings: Settings, own: Elbo) -> list[Figur
     points = {"test images": [rate, -float(own.reconstruction.mean())]}
     points |= {f"training, quarter {i}": np.median(rows, axis=0).tolist() for i, rows in enumerate(quarters, start=1)}
     frame = pd.DataFrame(list(points.values()), columns=["rate", "distortion"]) / (own.dims * math.log(2))
-    path = root / "reports/plots/rate_distortion.png"
+    path = root / PLOTS / "rate_distortion.png"
     rate_distortion(frame.assign(series=list(points)), path, title="Rate and distortion", rate="rate", distortion="distortion")
     about = "What the autoencoder's latents and pixels cost, in training the median; on a grey line their sum is the same."
     return [Figure("Rate and distortion", about, path)]
@@ -135,7 +150,7 @@ def posteriors(root: Path, settings: Settings, model: LatentDiffusion, test: Sha
         return {}, []
     encoded = [model.encode(torch.from_numpy(test.images(part))) for part in _batches(min(len(test), POSTERIORS))]
     found = diagnose(torch.cat([p.mean.cpu() for p in encoded]), torch.cat([p.logvar.cpu() for p in encoded]))
-    path = root / "reports/plots/latent_channels.png"
+    path = root / PLOTS / "latent_channels.png"
     channel_bars(found.kl.tolist(), path, title="KL of each latent channel", low=COLLAPSED * found.positions)
     about = found.warning() or "Nats that each latent channel of a held-out image carries."
     return {**found.metrics()}, [Figure("Latent channels", about, path)]
@@ -149,7 +164,7 @@ def explore(root: Path, settings: Settings, model: LatentDiffusion, test: ShardR
     """Pictures of the latent space: ancestral samples of the autoencoder alone, walks between images, traversals."""
     first, last = (torch.from_numpy(test.images(range(i, i + 1)))[0] for i in (0, min(1, len(test) - 1)))
     columns = GRID_COLUMNS
-    plots = root / "reports/plots"
+    plots = root / PLOTS
     drawn = model.sample_prior(2 * columns, seed=seed_for(settings.seed, "prior"))
     image_grid(drawn.numpy(), columns, plots / "prior_samples.png")
     walks = [model.interpolate(first, last, columns, linear=linear) for linear in (True, False)]
@@ -171,7 +186,7 @@ def reconstruct(root: Path, settings: Settings, model: LatentDiffusion, test: Sh
     pixels = test.images(order(seed_for(settings.seed, "real"), len(test), 0, min(len(test), REAL)))
     parts = torch.from_numpy(pixels).split(256)
     back = torch.cat([model.decode(model.encode(part).mean) for part in parts]).numpy()
-    path = root / "reports/plots/reconstructions.png"
+    path = root / PLOTS / "reconstructions.png"
     columns = min(len(pixels), GRID_COLUMNS)
     starts = range(0, min(len(pixels), 3 * columns) - columns + 1, columns)  # up to three full pairs of rows
     pairs = [half[start : start + columns] for start in starts for half in (pixels, back)]
@@ -191,7 +206,7 @@ def draw(
     prompts = balanced(labels if labels is not None else captions, settings.evaluate.samples)
     drawn = model.sample(prompts.text.tolist(), seed=seed_for(settings.seed, "evaluate")).numpy()
     metrics = distance(settings.evaluate.features, known, real, drawn)
-    figures = [grid(root / "reports/samples.png", "Samples", "The first samples drawn, none picked.", prompts, drawn)]
+    figures = [grid(root / SAMPLES, "Samples", "The first samples drawn, none picked.", prompts, drawn)]
     if labels is None:
         return metrics, figures
     known_labels, held_out = captions.label.iloc[chosen].to_numpy(), test.captions.label.iloc[shown].to_numpy()
@@ -206,7 +221,7 @@ def draw(
         unseen = balanced(new, settings.evaluate.unseen_samples)
         images = model.sample(unseen.text.tolist(), seed=seed_for(settings.seed, "evaluate unseen")).numpy()
         metrics["unseen_prompt_accuracy"] = judge.accuracy(images, unseen.label.to_numpy())
-        path = root / "reports/plots/unseen_prompts.png"
+        path = root / PLOTS / "unseen_prompts.png"
         figures.append(grid(path, "Unseen phrasings", "Prompts that no caption says in these words.", unseen, images))
     return metrics, figures
 
@@ -263,23 +278,23 @@ def grid(path: Path, title: str, caption: str, prompts: pd.DataFrame, images: np
 
 def report(root: Path, settings: Settings, model: LatentDiffusion, metrics: Metrics, figures: list[Figure]) -> None:
     """Write `metrics.json` and the self-contained `report.html`, with the loss curves of both trainings."""
-    (root / "reports/metrics.json").write_text(canonical_json(metrics))
+    (root / METRICS).write_text(canonical_json(metrics))
     curves = []
-    frames = {stage: pd.read_csv(root / f"reports/curves/{stage}.csv") for stage in ("train_vae", "train_unet")}
+    frames = {Path(curve).stem: pd.read_csv(root / curve) for curve in (VAE_CURVE, UNET_CURVE)}
     for (stage, frame), title in zip(frames.items(), ("Training the autoencoder", "Training the U-Net"), strict=True):
         if frame.empty:  # a pretrained autoencoder, used as it is
             continue
-        path = root / f"reports/plots/{stage}.png"
+        path = root / PLOTS / f"{stage}.png"
         loss_curves(frame, path, title=title, columns=["loss"], x="images", y_label="loss")
         curves.append(Figure(title, "Mean loss since the last point, against images seen.", path))
     quarters = {f"loss_noise_q{i}": name for i, name in enumerate(("least noise", "less", "more", "most noise"), start=1)}
-    title, path = "Training the U-Net, by noise level", root / "reports/plots/train_unet_noise.png"
+    title, path = "Training the U-Net, by noise level", root / PLOTS / "train_unet_noise.png"
     named = frames["train_unet"].rename(columns=quarters)
     loss_curves(named, path, title=title, columns=list(quarters.values()), x="images", y_label="mean squared error")
     about = "The unweighted loss in each quarter of the noise levels of training, equally often drawn."
     curves.append(Figure(title, about, path))
     write_report(
-        root / "reports/report.html",
+        root / REPORT,
         title="Latent diffusion model: evaluation",
         metrics=metrics,
         figures=[*figures, *curves],
@@ -294,5 +309,13 @@ def report(root: Path, settings: Settings, model: LatentDiffusion, metrics: Metr
     )
 
 
+STAGE = Stage(
+    "evaluate",
+    run,
+    settings=("seed", "deterministic", "train_vae.likelihood", "sampling", "evaluate"),
+    inputs=(SHARDS, AUTOENCODER, UNET, VAE_CURVE, UNET_CURVE),
+    outs=(MODEL, BOUNDS, REPORT, METRICS, SAMPLES, PLOTS),
+)
+
 if __name__ == "__main__":
-    stage_main("evaluate", run)
+    stage_main(STAGE)

@@ -7,6 +7,7 @@ from pathlib import Path
 from ldm.data.reader import ShardReader, open_shards
 from ldm.errors import InputError
 from ldm.hashing import canonical_json, content_hash
+from ldm.paths import SHARD_CACHE, SHARDS
 
 CACHE_GB = 50.0
 
@@ -17,7 +18,7 @@ def stage_shards(root: Path, split: str) -> ShardReader:
     That cache holds `LDM_SHARD_CACHE_GB` (default 50) at most. Where the project has an index of its own, the one at the
     URL must be equal.
     """
-    url, local = os.environ.get("LDM_SHARDS"), root / "data/shards"
+    url, local = os.environ.get("LDM_SHARDS"), root / SHARDS
     if not url:
         return open_shards(local, split)
     size = os.environ.get("LDM_SHARD_CACHE_GB") or CACHE_GB
@@ -25,7 +26,7 @@ def stage_shards(root: Path, split: str) -> ShardReader:
         limit = int(float(size) * 1e9)
     except (ValueError, OverflowError):
         raise InputError(f"LDM_SHARD_CACHE_GB is {size!r}; set it to a number of gigabytes") from None
-    reader = open_shards(url, split, cache=root / ".ldm/shards", cache_bytes=limit)
+    reader = open_shards(url, split, cache=root / SHARD_CACHE, cache_bytes=limit)
     index = local / "index.json"
     if index.is_file() and json.loads(index.read_text(encoding="utf-8")) != reader.index:
         raise InputError(f"LDM_SHARDS {url}: its index.json is not that of {local}; copy {local} there again")

@@ -9,10 +9,10 @@ from pathlib import Path
 from ldm.config import HUB, load_settings
 from ldm.errors import InputError
 from ldm.files import replacing
+from ldm.paths import PRETRAINED
 from ldm.stages.runtime import stage_main
+from ldm.stages.stage import Stage
 from ldm.tracking import stage_run, use_default_store
-
-OUT = "models/pretrained"
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def _from_hub(name: str) -> Path:
 def run(root: Path) -> None:
     settings = load_settings(root)
     name = settings.autoencoder.pretrained
-    with stage_run("pretrained", {"pretrained": name}), replacing(root / OUT) as partial:
+    with stage_run(STAGE.name, STAGE.params(settings)), replacing(root / PRETRAINED) as partial:
         (partial / "source.txt").write_text(f"{name or 'none'}\n")
         if name:
             from ldm.bayes.likelihoods import FILE
@@ -63,5 +63,7 @@ def run(root: Path) -> None:
     print(f"pretrained: {name or 'none'}", flush=True)
 
 
+STAGE = Stage("pretrained", run, settings=("autoencoder.pretrained",), outs=(PRETRAINED,))
+
 if __name__ == "__main__":
-    stage_main("pretrained", run)
+    stage_main(STAGE)

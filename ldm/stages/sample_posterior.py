@@ -6,7 +6,6 @@ centre of control variates, without which a step that is small enough for the gr
 """
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -28,15 +27,20 @@ from ldm.bayes.step_size import StepSize, find_step_size
 from ldm.config import Posterior, load_settings
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
+from ldm.device import set_up
 from ldm.errors import InputError
 from ldm.evaluation import convergence
 from ldm.evaluation.plots import histograms, image_grid, traces
 from ldm.hashing import canonical_json, folder_hash
 from ldm.model import LatentDiffusion
 from ldm.nets.blocks import network_hash
+from ldm.paths import BOUNDS, MODEL, POSTERIOR, POSTERIOR_REPORTS, SHARDS
+from ldm.progress import Progress
 from ldm.randomness import generator, seed_for
 from ldm.stages.inputs import index_hash, stage_shards
-from ldm.stages.runtime import Progress, set_up, stage_main, stop_at_checkpoint, work_folder, work_key
+from ldm.stages.runtime import stage_main, stop_at_checkpoint
+from ldm.stages.stage import Stage
+from ldm.stages.work import identify, opened
 from ldm.tracking import stage_run
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 
@@ -110,9 +114,8 @@ def resume(chains: Chains, store: CheckpointStore) -> None:
 
 def sample(chains: Chains, batch: Callable[[int], tuple[Tensor, ...]], steps: int, store: CheckpointStore, name: str) -> None:
     """Take what is left of `steps`, with checkpoints on the way."""
-    progress = Progress(name, steps, "steps")
-    progress(chains.done)
-    with stop_at_checkpoint() as should_stop:
+    with Progress(name, steps, "steps") as progress, stop_at_checkpoint() as should_stop:
+        progress(chains.done)
         while chains.done < steps:
             losses = chains.step(*batch(chains.done))
             if not torch.isfinite(losses).all():
@@ -133,16 +136,19 @@ def run(root: Path, sampler: str) -> None:
         raise InputError(f"sample_posterior {sampler}: name a sampler, sgld or sghmc")
     device = set_up(settings.deterministic)
     train, test = (stage_shards(root, split) for split in ("train", "test"))
-    model = LatentDiffusion.load(root / "models/ldm", device)
-    inputs = {"model": folder_hash(root / "models/ldm"), "shards": index_hash(train)}
-    params = {"sampler": sampler, "seed": seed, "deterministic": settings.deterministic, **options.model_dump()}
-    key = work_key("sample_posterior", params, inputs)
-    with work_folder(root, "sample_posterior", key) as folder, stage_run(f"sample_posterior_{sampler}", params, key) as tracker:
-        store = CheckpointStore(folder / "checkpoint")
+    model = LatentDiffusion.load(root / MODEL, device)
+    inputs = {"model": folder_hash(root / MODEL), "shards": index_hash(train)}
+    params, steps = {"sampler": sampler, **STAGE.params(settings)}, options.burn_in + options.thin * options.draws
+    identity = identify(STAGE.name, params, inputs, {"device": str(device)})
+    with (
+        opened(root, identity, steps, torch.get_num_threads()) as work,
+        stage_run(f"{STAGE.name}_{sampler}", params, work.key, work.tags()) as tracker,
+    ):
+        store = CheckpointStore(work.checkpoint)
         chains, limits = draw(options, sampler, Decoding(model, train, options.part, seed), store)
         print(f"sample_posterior: {sampler}: measuring the samples", flush=True)
         posterior = DecoderPosterior(model.autoencoder, model.likelihood, chains.draws())
-        plots = root / "reports/posterior" / sampler
+        plots = root / POSTERIOR_REPORTS / sampler
         shutil.rmtree(plots, ignore_errors=True)
         plots.mkdir(parents=True)
         rows = np.sort(order(seed_for(seed, "posterior measured"), len(test), 0, min(len(test), MEASURED)))
@@ -152,10 +158,14 @@ def run(root: Path, sampler: str) -> None:
         metrics |= described(limits, chains.optimizer.step_size()) | averaged(root, model, posterior, test, seed, plots) | more
         texts = test.captions.text.drop_duplicates().head(SHOWN).tolist()
         metrics |= mapped(model, posterior, pixels, texts, seed, plots)
+        doubts = len(metrics["step_size_warnings"]) + len(metrics["convergence_warnings"])
+        summary = f"{metrics['average_bits_per_dim']:.4f} bits/dim averaged over {metrics['draws']} samples"
+        metrics["summary"] = summary + (f"; {doubts} warnings" if doubts else "")
         write(root, sampler, posterior, pd.DataFrame({"key": test.captions.key.iloc[rows], "score": scores}), metrics)
+        work.note_adopted(root / POSTERIOR / sampler)
         tracker.log({name: value for name, value in metrics.items() if isinstance(value, int | float)}, 0)
         tracker.artifact(plots, "plots")
-        store.clear()
+        work.finish()
     for warning in (*metrics["step_size_warnings"], *metrics["convergence_warnings"]):
         print(f"sample_posterior: warning: {warning}", flush=True)
     before, after, gain, error = (metrics[n] for n in ("bits_per_dim", "average_bits_per_dim", "gain_nats", "gain_nats_se"))
@@ -227,7 +237,7 @@ def averaged(
 
     Of the bound's three terms only the reconstruction depends on the decoder: the others are those of the evaluation.
     """
-    bounds = pd.read_csv(root / "reports/bounds.csv")
+    bounds = pd.read_csv(root / BOUNDS)
     trained, draws = [], []
     for rows in np.split(np.arange(len(test)), range(BATCH, len(test), BATCH)):
         images = torch.from_numpy(test.images(rows))
@@ -296,14 +306,23 @@ def separated(posterior: DecoderPosterior, pixels: Tensor, seed: int, plots: Pat
 
 
 def write(root: Path, sampler: str, posterior: DecoderPosterior, scores: pd.DataFrame, metrics: Metrics) -> None:
-    folder = root / "models/posterior" / sampler
+    folder = root / POSTERIOR / sampler
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    about = {"autoencoder": network_hash(root / "models/ldm/autoencoder"), "sampler": sampler}
+    about = {"autoencoder": network_hash(root / MODEL / "autoencoder"), "sampler": sampler}
     posterior.draws.save(folder / "samples.safetensors", about)
     scores.to_csv(folder / "scores.csv", index=False)
-    (root / f"reports/posterior/{sampler}.json").write_text(canonical_json(metrics))
+    (root / POSTERIOR_REPORTS / f"{sampler}.json").write_text(canonical_json(metrics))
 
+
+STAGE = Stage(
+    "sample_posterior",
+    run,
+    settings=("seed", "deterministic", "posterior"),
+    inputs=(SHARDS, MODEL, BOUNDS),
+    outs=(f"{POSTERIOR}/${{item}}", f"{POSTERIOR_REPORTS}/${{item}}.json", f"{POSTERIOR_REPORTS}/${{item}}"),
+    for_each="sample_posterior",
+)
 
 if __name__ == "__main__":
-    stage_main("sample_posterior", partial(run, sampler="".join(sys.argv[1:])))
+    stage_main(STAGE)

@@ -8,7 +8,10 @@ from ldm.config import load_settings
 from ldm.data.parallel import default_workers
 from ldm.data.shards import TooManyUnreadable, write_shards
 from ldm.errors import InputError
-from ldm.stages.runtime import Progress, stage_main
+from ldm.paths import QUARANTINE, SHARDS
+from ldm.progress import Progress
+from ldm.stages.runtime import stage_main
+from ldm.stages.stage import Stage
 from ldm.tracking import stage_run
 
 SHOWN = 20  # quarantined images that are printed; quarantine.csv has all
@@ -17,8 +20,8 @@ SHOWN = 20  # quarantined images that are printed; quarantine.csv has all
 def run(root: Path) -> None:
     settings = load_settings(root)
     data = settings.data.model_dump(exclude={"source"})
-    out = root / "data/shards"
-    with stage_run("shard", data) as tracker:
+    out = root / SHARDS
+    with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
         bars: dict[str, Progress] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -29,7 +32,7 @@ def run(root: Path) -> None:
         try:
             index = write_shards(root / data.pop("path"), out, **data, workers=default_workers(), progress=progress)
         except TooManyUnreadable as error:
-            path = root / ".ldm/quarantine.csv"
+            path = root / QUARANTINE
             path.parent.mkdir(exist_ok=True)
             error.quarantined.to_csv(path, index=False, errors="backslashreplace")
             raise InputError(f"{error}; all are in {path.relative_to(root)}") from None
@@ -43,7 +46,7 @@ def run(root: Path) -> None:
         print(f"shard: ignored what is no image: {ignored}")
     if index["duplicates"]:
         found = ", ".join(f"{n} {kind}" for kind, n in index["duplicates"].items())
-        print(f"shard: {found} duplicates, listed in data/shards/duplicates.csv")
+        print(f"shard: {found} duplicates, listed in {SHARDS}/duplicates.csv")
 
 
 def show(quarantined: pd.DataFrame) -> None:
@@ -53,5 +56,7 @@ def show(quarantined: pd.DataFrame) -> None:
         print(f"shard: and {len(quarantined) - SHOWN} more")
 
 
+STAGE = Stage("shard", run, settings=("data",), inputs=("${data.path}",), outs=(SHARDS,))
+
 if __name__ == "__main__":
-    stage_main("shard", run)
+    stage_main(STAGE)

@@ -3,20 +3,29 @@
 from pathlib import Path
 
 from ldm.config import load_settings
-from ldm.data.digits import write_digits
-from ldm.data.huggingface import write_huggingface
+from ldm.paths import SOURCE
 from ldm.stages.runtime import stage_main
+from ldm.stages.stage import Stage
 from ldm.tracking import stage_run
 
 
 def run(root: Path) -> None:
     settings = load_settings(root)
-    source, out = settings.data.source, root / "data/raw/source"
-    with stage_run("source", {"source": source}) as tracker:
-        count = write_digits(out) if source == "digits" else write_huggingface(source, root, out)
-        tracker.log({"images": float(count)}, 0)
-    print(f"source: {count} images written to data/raw/source", flush=True)
+    source, out = settings.data.source, root / SOURCE
+    with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
+        if source == "digits":
+            from ldm.data.digits import write_digits
 
+            count = write_digits(out)
+        else:
+            from ldm.data.huggingface import write_huggingface
+
+            count = write_huggingface(source, root, out)
+        tracker.log({"images": float(count)}, 0)
+    print(f"source: {count} images written to {SOURCE}", flush=True)
+
+
+STAGE = Stage("source", run, settings=("data.source",), outs=(SOURCE,))
 
 if __name__ == "__main__":
-    stage_main("source", run)
+    stage_main(STAGE)

@@ -7,17 +7,18 @@ import torch
 
 from ldm.config import Settings, load_settings
 from ldm.data.latents import Latents, open_latents
+from ldm.device import set_up
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
 from ldm.hashing import canonical_json, file_hash
 from ldm.nets.blocks import network_hash
 from ldm.nets.unet import UNet
+from ldm.paths import AUTOENCODER, LATENTS, UNET, UNET_CURVE, UNET_RAW
 from ldm.randomness import seed_for
-from ldm.stages.runtime import set_up, stage_main
+from ldm.stages.runtime import stage_main
+from ldm.stages.stage import Stage
 from ldm.stages.training import training, write_curve
 from ldm.training.unet import UnetObjective
-
-OUT, RAW, CURVE = "models/unet", "models/unet_raw", "reports/curves/train_unet.csv"
 
 
 def build(settings: Settings, context_width: int) -> UNet:
@@ -37,30 +38,33 @@ def recipe(settings: Settings, latents: Latents) -> dict[str, Any]:
 def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
-    latents = open_latents(root / "data/latents", "train", autoencoder=network_hash(root / "models/autoencoder"))
+    latents = open_latents(root / LATENTS, "train", autoencoder=network_hash(root / AUTOENCODER))
     unet = build(settings, latents.text.shape[-1]).place(device)
     options, diffusion = settings.train_unet, settings.diffusion
     denoiser = Denoiser(unet, diffusion.kind, noise_levels(**diffusion.model_dump(exclude={"kind"})))
-    params = {
-        "seed": settings.seed,
-        "deterministic": settings.deterministic,
-        "precision": settings.precision,
-        "compile": settings.compile,
-        **settings.unet.model_dump(),
-        **diffusion.model_dump(),
-    }
-    inputs = {"latents": file_hash(root / "data/latents/manifest.json")}
-    with training(root, "train_unet", params, options, inputs, device) as work:
+    inputs = {"latents": file_hash(root / LATENTS / "manifest.json")}
+    with training(root, STAGE, settings, options, inputs, device) as work:
         fitted = work.fit(UnetObjective(denoiser, latents, options, settings.seed, device))
         if not work.first:
             return
         unet = build(settings, latents.text.shape[-1])  # a whole one: processes may have shared the other out
-        for folder, weights in ((RAW, fitted.last), (OUT, fitted.ema)):
+        for folder, weights in ((UNET_RAW, fitted.last), (UNET, fitted.ema)):
             unet.load_state_dict({k.removeprefix("unet."): v for k, v in weights.items() if k.startswith("unet.")})
             unet.save_pretrained(root / folder)
-        (root / OUT / "recipe.json").write_text(canonical_json(recipe(settings, latents)))
-        write_curve(fitted, root / CURVE)
+            work.note_adopted(root / folder)
+        (root / UNET / "recipe.json").write_text(canonical_json(recipe(settings, latents)))
+        write_curve(fitted, root / UNET_CURVE)
 
+
+STAGE = Stage(
+    "train_unet",
+    run,
+    settings=(
+        "seed", "deterministic", "precision", "compile", "autoencoder.latent_channels", "unet", "diffusion", "train_unet",
+    ),
+    inputs=(LATENTS, AUTOENCODER),
+    outs=(UNET, UNET_RAW, UNET_CURVE),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    stage_main("train_unet", run)
+    stage_main(STAGE)

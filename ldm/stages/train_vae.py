@@ -13,20 +13,21 @@ from ldm.config import Settings, load_settings
 from ldm.data.batches import Batches
 from ldm.data.parallel import loader_workers
 from ldm.data.reader import ShardReader
+from ldm.device import set_up
 from ldm.distributed import rank, ranks
 from ldm.errors import InputError
 from ldm.hashing import folder_hash
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
+from ldm.paths import AUTOENCODER, PRETRAINED, SHARDS, VAE_CURVE
 from ldm.randomness import seed_for
 from ldm.stages.inputs import index_hash, stage_shards
-from ldm.stages.runtime import set_up, stage_main
+from ldm.stages.runtime import stage_main
+from ldm.stages.stage import Stage
 from ldm.stages.training import training, write_curve
 from ldm.training.adversarial import AdversarialObjective, Adversary
 from ldm.training.fit import Fitted, Langevin
 from ldm.training.vae import VaeObjective, evaluate_elbo, fit_scale, summary
-
-PRETRAINED, OUT, CURVE = "models/pretrained", "models/autoencoder", "reports/curves/train_vae.csv"
 
 
 def build(settings: Settings) -> tuple[Autoencoder, Likelihood]:
@@ -156,14 +157,7 @@ def run(root: Path) -> None:
     autoencoder.place(device), likelihood.to(device)
     options = settings.train_vae
     inputs = {"shards": index_hash(train), "pretrained": folder_hash(root / PRETRAINED)}
-    params = {
-        "seed": settings.seed,
-        "deterministic": settings.deterministic,
-        "precision": settings.precision,
-        "compile": settings.compile,
-        **settings.autoencoder.model_dump(),
-    }
-    with training(root, "train_vae", params, options, inputs, device) as work:
+    with training(root, STAGE, settings, options, inputs, device) as work:
         fitted = Fitted({}, [])
         if options.images:
             loading = {"workers": loader_workers(device.type), "rank": rank(), "ranks": ranks()}
@@ -176,12 +170,21 @@ def run(root: Path) -> None:
         trained = bool(options.images) or (root / PRETRAINED / LIKELIHOOD).is_file()
         likelihood, held_out = measured(autoencoder, likelihood, val, settings.seed, trained)
         work.tracker.log({f"val_{name}": value for name, value in held_out.items()}, options.images)
-        shutil.rmtree(root / OUT, ignore_errors=True)
-        autoencoder.save_pretrained(root / OUT)
-        likelihood.save_pretrained(root / OUT)
-        write_curve(fitted, root / CURVE)
+        shutil.rmtree(root / AUTOENCODER, ignore_errors=True)
+        autoencoder.save_pretrained(root / AUTOENCODER)
+        likelihood.save_pretrained(root / AUTOENCODER)
+        work.note_adopted(root / AUTOENCODER)
+        write_curve(fitted, root / VAE_CURVE)
     print(f"train_vae: validation ELBO {held_out['elbo_nats']:.1f} nats, {held_out['elbo_bits_per_dim']:.4f} bits/dim")
 
 
+STAGE = Stage(
+    "train_vae",
+    run,
+    settings=("seed", "deterministic", "precision", "compile", "data.channels", "autoencoder", "train_vae"),
+    inputs=(SHARDS, PRETRAINED),
+    outs=(AUTOENCODER, VAE_CURVE),
+)
+
 if __name__ == "__main__":
-    stage_main("train_vae", run)
+    stage_main(STAGE)

@@ -10,16 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
 from ldm import distributed
-from ldm.config import Optimizer
+from ldm.config import Optimizer, Settings
 from ldm.errors import InputError
 from ldm.nets.blocks import Pretrained
-from ldm.stages.runtime import INTERRUPTED, Progress, stop_at_checkpoint, work_folder, work_key
+from ldm.paths import WORK
+from ldm.progress import Progress
+from ldm.stages.runtime import INTERRUPTED, stop_at_checkpoint
+from ldm.stages.stage import Stage
+from ldm.stages.work import Work, identify, opened
 from ldm.tracking import Run, stage_run
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, Fitted, Langevin, Objective, fit
@@ -34,52 +37,59 @@ class Training:
     fit: Callable[..., Fitted]  # of an objective, and of a `Langevin` or None
     tracker: Run
     first: bool  # of the processes: the one that writes
+    work: Work | None  # the first one's folder
+
+    def note_adopted(self, out: Path) -> None:
+        """See `ldm.stages.work.Work.note_adopted`."""
+        if self.work:
+            self.work.note_adopted(out)
 
 
 @contextlib.contextmanager
 def training(
-    root: Path, stage: str, params: dict[str, Any], options: Optimizer, inputs: dict[str, str], device: torch.device
+    root: Path, stage: Stage, settings: Settings, options: Optimizer, inputs: dict[str, str], device: torch.device
 ) -> Iterator[Training]:
     """Within, `LDM_PROCESSES` processes run the stage; at its end the checkpoints of the first one are dropped.
 
-    `params` (with `seed`, `precision` and `compile`), `options` and `inputs` (hashes) are the run's identity: a run with
-    the same ones goes on from its checkpoint.
+    The settings that the stage reads and `inputs` (hashes) are the run's identity, with the code: a run with the same ones
+    goes on from its checkpoint.
     """
     count = int(os.environ.get("WORLD_SIZE") or _count("LDM_PROCESSES", 1))
     if options.batch_size % count:
-        raise InputError(f"{stage}.batch_size {options.batch_size} cannot be shared by {count} processes; make it a multiple")
+        raise InputError(
+            f"{stage.name}.batch_size {options.batch_size} cannot be shared by {count} processes; make it a multiple"
+        )
     micro_batch, checkpointing = _count("LDM_MICRO_BATCH", 0) or None, _switch("LDM_GRADIENT_CHECKPOINTING")
-    shard = _switch("LDM_SHARD_MODEL") and count > 1 and stage == "train_unet"  # autoencoders are small
-    execution = Execution(_autocast(params["precision"], device), params["compile"], micro_batch, shard)
-    params = {"device": str(device), **params, **options.model_dump()}
-    with _peers(stage), distributed.process_group(device), contextlib.ExitStack() as held:
+    shard = _switch("LDM_SHARD_MODEL") and count > 1 and stage.name == "train_unet"  # autoencoders are small
+    execution = Execution(_autocast(settings.precision, device), settings.compile, micro_batch, shard)
+    with _peers(stage.name), distributed.process_group(device), contextlib.ExitStack() as held:
         first = distributed.rank() == 0
-        layout = {"processes": distributed.ranks(), "micro_batch": execution.micro_batch, "shard": execution.shard}
-        key = work_key(stage, params | layout, inputs)
-        folder = root / ".ldm" / "work" / stage / key
-        tracker = Run()
+        layout = {"device": str(device), "processes": distributed.ranks(), "micro_batch": micro_batch, "shard": shard}
+        params = stage.params(settings)
+        identity = identify(stage.name, params, inputs, layout)
+        tracker, work = Run(), None
         if first:
-            folder = held.enter_context(work_folder(root, stage, key))
-            tracker = held.enter_context(stage_run(stage, params, key))
-        store = CheckpointStore(folder / "checkpoint")
+            work = held.enter_context(opened(root, identity, options.images, torch.get_num_threads()))
+            tracker = held.enter_context(stage_run(stage.name, params | layout, identity.key, work.tags()))
+        store = CheckpointStore(root / WORK / stage.name / identity.key / "checkpoint")
 
         def run(objective: Objective, langevin: Langevin | None = None) -> Fitted:
             for net in objective.module.modules():
                 if isinstance(net, Pretrained):
                     net.gradient_checkpointing = checkpointing
-            progress = Progress(stage, options.images) if first else lambda done, row: None
+            bar = Progress(stage.name, options.images) if first else contextlib.nullcontext(lambda done, row: None)
             try:
-                with stop_at_checkpoint() as should_stop:
+                with bar as progress, stop_at_checkpoint() as should_stop:
                     return fit(
-                        objective, options, seed=params["seed"], journal=tracker, store=store, progress=progress,
+                        objective, options, seed=settings.seed, journal=tracker, store=store, progress=progress,
                         should_stop=should_stop, execution=execution, langevin=langevin,
                     )  # fmt: skip
             except FloatingPointError as error:  # the same would come again: no retry helps
                 raise InputError(str(error)) from None
 
-        yield Training(run, tracker, first)
-        if first:
-            store.clear()
+        yield Training(run, tracker, first, work)
+        if work:
+            work.finish()
 
 
 def write_curve(fitted: Fitted, path: Path) -> None:

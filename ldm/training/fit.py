@@ -2,12 +2,14 @@
 
 import contextlib
 import math
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +26,8 @@ POINTS = 40  # rows of a finished loss curve
 GRADIENT_NORM = 1.0  # gradients are clipped to this norm
 EXPLOSION = 1e4  # a gradient norm this many times the usual one ends the run
 USUAL = 0.05  # weight of a batch in the usual gradient norm, a running mean
-CHECK_BATCHES = 32  # batches between looks at what would make a GPU wait
+LOOK_SECONDS = 2.0  # between looks at what would make a GPU wait: the losses, and whether another rank is to stop
+CHECK_BATCHES = 32  # between these looks, at most
 
 
 class Objective(Protocol):
@@ -130,9 +133,12 @@ def fit(
     With `langevin` the last weights are a draw from a posterior, as far as its step size fell slowly enough, the averaged ones
     estimate its mean, and gradients are not clipped.
 
+    `progress(done, row)` is called before the first and after every batch; the row is empty where none was closed.
+
     In a process group each process takes its share of every batch; the first one saves and logs. Raises
     `FloatingPointError` where a loss or gradient is not finite or explodes, after saving the batch, naming it and the last
-    good checkpoint, and `KeyboardInterrupt`, after saving a checkpoint, when `should_stop()` turns true.
+    good checkpoint, and `KeyboardInterrupt`, after saving a checkpoint, when `should_stop()` turns true: in all processes
+    after the same batch, within `LOOK_SECONDS` or a batch.
     """
     loss = _parallel(objective, execution)  # before the optimizer: it may replace the parameters by parts of them
     groups = objective.parameter_groups(schedule.lr)
@@ -148,6 +154,7 @@ def fit(
     gradients = _Gradients(loss, optimizer, players, seed, execution, clip=langevin is None)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
+    looks = _Looks(device)
     progress(resumed, {})
     for images_seen in range(resumed, schedule.images, schedule.batch_size):
         for group, multiplier in zip(optimizer.param_groups, multipliers, strict=True):
@@ -157,15 +164,14 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         done = images_seen + schedule.batch_size
         ema.update(done, schedule.batch_size)
-        looks = distributed.ranks() == 1 or device.type == "cpu" or done // schedule.batch_size % CHECK_BATCHES == 0
-        stop = looks and distributed.any_of_them(should_stop(), device)  # all must agree
+        look = looks.due()
+        stop = looks.stop(should_stop()) if look else distributed.ranks() == 1 and should_stop()
         due = done < schedule.images and (stop or done % schedule.checkpoint_images < schedule.batch_size)
         row_due = done % every < schedule.batch_size or done >= schedule.images
-        if due or row_due or done // schedule.batch_size % CHECK_BATCHES == 0:
+        if look or due or row_due:
             run.check(schedule.batch_size)
-        if row_due:
-            row = run.log(done, learning_rate(schedule, images_seen))
-            progress(done, row)
+        row = run.log(done, learning_rate(schedule, images_seen)) if row_due else {}
+        progress(done, row)
         if due:
             run.save(done)
             if stop:
@@ -256,6 +262,34 @@ class _Gradients:
         for side, scale in zip(sides, (self._most / norms).clamp(max=1.0), strict=True):
             torch._foreach_mul_(side, scale)
         return torch.linalg.vector_norm(norms)
+
+
+class _Looks:
+    """After which batches to look at what would make a GPU wait: about every `LOOK_SECONDS`, on all ranks at the same batch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._alone = device, distributed.ranks() == 1
+        self._last, self._batches = time.monotonic(), 0  # the last look, and the batches since
+        self._next = CHECK_BATCHES if self._alone else 1
+
+    def due(self) -> bool:
+        """Whether to look after this batch: one process asks the clock, several have agreed on a number of batches."""
+        self._batches += 1
+        late = self._alone and time.monotonic() - self._last >= LOOK_SECONDS
+        return late or self._batches >= self._next
+
+    def stop(self, asked: bool) -> bool:
+        """Look whether any rank was asked to stop, and agree on the next look from the slowest rank's seconds per batch."""
+        if not self._alone:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # else these are the seconds it takes to queue a batch
+            seconds = (time.monotonic() - self._last) / self._batches
+            most = torch.tensor([float(asked), seconds], dtype=torch.float64, device=self._device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            asked, seconds = bool(most[0] > 0), float(most[1])
+            self._next = int(min(max(LOOK_SECONDS / max(seconds, 1e-9), 1), CHECK_BATCHES))
+        self._last, self._batches = time.monotonic(), 0
+        return asked
 
 
 class _Run:

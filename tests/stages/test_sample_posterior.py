@@ -16,11 +16,11 @@ import pandas as pd
 import pytest
 import torch
 from blobs import run_stages
+from flows.graph import ancestors, read_graph
 from PIL import Image
 from scipy.special import logsumexp
 from tiny import REPOSITORY, environment, set_params, with_soak
 
-from flows.graph import ancestors, read_graph
 from flows.summary import Step, summarise
 from ldm.bayes.chains import Draws
 from ldm.bayes.likelihoods import to_float

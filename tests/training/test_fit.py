@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_two_ranks
 from safetensors.torch import load_file
 from tiny import with_soak
 from torch import Tensor, nn
 
+from ldm import distributed
 from ldm.data.batches import order
 from ldm.randomness import fill_normal, seed_for
+from ldm.training import fit as loop
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.ema import Ema, global_norm
 from ldm.training.fit import Execution, Fitted, Langevin, fit, learning_rate
@@ -75,14 +79,14 @@ class Died(BaseException):
 
 
 class Regression:
-    """Least squares on fixed data; `poison` puts a NaN into one target."""
+    """Least squares on fixed data; `poison` puts a NaN into one target, and a batch takes the seconds of `pause` and more."""
 
-    def __init__(self, size: int = 50, noise: float = 0.0, poison: int | None = None) -> None:
+    def __init__(self, size: int = 50, noise: float = 0.0, poison: int | None = None, pause: float = 0.0) -> None:
         random = np.random.default_rng(0)
         self.x, self.y = random.standard_normal((size, 3)), random.standard_normal((size, 1))
         if poison is not None:
             self.y[poison] = np.nan
-        self.module, self.noise = nn.Linear(3, 1), noise
+        self.module, self.noise, self.pause = nn.Linear(3, 1), noise, pause
         nn.init.constant_(self.module.weight, 0.5)
         nn.init.constant_(self.module.bias, -0.25)
         self.seen: list[int] = []
@@ -92,6 +96,7 @@ class Regression:
 
     def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         self.seen.append(images_seen)
+        time.sleep(self.pause)
         index = order(5, len(self.x), images_seen, batch_size)
         x, y = (torch.from_numpy(values[index]).float() for values in (self.x, self.y))
         x = (x + self.noise * torch.randn(x.shape, generator=rng))[part]
@@ -111,12 +116,13 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     execution: Execution = PLAIN,
     langevin: Langevin | None = None,
+    progress: Callable[[int, dict[str, float]], None] = lambda done, row: None,
 ) -> Fitted:
     """`fit` with the folder's store."""
     journal = journal or Journal(set())
     store = CheckpointStore(folder / "store")
     return fit(
-        objective, plan, seed=7, journal=journal, store=store, progress=lambda done, row: None, should_stop=stop,
+        objective, plan, seed=7, journal=journal, store=store, progress=progress, should_stop=stop,
         execution=execution, langevin=langevin,
     )  # fmt: skip
 
@@ -253,6 +259,14 @@ def test_a_row_of_the_curve_is_the_mean_since_the_last(tmp_path: Path) -> None:
     np.testing.assert_allclose([row["loss"] for row in fitted.curve], np.reshape(losses, (-1, 2)).mean(axis=1), rtol=1e-5)
     logged = {(images, key): value for key, value, _, images in stored}
     assert logged == {(row["images"], key): value for row in fitted.curve for key, value in row.items() if key != "images"}
+
+
+def test_progress_is_told_of_every_batch_and_of_the_rows(tmp_path: Path) -> None:
+    calls: list[tuple[int, dict[str, float]]] = []
+    fitted = run(tmp_path, Regression(), Plan(images=800), progress=lambda done, row: calls.append((done, row)))
+    assert [done for done, _ in calls] == list(range(0, 801, 8))
+    rows = [{"images": done, **row} for done, row in calls if row]
+    assert rows == [{name: value for name, value in row.items() if name != "lr"} for row in fitted.curve]
 
 
 @pytest.mark.parametrize(("images", "batch"), [(100, 8), (8, 8), (5, 8)])
@@ -423,6 +437,18 @@ def test_a_nan_in_the_data_is_reported_with_position_and_last_good_state(place: 
     assert f"last good state: {kept}" in str(error.value)
 
 
+LONG = Plan(images=32_000, checkpoint_images=32_000)  # 100 batches between rows
+
+
+@pytest.mark.parametrize(("seconds", "batches"), [(0.1, 4), (math.inf, 32)])
+def test_losses_are_looked_at_by_time(seconds: float, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOOK_SECONDS", seconds)
+    objective = Regression(poison=int(order(5, 50, 3, 1)[0]), pause=0.03)
+    with pytest.raises(FloatingPointError, match="the batch of images 0 to 7 has loss nan"):
+        run(tmp_path, objective, LONG)
+    assert len(objective.seen) == batches if seconds == math.inf else 1 <= len(objective.seen) <= batches
+
+
 def test_a_checkpoint_never_holds_a_nan(tmp_path: Path) -> None:
     """The checkpoint is due at 56 images, between the rows at 48 and 64: the NaN of image 50 must not get in."""
     plan = Plan(images=640, checkpoint_images=56)
@@ -476,3 +502,64 @@ def test_the_state_of_a_checkpoint_is_plain_json_and_tensors(tmp_path: Path) -> 
     (folder,) = (tmp_path / "store").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
     assert json.loads((folder / "state.json").read_text())["images_seen"] == 40
+
+
+# two processes, which have to look at the same batches
+
+
+def ended(folder: Path, look_seconds: float, objective: Regression, stop_at: float = math.inf) -> dict[str, Any]:
+    """Train until something ends it, in this process a wish to stop from batch number `stop_at` on: what, when, and the looks."""
+    looks: list[int] = []
+
+    def stop() -> bool:
+        looks.append(len(objective.seen))
+        return len(objective.seen) >= stop_at
+
+    loop.LOOK_SECONDS = look_seconds
+    with pytest.raises((KeyboardInterrupt, FloatingPointError)) as end:
+        run(folder, objective, LONG, stop=stop)
+    return {"batches": len(objective.seen), "looks": looks, "end": str(end.value)}
+
+
+def child(folder: Path) -> None:
+    """One of the two, of which the second takes 0.05 s for a batch, and asks to stop at the sixth or has a NaN there."""
+    torch.set_num_threads(1)
+    with distributed.process_group(torch.device("cpu")):
+        second = distributed.rank() == 1
+        pause, poison = 0.05 * second, int(order(5, 1000, 5 * 8 + 7, 1)[0])  # the last image of the sixth batch
+        results = {
+            "stopped": ended(folder / "stopped", 0.2, Regression(1000, pause=pause), 6 if second else math.inf),
+            "poisoned": ended(folder / "poisoned", 0.2, Regression(1000, pause=pause, poison=poison)),
+            "fast": ended(folder / "fast", 3600.0, Regression(1000), 70),
+        }
+        (folder / f"{distributed.rank()}.json").write_text(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What either process found."""
+    folder = tmp_path_factory.mktemp("pair")
+    code = f"import test_fit; test_fit.child(test_fit.Path({str(folder)!r}))"
+    run_two_ranks(folder, code, Path(__file__).parent)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_a_stop_of_one_process_ends_both_at_the_same_batch_in_time(pair: list[dict[str, Any]]) -> None:
+    first, second = (found["stopped"] for found in pair)
+    assert first == second
+    assert 6 <= first["batches"] < 10  # 0.2 s are four batches of the slower process at most
+    assert first["end"] == f"stopped at a checkpoint after {8 * first['batches']} images"
+
+
+def test_a_nan_of_one_process_ends_both_at_the_same_batch_in_time(pair: list[dict[str, Any]]) -> None:
+    first, second = (found["poisoned"] for found in pair)
+    assert (first["batches"], first["looks"]) == (second["batches"], second["looks"])
+    assert 6 <= first["batches"] < 10
+    assert all(found["end"].startswith("the batch of images 40 to 47 has loss nan") for found in (first, second))
+
+
+def test_two_fast_processes_look_every_32_batches(pair: list[dict[str, Any]]) -> None:
+    first, second = (found["fast"] for found in pair)
+    assert first == second
+    assert first["looks"] == [1, 33, 65, 97]  # the stop at the 70th is seen at the last look
+    assert first["batches"] == 97

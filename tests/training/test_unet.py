@@ -1,5 +1,6 @@
 """The U-Net's objective against textbook weights, exact means and one process, whole or shared out."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from ldm.diffusion.noise import NoiseLevels, noise_levels
 from ldm.nets.unet import UNet
 from ldm.randomness import generator
 from ldm.tracking import Run
+from ldm.training import fit as loop
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, Fitted, fit
 from ldm.training.unet import Uncertainty, UnetObjective, by_quarter, home_of, min_snr_weight, quarters
@@ -219,6 +221,7 @@ def train(
 @pytest.mark.parametrize("weight", ["standard", "learned"])
 def test_training_on_a_gpu_waits_for_nothing_wherever_latents_are(weight, tmp_path, monkeypatch) -> None:
     """Batches three to nine, between looks at the curve, raise where the host waits for the device."""
+    monkeypatch.setattr(loop, "LOOK_SECONDS", math.inf)
     objectives = [objective(weight, device=torch.device("cuda"))]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
     objectives.append(objective(weight, device=torch.device("cuda")))
@@ -249,6 +252,7 @@ def save(fitted: Fitted, file: Path) -> None:
 def child(folder: Path) -> None:
     """One of two processes: trains with the model in each of them, then shared out, then so with a stop on the way."""
     torch.set_num_threads(1)
+    loop.LOOK_SECONDS = 0.0  # they look after every batch
     shared, seen = Execution(shard=True, micro_batch=3), []
     with distributed.process_group(CPU):
         results = {

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.graph import ancestors, read_graph
 from ldm.errors import InputError
+from ldm.versioning import ancestors, read_graph
 
 
 def test_stages_come_after_what_they_need_and_keep_their_paths(project: Path) -> None:

@@ -1,0 +1,125 @@
+"""How far a step has come: a bar on a terminal, elsewhere a line at least every ten seconds."""
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+# Held while a line is printed: no fork copies half a line, and the interpreter does not shut down in the middle of one.
+_printing = threading.RLock()
+os.register_at_fork(before=_printing.acquire, after_in_parent=_printing.release, after_in_child=_printing.release)
+atexit.register(_printing.acquire)
+
+
+def _write(line: str) -> None:
+    print(f"{line}\n", end="", flush=True)  # one write: what others print comes before or after it
+
+
+class Progress:
+    """A bar with speed and time left on a terminal; elsewhere plain lines, of which a thread repeats the last when none follows.
+
+    It ends when all of `total` is done, or with `close()`. A step that counts nothing is wrapped:
+    `with Progress("evaluate: samples"): ...` says how long it has taken so far.
+    """
+
+    INTERVAL = 5.0  # seconds between plain lines at least
+    HEARTBEAT = 8.0  # seconds between plain lines at most; the rest of the ten is for a busy machine
+
+    def __init__(self, label: str, total: int | None = None, unit: str = "images"):
+        self.label, self.total, self.unit = label, total, unit
+        self._started = self._updated = self._printed = time.monotonic()
+        self._origin: tuple[float, int] | None = None  # when and where the first call found the work
+        self._done, self._note = 0, ""
+        self._closed = threading.Event()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._open_bar()
+            return
+        if total is None:
+            _write(label)
+        self._thread = threading.Thread(target=self._beat, name=f"progress of {label}", daemon=True)
+        self._thread.start()
+
+    def __call__(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
+        """`done` of the total are through. The first call says where the work stands before it begins.
+
+        Cheap enough to be called for every batch. Metrics are shown until there are others.
+        """
+        finished = self.total is not None and done >= self.total
+        with _printing:
+            if self._closed.is_set():
+                return
+            now, first = time.monotonic(), self._origin is None
+            self._origin = self._origin or (now, done)
+            self._done, self._updated = done, now
+            if metrics:
+                self._note = " ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:3])
+            if self._bar is not None:
+                self._bar.update(self._task, completed=done, rate=self._speed(), note=self._note)
+            elif first or finished or now - self._printed >= self.INTERVAL:
+                self._print(self._position(), self._speed(), self._time_left(), self._note)
+        if finished:
+            self.close()
+
+    def close(self) -> None:
+        """Nothing is printed from here on."""
+        with _printing:
+            self._closed.set()
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            self._thread.join(timeout=1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.elapsed:,.0f} s")]
+        if self.total is not None:
+            columns += [MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("left")]
+        self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+        self._task = self._bar.add_task(self.label, total=self.total, rate="", note="")
+        self._bar.start()
+        atexit.register(self._bar.stop)  # also after a failure, or the terminal keeps a hidden cursor
+
+    def _beat(self) -> None:
+        """Say that the step goes on whenever no line was printed for `HEARTBEAT` seconds."""
+        while not self._closed.wait(max(self._printed + self.HEARTBEAT - time.monotonic(), 0)):
+            with _printing:
+                now = time.monotonic()
+                if self._closed.is_set() or now - self._printed < self.HEARTBEAT:
+                    continue
+                if self._origin is None:
+                    self._print(f"{now - self._started:.0f} s")
+                else:
+                    self._print(f"{self._position()}, last update {now - self._updated:.0f} s ago", self._note)
+
+    def _print(self, *parts: str) -> None:
+        _write(f"{self.label}: {'  '.join(filter(None, parts))}")
+        self._printed = time.monotonic()
+
+    def _position(self) -> str:
+        return f"{self._done:,}{'' if self.total is None else f'/{self.total:,}'} {self.unit}"
+
+    def _rate(self) -> float:
+        """What this process did in a second; 0 before it did anything."""
+        start, first = self._origin or (self._updated, self._done)
+        return (self._done - first) / max(self._updated - start, 1e-9)
+
+    def _speed(self) -> str:
+        rate = self._rate()
+        return f"{rate:{',.0f' if rate >= 10 else '.2g'}} {self.unit}/s" if rate > 0 else ""
+
+    def _time_left(self) -> str:
+        rate = self._rate()
+        return f"{max(self.total - self._done, 0) / rate:,.0f} s left" if self.total is not None and rate > 0 else ""

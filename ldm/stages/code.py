@@ -1,0 +1,22 @@
+"""Fingerprints of the code of every stage -> .ldm/code.yaml, where dvc.yaml reads them as parameters."""
+
+from pathlib import Path
+
+import yaml
+
+from ldm.paths import CODE
+from ldm.stages.fingerprint import fingerprint
+from ldm.stages.runtime import stage_main
+from ldm.stages.stage import NAMES, Stage
+
+
+def run(root: Path) -> None:
+    file = root / CODE
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump({name: fingerprint(name) for name in NAMES if name != "code"}, sort_keys=False))
+
+
+STAGE = Stage("code", run, inputs=("ldm",), outs=(CODE,))
+
+if __name__ == "__main__":
+    stage_main(STAGE)

@@ -1,0 +1,153 @@
+"""What code a stage computes with, as a fingerprint of every module that it imports, in which only the meaning counts.
+
+A module counts by its syntax tree without comments, docstrings, formatting, type-checking imports, printed lines and the
+texts of `InputError`s, and by content, not by name: a module that only moves changes no fingerprint. Modules in `UNCOUNTED`
+decide nothing about a stage's outs. The stage `code` writes the fingerprints to `.ldm/code.yaml`, where `dvc.yaml` reads them
+as parameters, so DVC runs a stage again only if its own fingerprint changed.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm import paths
+from ldm.errors import InputError
+
+PACKAGE = Path(__file__).parents[1]
+UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/test_fingerprint.py holds the modules to it
+    "ldm._lazy": "public names; the stages import from the modules themselves",
+    "ldm.config": "checks settings and returns the file's own values, which DVC compares",
+    "ldm.errors": "ends a run",
+    "ldm.lineage": "describes a run",
+    "ldm.paths": "dvc.yaml names the same paths, which DVC compares",
+    "ldm.progress": "prints",
+    "ldm.registry": "fetches a version, which never changes",
+    "ldm.stages.fingerprint": "compares code",
+    "ldm.stages.runtime": "starts and ends the process",
+    "ldm.stages.stage": "declares what dvc.yaml says",
+    "ldm.stages.work": "finds the folder of a checkpoint",
+    "ldm.tracking": "records",
+}
+Source = Callable[[str], str]
+
+
+def counted(stage: str, source: Source | None = None) -> dict[str, str]:
+    """Every module that a stage computes with, and the hash of its own meaning. `source` gives a module's text."""
+    read, found = source or _text, {}
+    pending = [f"ldm.stages.{stage}"]
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found[name], targets = _meaning(read(name))
+            pending += targets
+    return dict(sorted(found.items()))
+
+
+def fingerprint(stage: str, source: Source | None = None) -> str:
+    """The stage's module hashed together with those that it imports, each of them in the same way."""
+    read, done = source or _text, {}
+
+    def combined(name: str) -> str:
+        if name not in done:
+            own, targets = _meaning(read(name))
+            done[name] = own  # stands for the module in a circle of imports
+            done[name] = _hash([own, *map(combined, targets)])
+        return done[name]
+
+    return combined(f"ldm.stages.{stage}")[:32]
+
+
+@cache
+def _text(module: str) -> str:
+    return _file(module).read_text(encoding="utf-8")
+
+
+def _file(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+
+@cache
+def _meaning(text: str) -> tuple[str, tuple[str, ...]]:
+    """Hash of the part of a module's text that counts, and the modules of ours that count among its imports, in order."""
+    tree = ast.parse(text)
+    reduced = _Reduced()
+    tree = reduced.visit(tree)
+    return _hash(_plain(tree)), tuple(dict.fromkeys(reduced.targets))
+
+
+class _Reduced(ast.NodeTransformer):
+    """Takes out of a tree what does not count; `targets` are the modules that it imports."""
+
+    def __init__(self) -> None:
+        self.targets: list[str] = []
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        if isinstance(node.value, ast.Constant) or _is_printed(node.value):  # a docstring, or a line for people
+            return ast.Pass()
+        return self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        error = node.exc
+        if isinstance(error, ast.Call) and isinstance(error.func, ast.Name) and error.func.id == "InputError":
+            node.exc = error.func
+        return self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return ast.Pass()
+        return self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> ast.AST:
+        for alias in node.names:
+            self._follow(alias.name)
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        if (node.module or "").partition(".")[0] != "ldm":
+            return node
+        names = []
+        for alias in node.names:
+            module = f"{node.module}.{alias.name}"
+            is_module = _file(module).is_file()
+            self._follow(module if is_module else str(node.module))
+            names.append(ast.alias("" if is_module else alias.name, alias.asname or alias.name))
+        return ast.ImportFrom("ldm", names, 0)  # which module it is, is said by that module's own hash
+
+    def _follow(self, module: str) -> None:
+        if module.partition(".")[0] == "ldm" and module not in UNCOUNTED and _file(module).is_file():  # no package's __init__
+            self.targets.append(module)
+
+
+def _is_printed(call: ast.expr) -> bool:
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print"):
+        return False
+    to = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg in ("file", None)]
+    return all(name in ("sys.stderr", "sys.stdout") for name in to)
+
+
+def _plain(node: Any) -> Any:
+    """A tree as nested lists, the same for every version of Python. Bodies lose `pass`."""
+    if isinstance(node, ast.AST):
+        fields = ((name, _plain(value)) for name, value in ast.iter_fields(node) if name not in ("ctx", "kind", "type_comment"))
+        return [type(node).__name__, *([name, value] for name, value in fields if value not in (None, []))]
+    if isinstance(node, list):
+        return [_plain(item) for item in node if not isinstance(item, ast.Pass)]
+    return None if node is None else repr(node)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def check_recorded(root: Path, stage: str) -> None:
+    """Under DVC, raise an `InputError` if the stage's code is no longer what the stage `code` found: DVC would record that."""
+    file = root / paths.CODE
+    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get(stage) != fingerprint(stage):
+        raise InputError(f"{file}: the code of {stage} has changed since it was written; `dvc repro` (without -s), or `ldm run`")

@@ -1,0 +1,255 @@
+"""Unfinished trainings in `.ldm/work/STAGE/KEY`, outside of DVC's outs, which DVC may delete.
+
+The key is the hash of all that the result depends on: settings, inputs, code, library versions. So a run that died goes on
+from its own checkpoint and never from another's. After an edit of the code the key is another one; the checkpoint under
+the earlier code is then named, and `ldm checkpoints adopt` moves it to the new key, on the record.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import InputError
+from ldm.files import write_text
+from ldm.hashing import canonical_json, content_hash
+from ldm.lineage import ADOPTED, described
+from ldm.paths import WORK
+from ldm.stages.fingerprint import counted, fingerprint
+
+LIBRARIES = ("torch", "numpy")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that a run of a stage depends on, as JSON holds it."""
+
+    stage: str
+    params: dict[str, Any]  # settings that it reads
+    inputs: dict[str, str]  # hashes
+    layout: dict[str, Any]  # device, processes, how batches are cut
+    code: str = ""  # fingerprint
+    modules: dict[str, str] = field(default_factory=dict)  # hash of each module's own text, to tell what changed
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        values = {name: value for name, value in asdict(self).items() if name != "modules"}
+        return content_hash(canonical_json(values).encode())[:32]
+
+    def here(self) -> "Identity":
+        """The same work with the code and libraries of this process."""
+        versions = {name: version(name) for name in LIBRARIES}
+        return replace(self, code=fingerprint(self.stage), modules=counted(self.stage), versions=versions)
+
+    def is_same_work(self, other: "Identity") -> bool:
+        """Whether both have the same stage, settings, inputs and layout."""
+        return all(getattr(self, name) == getattr(other, name) for name in ("stage", "params", "inputs", "layout"))
+
+    def changes(self, other: "Identity") -> list[str]:
+        """Modules and libraries that are others in `other`."""
+        modules = sorted(name for name in self.modules | other.modules if self.modules.get(name) != other.modules.get(name))
+        libraries = [f"{name} {self.versions.get(name)} to {found}" for name, found in other.versions.items()
+                     if self.versions.get(name) != found]  # fmt: skip
+        return modules + libraries
+
+
+def identify(stage: str, params: dict[str, Any], inputs: dict[str, str], layout: dict[str, Any]) -> Identity:
+    """The identity of a run with the code and libraries of this process."""
+    plain = json.loads(json.dumps([params, inputs, layout], default=str))
+    return Identity(stage, *plain).here()
+
+
+@dataclass(frozen=True)
+class Work:
+    """One folder of an unfinished training."""
+
+    folder: Path
+    identity: Identity | None  # None: written by an earlier version of this package
+    total: int = 0  # images (or steps) that it takes
+    threads: int = 0
+    adopted: tuple[dict[str, Any], ...] = ()  # earlier states of the code that took part, oldest first
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @property
+    def stage(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def reached(self) -> int:
+        """Images (or steps) of the newest checkpoint; 0 if there is none."""
+        return max((int(path.name) for path in self.checkpoint.glob("*") if path.name.isdigit()), default=0)
+
+    def changes(self) -> list[str]:
+        """What is no longer as it was when the checkpoint was written; empty: a run goes on from it by itself."""
+        if self.identity is None:
+            return ["unknown, it was written by an earlier version"]
+        now = self.identity.here()
+        return [] if now.key == self.identity.key else self.identity.changes(now)
+
+    @property
+    def progress(self) -> str:
+        return f"{self.reached:,} of {self.total:,}" if self.total else f"{self.reached:,}"
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    @property
+    def written(self) -> datetime:
+        return datetime.fromtimestamp(self.checkpoint.stat().st_mtime)
+
+    def state(self) -> str:
+        """In a few words: whether a run would go on from it."""
+        if is_running(self):
+            return "running"
+        changes = self.changes()
+        return f"changed: {', '.join(changes)}" if changes else "ready"
+
+    def save(self) -> None:
+        known = {**asdict(self.identity), "key": self.key} if self.identity else {}
+        values = {"identity": known, "total": self.total, "threads": self.threads, "adopted": self.adopted}
+        write_text(self.folder / "work.json", canonical_json(values))
+
+    def finish(self) -> None:
+        """Delete the folder: the work is done."""
+        shutil.rmtree(self.folder)
+
+    def tags(self) -> dict[str, str]:
+        """For the run's record: its code, and the earlier states of the code that took part."""
+        assert self.identity
+        tags = {"ldm.code": self.identity.code, "ldm.threads": str(self.threads)}
+        return tags | ({"ldm.adopted": described(self.stage, self.adopted)} if self.adopted else {})
+
+    def note_adopted(self, out: Path) -> None:
+        """Say in an out that its weights are from more than one state of the code, where they are."""
+        if self.adopted:
+            write_text(out / ADOPTED, canonical_json({"stage": self.stage, "adopted": self.adopted}))
+
+
+def works(root: Path, stage: str = "*") -> list[Work]:
+    """Every unfinished training that has a checkpoint, of a stage or of all, the newest last."""
+    folders = [path.parent for path in (root / WORK).glob(f"{stage}/*/checkpoint")]
+    return sorted((work for work in map(_read, folders) if work.reached), key=lambda work: work.written)
+
+
+@contextlib.contextmanager
+def opened(root: Path, identity: Identity, total: int, threads: int) -> Iterator[Work]:
+    """The folder of a run, held by one process at a time.
+
+    Where it has no checkpoint and the same work has one under other code, says so before the run starts from nothing.
+    """
+    folder = root / WORK / identity.stage / identity.key
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        before = _read(folder)
+        work = Work(folder, identity, total, before.threads or threads, before.adopted)
+        work.save()
+        if work.reached and work.threads != threads:
+            print(
+                f"{work.stage}: was computed with {work.threads} threads, goes on with {threads}: rounding may differ", flush=True
+            )
+        if not work.reached:
+            for other in works(root, identity.stage):
+                if other.identity and other.identity.is_same_work(identity):
+                    _announce(root, other)
+        yield work
+
+
+def adopt(root: Path, key: str) -> Work:
+    """Move the checkpoint of `key` (or a beginning of it) to where a run with today's code looks for it."""
+    source = find(root, key)
+    if source.identity is None:
+        raise InputError(
+            f"{source.folder}: was written by an earlier version, which kept no record of it; `ldm checkpoints drop`"
+        )
+    identity = source.identity.here()
+    if identity.key == source.key:
+        raise InputError(f"{source.folder}: is of today's code; a run goes on from it by itself")
+    step = {"code": source.identity.code, "reached": source.reached, "changed": source.changes()}
+    folder = root / WORK / identity.stage / identity.key
+    folder.mkdir(exist_ok=True)
+    with _locked(source.folder), _locked(folder):
+        target = Work(folder, identity, source.total, source.threads, (*source.adopted, step))
+        if target.reached:
+            raise InputError(f"{folder}: has a checkpoint of today's code, after {target.progress}; "
+                             f"`ldm checkpoints drop {identity.key[:8]}` first, or go on from that one")  # fmt: skip
+        target.save()
+        os.rename(source.checkpoint, target.checkpoint)
+        shutil.rmtree(source.folder)
+    return target
+
+
+def drop(work: Work) -> None:
+    """Delete an unfinished training."""
+    with _locked(work.folder):
+        shutil.rmtree(work.folder)
+
+
+def find(root: Path, key: str) -> Work:
+    """The unfinished training whose key begins with `key`."""
+    found = [work for work in works(root) if work.key.startswith(key)]
+    if len(found) != 1:
+        keys = ", ".join(work.key[:8] for work in found or works(root)) or "none"
+        raise InputError(f"checkpoint {key!r}: {'several begin so' if found else 'there is none'}; here are: {keys}")
+    return found[0]
+
+
+def is_running(work: Work) -> bool:
+    """Whether a process is training it now."""
+    try:
+        with _locked(work.folder):
+            return False
+    except InputError:
+        return True
+
+
+def _announce(root: Path, other: Work) -> None:
+    print(
+        f"{other.stage}: there is a checkpoint of these settings and inputs under other code: "
+        f"{other.folder.relative_to(root)}, after {other.progress}, {_age(other)}\n"
+        f"{other.stage}: changed since: {', '.join(other.changes())}\n"
+        f"{other.stage}: this run starts from nothing; to go on from that checkpoint, stop it (ctrl-C), type "
+        f"`ldm checkpoints adopt {other.key[:8]}`, and run again",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+
+
+def _age(work: Work) -> str:
+    minutes = (datetime.now() - work.written).total_seconds() / 60
+    return f"{minutes:.0f} minutes ago" if minutes < 100 else f"{minutes / 60:.0f} hours ago"
+
+
+def _read(folder: Path) -> Work:
+    try:
+        found = json.loads((folder / "work.json").read_text(encoding="utf-8"))
+        known = {name: value for name, value in found["identity"].items() if name != "key"}
+        return Work(folder, Identity(**known), found["total"], found["threads"], tuple(found["adopted"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Work(folder, None)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process trains this very run; wait for it or stop it") from None
+        yield

@@ -1,0 +1,186 @@
+"""Unfinished trainings: what names them, who holds them, and what becomes of them when the code changes."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm import lineage
+from ldm.errors import InputError
+from ldm.stages import work
+from ldm.stages.work import Identity, adopt, drop, find, identify, opened, works
+
+PARAMS: dict[str, Any] = {"seed": 0, "train_vae": {"lr": 0.1, "levels": (1, 2)}}
+INPUTS = {"shards": "aa"}
+LAYOUT = {"device": "cpu", "processes": 1}
+
+
+@pytest.fixture
+def code(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The hashes of modules of a stage, to be edited."""
+    modules = {"ldm.stages.train_vae": "1", "ldm.training.fit": "1"}
+    monkeypatch.setattr(work, "counted", lambda stage: dict(modules))
+    monkeypatch.setattr(work, "fingerprint", lambda stage: "-".join(sorted(modules.values())))
+    return modules
+
+
+def identity() -> Identity:
+    return identify("train_vae", PARAMS, INPUTS, LAYOUT)
+
+
+def begin(root: Path, reached: int, threads: int = 2) -> work.Work:
+    """A training that dies with a checkpoint."""
+    with opened(root, identity(), 1000, threads) as found:
+        (found.checkpoint / f"{reached:012d}").mkdir(parents=True)
+    return found
+
+
+def test_a_key_names_settings_inputs_layout_code_and_libraries(code: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    key = identity().key
+    assert key == identify("train_vae", {"train_vae": {"levels": [1, 2], "lr": 0.1}, "seed": 0}, dict(INPUTS), LAYOUT).key
+    others = [
+        identify("train_unet", PARAMS, INPUTS, LAYOUT).key,
+        identify("train_vae", {**PARAMS, "seed": 1}, INPUTS, LAYOUT).key,
+        identify("train_vae", PARAMS, {"shards": "ab"}, LAYOUT).key,
+        identify("train_vae", PARAMS, INPUTS, {**LAYOUT, "processes": 2}).key,
+    ]
+    code["ldm.training.fit"] = "2"
+    others.append(identity().key)
+    code["ldm.training.fit"] = "1"
+    monkeypatch.setattr(work, "version", lambda name: "0.0")
+    others.append(identity().key)
+    assert len({key, *others}) == 7
+
+
+def test_a_folder_has_one_holder(code: dict[str, str], tmp_path: Path) -> None:
+    with opened(tmp_path, identity(), 1000, 2) as found:
+        assert found.folder == tmp_path / ".ldm/work/train_vae" / identity().key
+        (found.checkpoint / "000000000010").mkdir(parents=True)
+        assert found.state() == "running" and found.reached == 10
+        with pytest.raises(InputError, match=r"another process trains this very run"), opened(tmp_path, identity(), 1000, 2):
+            pass
+        with pytest.raises(InputError, match=r"another process trains this very run"):
+            drop(found)
+    assert find(tmp_path, found.key[:6]).state() == "ready"
+    with opened(tmp_path, identity(), 1000, 2) as again:
+        assert again.reached == 10
+        again.finish()
+    assert not works(tmp_path)
+
+
+def test_a_killed_holder_holds_nothing(code: dict[str, str], tmp_path: Path) -> None:
+    reached, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException), opened(tmp_path, identity(), 1000, 2):
+            os.write(writes, b".")
+            time.sleep(60)
+        os._exit(1)
+    assert os.read(reached, 1) == b"."
+    with pytest.raises(InputError), opened(tmp_path, identity(), 1000, 2):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with opened(tmp_path, identity(), 1000, 2):
+        pass
+
+
+def test_other_threads_go_on_from_the_same_checkpoint_and_say_so(code: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    begin(tmp_path, 400, threads=2)
+    with opened(tmp_path, identity(), 1000, 4) as found:
+        assert found.reached == 400 and found.tags()["ldm.threads"] == "2"
+    assert "was computed with 2 threads, goes on with 4: rounding may differ" in capsys.readouterr().out
+
+
+def test_a_checkpoint_under_other_code_is_named_and_adopted_on_the_record(
+    code: dict[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = begin(tmp_path, 400)
+    code["ldm.training.fit"] = "2"
+    with opened(tmp_path, identity(), 1000, 2) as fresh:
+        assert fresh.reached == 0 and not fresh.adopted
+    said = capsys.readouterr().err
+    assert f".ldm/work/train_vae/{old.key}, after 400 of 1,000, 0 minutes ago" in said
+    assert "changed since: ldm.training.fit\n" in said and f"`ldm checkpoints adopt {old.key[:8]}`" in said
+    assert find(tmp_path, old.key).state() == "changed: ldm.training.fit"
+
+    monkeypatch.setattr(work, "version", lambda name: "9.9")
+    taken = adopt(tmp_path, old.key[:8])
+    assert taken.key == identity().key and not old.folder.exists() and taken.state() == "ready"
+    (step,) = taken.adopted
+    assert (step["reached"], step["code"]) == (400, "1-1") and step["changed"][0] == "ldm.training.fit"
+    assert step["changed"][1].startswith("torch ") and step["changed"][1].endswith(" to 9.9")
+    code["ldm.stages.train_vae"] = "3"
+    again = adopt(tmp_path, taken.key)
+    assert [step["changed"] for step in again.adopted][1:] == [["ldm.stages.train_vae"]]
+    with opened(tmp_path, identity(), 1000, 2) as found:
+        assert found.reached == 400 and not capsys.readouterr().err
+        assert found.tags()["ldm.adopted"].startswith("train_vae: 400 by code 1-1, then changed: ldm.training.fit, torch ")
+        (tmp_path / "out").mkdir()
+        found.note_adopted(tmp_path / "out")
+    assert lineage.adopted(tmp_path / "out") == found.tags()["ldm.adopted"]
+
+
+def test_other_settings_or_inputs_are_other_work(code: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    begin(tmp_path, 400)
+    code["ldm.training.fit"] = "2"
+    for other in ({**PARAMS, "seed": 1}, INPUTS), (PARAMS, {"shards": "ab"}):
+        with opened(tmp_path, identify("train_vae", *other, LAYOUT), 1000, 2):
+            pass
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_adopted_is_refused_by_name(code: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="checkpoint 'ab': there is none; here are: none"):
+        adopt(tmp_path, "ab")
+    old = begin(tmp_path, 400)
+    with pytest.raises(InputError, match=r"is of today's code; a run goes on from it by itself"):
+        adopt(tmp_path, old.key)
+    code["ldm.training.fit"] = "2"
+    new = begin(tmp_path, 200)
+    with pytest.raises(InputError, match=rf"after 200 of 1,000; `ldm checkpoints drop {new.key[:8]}` first"):
+        adopt(tmp_path, old.key)
+    with pytest.raises(InputError, match="'': several begin so; here are: "):
+        find(tmp_path, "")
+    drop(new)
+    assert adopt(tmp_path, old.key).reached == 400
+
+
+def test_a_kill_while_adopting_loses_nothing(code: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the checkpoint moved, and after it moved but before the old folder went."""
+    old = begin(tmp_path, 400)
+    code["ldm.training.fit"] = "2"
+    for name in ("os.rename", "shutil.rmtree"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"ldm.stages.work.{name}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                adopt(tmp_path, old.key)
+        assert [found.reached for found in works(tmp_path)] == [400]
+    (found,) = works(tmp_path)
+    assert found.key == identity().key and len(found.adopted) == 1
+
+
+def test_the_commands(code: dict[str, str], tmp_path: Path, ldm: Any) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).touch()
+    assert ldm(tmp_path, "checkpoints", "list").stdout == "no unfinished trainings\n"
+    old = begin(tmp_path, 400)
+    (old.checkpoint / "000000000400/state.safetensors").write_bytes(bytes(2_000_000))
+    code["ldm.training.fit"] = "2"
+    strange = tmp_path / ".ldm/work/train_unet/feed"  # of an earlier version of this package
+    (strange / "checkpoint/000000000100").mkdir(parents=True)
+    head, *rows = ldm(tmp_path, "checkpoints", "list").stdout.splitlines()
+    assert head.split() == ["key", "stage", "reached", "size", "written", "state"]
+    assert "2.0 MB" in rows[0] and rows[0].endswith("changed: ldm.training.fit") and "written by an earlier version" in rows[1]
+    assert ldm(tmp_path, "checkpoints", "adopt", "feed").returncode == 2
+    done = ldm(tmp_path, "checkpoints", "adopt", old.key[:8])
+    assert done.stdout == "train_vae: the next run with these settings goes on after 400 of 1,000\n"
+    assert ldm(tmp_path, "checkpoints", "drop").returncode == 2
+    assert "dropped feed: train_unet, 100" in ldm(tmp_path, "checkpoints", "drop", "--changed").stdout
+    (left,) = works(tmp_path)
+    assert "dropped" in ldm(tmp_path, "checkpoints", "drop", left.key[:8]).stdout and not works(tmp_path)
+    assert not strange.exists()
