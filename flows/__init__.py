@@ -4,6 +4,9 @@ Prefect and MLflow read these on import; what the user has set stands.
 """
 
 import os
+import time
+
+STARTED = time.monotonic()
 
 for _name, _value in {
     "DO_NOT_TRACK": "1",

@@ -1,17 +1,13 @@
-"""The flow: the stages of dvc.yaml, then register, gate, publish. `python -m flows.pipeline` runs it once, here.
+"""The flow: the stages of dvc.yaml, then register, gate, publish.
 
 DVC decides what has to run; Prefect adds retries, time limits, cancellation and a record.
 """
 
-import argparse
 import contextlib
 import fcntl
-import logging
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,26 +16,22 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
-from prefect.exceptions import TerminationSignal
-from prefect.settings import PREFECT_API_URL
 
-from flows import supervise
-from flows.summary import Step, Summary, markdown, show, summarise
+from flows import STARTED, supervise
+from flows.summary import Step, Summary, markdown, summarise
 from ldm import lineage, registry, tracking
-from ldm.config import Settings, find_root, load_settings
-from ldm.data.latents import prune_store
+from ldm.config import load_settings
+from ldm.data.store import prune_store
 from ldm.errors import InputError
-from ldm.ingest import Ingested
-from ldm.ingest import ingest as take_in
 from ldm.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
-from ldm.versioning import Node, ancestors, read_graph
+from ldm.versioning import Node, Status, ancestors, check_data, read_graph
 
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
+    from ldm.ingest import Ingested
 
 TARGET = "evaluate"  # the stage before registration, a side effect of which DVC does not know
-STARTED = time.monotonic()
+PLAIN = {"plain": True}  # marks the log lines that someone at a console wants to see as they are
 
 
 def _mendable(_task: Any, _run: Any, state: Any) -> bool:
@@ -50,8 +42,10 @@ def _mendable(_task: Any, _run: Any, state: Any) -> bool:
 
 
 @task(cache_policy=NO_CACHE)
-def ingest(root: str, inbox: str) -> Ingested:
+def ingest(root: str, inbox: str) -> "Ingested":
     """What is new in a watched folder becomes a batch of the collection: see `ldm.ingest`."""
+    from ldm.ingest import ingest as take_in
+
     ingested = take_in(Path(root), Path(inbox))
     for line in ingested.lines():
         get_run_logger().info("%s", line, extra=PLAIN)
@@ -75,7 +69,7 @@ def check_drift(root: str, batch: str) -> str:
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=_mendable, retry_delay_seconds=2)
-def run_stage(root: str, stage: Node, parent_run: str | None) -> supervise.Outcome:
+def run_stage(root: str, stage: Node, parent_run: str | None, status: Status) -> supervise.Outcome:
     """One stage of dvc.yaml as a child process; its lines are this task's log."""
     logger = get_run_logger()
     limit = os.environ.get("LDM_STAGE_TIMEOUT")
@@ -86,6 +80,7 @@ def run_stage(root: str, stage: Node, parent_run: str | None) -> supervise.Outco
             return supervise.run_stage(
                 Path(root),
                 stage.name,
+                status=status,
                 on_line=lambda line: logger.info("%s", line, extra=PLAIN),
                 timeout=float(limit) if limit else None,
                 env={"LDM_RECORDS": str(records.folder), **parent},
@@ -126,7 +121,7 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
             steps.append(Step("ingest", "executed" if batch else "cached", time.monotonic() - start))
             if batch and (folder / POSTERIOR).is_dir():  # of the last run
                 notes.append(("new images", check_drift(str(folder), batch)))
-            _check_data(folder, settings)
+            check_data(folder, settings.data.path)
         steps += _run_stages(folder, stages, run.id)
         if (folder / LATENTS / "manifest.json").is_file():
             prune_store(folder / LATENT_STORE, folder / LATENTS)
@@ -167,109 +162,12 @@ def _alone(root: Path) -> Iterator[None]:
 def _run_stages(root: Path, stages: tuple[Node, ...], parent_run: str | None) -> list[Step]:
     """Each stage after those it depends on, in this thread, so that a signal reaches the child that is running."""
     outcomes: dict[str, supervise.Outcome] = {}
+    status = Status(root)
     retries = int(os.environ.get("LDM_STAGE_RETRIES", "1"))
     for stage in stages:
         one = run_stage.with_options(name=stage.name, task_run_name=stage.name, retries=retries)
-        outcomes[stage.name] = one(str(root), stage, parent_run, wait_for=[outcomes[n] for n in stage.upstream if n in outcomes])
+        upstream = [outcomes[name] for name in stage.upstream if name in outcomes]
+        outcomes[stage.name] = one(str(root), stage, parent_run, status, wait_for=upstream)
         if outcomes[stage.name].status == "cached":
             get_run_logger().info("%s: nothing to do", stage.name, extra=PLAIN)
     return [Step(name, found.status, found.seconds, found.peak_bytes) for name, found in outcomes.items()]
-
-
-def _warm_up(root: Path) -> None:
-    """Prefect's temporary server takes seconds to start; meanwhile this process imports MLflow and opens its store."""
-    temporary = not PREFECT_API_URL.value()
-    if temporary:
-        import prefect.server.api.server as api  # here, because two threads that import may deadlock
-
-    def reach() -> None:
-        # The server inherits this thread's mask: Ctrl-C, which reaches all of a terminal's group, is for us to handle.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        get_client(sync_client=True)
-
-    connect = threading.Thread(target=reach, daemon=True)
-    connect.start()
-    tracking.use_default_store(root)
-    with contextlib.suppress(Exception):  # the run itself says what is wrong
-        tracking.experiment_id(tracking.mlflow_client())
-    connect.join()
-    if temporary and (server := api.SubprocessASGIServer().server_process):
-        _end_with_us(server.pid)
-
-
-def _end_with_us(pid: int) -> None:
-    """Prefect stops its temporary server only if Python exits in peace; a shell that reads our pipe sees any end."""
-    read, _ours = os.pipe()
-    subprocess.Popen(["/bin/sh", "-c", f"read _; kill {pid}"], stdin=read, stderr=subprocess.DEVNULL, start_new_session=True)
-    os.close(read)  # `_ours` stays open, in this process only, until it ends
-
-
-RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
-PLAIN = {"plain": True}  # marks the log lines that someone at a console wants to see as they are
-
-
-class _Plain(logging.Handler):
-    """Marked lines as they are: on stdout, a stage's `error: …` on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "plain", False):
-            line = record.getMessage()
-            print(line, file=sys.stderr if line.startswith("error: ") else sys.stdout, flush=True)
-
-
-def _of_interest(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING and not record.name.startswith(RUN_LOGGERS)
-
-
-@contextlib.contextmanager
-def _plain_console() -> Iterator[None]:
-    """At a console, show the stages' own lines and Prefect's warnings, not Prefect's account of the run."""
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_of_interest)  # for good: Prefect goes on to speak at exit
-    plain = _Plain()
-    for name in RUN_LOGGERS:
-        logging.getLogger(name).addHandler(plain)
-    try:
-        yield
-    finally:
-        for name in RUN_LOGGERS:
-            logging.getLogger(name).removeHandler(plain)
-
-
-def _check_data(root: Path, settings: Settings) -> None:
-    """Say now what DVC would say later, and worse: the data folder is neither there nor made by a stage."""
-    path = settings.data.path
-    if not (root / path).exists() and not any(path in stage.outs for stage in read_graph(root)):
-        raise InputError(f"data.path {path}: no such folder; set data.path in params.yaml to a folder of captioned images")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=__doc__)
-    parser.add_argument("--ingest", metavar="FOLDER", help="first take in what is new in this folder; see `ldm data ingest`")
-    inbox = parser.parse_args().ingest
-    try:
-        root, settings = find_root(), load_settings(find_root())
-        if not inbox:  # which may bring the first images
-            _check_data(root, settings)
-        with _plain_console():
-            _warm_up(root)
-            summary = pipeline(str(root), inbox and os.path.abspath(inbox))
-        show(summary)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return supervise.BAD_INPUT
-    except supervise.StageFailed as failure:
-        if failure.bad_input:
-            return supervise.BAD_INPUT  # the stage's own line says it all, and it is the last one shown
-        print(f"{failure}; `ldm run` goes on from the last checkpoint", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; `ldm run` continues where this stopped", file=sys.stderr)
-        return 130
-    except TerminationSignal:
-        return 143
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

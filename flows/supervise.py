@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from ldm.versioning import Reproduced, is_up_to_date
+from ldm.versioning import Reproduced, Status
 
 GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # seconds to end by each
 TAIL = 50  # lines kept for an error message
@@ -58,6 +58,7 @@ def run_stage(
     root: Path,
     stage: str,
     *,
+    status: Status | None = None,
     on_line: Callable[[str], object] = print,
     timeout: float | None = None,
     cancelled: threading.Event | None = None,
@@ -70,8 +71,10 @@ def run_stage(
     """
     start = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL)
-    if is_up_to_date(root, stage):
+    status = status or Status(root)
+    if status.is_up_to_date(stage):
         return Outcome(stage, "cached", time.monotonic() - start, 0)
+    status.forget()
     peak, looked = 0, 0.0
     with _child(root, stage, env or {}) as child:
         for line in _lines(child.output):

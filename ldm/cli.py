@@ -1,5 +1,6 @@
 """The command line: `ldm run`, `sample`, `interpolate`, `autoencoder …`, `data …`, `checkpoints …`, `registry …`."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def run(
     arguments = ["--ingest", str(ingest.absolute())] if ingest else []
     os.chdir(_root())
     # Become the flow: a parent in between would have to pass every signal on, and could die before it.
-    os.execv(sys.executable, [sys.executable, "-m", "flows.pipeline", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "flows.run", *arguments])
 
 
 @app.command()
@@ -99,11 +100,13 @@ def sample(
     """
     _check_out(out)
     loaded = _load(model)
+    weaker = None if guide is None else _load(guide)
     prompts = [text for text in prompt for _ in range(n)]
+    _say(f"drawing {_images(len(prompts))} …")
     images = loaded.sample(
         prompts,
         negative=negative,
-        guide=None if guide is None else _load(guide),
+        guide=weaker,
         seed=seed,
         first=first,
         steps=steps,
@@ -188,15 +191,15 @@ def reconstruct(
 
     Example: `ldm autoencoder reconstruct a.png b.png --out pairs.png`
     """
-    import torch
-
-    from ldm.model import BATCH
-
     _check_out(out)
     for path in images:
         if not path.is_file():
             raise InputError(f"{path}: not a file")
     loaded = _load(model)
+    import torch
+
+    from ldm.model import BATCH
+
     if tile is None:
         shown = torch.stack([_read_image(str(path), loaded) for path in images])
         back = torch.cat([loaded.decode(loaded.encode(part).mean) for part in shown.split(BATCH)])
@@ -262,7 +265,7 @@ def stats(
     _check_out(sheet, "--sheet")
     from ldm.config import find_root, load_settings
     from ldm.data.inspect import inspect
-    from ldm.evaluation.plots import image_grid
+    from ldm.evaluation.grid import image_grid
 
     try:
         limits = load_settings(find_root()).data.model_dump(include={"min_side", "max_pixels"})
@@ -490,19 +493,25 @@ def _champion() -> str:
 
 
 def _load(model: str | None) -> "LatentDiffusion":
-    from ldm.device import default_device
-
-    device = default_device()
     model = model or _champion()
-    if not model.startswith("models:"):
+    _say(f"loading {model} …")
+    if model.startswith("models:"):
+        from ldm import registry
+
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            _in_project()
+        place: contextlib.AbstractContextManager[Path] = registry.downloaded(model)
+    elif (Path(model) / "model.json").is_file():
+        place = contextlib.nullcontext(Path(model))
+    else:
+        raise InputError(f"{model}: holds no model.json; give models:/NAME@ALIAS, models:/NAME/VERSION or a saved model's folder")
+    with place as folder:
+        # OpenMP's threads sleep while they wait for work; by default they spin, which on a busy machine takes most of the time.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        from ldm.device import default_device
         from ldm.model import LatentDiffusion
 
-        return LatentDiffusion.load(model, device)
-    from ldm import registry
-
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        _in_project()
-    return registry.load(model, device)
+        return LatentDiffusion.load(folder, default_device())
 
 
 def _read_image(path: str, model: "LatentDiffusion", whole: bool = False) -> "Tensor":
@@ -549,11 +558,15 @@ def _write(images: Any, out: Path, rows: list[str] | None = None, columns: list[
     else:
         import numpy as np
 
-        from ldm.evaluation.plots import image_grid
+        from ldm.evaluation.grid import image_grid
 
         width = len(columns) if columns else len(pixels) // len(rows) if rows else min(8, len(pixels))
         image_grid(np.stack(pixels), width, out, row_labels=rows, column_labels=columns)
-    print(f"{len(pixels)} {'image' if len(pixels) == 1 else 'images'} written to {out}")
+    print(f"{_images(len(pixels))} written to {out}")
+
+
+def _images(count: int) -> str:
+    return f"{count} {'image' if count == 1 else 'images'}"
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> None:
@@ -570,6 +583,11 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _say(what: str) -> None:
+    """What is being done, on stderr: stdout is for results."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def _size(count: int) -> str:

@@ -21,7 +21,8 @@ def default_device() -> torch.device:
 
 def set_up(deterministic: bool) -> torch.device:
     """The device of a stage, with deterministic kernels if asked for."""
-    torch.use_deterministic_algorithms(deterministic)
+    # `use_deterministic_algorithms` does the same and imports the compiler, which takes longer than importing torch
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: bounds and latents are compared to more than 10 bits
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

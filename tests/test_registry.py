@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 from tiny import set_params
 from typer.testing import CliRunner
 
-from ldm import registry
+from ldm import local_store, registry
 from ldm.bayes.likelihoods import DiscretizedLogistic
 from ldm.cli import app
 from ldm.config import load_settings
@@ -23,6 +25,7 @@ from ldm.data.reader import open_shards
 from ldm.data.shards import write_shards
 from ldm.errors import InputError
 from ldm.evaluation.bounds import image_bounds
+from ldm.hashing import folder_hash
 from ldm.model import LatentDiffusion, Recipe
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
 from ldm.nets.text import TextEncoder
@@ -290,6 +293,42 @@ def test_what_is_loaded_is_what_was_registered(root: Path, models: dict[str, Lat
     loaded = registry.load("models:/ldm@champion")
     prompts = ["noise", "more noise"]
     torch.testing.assert_close(loaded.sample(prompts, seed=3), models["good"].sample(prompts, seed=3), rtol=0, atol=0)
+
+
+def test_files_on_this_machine_are_read_where_they_lie(
+    root: Path, models: dict[str, LatentDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_outs(root, models["good"])
+    registry.register(root)
+    version = registry.lookup("models:/ldm/1")
+    with registry.downloaded(version.uri) as folder:
+        assert folder.is_relative_to(root / "mlruns")
+        known = folder_hash(folder)
+    assert known == folder_hash(root / "models/ldm") and folder.is_dir()
+    lock = registry.kept(version, "dvc.lock")
+    assert lock == (root / "dvc.lock").read_text()
+
+    monkeypatch.setattr(local_store, "REVISION", "of another MLflow")  # so that MLflow is asked
+    version = registry.lookup("models:/ldm/1")
+    assert version.folder is None and registry.kept(version, "dvc.lock") == lock and registry.kept(version, "lost") is None
+    with registry.downloaded(version.uri) as copy:
+        assert not copy.is_relative_to(root) and folder_hash(copy) == known
+    assert not copy.exists()
+
+
+def test_the_command_line_draws_from_the_champion_without_mlflow(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["good"])
+    registry.register(root)
+    registry.promote(1)
+    (root / "dvc.yaml").touch()  # so that this is a project
+    arguments = ["sample", "--prompt", "noise", "-n", "2", "--out", "two"]
+    code = f"import sys; from ldm.cli import app; app({arguments}, standalone_mode=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["loading models:/ldm@champion …", "drawing 2 images …"]
+    assert not {"mlflow", "sqlalchemy", "pandas", "transformers"} & set(done.stdout.split())
+    images = models["good"].sample(["noise"] * 2)
+    written = [np.asarray(Image.open(root / f"two/{i:04d}.png")) for i in range(2)]
+    np.testing.assert_array_equal(written, images[:, 0])
 
 
 def test_the_served_model_gives_pngs_and_the_same_bytes_for_a_seed(

@@ -7,7 +7,6 @@ into `text` (U, T, D) and `text_mask` (U, T), one row for each distinct caption 
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.data.reader import ShardReader
+from ldm.data.store import find, link, prune_store
 from ldm.errors import InputError
 from ldm.files import replacing
 from ldm.hashing import canonical_json, content_hash, file_hash
@@ -63,7 +63,7 @@ def write_latents(
                 preprocessing = reader.index["preprocessing"]
                 made_from = {"preprocessing": preprocessing, "shard": shard["sha256"], "flip": mirrored, "code": code}
                 key = content_hash(canonical_json({**identity, **made_from}).encode())
-                kept = _find(store, key)
+                kept = find(store, key)
                 if kept:
                     reused += 1
                 else:
@@ -72,7 +72,7 @@ def write_latents(
                 if split == "train":
                     moments.add(tensors["mean"], tensors["logvar"])
                 name = Path(shard["name"]).with_suffix(".safetensors").name
-                _link(kept, partial / name)
+                link(kept, partial / name)
                 digest = kept.stem.rpartition("-")[2]
                 entry = {"name": name, "split": split, "count": len(tensors["mean"])}
                 files.append({**entry, "sha256": digest, "shard_sha256": shard["sha256"]})
@@ -92,14 +92,6 @@ def write_latents(
         (partial / "manifest.json").write_text(canonical_json(manifest))
     prune_store(store, out)
     return manifest, reused
-
-
-def prune_store(store: Path, latents: Path) -> None:
-    """Remove from the store what `latents` does not hold. DVC may restore earlier latents without running the stage."""
-    kept = {file["sha256"] for file in json.loads((latents / "manifest.json").read_text())["files"]}
-    for path in store.glob("*"):
-        if path.stem.rpartition("-")[2] not in kept:
-            path.unlink(missing_ok=True)  # another run may have been faster
 
 
 def _encode_shard(
@@ -133,28 +125,12 @@ def _decoded_ahead(reader: ShardReader, batches: list[range]) -> Iterator[np.nda
         yield from (last.result() for last in following)
 
 
-def _find(store: Path, key: str) -> Path | None:
-    """The file of a key, if its bytes are still what its name says: `KEY-SHA256.safetensors`."""
-    for path in store.glob(f"{key}-*.safetensors"):
-        if path.name == f"{key}-{file_hash(path)}.safetensors":
-            return path
-        path.unlink()
-    return None
-
-
 def _keep(store: Path, key: str, tensors: dict[str, Tensor]) -> Path:
     partial = store / f"{key}.{os.getpid()}.partial"
     save_file(tensors, partial)
     path = store / f"{key}-{file_hash(partial)}.safetensors"
     os.replace(partial, path)
     return path
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
 
 
 class _Moments:

@@ -318,7 +318,7 @@ class Pretrained(nn.Module):
             raise InputError(f"{weights} is damaged ({error}); fetch it again") from error
         net = cls._skeleton(Path(folder) / CONFIG, config)
         _check_state(weights, net.state_dict(), state)
-        net.to_empty(device="cpu").load_state_dict(state)
+        net.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
         return net
 
     @classmethod

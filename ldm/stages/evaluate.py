@@ -26,7 +26,8 @@ from ldm.evaluation.bounds import image_bounds
 from ldm.evaluation.features import PixelPCA
 from ldm.evaluation.fidelity import Judge, psnr, variance_ratio
 from ldm.evaluation.frechet import frechet_distance, kernel_distance
-from ldm.evaluation.plots import channel_bars, image_grid, loss_curves, rate_distortion
+from ldm.evaluation.grid import image_grid
+from ldm.evaluation.plots import channel_bars, loss_curves, rate_distortion
 from ldm.evaluation.report import Figure, write_report
 from ldm.hashing import canonical_json
 from ldm.model import LatentDiffusion, Recipe

@@ -30,7 +30,8 @@ from ldm.data.reader import ShardReader
 from ldm.device import set_up
 from ldm.errors import InputError
 from ldm.evaluation import convergence
-from ldm.evaluation.plots import histograms, image_grid, traces
+from ldm.evaluation.grid import image_grid
+from ldm.evaluation.plots import histograms, traces
 from ldm.hashing import canonical_json, folder_hash
 from ldm.model import LatentDiffusion
 from ldm.nets.blocks import network_hash

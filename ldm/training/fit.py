@@ -203,6 +203,7 @@ class _Loss(nn.Module):
 def _parallel(objective: Objective, execution: Execution) -> nn.Module:
     """The loss, whose gradients are the mean over all processes."""
     if execution.compile:
+        torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # tells the compiler, too
         objective.compile()
     loss = _Loss(objective, execution.autocast)
     if distributed.ranks() == 1:
@@ -364,9 +365,15 @@ class _Run:
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        distributed.load(self.objective.module.state_dict(), under("model."))
-        self.ema.load_state_dict(under("ema."))
-        load_optimizer_tensors(self.optimizer, under("optimizer."))
+        try:
+            distributed.load(self.objective.module.state_dict(), under("model."))
+            self.ema.load_state_dict(under("ema."))
+            load_optimizer_tensors(self.optimizer, under("optimizer."))
+        except (KeyError, IndexError, RuntimeError) as error:  # adopted from other code
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.store.folder}: does not fit what is trained now ({reason}); `ldm checkpoints drop` it"
+            ) from error
         self._sums, self._count, self.curve = state["sums"], state["count"], state["curve"]
         self._usual = state["usual"]
         self.journal.load_state_dict(state["journal"])

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ldm.evaluation import plots
-from ldm.evaluation.plots import channel_bars, histograms, image_grid, loss_curves, rate_distortion, traces
+from ldm.evaluation.grid import image_grid
+from ldm.evaluation.plots import channel_bars, histograms, loss_curves, rate_distortion, traces
 
 RANDOM = np.random.default_rng(0)
 

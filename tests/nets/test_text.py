@@ -1,6 +1,9 @@
 """The text encoder beside transformers' own forward passes."""
 
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 import ldm.nets.text
 from ldm.errors import InputError
-from ldm.nets.text import MINILM_SHA256, TextEncoder, trim
+from ldm.nets.text import MINILM_SHA256, MiniLM, TextEncoder, trim
 
 TEXTS = ["a handwritten seven", "", "an image showing the numeral four", "nine"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "handwritten", "seven", "an", "image", "showing", "the", "numeral", "four"]
@@ -90,11 +93,35 @@ def bert(tmp_path) -> Path:
     return write(tmp_path / "bert", random_model("bert"))
 
 
-def test_minilm_is_transformers_own(minilm):
-    folder = ldm.nets.text._locate("minilm")
-    model = transformers.AutoModel.from_pretrained(folder).eval()
-    assert minilm.width == 384
-    assert_equal_to(minilm, model, transformers.AutoTokenizer.from_pretrained(folder), 16)
+ODD = [
+    "naïve Café ÀÉÎ ß ﬁ İ", "日本語 テスト 한국어", "emoji 😀\u200b zero", " tabs\tand\nnew\r\nlines  ", "\x00\ufffd\x07",
+    "don't—stop… 3.14", "[MASK] [SEP] x [PAD] [unk]", "##ing ##s", "a" * 600, "word " * 700,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_tokens", [4, 32, 77, 512])
+@torch.no_grad()
+def test_minilm_is_transformers_own_bit_for_bit(max_tokens):
+    folder, rng = ldm.nets.text._locate("minilm"), random.Random(0)
+    ours, theirs = MiniLM(folder, max_tokens), transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="right")
+    drawn = ["".join(chr(rng.randrange(32, 0xD800)) for _ in range(rng.randrange(40))) for _ in range(40)]
+    for texts in ([TEXTS[0]], ["word " * 700], [*TEXTS, *ODD], drawn):  # padded alone, not padded, mixed
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
+        vectors, mask = ours(texts)
+        assert torch.equal(mask, tokens["attention_mask"].bool())
+        assert torch.equal(vectors, theirs(**tokens).last_hidden_state)
+    assert ours.width == theirs.config.hidden_size
+
+
+def test_minilm_has_the_hash_that_registered_models_name(minilm):
+    assert minilm.sha256 == "f7be7ec3335d379d627671be21243692471e72ffc90a66a49649e30affaa4ec8"
+
+
+def test_minilm_does_not_wait_for_transformers():
+    code = "import sys; from ldm.nets import TextEncoder; TextEncoder.from_pretrained('minilm', 8)(['x']); print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"transformers", "scipy", "sympy"} & set(output.split())
 
 
 def test_minilm_tells_numbers_apart(minilm):

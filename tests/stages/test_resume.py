@@ -1,6 +1,7 @@
 """The real training stages, killed between two checkpoints and run again: the same outs, byte for byte."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,11 @@ import torch
 from blobs import run_stages
 from tiny import REPOSITORY, TINY, clone, environment, set_params, with_soak
 
+from ldm import lineage
 from ldm.config import load_settings
 from ldm.errors import InputError
+from ldm.lineage import ADOPTED
+from ldm.stages import train_vae
 from ldm.stages.training import training
 
 OUTS = {
@@ -153,6 +157,40 @@ def test_a_killed_stage_that_runs_again_makes_the_same_outs(stage, seed, trained
     assert resumed(tmp_path / "killed", stage, kept) == contents(trained, stage)
 
 
+@pytest.mark.parametrize("stage", [pytest.param("train_vae", marks=pytest.mark.soak), "train_unet"])
+def test_a_checkpoint_outlives_an_edit_that_changes_nothing_and_is_adopted_after_one_that_may(stage, trained, tmp_path):
+    root = tmp_path / "killed"
+    kept = killed_in_mid_work(trained, root, stage, seed=20)
+    shutil.copytree(root, tmp_path / "edited")
+    for name in ("training/fit.py", "tracking.py", "nets/blocks.py"):
+        path = root / "ldm" / name
+        path.write_text("# a comment\n" + path.read_text())
+    assert resumed(root, stage, kept) == contents(trained, stage)
+
+    root = tmp_path / "edited"
+    with (root / "ldm/training/fit.py").open("a") as file:
+        file.write("\n_EDITED = True\n")
+    anew = run_again(root, stage)
+    assert "resuming" not in anew.stdout and contents(root, stage) == contents(trained, stage)
+    said = re.search(r"under other code: (.+), after ([\d,]+) of 1,280", anew.stderr)
+    assert said and int(said[2].replace(",", "")) == kept and (root / said[1] / "checkpoint").is_dir()
+    assert f"{stage}: changed since: ldm.training.fit\n" in anew.stderr
+    command = re.search(r"type `ldm (checkpoints adopt \w+)`", anew.stderr)
+    assert command and not (root / OUTS[stage][0] / ADOPTED).exists()
+    adopted = [sys.executable, "-m", "ldm.cli", *command[1].split()]
+    subprocess.run(adopted, cwd=root, env=environment(), capture_output=True, check=True)
+    again = run_again(root, stage)
+    assert f"resuming after {kept} images" in again.stdout and "other code" not in again.stderr
+    notes = {f"{out}/{ADOPTED}" for out in OUTS[stage] if not out.endswith(".csv")}
+    assert {name: value for name, value in contents(root, stage).items() if name not in notes} == contents(trained, stage)
+    assert all("changed: ldm.training.fit" in str(lineage.adopted((root / name).parent)) for name in notes)
+
+
+def run_again(root: Path, stage: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"ldm.stages.{stage}"]
+    return subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=True)
+
+
 @pytest.mark.parametrize("seed", with_soak(1, 6))
 def test_so_does_training_against_a_discriminator(seed, adversarial, tmp_path):
     kept = killed_in_mid_work(adversarial, tmp_path / "killed", "train_vae", seed)
@@ -185,8 +223,9 @@ def test_so_do_two_processes_of_which_the_first_is_killed(name, seed, pairs, tmp
 def test_what_several_processes_cannot_do_is_refused_before_they_start(variables, message, tmp_path, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    options = load_settings(REPOSITORY).train_vae.model_copy(update={"batch_size": 32})
-    work = training(tmp_path, "train_vae", {"precision": "fp32", "compile": False}, options, {}, torch.device("cpu"))
+    settings = load_settings(REPOSITORY)
+    options = settings.train_vae.model_copy(update={"batch_size": 32})
+    work = training(tmp_path, train_vae.STAGE, settings, options, {}, torch.device("cpu"))
     with pytest.raises(InputError, match=message), work:
         raise AssertionError("it began")
 

@@ -1,0 +1,103 @@
+"""`python -m flows.run` runs the pipeline once, here, and shows at a console what someone there wants to see."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows import server
+from ldm.config import find_root, load_settings
+from ldm.errors import InputError
+from ldm.versioning import check_data
+
+BAD_INPUT = 2
+
+
+RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
+
+
+class _Plain(logging.Handler):
+    """Marked lines as they are: on stdout, a stage's `error: …` on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "plain", False):
+            line = record.getMessage()
+            print(line, file=sys.stderr if line.startswith("error: ") else sys.stdout, flush=True)
+
+
+def _of_interest(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING and not record.name.startswith(RUN_LOGGERS)
+
+
+@contextlib.contextmanager
+def _plain_console() -> Iterator[None]:
+    """At a console, show the stages' own lines and Prefect's warnings, not Prefect's account of the run."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_of_interest)  # for good: Prefect goes on to speak at exit
+    plain = _Plain()
+    for name in RUN_LOGGERS:
+        logging.getLogger(name).addHandler(plain)
+    try:
+        yield
+    finally:
+        for name in RUN_LOGGERS:
+            logging.getLogger(name).removeHandler(plain)
+
+
+def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None) -> int:
+    """While Prefect's temporary server starts, which takes seconds, import Prefect and MLflow, and open MLflow's store."""
+    from prefect.exceptions import TerminationSignal
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows import pipeline, supervise
+    from flows.summary import show
+    from ldm import tracking
+
+    if temporary and PREFECT_API_URL.value():  # a profile names one
+        temporary.stop()
+        temporary = None
+    tracking.use_default_store(root)
+    with contextlib.suppress(Exception), tracking.short_patience():  # the run itself says what is wrong
+        tracking.experiment_id(tracking.mlflow_client())
+    if temporary:
+        temporary.wait()
+    url = {PREFECT_API_URL: temporary.url} if temporary else {}
+    try:
+        with _plain_console(), temporary_settings(url):
+            summary = pipeline.pipeline(str(root), inbox and os.path.abspath(inbox))
+        show(summary)
+    except supervise.StageFailed as failure:
+        if failure.bad_input:
+            return BAD_INPUT  # the stage's own line says it all, and it is the last one shown
+        print(f"{failure}; `ldm run` goes on from the last checkpoint", file=sys.stderr)
+        return 1
+    except TerminationSignal:
+        return 143
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m flows.run", description=__doc__)
+    parser.add_argument("--ingest", metavar="FOLDER", help="first take in what is new in this folder; see `ldm data ingest`")
+    inbox = parser.parse_args().ingest
+    try:
+        root = find_root()
+        settings = load_settings(root)
+        print(f"pipeline in {root}: starting Prefect and MLflow", flush=True)
+        temporary = None if os.environ.get("PREFECT_API_URL") else server.start()
+        if not inbox:  # which may bring the first images
+            check_data(root, settings.data.path)
+        return _run(root, inbox, temporary)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("\ninterrupted; `ldm run` continues where this stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
