@@ -74,7 +74,7 @@ def run_stage(
     status = status or Status(root)
     if status.is_up_to_date(stage):
         return Outcome(stage, "cached", time.monotonic() - start, 0)
-    status.forget()
+    status.changed()
     peak, looked = 0, 0.0
     with _child(root, stage, env or {}) as child:
         for line in _lines(child.output):

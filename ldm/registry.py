@@ -109,7 +109,8 @@ def compare(root: Path, champion: int) -> "pd.DataFrame":
     settings = load_settings(root)
     model = load(f"models:/{settings.registry.name}/{champion}", default_device())
     samples = open_shards(root / SHARDS, "test")
-    other = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed)
+    with Progress("gate: bound of the champion", len(samples)) as progress:
+        other = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
     return pd.DataFrame({"challenger": _own_nats(root), "champion": _nats(other)})
 
 

@@ -116,27 +116,29 @@ def read_params(root: Path) -> Any:
 
 
 def check_data(root: Path, path: str) -> None:
-    """Say now what DVC would say later, and worse: the data folder is neither there nor made by a stage."""
-    if not (root / path).exists() and not any(path in node.outs for node in read_graph(root)):
+    """Say now what DVC would say later, and worse: dvc.yaml is broken, or the data folder neither there nor made by a stage."""
+    made = any(path in node.outs for node in read_graph(root))
+    if not (root / path).exists() and not made:
         raise InputError(f"data.path {path}: no such folder; set data.path in params.yaml to a folder of captioned images")
 
 
 class Status:
-    """Which stages are up to date: DVC is asked once for all of them, and again after one has run."""
+    """Which stages are up to date: DVC is asked once for all of them, and again for those that were when another one has run."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._fresh: set[str] | None = None
+        self._asked = False
 
     def is_up_to_date(self, stage: str) -> bool:
-        """Whether there is nothing to do for a stage; False also while another process holds DVC's lock."""
-        if self._fresh is None:
-            self._fresh = self._ask()
+        """Whether there is nothing to do for a stage; False where that is not sure."""
+        if self._fresh is None or (stage in self._fresh and not self._asked):
+            self._fresh, self._asked = self._ask(), True
         return stage in self._fresh
 
-    def forget(self) -> None:
-        """Files have changed."""
-        self._fresh = None
+    def changed(self) -> None:
+        """A stage is about to run: what is said of those after it may be true no more."""
+        self._asked = False
 
     def _ask(self) -> set[str]:
         from dvc.lock import LockError

@@ -131,7 +131,9 @@ def _moments(mean: Tensor, logvar: Tensor) -> tuple[int, Tensor, Tensor, Tensor]
 
 def _aggregate_kl(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> Tensor:
     """KL of the marginal of one channel (N, h, w), over images and positions, from N(0, 1)."""
-    chosen = torch.unravel_index(_spread_out(mean.numel(), VALUES, rng).to(mean.device), mean.shape)
+    _, h, w = mean.shape
+    at = _spread_out(mean.numel(), VALUES, rng).to(mean.device)
+    chosen = (at // (h * w), at // w % h, at % w)  # `torch.unravel_index` imports sympy
     q = DiagonalGaussian(mean[chosen].double().cpu(), logvar[chosen].double().cpu())  # (M,)
     noise = torch.randn(len(q.mean), generator=rng, dtype=torch.float64)
     z = q.sample(noise)[:, None]  # (M, 1)

@@ -73,11 +73,15 @@ def run(root: Path) -> None:
     (root / PLOTS).mkdir(parents=True)
     with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
         metrics, figures = bound_metrics(root, settings, model, test)
-        parts = (part(root, settings, model, test) for part in (reconstruct, posteriors, explore))
-        for found, more in (*parts, draw(root, settings, model, train, test)):
+        with Progress("evaluate: reconstructions and latents"):
+            parts = [part(root, settings, model, test) for part in (reconstruct, posteriors, explore)]
+        with Progress("evaluate: samples"):
+            parts.append(draw(root, settings, model, train, test))
+        for found, more in parts:
             metrics |= found
             figures += more
-        report(root, settings, model, metrics, figures)
+        with Progress("evaluate: report"):
+            report(root, settings, model, metrics, figures)
         tracker.log({name: float(value) for name, value in metrics.items() if not isinstance(value, str)}, 0)
         for figure in figures:
             tracker.artifact(Path(figure.png_path), "plots")
@@ -101,7 +105,8 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
 
     For a VQ model there is no bound of the whole system: `bounds.csv` then holds what its codes and pixels cost.
     """
-    own = evaluate_elbo(model.autoencoder, model.likelihood, test, settings.seed)
+    with Progress("evaluate: the autoencoder's bound"):
+        own = evaluate_elbo(model.autoencoder, model.likelihood, test, settings.seed)
     metrics: Metrics = {
         "image": test.preprocessing.described,
         "test_images": len(test),
@@ -114,9 +119,10 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
         frame.assign(dims=own.dims).to_csv(root / BOUNDS, index=False)
         return metrics, figures
     samples = settings.evaluate.importance_samples
-    tighter = evaluate_importance(model.autoencoder, model.likelihood, test, settings.seed, samples)
-    progress = Progress("evaluate: bound", len(test))
-    frame = image_bounds(model, test, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
+    with Progress("evaluate: importance-weighted bound"):
+        tighter = evaluate_importance(model.autoencoder, model.likelihood, test, settings.seed, samples)
+    with Progress("evaluate: bound", len(test)) as progress:
+        frame = image_bounds(model, test, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
     frame.to_csv(root / BOUNDS, index=False)
     to_bits = -1 / (own.dims * math.log(2))
     return metrics | {

@@ -10,6 +10,7 @@ from ldm.config import HUB, load_settings
 from ldm.errors import InputError
 from ldm.files import replacing
 from ldm.paths import PRETRAINED
+from ldm.progress import Progress
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
 from ldm.tracking import stage_run, use_default_store
@@ -54,7 +55,7 @@ def run(root: Path) -> None:
             from ldm.nets.autoencoder import load_autoencoder
 
             try:
-                with located(root, name) as folder:
+                with Progress(f"pretrained: {name}"), located(root, name) as folder:
                     load_autoencoder(folder).save_pretrained(partial)
                     if (folder / FILE).is_file():
                         shutil.copy(folder / FILE, partial)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ldm.config import load_settings
 from ldm.paths import SOURCE
+from ldm.progress import Progress
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
 from ldm.tracking import stage_run
@@ -20,7 +21,8 @@ def run(root: Path) -> None:
         else:
             from ldm.data.huggingface import write_huggingface
 
-            count = write_huggingface(source, root, out)
+            with Progress(f"source: {source}"):
+                count = write_huggingface(source, root, out)
         tracker.log({"images": float(count)}, 0)
     print(f"source: {count} images written to {SOURCE}", flush=True)
 

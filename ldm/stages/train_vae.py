@@ -20,6 +20,7 @@ from ldm.hashing import folder_hash
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
 from ldm.paths import AUTOENCODER, PRETRAINED, SHARDS, VAE_CURVE
+from ldm.progress import Progress
 from ldm.randomness import seed_for
 from ldm.stages.inputs import index_hash, stage_shards
 from ldm.stages.runtime import stage_main
@@ -168,7 +169,8 @@ def run(root: Path) -> None:
         if not work.first:
             return
         trained = bool(options.images) or (root / PRETRAINED / LIKELIHOOD).is_file()
-        likelihood, held_out = measured(autoencoder, likelihood, val, settings.seed, trained)
+        with Progress("train_vae: validation"):
+            likelihood, held_out = measured(autoencoder, likelihood, val, settings.seed, trained)
         work.tracker.log({f"val_{name}": value for name, value in held_out.items()}, options.images)
         shutil.rmtree(root / AUTOENCODER, ignore_errors=True)
         autoencoder.save_pretrained(root / AUTOENCODER)

@@ -38,15 +38,15 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def main(project: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """What `python -m flows.pipeline` does in the project; returns the exit code."""
-    from flows import pipeline
+    """What `python -m flows.run` does in the project; returns the exit code."""
+    from flows import pipeline, run
 
     shutil.copy(database, project)
     monkeypatch.chdir(project)
-    monkeypatch.setattr(sys, "argv", ["flows.pipeline"])
+    monkeypatch.setattr(sys, "argv", ["flows.run"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")  # as it sets itself; undone after the test
     monkeypatch.setattr(pipeline.run_stage, "retry_delay_seconds", 0)
-    return pipeline.main
+    return run.main
 
 
 def test_a_run_registers_a_champion_and_the_next_one_has_nothing_to_do(main: Callable[[], int], capfd: Any) -> None:
@@ -109,7 +109,7 @@ def test_a_watched_folder_is_taken_in_first(
     params = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(params.replace("path: data/raw/source", "path: data/raw/mine"))
     (tmp_path / "inbox").mkdir()
-    monkeypatch.setattr(sys, "argv", ["flows.pipeline", "--ingest", "../inbox"])
+    monkeypatch.setattr(sys, "argv", ["flows.run", "--ingest", "../inbox"])
     assert main() == 2
     captured = capfd.readouterr()
     assert f"ingest: nothing moved from {tmp_path}/inbox" in captured.out and "starts" not in captured.out
@@ -161,7 +161,7 @@ def test_bad_settings_stop_everything_before_it_starts(project: Path, main: Call
     assert set(project.iterdir()) == before
 
 
-@pytest.mark.parametrize("module", ["flows.pipeline", "flows.serve"])
+@pytest.mark.parametrize("module", ["flows.run", "flows.serve"])
 def test_help_reads_like_a_short_manual(module: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     monkeypatch.delitem(sys.modules, module, raising=False)
@@ -194,7 +194,7 @@ def test_ldm_run_that_is_signalled_ends_with_all_it_started(
     time.sleep(1)
     tasks = Path(f"/proc/{run.pid}/task").glob("*/children")
     started = [int(child) for children in tasks for child in children.read_text().split()]
-    assert len(started) == (3 if number == signal.SIGINT else 1)  # DVC; a temporary server, and what ends it
+    assert len(started) == (2 if number == signal.SIGINT else 1)  # DVC; a temporary server
     (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)  # Ctrl-C reaches all of a terminal's group
     _, err = run.communicate(timeout=60)
     assert run.returncode == code, err

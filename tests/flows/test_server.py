@@ -1,0 +1,47 @@
+"""The temporary server: it answers, and does not outlive who started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows import server
+from ldm.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_serves_prefects_api_until_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    found = server.start()
+    found.wait()
+    assert server.answers(f"{found.url}/health") and server.answers(f"{found.url}/admin/version")
+    found.stop()
+    assert found.process.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.5])
+def test_it_ends_with_an_owner_killed_with_9(seconds: float, tmp_path: Path, gone: Callable[[int], bool]) -> None:
+    """At once, while it still imports; and later."""
+    code = "from flows import server; print(server.start().process.pid, flush=True); import time; time.sleep(60)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}
+    owner = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    time.sleep(seconds)
+    owner.send_signal(signal.SIGKILL)
+    assert owner.wait() == -signal.SIGKILL
+    owner.stdout.close()
+    assert gone(pid)
+
+
+def test_one_that_does_not_start_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "ENVIRONMENT", {"PREFECT_LOGGING_LEVEL": "no level"})
+    found = server.start()
+    with pytest.raises(InputError, match="Prefect's temporary server does not start"):
+        found.wait()
