@@ -27,6 +27,7 @@ from ldm.diffusion.defaults import changed_sampling
 from ldm.errors import InputError
 from ldm.hashing import content_hash, folder_hash
 from ldm.paths import AUTOENCODER, BOUNDS, DECISION, METRICS, MODEL, REPORT, SHARDS, UNET
+from ldm.progress import Progress
 from ldm.versioning import locked_makers, read_params
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ def make_project(root: Path, changes: dict[str, Any], binary: bool = False) -> P
         shutil.copy(REPOSITORY / name, root)
     set_params(root, SMALL)
     set_params(root, changes)
-    run_stages(root, "shard", "pretrained")
+    run_stages(root, "code", "shard", "pretrained")
     return root
 
 

@@ -5,6 +5,7 @@ weights being as trained: U(θ) = -log prior(θ) - Σ log p(x | z, θ). Chains s
 centre of control variates, without which a step that is small enough for the gradients' noise would get nowhere.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -144,10 +145,11 @@ def run(root: Path, sampler: str) -> None:
     with (
         opened(root, identity, steps, torch.get_num_threads()) as work,
         stage_run(f"{STAGE.name}_{sampler}", params, work.key, work.tags()) as tracker,
+        contextlib.ExitStack() as held,
     ):
         store = CheckpointStore(work.checkpoint)
         chains, limits = draw(options, sampler, Decoding(model, train, options.part, seed), store)
-        print(f"sample_posterior: {sampler}: measuring the samples", flush=True)
+        held.enter_context(Progress(f"sample_posterior: {sampler}: measuring the samples"))
         posterior = DecoderPosterior(model.autoencoder, model.likelihood, chains.draws())
         plots = root / POSTERIOR_REPORTS / sampler
         shutil.rmtree(plots, ignore_errors=True)
@@ -177,8 +179,8 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     """The chains at their end, and what limits their step size there."""
     friction = options.friction if sampler == "sghmc" else 1.0
     parts = torch.arange(len(decoding.train)).split(options.batch_size)
-    print(f"sample_posterior: {sampler}: the gradient of all {len(decoding.train):,} images, and the curvature", flush=True)
-    loss = control_variates(decoding.loss, decoding.start, (decoding.data(part.tolist()) for part in parts))
+    with Progress(f"sample_posterior: {sampler}: the gradient of all {len(decoding.train):,} images"):
+        loss = control_variates(decoding.loss, decoding.start, (decoding.data(part.tolist()) for part in parts))
     common: dict[str, Any] = {"num_data": len(decoding.train), **options.model_dump(include={"prior_precision", "temperature"})}
 
     @cache  # they are the same at all weights
@@ -188,7 +190,8 @@ def draw(options: Posterior, sampler: str, decoding: Decoding, store: Checkpoint
     def measure(weights: dict[str, Tensor], nearby: StepSize | None = None) -> StepSize:
         leaves = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
         given = {**common, "friction": friction, "seed": decoding.seed, "nearby": nearby}
-        return find_step_size(lambda i: loss(leaves, *minibatch(i)), list(leaves.values()), **given)
+        with Progress(f"sample_posterior: {sampler}: the curvature"):
+            return find_step_size(lambda i: loss(leaves, *minibatch(i)), list(leaves.values()), **given)
 
     bends = measure(decoding.start)
     lr = options.lr or bends.recommended()
