@@ -10,14 +10,12 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from flows.server import START_SECONDS, answers
 from ldm.config import find_root, load_settings
 from ldm.errors import InputError
-
-START_SECONDS = 120  # for a server of our own
 
 
 def main() -> int:
@@ -66,7 +64,7 @@ def _server(port: int) -> Iterator[None]:
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _answers(f"http://127.0.0.1:{port}/api/health"):
+        while not answers(f"http://127.0.0.1:{port}/api/health"):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise InputError(f"no Prefect server on port {port}: is it taken? Try --port, or set PREFECT_API_URL")
             time.sleep(0.5)
@@ -75,14 +73,6 @@ def _server(port: int) -> Iterator[None]:
     finally:
         server.terminate()
         server.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from ldm.data.reader import open_shards
 from ldm.data.shards import split_of, write_shards
 from ldm.errors import InputError
 from ldm.purge import TAG, purge
+from ldm.stages import code
 
 MINE = "data/raw/mine"
 DATA = {
@@ -93,6 +94,7 @@ def run_night(root: Path, autoencoder: str = "a") -> None:
     write_latents(readers, root / "data/latents", encode, embed, identity, lambda done: None, store=store, code="c")
     (root / "models/autoencoder").mkdir(parents=True, exist_ok=True)
     (root / "models/autoencoder/config.json").write_text(autoencoder)
+    code.run(root)
     with contextlib.chdir(root), Repo(".") as repo:
         repo.add([MINE])
         repo.commit("shard", force=True)
@@ -437,6 +439,7 @@ def test_an_original_inside_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                     member.size = len(part)
                     tar.addfile(member, io.BytesIO(part))
         write_shards(root / MINE, root / "data/shards", **load_settings(root).data.model_dump(exclude={"path", "source"}))
+        code.run(root)
         with Repo(".") as repo:
             repo.add([MINE])
             repo.commit("shard", force=True)

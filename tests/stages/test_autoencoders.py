@@ -92,7 +92,7 @@ def test_the_report_and_the_summary_of_a_vq_model_say_what_there_is(vq):
     assert "rate_bits_per_dim" in page and "Rate and distortion" in page and "The whole system" not in page
     decision = Decision(promote=False, n=0, mean=math.nan, se=math.nan, lower=math.nan, level=0.05, reason="not comparable")
     summary = summarise(
-        vq, load_settings(vq), [Step("evaluate", "executed", 1.0)], Registered(1, created=True), decision, None, []
+        vq, load_settings(vq), [Step("evaluate", "executed", 1.0)], (), Registered(1, created=True), decision, None, []
     )
     bound = dict(summary.results)["bits/dim"]
     assert "VQ" in bound and f"{metrics(vq)['elbo_bits_per_dim']:.4f}" in bound

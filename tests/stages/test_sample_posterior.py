@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 import torch
 from blobs import run_stages
-from flows.graph import ancestors, read_graph
 from PIL import Image
 from scipy.special import logsumexp
 from tiny import REPOSITORY, environment, set_params, with_soak
@@ -34,6 +33,8 @@ from ldm.nets.blocks import network_hash
 from ldm.registry import Registered
 from ldm.stages import sample_posterior
 from ldm.stages.sample_posterior import CHECKPOINT_STEPS, averaged, chosen
+from ldm.stages.stage import NAMES
+from ldm.versioning import Node, ancestors, read_graph
 
 PLOTS = ("reconstructions", "samples", "scores", "traces")
 
@@ -70,7 +71,7 @@ def test_what_it_leaves(sampled, loaded):
 def test_metrics_are_finite_and_say_what_was_done(sampled):
     metrics = found(sampled)
     warnings = ("convergence_warnings", "step_size_warnings")
-    assert all(math.isfinite(value) for name, value in metrics.items() if name not in ("sampler", *warnings))
+    assert all(math.isfinite(value) for name, value in metrics.items() if name not in ("sampler", "summary", *warnings))
     assert metrics["sampler"] == "sghmc" and metrics["draws"] == 8
     assert metrics["lr"] > 0 and metrics["inflation"] > 1 and -1 < metrics["contraction"] < 1
     assert all(0 <= metrics[f"ood_auroc_{name}"] <= 1 for name in ("rotated", "inverted", "noise"))
@@ -221,8 +222,7 @@ def test_each_sampler_of_the_settings_is_a_stage_after_the_evaluation(samplers, 
     graph = read_graph(tmp_path)
     assert [stage.name for stage in graph if stage.name.startswith("sample_posterior")] == expected
     needed = [stage.name for stage in ancestors(graph, "evaluate")]
-    assert needed[:6] == ["source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet"]
-    assert needed[6:] == ["evaluate"]
+    assert needed == list(NAMES[:-1])
     for stage in graph[len(graph) - len(expected) :]:
         assert stage.command.endswith(f"sample_posterior {stage.name.partition('@')[2]}") and "evaluate" in stage.upstream
 
@@ -230,8 +230,10 @@ def test_each_sampler_of_the_settings_is_a_stage_after_the_evaluation(samplers, 
 def test_the_summary_of_a_run_names_the_average(sampled):
     decision = Decision(promote=True, n=0, mean=math.nan, se=math.nan, lower=math.nan, level=0.05, reason="no champion yet")
     step = Step("evaluate", "executed", 1.0)
-    results = summarise(sampled, load_settings(sampled), [step], Registered(1, created=True), decision, 1, []).results
-    line = dict(results)["by sghmc"]
+    outs = ("reports/posterior/sghmc", "reports/posterior/sghmc.json", "models/posterior/sghmc")
+    others = (Node("sample_posterior@sghmc", "", (), outs, ()),)
+    results = summarise(sampled, load_settings(sampled), [step], others, Registered(1, created=True), decision, 1, []).results
+    line = dict(results)["sample_posterior@sghmc"]
     metrics = found(sampled)
     doubts = len(metrics["convergence_warnings"]) + len(metrics["step_size_warnings"])
     assert line == f"{metrics['average_bits_per_dim']:.4f} bits/dim averaged over 8 samples; {doubts} warnings"
