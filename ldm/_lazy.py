@@ -9,7 +9,7 @@ def exports(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], 
     """`__getattr__` and `__all__` for `package`, whose public names live in the submodules `{name: submodule}`.
 
     Importing a package must not import its submodules: a stage depends only on the modules that it uses
-    (`dvc.yaml` lists them), and `ldm --help` must not wait for torch.
+    (see `ldm.stages.fingerprint`), and `ldm --help` must not wait for torch.
     """
 
     def __getattr__(name: str) -> Any:

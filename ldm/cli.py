@@ -390,7 +390,8 @@ def drop_checkpoint(
 
     root = _root()
     chosen = [work.find(root, key) for key in keys or []]
-    chosen += [one for one in work.works(root) if changed and one.changes() and one not in chosen]
+    chosen += [one for one in work.works(root) if changed and one.changes() and not work.is_running(one)]
+    chosen = list({one.key: one for one in chosen}.values())
     if not chosen and not changed:
         raise InputError("name checkpoints by their keys, or give --changed; `ldm checkpoints list` shows them")
     for one in chosen:

@@ -1,6 +1,7 @@
 """How far a step has come: a bar on a terminal, elsewhere a line at least every ten seconds."""
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -15,7 +16,8 @@ atexit.register(_printing.acquire)
 
 
 def _write(line: str) -> None:
-    print(f"{line}\n", end="", flush=True)  # one write: what others print comes before or after it
+    with contextlib.suppress(OSError):  # nobody reads it any more; the work goes on until it is stopped
+        print(f"{line}\n", end="", flush=True)  # one write: what others print comes before or after it
 
 
 class Progress:

@@ -9,6 +9,7 @@ doubles nothing: checkpoint first, then `flush`.
 """
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -21,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from ldm.hashing import file_hash, folder_hash
 
 EXPERIMENT = "ldm"
 BATCH = 1000  # metrics a request, MLflow's limit
@@ -54,26 +57,28 @@ class Run:
         if self._client is not None and self._buffer and time.monotonic() >= self._wait_until:
             self._deliver()
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Store a file (or every file of a folder) with the run."""
+    def artifact(self, path: Path, folder: str | None = None) -> bool:
+        """Store a file (or every file of a folder) with the run; whether it is stored."""
         if self._client is None:
-            return
+            return False
         store = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        self._attempt(f"{path} was not stored", lambda: store(self.id, str(path), folder))
+        return self._attempt(f"{path} was not stored", lambda: store(self.id, str(path), folder))
 
-    def tag(self, tags: Mapping[str, str]) -> None:
-        if self._client is not None:
-            entities = [_entities().RunTag(key, value) for key, value in tags.items()]
-            self._attempt("tags were not stored", lambda: self._client.log_batch(self.id, tags=entities))
-
-    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        """Record a data set as the run's input."""
+    def tag(self, tags: Mapping[str, str]) -> bool:
+        """Set tags of the run; whether they are set."""
         if self._client is None:
-            return
+            return False
+        entities = [_entities().RunTag(key, value) for key, value in tags.items()]
+        return self._attempt("tags were not stored", lambda: self._client.log_batch(self.id, tags=entities))
+
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> bool:
+        """Record a data set as the run's input; whether it is recorded."""
+        if self._client is None:
+            return False
         entities = _entities()
         dataset = entities.Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(profile))
         inputs = [entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", "training")])]
-        self._attempt("the data set was not recorded", lambda: self._client.log_inputs(self.id, inputs))
+        return self._attempt("the data set was not recorded", lambda: self._client.log_inputs(self.id, inputs))
 
     def state_dict(self) -> dict[str, Any]:
         """The undelivered metrics, JSON-able, for a checkpoint."""
@@ -139,41 +144,57 @@ class Run:
 
 
 class _Record(Run):
-    """A run as a file of JSON lines, for `Records` to deliver."""
+    """A run as a file of JSON lines, for `Records` to deliver; locked for as long as this process writes it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(tracked=True)
         self._path = folder / f"{time.time_ns()}-{os.getpid()}.jsonl"
+        self._file: Any = None
 
     def flush(self) -> None:
-        if self._buffer:
-            self._write("metrics", self._buffer)
+        if self._buffer and self._write("metrics", self._buffer):
             self._buffer = []
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        self._write("artifact", [str(path), folder])
+    def artifact(self, path: Path, folder: str | None = None) -> bool:
+        return self._write("artifact", [str(path), folder, _digest(path)])
 
-    def tag(self, tags: Mapping[str, str]) -> None:
-        self._write("tag", [dict(tags)])
+    def tag(self, tags: Mapping[str, str]) -> bool:
+        return self._write("tag", [dict(tags)])
 
-    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        self._write("dataset", [name, digest, source, dict(profile)])
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> bool:
+        return self._write("dataset", [name, digest, source, dict(profile)])
 
     def _open(self, tags: Mapping[str, str], params: Mapping[str, Any], key: str | None, start: int | None = None) -> bool:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         values = {name: str(value) for name, value in flatten(params).items()}
-        self._write("open", [{**tags, "ldm.record": self._path.stem}, values, key, time.time_ns() // 1_000_000])
+        with contextlib.suppress(OSError):  # the disk may be full, and the work goes on
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            new = self._path.with_suffix(".new")
+            self._file = new.open("ab", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            if self._write("open", [{**tags, "ldm.record": self._path.stem}, values, key, time.time_ns() // 1_000_000]):
+                os.rename(new, self._path)  # from here on it may be delivered
         return True
 
     def _close(self, status: str, end: int | None = None) -> bool:
         self.flush()
         self._write("close", [status, time.time_ns() // 1_000_000])
+        if self._file is not None:
+            self._file.close()
         return True
 
-    def _write(self, what: str, values: Any) -> None:
-        """One whole line, or nothing: the disk may be full, and the work goes on."""
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([what, values]) + "\n")
+    def _write(self, what: str, values: Any) -> bool:
+        """One whole line, or nothing."""
+        if self._file is None:
+            return False
+        line, size = (json.dumps([what, values]) + "\n").encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) == len(line):
+                return True
+        except OSError:
+            pass
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file.fileno(), size)
+        return False
 
 
 class Records:
@@ -189,7 +210,7 @@ class Records:
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        """Deliver while a stage runs, and once more at its end, when whatever has not been closed was killed."""
+        """Deliver while a stage runs, and once more at its end."""
         ended = threading.Event()
 
         def follow() -> None:
@@ -203,44 +224,90 @@ class Records:
         finally:
             ended.set()
             thread.join()
-            self.deliver(ended=True)
+            self.deliver()
 
-    def deliver(self, ended: bool = False) -> None:
-        """Deliver what is new in every file. `ended`: nobody writes any more."""
+    def deliver(self) -> None:
+        """Deliver what is new in every file. A run whose process is gone without closing it was killed."""
         if time.monotonic() < self._wait_until:
             return
+        failures = 0
         for path in sorted(self.folder.glob("*.jsonl")):
-            if not self._deliver(path, ended):
+            try:
+                failures += not self._deliver(path)
+            except Exception as error:  # tracking never fails the work
+                self._warn(f"{path} cannot be delivered ({error!r:.200})")
+                failures += 1
+            if failures == 2:  # it is not this file's fault
                 self._wait_until = time.monotonic() + RETRY_SECONDS
                 return
 
-    def _deliver(self, path: Path, ended: bool) -> bool:
+    def _deliver(self, path: Path) -> bool:
+        with path.open("rb") as file:
+            killed = _is_free(file)
+            written = file.read().decode("utf-8", "replace").split("\n")[:-1]  # the last may be half a line
         run, done = self._known.get(path) or (Run(tracked=True), 0)
         run._warned = self._warned  # one warning for all of them
-        written = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half a line
-        lines = [json.loads(line) for line in written[done:]]
-        if ended and (not written or json.loads(written[-1])[0] != "close"):
-            lines.append(["close", ["KILLED", time.time_ns() // 1_000_000]])
-        for what, values in lines:
-            if what == "open" and not run._open(*values):
-                self._warned = True
-                return False  # with the next call from the beginning
-            if what == "metrics":
-                run._buffer.extend(map(tuple, values))
-                run.flush()
-            elif what == "close":
-                delivered = run._close(*values)
+        for what, values in _parsed(written[done:], killed):
+            if run.id is None and what != "open":
+                self._warn(f"{path} does not begin as a record does; it is set aside")
+                path.rename(path.with_suffix(".bad"))
+                return True
+            if not self._pass_on(run, what, values):
+                self._warned |= run._warned
+                return False  # it comes again from here, or from the beginning with another process: nothing doubles
+            if what == "close":
                 self._known.pop(path, None)
-                if delivered or not written:
-                    path.unlink()
-                return delivered or not written  # a run that could not be closed comes again from the beginning: nothing doubles
-            elif what == "artifact":
-                run.artifact(Path(values[0]), values[1])
-            elif what in ("tag", "dataset"):
-                getattr(run, what)(*values)
+                path.unlink()
+                return True
             done += 1
-        self._known[path] = run, done
+            self._known[path] = run, done
         return True
+
+    @staticmethod
+    def _pass_on(run: Run, what: str, values: list[Any]) -> bool:
+        if what == "metrics":
+            run._buffer.extend(map(tuple, values))
+            run.flush()
+            return True  # what is left goes with the next flush, or with the run's end
+        if what == "artifact":
+            path, folder, digest = Path(values[0]), values[1], values[2]
+            return _digest(path) != digest or run.artifact(path, folder)  # another model's by now
+        calls: dict[str, Callable[..., bool]] = {"open": run._open, "tag": run.tag, "dataset": run.dataset, "close": run._close}
+        return what not in calls or calls[what](*values)
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            print(f"warning: tracking: {what}", file=sys.stderr, flush=True)
+        self._warned = True
+
+
+def _parsed(lines: list[str], killed: bool) -> Iterator[tuple[str, list[Any]]]:
+    """The entries of a record, without what a full disk has garbled; of a killed process, with its end."""
+    what = ""
+    for line in lines:
+        try:
+            what, values = json.loads(line)
+        except (ValueError, TypeError):
+            what, values = "garbled", []
+        yield what, values
+    if killed and what != "close":
+        yield "close", ["KILLED", time.time_ns() // 1_000_000]
+
+
+def _is_free(file: Any) -> bool:
+    """Whether no process holds the lock of an open file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def _digest(path: Path) -> str | None:
+    """Identity of a file's or folder's content."""
+    if not path.exists():
+        return None
+    return folder_hash(path) if path.is_dir() else file_hash(path)
 
 
 def _knock(uri: str) -> None:

@@ -143,10 +143,16 @@ class Status:
     def _ask(self) -> set[str]:
         from dvc.lock import LockError
 
+        def is_fresh(stage: Any) -> bool:
+            try:
+                return not stage.changed()
+            except LockError:  # another process runs a stage that writes what this one reads or writes
+                return False
+
         with open_repository(self._root) as repo:
             try:
                 with repo.lock:
-                    return {_name(stage) for stage in repo.index.stages if stage.cmd and not stage.changed()}
+                    return {_name(stage) for stage in repo.index.stages if stage.cmd and is_fresh(stage)}
             except LockError:
                 return set()
 

@@ -175,7 +175,7 @@ def test_the_readme_says_which_stages_every_module_makes_run():
     assert said == real
 
 
-def test_the_readme_says_which_stages_every_setting_makes_run(ran, tmp_path):
+def test_the_readme_says_which_stages_every_setting_makes_run(ran, tmp_path, shell):
     """Each key of params.yaml is changed in turn, and DVC asked."""
     root = Path(shutil.copytree(ran, tmp_path / "settings", symlinks=True))
     said, path = matrix("changed in `params.yaml`"), root / "params.yaml"
@@ -188,11 +188,10 @@ def test_the_readme_says_which_stages_every_setting_makes_run(ran, tmp_path):
             return {stage.name.partition("@")[0] for stage in repo.index.stages if stage.cmd and stage.changed()}
 
     assert changed() == {"sample_posterior"}  # it never ran
-    with open_repository(root) as repo, repo.lock:
-        for name in ("models/posterior/sgld/a", "reports/posterior/sgld/a", "reports/posterior/sgld.json"):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text("{}")
-        repo.commit("sample_posterior@sgld", force=True)
+    for name in ("models/posterior/sgld/a", "reports/posterior/sgld/a", "reports/posterior/sgld.json"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+    succeed(shell(root, "dvc", "commit", "--force", "sample_posterior@sgld"))
     assert changed() == set()
     keys = list(leaves(values))
     for key in keys:

@@ -218,6 +218,12 @@ def test_a_process_ends_without_having_closed_it() -> None:
     assert len(done.stdout.splitlines()) > 2 and done.stdout.endswith(" ago\n")
 
 
+def test_a_line_that_nobody_reads_harms_nothing() -> None:
+    code = "r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); time.sleep(0.2); progress(10); os.write(2, b'on'); os._exit(0)"
+    done = process(code)
+    assert (done.returncode, done.stderr) == (0, "on")
+
+
 def test_forks_neither_wait_nor_print() -> None:
     """A child that is forked while the thread prints: it can print itself, and no line comes twice or in pieces."""
     done = process(

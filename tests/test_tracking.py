@@ -1,6 +1,7 @@
 """MLflow runs of stages: honest status, nothing lost or doubled, and never in the way of the work."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -285,9 +286,9 @@ def test_what_cannot_be_delivered_waits_and_is_neither_lost_nor_doubled(
         with records.following():
             pass
         assert len(list(records.folder.iterdir())) == 2
-        records.deliver(ended=True)  # not tried again at once
+        records.deliver()  # not tried again at once
     assert capfd.readouterr().err.count("warning: tracking: ") == 1
-    tracking.Records(records.folder).deliver(ended=True)  # of the next run of the flow
+    tracking.Records(records.folder).deliver()  # of the next run of the flow
     assert not list(records.folder.iterdir())
     found = {run.info.run_name: run for run in runs(client)}
     assert len(runs(client)) == 2 and {run.info.status for run in found.values()} == {"FINISHED"}
@@ -303,23 +304,69 @@ def test_a_record_of_a_retry_continues_the_run(client: Any, records: tracking.Re
             run.log({"loss": value}, int(64 / value))
             if error:
                 raise error
-        records.deliver(ended=True)
+        records.deliver()
     (run,) = runs(client)
     assert run.info.status == "FINISHED" and history(client, run.info.run_id, "loss") == [(32, 2.0), (64, 1.0)]
 
 
-def test_half_a_line_is_left_for_the_next_delivery(client: Any, records: tracking.Records) -> None:
+def test_half_a_line_is_left_for_the_next_delivery_while_its_process_lives(client: Any, records: tracking.Records) -> None:
     with contextlib.suppress(KeyboardInterrupt), stage_run("shard", {}) as run:
         run.log({"images": 3.0}, 0)
         raise KeyboardInterrupt
     (path,) = records.folder.iterdir()
     whole = path.read_text()
     path.write_text(whole[:-20])
-    records.deliver()
-    assert [run.info.status for run in runs(client)] == ["RUNNING"]
-    path.write_text(whole)
+    with path.open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        records.deliver()
+        tracking.Records(records.folder).deliver()  # of another flow, which is not to end the run
+        assert [run.info.status for run in runs(client)] == ["RUNNING"]
+        path.write_text(whole)
     records.deliver()
     assert [run.info.status for run in runs(client)] == ["KILLED"] and not path.exists()
-    path.write_text("")  # killed before it wrote anything
-    records.deliver(ended=True)
-    assert not path.exists() and len(runs(client)) == 1
+
+
+def test_a_garbled_record_spoils_nothing(client: Any, records: tracking.Records, capfd: Any) -> None:
+    """What a full disk did to one, and one whose beginning is gone: the run after them is delivered."""
+    for step in range(3):
+        with stage_run("shard", {"step": step}) as run:
+            run.log({"images": 3.0}, 0)
+    first, second, _ = sorted(records.folder.iterdir())
+    lines = first.read_text().splitlines(keepends=True)
+    first.write_text("".join([lines[0], lines[1][:20] + lines[1], *lines[2:]]))
+    second.write_text("".join(second.read_text().splitlines(keepends=True)[1:]))
+    records.deliver()
+    assert {(run.info.status, run.data.params["step"]) for run in runs(client)} == {("FINISHED", "0"), ("FINISHED", "2")}
+    assert [path.name for path in records.folder.iterdir()] == [second.with_suffix(".bad").name]
+    assert capfd.readouterr().err.count("warning: ") == 1
+
+
+def test_a_full_disk_leaves_whole_lines_and_the_metrics_for_later(client: Any, records: tracking.Records) -> None:
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from ldm.tracking import stage_run\n"
+        "with stage_run('shard', {}) as run:\n"
+        "    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (run._path.stat().st_size + 30, most))\n"
+        "    run.log({'images': 1}, 0); run.flush(); assert run.state_dict()['metrics']\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))\n"
+        "    run.log({'images': 2}, 1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    records.deliver()
+    (run,) = runs(client)
+    assert run.info.status == "FINISHED" and history(client, run.info.run_id, "images") == [(0, 1.0), (1, 2.0)]
+
+
+def test_what_has_changed_since_is_not_attached(client: Any, records: tracking.Records, tmp_path: Path) -> None:
+    for name in ("same.png", "other.png", "gone.png"):
+        (tmp_path / name).write_bytes(b"of this run")
+    with stage_run("evaluate", {}) as run:
+        for name in ("same.png", "other.png", "gone.png"):
+            run.artifact(tmp_path / name, "plots")
+    (tmp_path / "other.png").write_bytes(b"of another run")
+    (tmp_path / "gone.png").unlink()
+    records.deliver()
+    (run,) = runs(client)
+    assert run.info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "plots")] == ["plots/same.png"]

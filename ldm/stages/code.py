@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from ldm.files import write_text
 from ldm.paths import CODE
 from ldm.stages.fingerprint import fingerprint
 from ldm.stages.runtime import stage_main
@@ -13,7 +14,7 @@ from ldm.stages.stage import NAMES, Stage
 def run(root: Path) -> None:
     file = root / CODE
     file.parent.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump({name: fingerprint(name) for name in NAMES if name != "code"}, sort_keys=False))
+    write_text(file, yaml.safe_dump({name: fingerprint(name) for name in NAMES if name != "code"}, sort_keys=False))
 
 
 STAGE = Stage("code", run, inputs=("ldm",), outs=(CODE,))

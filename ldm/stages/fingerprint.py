@@ -31,7 +31,7 @@ UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/t
     "ldm.stages.fingerprint": "compares code",
     "ldm.stages.runtime": "starts and ends the process",
     "ldm.stages.stage": "declares what dvc.yaml says",
-    "ldm.stages.work": "finds the folder of a checkpoint",
+    "ldm.stages.work": "names a checkpoint, or a file of latents, by all that it depends on",
     "ldm.tracking": "records",
 }
 Source = Callable[[str], str]
@@ -78,7 +78,7 @@ def _meaning(text: str) -> tuple[str, tuple[str, ...]]:
     tree = ast.parse(text)
     reduced = _Reduced()
     tree = reduced.visit(tree)
-    return _hash(_plain(tree)), tuple(dict.fromkeys(reduced.targets))
+    return _hash(_plain(tree)), tuple(reduced.targets)
 
 
 class _Reduced(ast.NodeTransformer):
@@ -100,8 +100,11 @@ class _Reduced(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> ast.AST | None:
         if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return ast.Pass()
-        return self.generic_visit(node)
+            node.body = [ast.Pass()]
+        self.generic_visit(node)
+        empty = all(isinstance(statement, ast.Pass) for statement in (*node.body, *node.orelse))
+        calls = any(isinstance(part, ast.Call | ast.NamedExpr | ast.Await) for part in ast.walk(node.test))
+        return ast.Pass() if empty and not calls else node  # it only asked whether to print
 
     def visit_Import(self, node: ast.Import) -> ast.AST:
         for alias in node.names:
@@ -115,13 +118,19 @@ class _Reduced(ast.NodeTransformer):
         for alias in node.names:
             module = f"{node.module}.{alias.name}"
             is_module = _file(module).is_file()
-            self._follow(module if is_module else str(node.module))
-            names.append(ast.alias("" if is_module else alias.name, alias.asname or alias.name))
-        return ast.ImportFrom("ldm", names, 0)  # which module it is, is said by that module's own hash
+            number = self._follow(module if is_module else str(node.module))
+            names.append(ast.alias(f"{number}.{'' if is_module else alias.name}", alias.asname or alias.name))
+        return ast.ImportFrom("ldm", names, 0)  # a number instead of the module's name: what it is, its own hash says
 
-    def _follow(self, module: str) -> None:
-        if module.partition(".")[0] == "ldm" and module not in UNCOUNTED and _file(module).is_file():  # no package's __init__
+    def _follow(self, module: str) -> int:
+        """Its number among the modules that count; -1 where it does not."""
+        if module.partition(".")[0] != "ldm" or module in UNCOUNTED:
+            return -1
+        if not _file(module).is_file():  # a package's public name, or one that is put together at run time
+            raise ValueError(f"import from the module itself: {module} has no file of its own")
+        if module not in self.targets:
             self.targets.append(module)
+        return self.targets.index(module)
 
 
 def _is_printed(call: ast.expr) -> bool:

@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ldm.errors import InputError
 from ldm.files import write_text
@@ -24,6 +25,7 @@ from ldm.hashing import canonical_json, content_hash
 from ldm.lineage import ADOPTED, described
 from ldm.paths import WORK
 from ldm.stages.fingerprint import counted, fingerprint
+from ldm.stages.stage import NAMES
 
 LIBRARIES = ("torch", "numpy")
 
@@ -55,11 +57,13 @@ class Identity:
         return all(getattr(self, name) == getattr(other, name) for name in ("stage", "params", "inputs", "layout"))
 
     def changes(self, other: "Identity") -> list[str]:
-        """Modules and libraries that are others in `other`."""
+        """What is another in `other`: modules, libraries; empty where nothing is."""
+        if self.key == other.key:
+            return []
         modules = sorted(name for name in self.modules | other.modules if self.modules.get(name) != other.modules.get(name))
         libraries = [f"{name} {self.versions.get(name)} to {found}" for name, found in other.versions.items()
                      if self.versions.get(name) != found]  # fmt: skip
-        return modules + libraries
+        return modules + libraries or ["what is imported from where"]
 
 
 def identify(stage: str, params: dict[str, Any], inputs: dict[str, str], layout: dict[str, Any]) -> Identity:
@@ -75,7 +79,7 @@ class Work:
     folder: Path
     identity: Identity | None  # None: written by an earlier version of this package
     total: int = 0  # images (or steps) that it takes
-    threads: int = 0
+    threads: tuple[int, ...] = ()  # that it was computed with, one after the other
     adopted: tuple[dict[str, Any], ...] = ()  # earlier states of the code that took part, oldest first
 
     @property
@@ -99,8 +103,9 @@ class Work:
         """What is no longer as it was when the checkpoint was written; empty: a run goes on from it by itself."""
         if self.identity is None:
             return ["unknown, it was written by an earlier version"]
-        now = self.identity.here()
-        return [] if now.key == self.identity.key else self.identity.changes(now)
+        if self.stage not in NAMES:
+            return ["there is no such stage any more"]
+        return self.identity.changes(self.identity.here())
 
     @property
     def progress(self) -> str:
@@ -113,7 +118,8 @@ class Work:
 
     @property
     def written(self) -> datetime:
-        return datetime.fromtimestamp(self.checkpoint.stat().st_mtime)
+        place = self.checkpoint if self.checkpoint.is_dir() else self.folder
+        return datetime.fromtimestamp(place.stat().st_mtime if place.exists() else 0)
 
     def state(self) -> str:
         """In a few words: whether a run would go on from it."""
@@ -134,19 +140,19 @@ class Work:
     def tags(self) -> dict[str, str]:
         """For the run's record: its code, and the earlier states of the code that took part."""
         assert self.identity
-        tags = {"ldm.code": self.identity.code, "ldm.threads": str(self.threads)}
+        tags = {"ldm.code": self.identity.code, "ldm.threads": ", ".join(map(str, self.threads))}
         return tags | ({"ldm.adopted": described(self.stage, self.adopted)} if self.adopted else {})
 
     def note_adopted(self, out: Path) -> None:
-        """Say in an out that its weights are from more than one state of the code, where they are."""
+        """Say in an out whether its weights are from more than one state of the code."""
+        (out / ADOPTED).unlink(missing_ok=True)
         if self.adopted:
             write_text(out / ADOPTED, canonical_json({"stage": self.stage, "adopted": self.adopted}))
 
 
 def works(root: Path, stage: str = "*") -> list[Work]:
-    """Every unfinished training that has a checkpoint, of a stage or of all, the newest last."""
-    folders = [path.parent for path in (root / WORK).glob(f"{stage}/*/checkpoint")]
-    return sorted((work for work in map(_read, folders) if work.reached), key=lambda work: work.written)
+    """Every unfinished training, of a stage or of all, the newest last."""
+    return sorted(map(_read, (root / WORK).glob(f"{stage}/*/")), key=lambda work: work.written)
 
 
 @contextlib.contextmanager
@@ -157,17 +163,18 @@ def opened(root: Path, identity: Identity, total: int, threads: int) -> Iterator
     """
     folder = root / WORK / identity.stage / identity.key
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _locked(folder, patience=2.0):
+        work = Work(folder, identity, total, (threads,))
         before = _read(folder)
-        work = Work(folder, identity, total, before.threads or threads, before.adopted)
+        if before.reached:
+            work = replace(before, identity=identity, threads=tuple(dict.fromkeys((*before.threads, threads))))
+        if len(work.threads) > 1:
+            earlier = ", ".join(map(str, work.threads[:-1]))
+            print(f"{work.stage}: was computed with {earlier} threads, goes on with {threads}: rounding may differ", flush=True)
         work.save()
-        if work.reached and work.threads != threads:
-            print(
-                f"{work.stage}: was computed with {work.threads} threads, goes on with {threads}: rounding may differ", flush=True
-            )
         if not work.reached:
             for other in works(root, identity.stage):
-                if other.identity and other.identity.is_same_work(identity):
+                if other.reached and other.identity and other.key != work.key and other.identity.is_same_work(identity):
                     _announce(root, other)
         yield work
 
@@ -175,6 +182,10 @@ def opened(root: Path, identity: Identity, total: int, threads: int) -> Iterator
 def adopt(root: Path, key: str) -> Work:
     """Move the checkpoint of `key` (or a beginning of it) to where a run with today's code looks for it."""
     source = find(root, key)
+    if not source.reached:
+        raise InputError(f"{source.folder}: has no checkpoint")
+    if source.stage not in NAMES:
+        raise InputError(f"{source.folder}: there is no stage {source.stage} any more; `ldm checkpoints drop {source.key[:8]}`")
     if source.identity is None:
         raise InputError(
             f"{source.folder}: was written by an earlier version, which kept no record of it; `ldm checkpoints drop`"
@@ -182,14 +193,15 @@ def adopt(root: Path, key: str) -> Work:
     identity = source.identity.here()
     if identity.key == source.key:
         raise InputError(f"{source.folder}: is of today's code; a run goes on from it by itself")
-    step = {"code": source.identity.code, "reached": source.reached, "changed": source.changes()}
     folder = root / WORK / identity.stage / identity.key
     folder.mkdir(exist_ok=True)
     with _locked(source.folder), _locked(folder):
+        step = {"code": source.identity.code, "reached": source.reached, "changed": source.changes()}
         target = Work(folder, identity, source.total, source.threads, (*source.adopted, step))
         if target.reached:
             raise InputError(f"{folder}: has a checkpoint of today's code, after {target.progress}; "
                              f"`ldm checkpoints drop {identity.key[:8]}` first, or go on from that one")  # fmt: skip
+        shutil.rmtree(target.checkpoint, ignore_errors=True)  # nothing complete is in it
         target.save()
         os.rename(source.checkpoint, target.checkpoint)
         shutil.rmtree(source.folder)
@@ -240,16 +252,30 @@ def _read(folder: Path) -> Work:
     try:
         found = json.loads((folder / "work.json").read_text(encoding="utf-8"))
         known = {name: value for name, value in found["identity"].items() if name != "key"}
-        return Work(folder, Identity(**known), found["total"], found["threads"], tuple(found["adopted"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Work(folder, Identity(**known), found["total"], tuple(found["threads"]), tuple(found["adopted"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, damaged, or of an earlier version
         return Work(folder, None)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process trains this very run; wait for it or stop it") from None
-        yield
+def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder; `InputError` where another process still does after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        folder.mkdir(exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            if _holds(lock, folder / "lock"):
+                yield
+                return
+        if time.monotonic() >= deadline:
+            raise InputError(f"{folder}: another process trains this very run; wait for it or stop it")
+        time.sleep(0.05)
+
+
+def _holds(lock: IO[str], path: Path) -> bool:
+    """Lock an open file; False where another process has, or its last holder deleted the folder meanwhile."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False

@@ -44,9 +44,6 @@ class CheckpointStore:
             return None
         return load_file(complete[-1] / "state.safetensors"), json.loads((complete[-1] / "state.json").read_text())
 
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _complete(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*") if path.name.isdigit())
 

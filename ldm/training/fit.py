@@ -171,11 +171,11 @@ def fit(
         if look or due or row_due:
             run.check(schedule.batch_size)
         row = run.log(done, learning_rate(schedule, images_seen)) if row_due else {}
-        progress(done, row)
         if due:
             run.save(done)
             if stop:
                 raise KeyboardInterrupt(f"stopped at a checkpoint after {done} images")
+        progress(done, row)  # last: whoever reads what it prints may be gone
     journal.flush()
     objective.module.eval()
     return Fitted(distributed.whole(ema.state_dict()), run.curve, distributed.whole(objective.module.state_dict()))
@@ -369,14 +369,14 @@ class _Run:
             distributed.load(self.objective.module.state_dict(), under("model."))
             self.ema.load_state_dict(under("ema."))
             load_optimizer_tensors(self.optimizer, under("optimizer."))
+            self._sums, self._count, self.curve = state["sums"], state["count"], state["curve"]
+            self._usual = state["usual"]
+            self.journal.load_state_dict(state["journal"])
         except (KeyError, IndexError, RuntimeError) as error:  # adopted from other code
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{self.store.folder}: does not fit what is trained now ({reason}); `ldm checkpoints drop` it"
             ) from error
-        self._sums, self._count, self.curve = state["sums"], state["count"], state["curve"]
-        self._usual = state["usual"]
-        self.journal.load_state_dict(state["journal"])
         self._saved = state["images_seen"]
         print(f"resuming after {self._saved} images from {self.store.folder}", flush=True)
         return int(self._saved)

@@ -1,8 +1,11 @@
 """Unfinished trainings: what names them, who holds them, and what becomes of them when the code changes."""
 
 import contextlib
+import fcntl
 import os
+import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -92,7 +95,7 @@ def test_a_killed_holder_holds_nothing(code: dict[str, str], tmp_path: Path) -> 
 def test_other_threads_go_on_from_the_same_checkpoint_and_say_so(code: dict[str, str], tmp_path: Path, capsys: Any) -> None:
     begin(tmp_path, 400, threads=2)
     with opened(tmp_path, identity(), 1000, 4) as found:
-        assert found.reached == 400 and found.tags()["ldm.threads"] == "2"
+        assert found.reached == 400 and found.tags()["ldm.threads"] == "2, 4"
     assert "was computed with 2 threads, goes on with 4: rounding may differ" in capsys.readouterr().out
 
 
@@ -154,14 +157,61 @@ def test_a_kill_while_adopting_loses_nothing(code: dict[str, str], tmp_path: Pat
     """Before the checkpoint moved, and after it moved but before the old folder went."""
     old = begin(tmp_path, 400)
     code["ldm.training.fit"] = "2"
-    for name in ("os.rename", "shutil.rmtree"):
+    delete = shutil.rmtree
+    killed: Any = {
+        "os.rename": lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+        "shutil.rmtree": lambda path, **_: delete(path, ignore_errors=True) if path != old.folder else 1 / 0,
+    }
+    for name, call in killed.items():
         with monkeypatch.context() as patch:
-            patch.setattr(f"ldm.stages.work.{name}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"ldm.stages.work.{name}", call)
+            with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
                 adopt(tmp_path, old.key)
-        assert [found.reached for found in works(tmp_path)] == [400]
-    (found,) = works(tmp_path)
+        assert [found.reached for found in works(tmp_path) if found.reached] == [400]
+        if name == "os.rename":  # a run that comes now starts from nothing, and says nothing else
+            with opened(tmp_path, identity(), 1000, 2) as fresh:
+                assert not fresh.adopted
+    (found,) = (found for found in works(tmp_path) if found.reached)
     assert found.key == identity().key and len(found.adopted) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"identity": []}', '{"identity": {"stage": "x"}, "total": 1}'])
+def test_a_damaged_record_is_that_of_an_unknown_training(code: dict[str, str], tmp_path: Path, text: str) -> None:
+    old = begin(tmp_path, 400)
+    (old.folder / "work.json").write_text(text)
+    assert works(tmp_path)[0].state() == "changed: unknown, it was written by an earlier version"
+    with opened(tmp_path, identity(), 1000, 2) as found:  # its own key is proof enough
+        assert found.reached == 400
+
+
+def test_a_stage_that_is_no_more_leaves_what_can_be_dropped(code: dict[str, str], tmp_path: Path, ldm: Any) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).touch()
+    with opened(tmp_path, identify("train_dit", PARAMS, INPUTS, LAYOUT), 1000, 2) as found:
+        (found.checkpoint / "000000000400").mkdir(parents=True)
+    assert "no such stage" in ldm(tmp_path, "checkpoints", "list").stdout
+    with pytest.raises(InputError, match="there is no stage train_dit any more"):
+        adopt(tmp_path, found.key)
+    keys = (found.key[:6], found.key[:8])  # twice the same
+    assert ldm(tmp_path, "checkpoints", "drop", "--changed", *keys).stdout.count("dropped") == 1 and not works(tmp_path)
+
+
+def test_a_folder_that_its_last_holder_deleted_is_not_held_by_two(code: dict[str, str], tmp_path: Path) -> None:
+    with opened(tmp_path, identity(), 1000, 2) as first:
+        waiting = (first.folder / "lock").open("w")
+        first.finish()
+    with opened(tmp_path, identity(), 1000, 2) as second:
+        assert not work._holds(waiting, second.folder / "lock")
+    waiting.close()
+
+
+def test_a_look_at_the_list_does_not_stop_a_run_that_starts(code: dict[str, str], tmp_path: Path) -> None:
+    first = begin(tmp_path, 400)
+    with (first.folder / "lock").open("w") as look:
+        fcntl.flock(look, fcntl.LOCK_EX)
+        threading.Timer(0.3, lambda: fcntl.flock(look, fcntl.LOCK_UN)).start()
+        with opened(tmp_path, identity(), 1000, 2) as found:
+            assert found.reached == 400
 
 
 def test_the_commands(code: dict[str, str], tmp_path: Path, ldm: Any) -> None:

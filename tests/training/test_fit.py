@@ -131,6 +131,20 @@ def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
 
 
+def test_a_checkpoint_comes_before_what_may_fail(tmp_path: Path) -> None:
+    """Who reads the progress may be gone, as after `kill -9` of the flow."""
+    objective = Regression()
+
+    def nobody_reads(done: int, row: dict[str, float]) -> None:
+        if done:
+            raise BrokenPipeError
+
+    with pytest.raises(KeyboardInterrupt, match="stopped at a checkpoint after 8 images"):
+        run(tmp_path, objective, Plan(), stop=lambda: True, progress=nobody_reads)
+    loaded = CheckpointStore(tmp_path / "store").load()
+    assert loaded is not None and loaded[1]["images_seen"] == 8
+
+
 # schedules and arithmetic
 
 
