@@ -219,8 +219,8 @@ def test_a_process_ends_without_having_closed_it() -> None:
 
 
 def test_a_line_that_nobody_reads_harms_nothing() -> None:
-    code = "r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); time.sleep(0.2); progress(10); os.write(2, b'on'); os._exit(0)"
-    done = process(code)
+    closed = "r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r)"
+    done = process(f"{closed}; time.sleep(0.2); progress(10); os.write(2, b'on'); os._exit(0)")
     assert (done.returncode, done.stderr) == (0, "on")
 
 
