@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
     from ldm.ingest import Ingested
 
+WORDS = {"cached": "nothing to do", "restored": "brought back from DVC's cache"}  # of stages that were not executed
 TARGET = "evaluate"  # the stage before registration, a side effect of which DVC does not know
 PLAIN = {"plain": True}  # marks the log lines that someone at a console wants to see as they are
 
@@ -69,11 +70,10 @@ def check_drift(root: str, batch: str) -> str:
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=_mendable, retry_delay_seconds=2)
-def run_stage(root: str, stage: Node, parent_run: str | None, status: Status) -> supervise.Outcome:
+def run_stage(root: str, stage: Node, parent_run: str | None, status: Status, records: tracking.Records) -> supervise.Outcome:
     """One stage of dvc.yaml as a child process; its lines are this task's log."""
     logger = get_run_logger()
     limit = os.environ.get("LDM_STAGE_TIMEOUT")
-    records = tracking.Records(Path(root) / TRACKING)
     parent = {"LDM_PARENT_RUN": parent_run} if parent_run else {}
     try:
         with records.following():
@@ -122,7 +122,8 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
             if batch and (folder / POSTERIOR).is_dir():  # of the last run
                 notes.append(("new images", check_drift(str(folder), batch)))
             check_data(folder, settings.data.path)
-        steps += _run_stages(folder, stages, run.id)
+        common = (run.id, Status(folder), tracking.Records(folder / TRACKING))
+        steps += _run_stages(folder, stages, *common)
         if (folder / LATENTS / "manifest.json").is_file():
             prune_store(folder / LATENT_STORE, folder / LATENTS)
         lineage.log_results(run, folder)
@@ -132,7 +133,7 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
         start = time.monotonic()
         decision = gate(str(folder), registered.version)
         steps.append(Step("gate", "executed" if decision.n else "cached", time.monotonic() - start))
-        steps += _run_stages(folder, others, run.id)  # last: what fails here keeps no model from its place
+        steps += _run_stages(folder, others, *common)  # last: what fails here keeps no model from its place
     champions = [v for v in registry.find({}, settings.registry.name) if "champion" in v.aliases]
     champion = champions[0].version if champions else None  # none, where the first model's bound is not finite
     summary = summarise(folder, settings, steps, others, registered, decision, champion, notes)
@@ -159,15 +160,16 @@ def _alone(root: Path) -> Iterator[None]:
         yield
 
 
-def _run_stages(root: Path, stages: tuple[Node, ...], parent_run: str | None) -> list[Step]:
+def _run_stages(
+    root: Path, stages: tuple[Node, ...], parent_run: str | None, status: Status, records: tracking.Records
+) -> list[Step]:
     """Each stage after those it depends on, in this thread, so that a signal reaches the child that is running."""
     outcomes: dict[str, supervise.Outcome] = {}
-    status = Status(root)
     retries = int(os.environ.get("LDM_STAGE_RETRIES", "1"))
     for stage in stages:
         one = run_stage.with_options(name=stage.name, task_run_name=stage.name, retries=retries)
         upstream = [outcomes[name] for name in stage.upstream if name in outcomes]
-        outcomes[stage.name] = one(str(root), stage, parent_run, status, wait_for=upstream)
-        if outcomes[stage.name].status == "cached":
-            get_run_logger().info("%s: nothing to do", stage.name, extra=PLAIN)
+        outcomes[stage.name] = one(str(root), stage, parent_run, status, records, wait_for=upstream)
+        if (found := WORDS.get(outcomes[stage.name].status)) is not None:
+            get_run_logger().info("%s: %s", stage.name, found, extra=PLAIN)
     return [Step(name, found.status, found.seconds, found.peak_bytes) for name, found in outcomes.items()]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm import lineage
 from ldm.config import Settings
-from ldm.paths import DECISION, METRICS, REPORT, SAMPLES, SHARDS
+from ldm.paths import AUTOENCODER, DECISION, METRICS, REPORT, SAMPLES, SHARDS, UNET
 from ldm.versioning import Node
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def summarise(
         *_quality(metrics),
         *_said(root, others),
         *notes,
+        *(("adopted", line) for out in (AUTOENCODER, UNET) if (line := lineage.adopted(root / out))),
         ("model", model),
         ("gate", f"{verdict}: {decision.reason}"),
     ]

@@ -30,10 +30,10 @@ BAD_INPUT = 2  # exit code of a stage whose input the user has to mend
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage went. `cached` means that no command ran: nothing had changed, or DVC's run-cache had the outs."""
+    """How a stage went: its command ran, DVC's run-cache had the outs, or nothing had changed."""
 
     stage: str
-    status: Literal["executed", "cached"]
+    status: Literal["executed", "restored", "cached"]
     seconds: float
     peak_bytes: int  # resident memory of its largest process, as seen twice a second; 0 where /proc does not tell
 
@@ -93,7 +93,7 @@ def run_stage(
         code, result = child.wait(), child.result()
     if code != 0:
         raise StageFailed(stage, result.exit_code or code, tuple(tail))
-    return Outcome(stage, "executed" if result.executed else "cached", time.monotonic() - start, peak)
+    return Outcome(stage, result.status, time.monotonic() - start, peak)
 
 
 def peak_memory(session: int) -> int:

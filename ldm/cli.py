@@ -351,17 +351,22 @@ def list_checkpoints() -> None:
     """Unfinished trainings, the newest last: how far each got, and whether a run would go on from it.
 
     `ready`: a run with the same settings and inputs goes on from it. `running`: it is being trained. `changed: …`: the code or a
-    library has changed since; a run would start from nothing, unless the checkpoint is adopted.
+    library has changed since; a run would start from nothing, unless the checkpoint is adopted. `other settings: …`: a run
+    would go on from it if params.yaml had those again.
     """
+    from ldm.config import load_settings
     from ldm.stages import work
 
-    found = work.works(_root())
+    found, settings = work.works(_root()), load_settings(_root())
     if not found:
         print("no unfinished trainings")
         return
     _table(
         ["key", "stage", "reached", "size", "written", "state"],
-        [[one.key[:8], one.stage, one.progress, _size(one.size), f"{one.written:%Y-%m-%d %H:%M}", one.state()] for one in found],
+        [
+            [one.key[:8], one.stage, one.progress, _size(one.size), f"{one.written:%Y-%m-%d %H:%M}", one.state(settings)]
+            for one in found
+        ],
     )
 
 
@@ -374,10 +379,13 @@ def adopt_checkpoint(
     Use it if the change does not matter to what the training computes. The run in MLflow and the registered version get the tag
     `ldm.adopted`, which says what had changed.
     """
+    from ldm.config import load_settings
     from ldm.stages import work
 
     taken = work.adopt(_root(), key)
-    print(f"{taken.stage}: the next run with these settings goes on after {taken.progress}")
+    print(f"{taken.stage}: adopted as {taken.key[:8]}; the next run goes on after {taken.progress}")
+    if others := taken.other_settings(load_settings(_root())):
+        print(f"{taken.stage}: if params.yaml has its settings again: {', '.join(others)}")
 
 
 @checkpoints_app.command("drop")

@@ -72,7 +72,7 @@ def adopted(out: Path) -> str | None:
 
 def described(stage: str, steps: Iterable[dict[str, Any]]) -> str:
     """Adopted checkpoints as one line for people."""
-    parts = [f"{step['reached']:,} by code {step['code'][:8]}, then changed: {', '.join(step['changed'])}" for step in steps]
+    parts = [f"up to {step['reached']:,} by code {step['code'][:8]}, then {', '.join(step['changed'])} changed" for step in steps]
     return f"{stage}: {'; '.join(parts)}"
 
 

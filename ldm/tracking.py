@@ -38,13 +38,14 @@ PATIENCE = {  # of a stage, where the user has not set it: MLflow's own defaults
 class Run:
     """One MLflow run, or nothing at all where tracking is off or its server does not answer."""
 
-    def __init__(self, *, tracked: bool = False) -> None:
+    def __init__(self, *, tracked: bool = False, kept: Path | None = None) -> None:
         self.id: str | None = None
         self._tracked = tracked  # buffer even when the server is away: a checkpoint may carry the metrics to a later run
         self._client: Any = None
         self._buffer: list[tuple[str, float, int, int]] = []  # key, value, timestamp in ms, images seen
         self._wait_until = 0.0
         self._warned = False
+        self._kept = kept  # where a record stays if it cannot be delivered
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         """Buffer metrics at a position of training; `flush` delivers them."""
@@ -106,7 +107,12 @@ class Run:
             self._client = client
 
         uri = os.environ["MLFLOW_TRACKING_URI"]
-        opened = self._attempt(f"{uri} cannot be used; the work goes on without tracking", connect)
+        lost = (
+            f"its record stays in {self._kept} until a later run delivers it"
+            if self._kept
+            else "the work goes on without tracking"
+        )
+        opened = self._attempt(f"{uri} cannot be used; {lost}", connect)
         if not opened:
             self.id = None
         return opened
@@ -245,7 +251,7 @@ class Records:
         with path.open("rb") as file:
             killed = _is_free(file)
             written = file.read().decode("utf-8", "replace").split("\n")[:-1]  # the last may be half a line
-        run, done = self._known.get(path) or (Run(tracked=True), 0)
+        run, done = self._known.get(path) or (Run(tracked=True, kept=self.folder), 0)
         run._warned = self._warned  # one warning for all of them
         for what, values in _parsed(written[done:], killed):
             if run.id is None and what != "open":

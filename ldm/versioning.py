@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ldm.errors import InputError
 
@@ -32,7 +32,7 @@ class Node:
 class Reproduced:
     """How bringing a stage up to date ended."""
 
-    executed: bool = False  # its command ran; else nothing had changed, or DVC's run-cache had the outs
+    status: Literal["executed", "restored", "cached"] = "cached"  # its command ran; DVC's run-cache had the outs; nothing changed
     exit_code: int = 0  # of its command, negative for a signal
     error: str = ""  # what DVC itself could not do
 
@@ -175,13 +175,13 @@ def reproduce(root: Path, stage: str) -> Reproduced:
             repo.stage_cache.restore = noted
             try:
                 done = repo.reproduce(stage, single_item=True)
-                return Reproduced(executed=bool(done) and not restored)
+                return Reproduced("restored" if restored else "executed" if done else "cached")
             except ReproductionError as error:
                 if not isinstance(error.__cause__, StageCmdFailedError):
                     raise error.__cause__ or error from None
-                return Reproduced(True, int(str(error.__cause__).rpartition(" ")[2]))
+                return Reproduced("executed", int(str(error.__cause__).rpartition(" ")[2]))
     except InputError as error:
-        return Reproduced(False, 1, str(error))
+        return Reproduced(exit_code=1, error=str(error))
 
 
 def _node(stage: Any, upstream: Iterable[Any], root: Path) -> Node:

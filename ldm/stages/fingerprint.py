@@ -44,7 +44,7 @@ def counted(stage: str, source: Source | None = None) -> dict[str, str]:
     while pending:
         name = pending.pop()
         if name not in found:
-            found[name], targets = _meaning(read(name))
+            found[name], targets = _of(name, read)
             pending += targets
     return dict(sorted(found.items()))
 
@@ -55,12 +55,20 @@ def fingerprint(stage: str, source: Source | None = None) -> str:
 
     def combined(name: str) -> str:
         if name not in done:
-            own, targets = _meaning(read(name))
+            own, targets = _of(name, read)
             done[name] = own  # stands for the module in a circle of imports
             done[name] = _hash([own, *map(combined, targets)])
         return done[name]
 
     return combined(f"ldm.stages.{stage}")[:32]
+
+
+def _of(module: str, read: Source) -> tuple[str, tuple[str, ...]]:
+    """As `_meaning`, of a module."""
+    try:
+        return _meaning(read(module))
+    except SyntaxError as error:
+        raise InputError(f"{_file(module)}:{error.lineno}: {error.msg}") from None
 
 
 @cache

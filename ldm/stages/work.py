@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from ldm.config import Settings
 from ldm.errors import InputError
 from ldm.files import write_text
 from ldm.hashing import canonical_json, content_hash
@@ -121,12 +122,25 @@ class Work:
         place = self.checkpoint if self.checkpoint.is_dir() else self.folder
         return datetime.fromtimestamp(place.stat().st_mtime if place.exists() else 0)
 
-    def state(self) -> str:
-        """In a few words: whether a run would go on from it."""
+    def other_settings(self, settings: Settings) -> list[str]:
+        """Settings that the project now has another value for."""
+        now = json.loads(json.dumps(settings.model_dump()))
+        differing = []
+        for key, value in (self.identity.params if self.identity else {}).items():
+            place = now
+            for part in key.split("."):
+                place = place.get(part, value) if isinstance(place, dict) else value
+            differing += _differing(key, value, place)
+        return differing
+
+    def state(self, settings: Settings) -> str:
+        """In a few words: whether a run with these settings would go on from it."""
         if is_running(self):
             return "running"
-        changes = self.changes()
-        return f"changed: {', '.join(changes)}" if changes else "ready"
+        if changes := self.changes():
+            return f"changed: {', '.join(changes)}"
+        others = self.other_settings(settings)
+        return f"other settings: {', '.join(others)}" if others else "ready"
 
     def save(self) -> None:
         known = {**asdict(self.identity), "key": self.key} if self.identity else {}
@@ -198,10 +212,12 @@ def adopt(root: Path, key: str) -> Work:
     with _locked(source.folder), _locked(folder):
         step = {"code": source.identity.code, "reached": source.reached, "changed": source.changes()}
         target = Work(folder, identity, source.total, source.threads, (*source.adopted, step))
-        if target.reached:
-            raise InputError(f"{folder}: has a checkpoint of today's code, after {target.progress}; "
-                             f"`ldm checkpoints drop {identity.key[:8]}` first, or go on from that one")  # fmt: skip
-        shutil.rmtree(target.checkpoint, ignore_errors=True)  # nothing complete is in it
+        if target.reached >= source.reached:
+            raise InputError(
+                f"{folder}: has a checkpoint of today's code already, after {target.progress}; a run goes on from that one, or "
+                f"`ldm checkpoints drop {identity.key[:8]}` first"
+            )
+        shutil.rmtree(target.checkpoint, ignore_errors=True)  # it has come less far, if it has anything
         target.save()
         os.rename(source.checkpoint, target.checkpoint)
         shutil.rmtree(source.folder)
@@ -230,6 +246,13 @@ def is_running(work: Work) -> bool:
             return False
     except InputError:
         return True
+
+
+def _differing(key: str, was: Any, now: Any) -> list[str]:
+    """In words, leaf by leaf, where two values of a setting differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return [words for name in was | now for words in _differing(f"{key}.{name}", was.get(name), now.get(name))]
+    return [] if was == now else [f"{key} {was}, now {now}"]
 
 
 def _announce(root: Path, other: Work) -> None:

@@ -34,10 +34,10 @@ def test_a_stage_runs_once_and_its_lines_arrive(project: Path) -> None:
     assert second.status == "cached" and lines == ["shard starts"]
 
 
-def test_outs_from_the_run_cache_count_as_cached(project: Path) -> None:
+def test_outs_from_the_run_cache_are_restored(project: Path) -> None:
     run_stage(project, "shard")
     (project / "dvc.lock").unlink()
-    assert run_stage(project, "shard").status == "cached"
+    assert run_stage(project, "shard").status == "restored"
 
 
 @pytest.mark.parametrize("code", [1, 2, 77])

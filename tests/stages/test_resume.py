@@ -183,7 +183,7 @@ def test_a_checkpoint_outlives_an_edit_that_changes_nothing_and_is_adopted_after
     assert f"resuming after {kept} images" in again.stdout and "other code" not in again.stderr
     notes = {f"{out}/{ADOPTED}" for out in OUTS[stage] if not out.endswith(".csv")}
     assert {name: value for name, value in contents(root, stage).items() if name not in notes} == contents(trained, stage)
-    assert all("changed: ldm.training.fit" in str(lineage.adopted((root / name).parent)) for name in notes)
+    assert all("then ldm.training.fit changed" in str(lineage.adopted((root / name).parent)) for name in notes)
 
 
 def run_again(root: Path, stage: str) -> subprocess.CompletedProcess[str]:

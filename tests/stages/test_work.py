@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import REPOSITORY, set_params
 
 from ldm import lineage
+from ldm.config import load_settings
 from ldm.errors import InputError
 from ldm.stages import work
 from ldm.stages.work import Identity, adopt, drop, find, identify, opened, works
 
-PARAMS: dict[str, Any] = {"seed": 0, "train_vae": {"lr": 0.1, "levels": (1, 2)}}
 INPUTS = {"shards": "aa"}
 LAYOUT = {"device": "cpu", "processes": 1}
+SETTINGS = load_settings(REPOSITORY)
+PARAMS: dict[str, Any] = {"seed": 0, "autoencoder": SETTINGS.autoencoder.model_dump(), "sampler": "x"}
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def begin(root: Path, reached: int, threads: int = 2) -> work.Work:
 
 def test_a_key_names_settings_inputs_layout_code_and_libraries(code: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     key = identity().key
-    assert key == identify("train_vae", {"train_vae": {"levels": [1, 2], "lr": 0.1}, "seed": 0}, dict(INPUTS), LAYOUT).key
+    assert key == identify("train_vae", dict(reversed(PARAMS.items())), dict(INPUTS), LAYOUT).key
     others = [
         identify("train_unet", PARAMS, INPUTS, LAYOUT).key,
         identify("train_vae", {**PARAMS, "seed": 1}, INPUTS, LAYOUT).key,
@@ -63,12 +66,12 @@ def test_a_folder_has_one_holder(code: dict[str, str], tmp_path: Path) -> None:
     with opened(tmp_path, identity(), 1000, 2) as found:
         assert found.folder == tmp_path / ".ldm/work/train_vae" / identity().key
         (found.checkpoint / "000000000010").mkdir(parents=True)
-        assert found.state() == "running" and found.reached == 10
+        assert found.state(SETTINGS) == "running" and found.reached == 10
         with pytest.raises(InputError, match=r"another process trains this very run"), opened(tmp_path, identity(), 1000, 2):
             pass
         with pytest.raises(InputError, match=r"another process trains this very run"):
             drop(found)
-    assert find(tmp_path, found.key[:6]).state() == "ready"
+    assert find(tmp_path, found.key[:6]).state(SETTINGS) == "ready"
     with opened(tmp_path, identity(), 1000, 2) as again:
         assert again.reached == 10
         again.finish()
@@ -109,11 +112,11 @@ def test_a_checkpoint_under_other_code_is_named_and_adopted_on_the_record(
     said = capsys.readouterr().err
     assert f".ldm/work/train_vae/{old.key}, after 400 of 1,000, 0 minutes ago" in said
     assert "changed since: ldm.training.fit\n" in said and f"`ldm checkpoints adopt {old.key[:8]}`" in said
-    assert find(tmp_path, old.key).state() == "changed: ldm.training.fit"
+    assert find(tmp_path, old.key).state(SETTINGS) == "changed: ldm.training.fit"
 
     monkeypatch.setattr(work, "version", lambda name: "9.9")
     taken = adopt(tmp_path, old.key[:8])
-    assert taken.key == identity().key and not old.folder.exists() and taken.state() == "ready"
+    assert taken.key == identity().key and not old.folder.exists() and taken.state(SETTINGS) == "ready"
     (step,) = taken.adopted
     assert (step["reached"], step["code"]) == (400, "1-1") and step["changed"][0] == "ldm.training.fit"
     assert step["changed"][1].startswith("torch ") and step["changed"][1].endswith(" to 9.9")
@@ -122,7 +125,7 @@ def test_a_checkpoint_under_other_code_is_named_and_adopted_on_the_record(
     assert [step["changed"] for step in again.adopted][1:] == [["ldm.stages.train_vae"]]
     with opened(tmp_path, identity(), 1000, 2) as found:
         assert found.reached == 400 and not capsys.readouterr().err
-        assert found.tags()["ldm.adopted"].startswith("train_vae: 400 by code 1-1, then changed: ldm.training.fit, torch ")
+        assert found.tags()["ldm.adopted"].startswith("train_vae: up to 400 by code 1-1, then ldm.training.fit, torch ")
         (tmp_path / "out").mkdir()
         found.note_adopted(tmp_path / "out")
     assert lineage.adopted(tmp_path / "out") == found.tags()["ldm.adopted"]
@@ -144,12 +147,13 @@ def test_what_cannot_be_adopted_is_refused_by_name(code: dict[str, str], tmp_pat
     with pytest.raises(InputError, match=r"is of today's code; a run goes on from it by itself"):
         adopt(tmp_path, old.key)
     code["ldm.training.fit"] = "2"
-    new = begin(tmp_path, 200)
-    with pytest.raises(InputError, match=rf"after 200 of 1,000; `ldm checkpoints drop {new.key[:8]}` first"):
+    new = begin(tmp_path, 600)
+    with pytest.raises(InputError, match=rf"after 600 of 1,000; .+ `ldm checkpoints drop {new.key[:8]}` first"):
         adopt(tmp_path, old.key)
     with pytest.raises(InputError, match="'': several begin so; here are: "):
         find(tmp_path, "")
     drop(new)
+    begin(tmp_path, 200)  # what a run that was stopped to adopt leaves behind
     assert adopt(tmp_path, old.key).reached == 400
 
 
@@ -179,14 +183,14 @@ def test_a_kill_while_adopting_loses_nothing(code: dict[str, str], tmp_path: Pat
 def test_a_damaged_record_is_that_of_an_unknown_training(code: dict[str, str], tmp_path: Path, text: str) -> None:
     old = begin(tmp_path, 400)
     (old.folder / "work.json").write_text(text)
-    assert works(tmp_path)[0].state() == "changed: unknown, it was written by an earlier version"
+    assert works(tmp_path)[0].state(SETTINGS) == "changed: unknown, it was written by an earlier version"
     with opened(tmp_path, identity(), 1000, 2) as found:  # its own key is proof enough
         assert found.reached == 400
 
 
 def test_a_stage_that_is_no_more_leaves_what_can_be_dropped(code: dict[str, str], tmp_path: Path, ldm: Any) -> None:
     for name in ("params.yaml", "dvc.yaml"):
-        (tmp_path / name).touch()
+        shutil.copy(REPOSITORY / name, tmp_path)
     with opened(tmp_path, identify("train_dit", PARAMS, INPUTS, LAYOUT), 1000, 2) as found:
         (found.checkpoint / "000000000400").mkdir(parents=True)
     assert "no such stage" in ldm(tmp_path, "checkpoints", "list").stdout
@@ -216,7 +220,7 @@ def test_a_look_at_the_list_does_not_stop_a_run_that_starts(code: dict[str, str]
 
 def test_the_commands(code: dict[str, str], tmp_path: Path, ldm: Any) -> None:
     for name in ("params.yaml", "dvc.yaml"):
-        (tmp_path / name).touch()
+        shutil.copy(REPOSITORY / name, tmp_path)
     assert ldm(tmp_path, "checkpoints", "list").stdout == "no unfinished trainings\n"
     old = begin(tmp_path, 400)
     (old.checkpoint / "000000000400/state.safetensors").write_bytes(bytes(2_000_000))
@@ -228,7 +232,9 @@ def test_the_commands(code: dict[str, str], tmp_path: Path, ldm: Any) -> None:
     assert "2.0 MB" in rows[0] and rows[0].endswith("changed: ldm.training.fit") and "written by an earlier version" in rows[1]
     assert ldm(tmp_path, "checkpoints", "adopt", "feed").returncode == 2
     done = ldm(tmp_path, "checkpoints", "adopt", old.key[:8])
-    assert done.stdout == "train_vae: the next run with these settings goes on after 400 of 1,000\n"
+    assert done.stdout == f"train_vae: adopted as {identity().key[:8]}; the next run goes on after 400 of 1,000\n"
+    set_params(tmp_path, {"autoencoder": {"latent_channels": 2}})
+    assert "other settings: autoencoder.latent_channels 1, now 2" in ldm(tmp_path, "checkpoints", "list").stdout
     assert ldm(tmp_path, "checkpoints", "drop").returncode == 2
     assert "dropped feed: train_unet, 100" in ldm(tmp_path, "checkpoints", "drop", "--changed").stdout
     (left,) = works(tmp_path)
