@@ -24,7 +24,7 @@ from ldm.config import load_settings
 from ldm.data.store import prune_store
 from ldm.errors import InputError
 from ldm.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
-from ldm.versioning import Node, Status, ancestors, check_data, read_graph
+from ldm.versioning import Node, Status, ancestors, check_data, descendants, read_graph
 
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
@@ -110,7 +110,7 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
     settings = load_settings(folder)
     graph = read_graph(folder)
     stages = ancestors(graph, TARGET)
-    others = tuple(stage for stage in graph if stage not in stages)
+    others = descendants(graph, TARGET)
     notes: list[tuple[str, str]] = []
     tracking.use_default_store(folder)
     with _alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:

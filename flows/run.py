@@ -8,13 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows import server
+from flows import server, supervise
 from ldm.config import find_root, load_settings
 from ldm.errors import InputError
 from ldm.versioning import check_data
-
-BAD_INPUT = 2
-
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 
@@ -52,7 +49,7 @@ def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None
     from prefect.exceptions import TerminationSignal
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows import pipeline, supervise
+    from flows import pipeline
     from flows.summary import show
     from ldm import tracking
 
@@ -71,7 +68,7 @@ def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None
         show(summary)
     except supervise.StageFailed as failure:
         if failure.bad_input:
-            return BAD_INPUT  # the stage's own line says it all, and it is the last one shown
+            return supervise.BAD_INPUT  # the stage's own line says it all, and it is the last one shown
         print(f"{failure}; `ldm run` goes on from the last checkpoint", file=sys.stderr)
         return 1
     except TerminationSignal:
@@ -93,7 +90,7 @@ def main() -> int:
         return _run(root, inbox, temporary)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return supervise.BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted; `ldm run` continues where this stopped", file=sys.stderr)
         return 130

@@ -92,6 +92,15 @@ def ancestors(nodes: Iterable[Node], target: str) -> tuple[Node, ...]:
     return tuple(node for node in nodes if node.name in needed)
 
 
+def descendants(nodes: Iterable[Node], target: str) -> tuple[Node, ...]:
+    """All that need `target`, in the order given."""
+    found: dict[str, Node] = {}
+    for node in nodes:
+        if {target, *found} & set(node.upstream):
+            found[node.name] = node
+    return tuple(found.values())
+
+
 def locked_makers(root: Path, out: str) -> dict[str, dict[str, Any]]:
     """The entries of dvc.lock of the stage that made `out` and of all those before it, by name."""
     from dvc.utils.serialize import load_yaml  # DVC's own: it writes 1.0e-7 as 1e-07, a string to other readers

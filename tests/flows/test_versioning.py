@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ldm.errors import InputError
-from ldm.versioning import ancestors, read_graph
+from ldm.versioning import ancestors, descendants, read_graph
 
 
 def test_stages_come_after_what_they_need_and_keep_their_paths(project: Path) -> None:
@@ -36,6 +36,13 @@ def test_ancestors_leave_out_what_the_target_does_not_need(project: Path) -> Non
     assert [stage.name for stage in ancestors(stages, "shard")] == ["shard"]
     with pytest.raises(InputError, match="no stage 'evaluat'; it has shard, train_unet"):
         ancestors(stages, "evaluat")
+
+
+def test_descendants_are_what_needs_the_target(project: Path) -> None:
+    stages = read_graph(project)
+    assert [stage.name for stage in descendants(stages, "shard")] == ["train_unet", "evaluate", "aside"]
+    assert [stage.name for stage in descendants(stages, "train_unet")] == ["evaluate"]
+    assert descendants(stages, "evaluate") == ()
 
 
 def test_data_that_dvc_tracks_without_a_command_is_no_stage(project: Path) -> None:

@@ -99,7 +99,9 @@ ODD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("max_tokens", [4, 32, 77, 512])
+@pytest.mark.parametrize(
+    "max_tokens", [4, 32, pytest.param(77, marks=pytest.mark.soak), pytest.param(512, marks=pytest.mark.soak)]
+)
 @torch.no_grad()
 def test_minilm_is_transformers_own_bit_for_bit(max_tokens):
     folder, rng = ldm.nets.text._locate("minilm"), random.Random(0)

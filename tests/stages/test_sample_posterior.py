@@ -34,7 +34,7 @@ from ldm.registry import Registered
 from ldm.stages import sample_posterior
 from ldm.stages.sample_posterior import CHECKPOINT_STEPS, averaged, chosen
 from ldm.stages.stage import NAMES
-from ldm.versioning import Node, ancestors, read_graph
+from ldm.versioning import Node, ancestors, descendants, read_graph
 
 PLOTS = ("reconstructions", "samples", "scores", "traces")
 
@@ -223,6 +223,7 @@ def test_each_sampler_of_the_settings_is_a_stage_after_the_evaluation(samplers, 
     assert [stage.name for stage in graph if stage.name.startswith("sample_posterior")] == expected
     needed = [stage.name for stage in ancestors(graph, "evaluate")]
     assert needed == list(NAMES[:-1])
+    assert [stage.name for stage in descendants(graph, "evaluate")] == expected  # the flow runs these after the gate
     for stage in graph[len(graph) - len(expected) :]:
         assert stage.command.endswith(f"sample_posterior {stage.name.partition('@')[2]}") and "evaluate" in stage.upstream
 
