@@ -16,11 +16,11 @@ import pytest
 import yaml
 from blobs import run_stages
 from PIL import Image
-from tiny import REPOSITORY, TINY, clone, environment, set_params
+from tiny import REPOSITORY, TINY, clone, set_params
 
 from ldm.stages.fingerprint import counted
 from ldm.stages.stage import NAMES
-from ldm.versioning import open_repository, read_graph
+from ldm.versioning import open_repository
 
 STAGES = NAMES[:-1]  # the last is optional
 UNREACHABLE = "http://127.0.0.1:9"  # the discard port: nothing answers there
@@ -61,31 +61,23 @@ def test_metrics_hold_what_the_issue_asks_for(ran):
     assert metrics["judge_accuracy"] > 0.97  # it is trained on real images, whatever the model is like
 
 
-def test_a_plain_dvc_repro_elsewhere_is_byte_identical(ran, tmp_path, shell):
-    """In a clone that lies elsewhere, cannot import Prefect, and whose tracking server does not answer."""
-    (tmp_path / "absent").mkdir()
-    (tmp_path / "absent/prefect.py").write_text("raise ImportError('prefect is not installed')")
-    root = clone(tmp_path / "somewhere/else")
-    set_params(root, TINY)
-    result = shell(root, "dvc", "repro", MLFLOW_TRACKING_URI=UNREACHABLE, PYTHONPATH=str(tmp_path / "absent"))
-    assert "goes on without tracking" in succeed(result) + result.stderr
-    for name in ("dvc.lock", "reports/metrics.json", "reports/samples.png", "reports/report.html"):
-        assert (root / name).read_bytes() == (ran / name).read_bytes(), name
-
-
-def test_the_stages_alone_make_the_same_outs_where_dvc_is_not_installed(ran, tmp_path):
-    for name in ("dvc", "dvc_data", "mlflow", "prefect"):
+def test_the_stages_alone_make_the_same_files_elsewhere(ran, tmp_path, shell):
+    """In a clone that lies elsewhere, cannot import Prefect or DVC, and whose tracking server does not answer."""
+    for name in ("dvc", "dvc_data", "prefect"):
         (tmp_path / f"absent/{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"absent/{name}.py").write_text(f"raise ImportError('{name} is not installed')")
-    root = clone(tmp_path / "bare")
+    root = clone(tmp_path / "somewhere/else")
     set_params(root, TINY)
+    absent = {"PYTHONPATH": str(tmp_path / "absent"), "MLFLOW_TRACKING_URI": UNREACHABLE}
     for stage in STAGES:
-        command = [sys.executable, "-m", f"ldm.stages.{stage}"]
-        subprocess.run(command, cwd=root, env=environment(PYTHONPATH=str(tmp_path / "absent")), capture_output=True, check=True)
-    outs = [out for node in read_graph(ran) for out in node.outs]
-    files = {file.relative_to(ran) for out in outs for file in (ran / out, *(ran / out).rglob("*")) if file.is_file()}
-    assert len(files) > 1800 and {Path("models/unet/recipe.json"), Path("reports/metrics.json")} <= files
-    assert [str(file) for file in sorted(files) if (ran / file).read_bytes() != (root / file).read_bytes()] == []
+        result = shell(root, "python", "-m", f"ldm.stages.{stage}", **absent)
+        printed = succeed(result) + result.stderr
+        assert stage == "code" or "goes on without tracking" in printed
+    for name in ("reports/metrics.json", "reports/samples.png", "reports/report.html"):
+        assert (root / name).read_bytes() == (ran / name).read_bytes(), name
+    succeed(shell(root, "dvc", "commit", "--force"))  # every file's hash, as a run by DVC records it
+    assert (root / "dvc.lock").read_bytes() == (ran / "dvc.lock").read_bytes()
+    assert "up to date" in succeed(shell(root, "dvc", "status"))
 
 
 # what a change makes run
@@ -118,19 +110,14 @@ def test_comments_and_docstrings_run_nothing_and_neither_do_tools(ran, tmp_path,
     assert re.findall(r"^(\w+) +executed", printed, re.M) == ["code"] and "registered before" in printed
 
 
-def test_a_changed_sampler_is_evaluated_and_no_more(again):
+def test_a_changed_sampler_is_evaluated_and_a_changed_source_trains_nothing_again_unless_its_images_changed(again):
     root, run = again
+    append(root / "ldm/data/digits.py", "\n_EDITED = True\n")
     path = root / "ldm/diffusion/samplers.py"
     path.write_text(path.read_text().replace('"dpmpp_2m": dpmpp_2m,', '"dpmpp_2m": heun,'))
     before = (root / "reports/samples.png").read_bytes()
-    assert run() == ["code", "evaluate"]
+    assert run() == ["code", "source", "evaluate"]
     assert (root / "reports/samples.png").read_bytes() != before and run() == []
-
-
-def test_a_changed_source_trains_nothing_again_unless_its_images_changed(again):
-    root, run = again
-    append(root / "ldm/data/digits.py", "\n_EDITED = True\n")
-    assert run() == ["code", "source"]
 
 
 def test_a_changed_unet_is_trained_and_what_follows(again):
