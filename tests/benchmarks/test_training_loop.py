@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ldm.config import load_settings
 from ldm.data.latents import Latents
+from ldm.device import set_up
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
 from ldm.nets.unet import UNet
-from ldm.stages.runtime import set_up
 from ldm.tracking import Run
 from ldm.training.fit import Fitted, fit
 from ldm.training.unet import UnetObjective

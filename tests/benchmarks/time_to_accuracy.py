@@ -30,7 +30,7 @@ from ldm.config import Settings, load_settings
 from ldm.data.batches import Batches, order
 from ldm.data.latents import Latents, open_latents, write_latents
 from ldm.data.reader import ShardReader
-from ldm.device import default_device
+from ldm.device import default_device, set_up
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
 from ldm.evaluation.fidelity import Judge
@@ -39,7 +39,6 @@ from ldm.nets.autoencoder import Autoencoder
 from ldm.nets.text import TextEncoder, trim
 from ldm.randomness import generator
 from ldm.stages.evaluate import balanced, labelled
-from ldm.stages.runtime import set_up
 from ldm.stages.train_unet import build, recipe
 from ldm.tracking import Run
 from ldm.training.fit import fit
