@@ -217,6 +217,15 @@ def test_a_posterior_that_is_no_longer_asked_for_stops_nothing(root: Path, model
     assert registry.register(root).created
 
 
+def test_a_version_names_the_checkpoint_that_was_adopted(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["poor"])
+    (root / "models/unet").mkdir(parents=True, exist_ok=True)
+    step = {"reached": 1200, "code": "abcdef0123", "changed": ["ldm.training.fit"]}
+    (root / "models/unet/adopted.json").write_text(json.dumps({"stage": "train_unet", "adopted": [step]}))
+    made = registry.lookup(f"models:/ldm/{registry.register(root).version}")
+    assert made.tags["ldm.adopted"] == "train_unet: up to 1,200 by code abcdef01, then ldm.training.fit changed"
+
+
 def test_an_alias_lost_to_a_kill_is_set_by_the_next_run(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["poor"])
     registry.register(root)
