@@ -45,9 +45,9 @@ def _mendable(_task: Any, _run: Any, state: Any) -> bool:
 @task(cache_policy=NO_CACHE)
 def ingest(root: str, inbox: str) -> "Ingested":
     """What is new in a watched folder becomes a batch of the collection: see `ldm.ingest`."""
-    from ldm.ingest import ingest as take_in
+    from ldm.ingest import ingest as ingest_folder
 
-    ingested = take_in(Path(root), Path(inbox))
+    ingested = ingest_folder(Path(root), Path(inbox))
     for line in ingested.lines():
         get_run_logger().info("%s", line, extra=PLAIN)
     return ingested

@@ -356,6 +356,17 @@ def load_settings(root: Path) -> Settings:
     return settings
 
 
+def value_at(values: Any, key: str, *default: Any) -> Any:
+    """The value of a dotted key in nested dictionaries; `KeyError` where there is none and no default."""
+    for part in key.split("."):
+        if not (isinstance(values, dict) and part in values):
+            if default:
+                return default[0]
+            raise KeyError(key)
+        values = values[part]
+    return values
+
+
 def explained(error: ValidationError, *within: str) -> str:
     """What is wrong with each key, the section that was validated being `within`."""
     return "; ".join(_explain(problem, [*within, *map(str, problem["loc"])]) for problem in error.errors())

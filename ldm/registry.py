@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import lineage, local_store, tracking
-from ldm.config import Settings, load_settings
+from ldm.config import Settings, load_settings, value_at
 from ldm.diffusion.defaults import changed_sampling
 from ldm.errors import InputError
 from ldm.hashing import content_hash, folder_hash
@@ -276,18 +276,12 @@ def _check_outs(root: Path) -> None:
     params = read_params(root)
     for stage, locked in locked_makers(root, MODEL).items():
         for key, value in locked.get("params", {}).get("params.yaml", {}).items():
-            if _at(params, key) != value:
+            if value_at(params, key, None) != value:
                 raise InputError(f"params.yaml: {key} changed since stage {stage} ran; `dvc repro` first, then register")
         for out in locked.get("outs", []):
             path = root / out["path"]
             if path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() != out["md5"]:
                 raise InputError(f"{path}: changed since stage {stage} wrote it; `dvc repro` first, then register")
-
-
-def _at(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
 
 
 def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: str | None) -> Registered:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.config import Settings
+from ldm.config import Settings, value_at
 
 NAMES = (  # every stage, each after those it depends on
     "code", "source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet", "evaluate", "sample_posterior",
@@ -25,10 +25,4 @@ class Stage:
     def params(self, settings: Settings) -> dict[str, Any]:
         """The values of the settings that it reads, by their dotted keys."""
         values = settings.model_dump()
-        return {key: _at(values, key) for key in self.settings}
-
-
-def _at(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values[part]
-    return values
+        return {key: value_at(values, key) for key in self.settings}

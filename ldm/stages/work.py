@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from ldm.config import Settings
+from ldm.config import Settings, value_at
 from ldm.errors import InputError
 from ldm.files import write_text
 from ldm.hashing import canonical_json, content_hash
@@ -127,10 +127,7 @@ class Work:
         now = json.loads(json.dumps(settings.model_dump()))
         differing = []
         for key, value in (self.identity.params if self.identity else {}).items():
-            place = now
-            for part in key.split("."):
-                place = place.get(part, value) if isinstance(place, dict) else value
-            differing += _differing(key, value, place)
+            differing += _differing(key, value, value_at(now, key, value))  # what is no setting is the run's own
         return differing
 
     def state(self, settings: Settings) -> str:
@@ -143,8 +140,8 @@ class Work:
         return f"other settings: {', '.join(others)}" if others else "ready"
 
     def save(self) -> None:
-        known = {**asdict(self.identity), "key": self.key} if self.identity else {}
-        values = {"identity": known, "total": self.total, "threads": self.threads, "adopted": self.adopted}
+        assert self.identity
+        values = {"identity": asdict(self.identity), "total": self.total, "threads": self.threads, "adopted": self.adopted}
         write_text(self.folder / "work.json", canonical_json(values))
 
     def finish(self) -> None:
@@ -274,8 +271,7 @@ def _age(work: Work) -> str:
 def _read(folder: Path) -> Work:
     try:
         found = json.loads((folder / "work.json").read_text(encoding="utf-8"))
-        known = {name: value for name, value in found["identity"].items() if name != "key"}
-        return Work(folder, Identity(**known), found["total"], tuple(found["threads"]), tuple(found["adopted"]))
+        return Work(folder, Identity(**found["identity"]), found["total"], tuple(found["threads"]), tuple(found["adopted"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, damaged, or of an earlier version
         return Work(folder, None)
 

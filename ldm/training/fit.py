@@ -175,7 +175,7 @@ def fit(
             run.save(done)
             if stop:
                 raise KeyboardInterrupt(f"stopped at a checkpoint after {done} images")
-        progress(done, row)  # last: whoever reads what it prints may be gone
+        progress(done, row)  # after the checkpoint: printing fails if its reader is gone
     journal.flush()
     objective.module.eval()
     return Fitted(distributed.whole(ema.state_dict()), run.curve, distributed.whole(objective.module.state_dict()))
