@@ -19,16 +19,17 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import STARTED, supervise
 from flows.summary import Step, Summary, markdown, summarise
-from ldm import lineage, registry, tracking
+from ldm.base.errors import InputError
+from ldm.base.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
 from ldm.config import load_settings
 from ldm.data.store import prune_store
-from ldm.errors import InputError
-from ldm.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
+from ldm.registry import lineage, tracking
+from ldm.registry import versions as registry
 from ldm.versioning import Node, Status, ancestors, check_data, descendants, read_graph
 
 if TYPE_CHECKING:
+    from ldm.collection.ingest import Ingested
     from ldm.evaluation.gate import Decision
-    from ldm.ingest import Ingested
 
 WORDS = {"cached": "nothing to do", "restored": "brought back from DVC's cache"}  # of stages that were not executed
 TARGET = "evaluate"  # the stage before registration, a side effect of which DVC does not know
@@ -44,8 +45,8 @@ def _mendable(_task: Any, _run: Any, state: Any) -> bool:
 
 @task(cache_policy=NO_CACHE)
 def ingest(root: str, inbox: str) -> "Ingested":
-    """What is new in a watched folder becomes a batch of the collection: see `ldm.ingest`."""
-    from ldm.ingest import ingest as ingest_folder
+    """What is new in a watched folder becomes a batch of the collection: see `ldm.collection.ingest`."""
+    from ldm.collection.ingest import ingest as ingest_folder
 
     ingested = ingest_folder(Path(root), Path(inbox))
     for line in ingested.lines():

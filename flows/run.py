@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows import server, supervise
+from ldm.base.errors import InputError
 from ldm.config import find_root, load_settings
-from ldm.errors import InputError
 from ldm.versioning import check_data
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
@@ -51,7 +51,7 @@ def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None
 
     from flows import pipeline
     from flows.summary import show
-    from ldm import tracking
+    from ldm.registry import tracking
 
     if temporary and PREFECT_API_URL.value():  # a profile names one
         temporary.stop()

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.server import START_SECONDS, answers
+from ldm.base.errors import InputError
 from ldm.config import find_root, load_settings
-from ldm.errors import InputError
 
 
 def main() -> int:

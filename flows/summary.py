@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm import lineage
+from ldm.base.paths import AUTOENCODER, DECISION, METRICS, REPORT, SAMPLES, SHARDS, UNET
 from ldm.config import Settings
-from ldm.paths import AUTOENCODER, DECISION, METRICS, REPORT, SAMPLES, SHARDS, UNET
+from ldm.registry import lineage
 from ldm.versioning import Node
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """Latent diffusion models: raw captioned images in, a registered model out."""
 
-from ldm._lazy import exports
+from ldm.base.lazy import exports
 
 __getattr__, __all__ = exports(__name__, {"LatentDiffusion": "model", "registry": "registry"})

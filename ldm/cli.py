@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -265,7 +265,7 @@ def stats(
     _check_out(sheet, "--sheet")
     from ldm.config import find_root, load_settings
     from ldm.data.inspect import inspect
-    from ldm.evaluation.grid import image_grid
+    from ldm.report.grid import image_grid
 
     try:
         limits = load_settings(find_root()).data.model_dump(include={"min_side", "max_pixels"})
@@ -295,7 +295,7 @@ def drift_of(
 
     Example: `ldm data drift ~/inbox`
     """
-    from ldm.drift import drift
+    from ldm.collection.drift import drift
 
     found = drift(_root(), folder, sampler)
     for line in found.lines():
@@ -316,7 +316,7 @@ def ingest_folder(
 
     Example: `ldm data ingest ~/inbox`
     """
-    from ldm.ingest import ingest
+    from ldm.collection.ingest import ingest
 
     for line in ingest(_root(), folder, settle=settle).lines():
         print(line)
@@ -336,7 +336,7 @@ def purge_image(
 
     Example: `ldm data purge 2025-03-01/0042.png --dry-run`
     """
-    from ldm.purge import UNTOUCHED, purge
+    from ldm.collection.purge import UNTOUCHED, purge
 
     purged = purge(_root(), image, remote=remote, dry_run=dry_run)
     for line in (*purged.lines(), *purged.notes):
@@ -413,7 +413,7 @@ def drop_checkpoint(
 @registry_app.command("list")
 def list_versions(name: Name = None) -> None:
     """Registered versions, newest first, with their aliases and bits per dimension."""
-    from ldm import registry
+    from ldm.registry import versions as registry
 
     name = _name(name)
     found = registry.find({}, name)
@@ -433,7 +433,7 @@ def show(
     model: Annotated[str | None, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION, else the champion.")] = None,
 ) -> None:
     """One version: aliases, where it came from, how it was evaluated."""
-    from ldm import registry
+    from ldm.registry import versions as registry
 
     _in_project()
     found = registry.lookup(model or _champion())
@@ -449,7 +449,7 @@ def register() -> None:
 
     The same files are never registered twice. `ldm run` does this by itself.
     """
-    from ldm import registry
+    from ldm.registry import versions as registry
 
     root = _in_project()
     registered = registry.register(root)
@@ -461,7 +461,7 @@ def register() -> None:
 @registry_app.command()
 def promote(version: Annotated[int, typer.Argument(help="Version number.")], name: Name = None) -> None:
     """Make a version champion by hand, whatever the gate said; the champion so far becomes `previous`."""
-    from ldm import registry
+    from ldm.registry import versions as registry
 
     registry.promote(version, _name(name))
     print(f"version {version} is champion")
@@ -470,7 +470,7 @@ def promote(version: Annotated[int, typer.Argument(help="Version number.")], nam
 @registry_app.command()
 def rollback(name: Name = None) -> None:
     """Swap `champion` and `previous`."""
-    from ldm import registry
+    from ldm.registry import versions as registry
 
     print(f"version {registry.rollback(_name(name))} is champion")
 
@@ -483,7 +483,7 @@ def _root() -> Path:
 
 def _in_project() -> Path:
     """The project folder, with its own MLflow store as the default."""
-    from ldm.tracking import use_default_store
+    from ldm.registry.tracking import use_default_store
 
     root = _root()
     use_default_store(root)
@@ -505,7 +505,7 @@ def _load(model: str | None) -> "LatentDiffusion":
     model = model or _champion()
     _say(f"loading {model} …")
     if model.startswith("models:"):
-        from ldm import registry
+        from ldm.registry import versions as registry
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
             _in_project()
@@ -517,7 +517,7 @@ def _load(model: str | None) -> "LatentDiffusion":
     with place as folder:
         # OpenMP's threads sleep while they wait for work; by default they spin, which on a busy machine takes most of the time.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        from ldm.device import default_device
+        from ldm.base.device import default_device
         from ldm.model import LatentDiffusion
 
         return LatentDiffusion.load(folder, default_device())
@@ -567,7 +567,7 @@ def _write(images: Any, out: Path, rows: list[str] | None = None, columns: list[
     else:
         import numpy as np
 
-        from ldm.evaluation.grid import image_grid
+        from ldm.report.grid import image_grid
 
         width = len(columns) if columns else len(pixels) // len(rows) if rows else min(8, len(pixels))
         image_grid(np.stack(pixels), width, out, row_labels=rows, column_labels=columns)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -114,7 +114,7 @@ class LdmObjective(Section):
 
 
 class Langevin(Section):
-    """What stochastic gradient Langevin dynamics samples; see `ldm.bayes.sgld`."""
+    """What stochastic gradient Langevin dynamics samples; see `ldm.langevin.sgld`."""
 
     prior_precision: Annotated[float, Field(ge=0)]  # of a Gaussian prior of the weights; 0 is flat
     temperature: Annotated[float, Field(ge=0)]  # 1 is the posterior
@@ -232,7 +232,7 @@ class Posterior(Langevin):
     part: (
         Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None
     )  # modules of the decoder; null: its last block and output
-    lr: Rate | None  # step size; null: measured, see `ldm.bayes.step_size`
+    lr: Rate | None  # step size; null: measured, see `ldm.langevin.step_size`
     temperature: Annotated[float, Field(gt=0)]  # 1 is the posterior; step sizes are measured against its noise
     friction: Annotated[float, Field(gt=0, le=1)]  # of sghmc
     chains: Annotated[int, Field(ge=2)]

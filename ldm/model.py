@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.base.errors import InputError
+from ldm.base.files import replacing
+from ldm.base.hashing import canonical_json
+from ldm.base.randomness import generator
 from ldm.bayes.bound import Bound, whole_bound
 from ldm.bayes.likelihoods import Likelihood, load_likelihood, to_float, to_uint8
 from ldm.config import Sampling
@@ -19,14 +23,10 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, autoguidance, classifier_free
 from ldm.diffusion.noise import noise_levels
 from ldm.diffusion.samplers import SAMPLERS, DenoiseFn
-from ldm.errors import InputError
-from ldm.files import replacing
-from ldm.hashing import canonical_json
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian, VQModel, load_autoencoder
 from ldm.nets.text import TextEncoder, trim
 from ldm.nets.tiling import decode_tiled, encode_tiled
 from ldm.nets.unet import UNet
-from ldm.randomness import generator
 
 BATCH = 128  # images at a time
 SMALLEST_TILE = 8  # latents: with fewer, a tile is mostly edge

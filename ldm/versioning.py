@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 
 
 @dataclass(frozen=True)

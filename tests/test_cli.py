@@ -6,8 +6,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from ldm.base.errors import InputError
 from ldm.cli import app
-from ldm.errors import InputError
 
 COMMANDS = (
     "run",

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ldm.base.errors import InputError
 from ldm.config import find_root, load_settings
-from ldm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))

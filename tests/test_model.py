@@ -21,15 +21,15 @@ from typer.testing import CliRunner
 
 import ldm.model
 from ldm import LatentDiffusion
+from ldm.base.errors import InputError
+from ldm.base.randomness import generator
 from ldm.bayes.likelihoods import Bernoulli, DiscretizedGaussian, DiscretizedLogistic, Likelihood
 from ldm.cli import app
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.errors import InputError
 from ldm.model import Recipe, slerp
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, VQModel
 from ldm.nets.text import TextEncoder
 from ldm.nets.unet import UNet
-from ldm.randomness import generator
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "handwritten", "seven", "nine", "the", "number", "eight", "of", "clubs"]
 PROMPTS = ["a handwritten seven", "nine", "the number eight of clubs", "a nine", "seven"]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.base.errors import InputError
 from ldm.bayes.elbo import Autoencoder, LowerBound
 from ldm.bayes.likelihoods import Likelihood
-from ldm.errors import InputError
 
 
 @dataclass(frozen=True)

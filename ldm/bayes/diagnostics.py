@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
+from ldm.base.randomness import generator
 from ldm.nets.autoencoder import DiagonalGaussian
-from ldm.randomness import generator
 
 ACTIVE = 0.01  # variance of E[z | x] over x (Burda et al. 2016, section 4.2)
 # Nats a position. A latent that shares 0.1 nats with its image has a squared correlation with it of 1 - exp(-0.2) = 18 %:

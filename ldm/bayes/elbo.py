@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ldm.base.errors import InputError
 from ldm.bayes.likelihoods import Likelihood
-from ldm.errors import InputError
 from ldm.nets.autoencoder import DiagonalGaussian
 
 LOG_2PI = math.log(2 * math.pi)

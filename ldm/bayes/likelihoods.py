@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.special import erfcx
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 
 FILE = "likelihood.safetensors"
 BIN = 2 / 255  # distance between neighbouring 8-bit values in [-1, 1]

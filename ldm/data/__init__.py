@@ -1,5 +1,5 @@
 """Folders of captioned images, shards, batches and cached latents."""
 
-from ldm._lazy import exports
+from ldm.base.lazy import exports
 
 __getattr__, __all__ = exports(__name__, {"open_shards": "reader", "write_shards": "shards"})

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ldm.base.errors import InputError
+from ldm.base.randomness import seed_for
 from ldm.data.reader import ShardReader
-from ldm.errors import InputError
-from ldm.randomness import seed_for
 
 ROUNDS = 8
 BLOCK = 4096  # positions whose permutation is worked out at once

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
+from ldm.base.errors import InputError
 from ldm.data.images import SUFFIXES, UNREAD, UnreadableImage
-from ldm.errors import InputError
 
 MAX_BYTES = 2**30  # of an image file
 CAPTION_TABLES = ("metadata.csv", "metadata.jsonl")

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.errors import InputError
-from ldm.files import replacing
+from ldm.base.errors import InputError
+from ldm.base.files import replacing
 
 HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?@(?P<commit>[0-9a-f]{40})")
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tiff", "GIF": ".gif"}

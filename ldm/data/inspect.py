@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ldm.base.errors import InputError
+from ldm.base.hashing import file_hash
 from ldm.data.batches import order
 from ldm.data.folders import Place
 from ldm.data.images import MAX_PIXELS, UnreadableImage, decode, fit_square, from_array, to_array
 from ldm.data.parallel import IMAGES_PER_WORKER, default_workers, processes
 from ldm.data.reader import PARTS, SPLITS, ShardReader, open_shards
 from ldm.data.shards import read_collection
-from ldm.errors import InputError
-from ldm.hashing import file_hash
 
 SHOWN = 12  # labels, reasons
 SHEET, TILE = 48, 96  # images of a contact sheet, and the side of each in pixels

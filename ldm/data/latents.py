@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.base.errors import InputError
+from ldm.base.files import replacing
+from ldm.base.hashing import canonical_json, content_hash, file_hash
 from ldm.data.reader import ShardReader
 from ldm.data.store import find, link, prune_store
-from ldm.errors import InputError
-from ldm.files import replacing
-from ldm.hashing import canonical_json, content_hash, file_hash
 
 Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]  # uint8 images -> posterior mean and log-variance
 Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # texts -> token embeddings and masks

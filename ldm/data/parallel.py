@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 
 AHEAD = 8  # results for each process
 IMAGES_PER_WORKER = 500  # fewer are done before another process has started

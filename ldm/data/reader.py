@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ldm.base.errors import InputError
 from ldm.data.images import Preprocessing, UnreadableImage, decode_stored
 from ldm.data.remote import ShardCache, is_url
-from ldm.errors import InputError
 
 VERSION = 2  # of index.json
 SPLITS = ("train", "val", "test")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 
 CHUNK = 8 << 20  # bytes held in memory, and of one request to object storage
 PAUSES = (0.2, 1.0)  # seconds between the attempts

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ldm.base.errors import InputError
+from ldm.base.files import replacing
+from ldm.base.hashing import canonical_json, content_hash, file_hash
 from ldm.data.duplicates import SIDE, near_duplicates, thumbnail
 from ldm.data.folders import PROMPTS, Collection, Place, read_folder, walk
 from ldm.data.images import MAX_PIXELS, SUFFIXES, Preprocessing, UnreadableImage, to_png
 from ldm.data.parallel import IMAGES_PER_WORKER, processes
 from ldm.data.reader import PARTS, SPLITS, VERSION
 from ldm.data.tars import read_tars
-from ldm.errors import InputError
-from ldm.files import replacing
-from ldm.hashing import canonical_json, content_hash, file_hash
 
 SMALLEST_SPLIT = 2  # images; a mean of fewer has no standard error
 HASHED_AT_ONCE = 256  # files

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ldm.hashing import file_hash
+from ldm.base.hashing import file_hash
 
 
 def find(store: Path, key: str) -> Path | None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from ldm.base.errors import InputError
 from ldm.data.folders import Collection, Place, walk
 from ldm.data.images import SUFFIXES
-from ldm.errors import InputError
 
 PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}  # what loaders are known to unpickle
 TEXTS = ("txt", "caption")

@@ -1,5 +1,5 @@
 """The diffusion model of the latents: denoiser, noise levels, samplers, guidance."""
 
-from ldm._lazy import exports
+from ldm.base.lazy import exports
 
 __getattr__, __all__ = exports(__name__, {"Denoiser": "denoiser", "samplers": "samplers"})

@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ldm.base.errors import InputError
 from ldm.config import Sampling, explained
-from ldm.errors import InputError
 
 # defaults for models registered before these options existed
 FORMERLY = {"schedule": "karras", "eta": 0.0, "churn": 0.0, "guidance_interval": None, "guidance_rescale": 0.0}

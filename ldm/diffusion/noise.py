@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 
 TIMESTEPS = 1000
 SIGMA_MIN = 0.002  # of the continuous distributions (Karras et al. 2022)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pandas import DataFrame, Series
 from scipy.special import stdtrit
 
-from ldm.evaluation.report import card, page, table
+from ldm.report.page import card, page, table
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The networks: autoencoders, U-Net and text encoder."""
 
-from ldm._lazy import exports
+from ldm.base.lazy import exports
 
 __getattr__, __all__ = exports(
     __name__,

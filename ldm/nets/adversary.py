@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.errors import InputError
-from ldm.hashing import file_hash
+from ldm.base.errors import InputError
+from ldm.base.hashing import file_hash
 
 NEGATIVE_SLOPE = 0.2
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 from ldm.nets.blocks import (
     CONFIG,
     Downsample,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import InputError
-from ldm.hashing import content_hash, file_hash
+from ldm.base.errors import InputError
+from ldm.base.hashing import content_hash, file_hash
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 OLD_KEYS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

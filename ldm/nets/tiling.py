@@ -6,7 +6,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian
 
 Window = tuple[slice, slice, Tensor]  # of the input, of the output, and the weights of the latter's pixels

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 from ldm.nets.blocks import (
     Downsample,
     ImageAttention,

@@ -7,21 +7,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.base.device import set_up
+from ldm.base.paths import AUTOENCODER, LATENT_STORE, LATENTS, SHARDS
+from ldm.base.progress import Progress
 from ldm.bayes.diagnostics import diagnose
 from ldm.bayes.likelihoods import to_float
 from ldm.config import load_settings
 from ldm.data.latents import open_latents, write_latents
-from ldm.device import set_up
 from ldm.nets.autoencoder import VQModel, load_autoencoder
 from ldm.nets.blocks import network_hash
 from ldm.nets.text import TextEncoder
-from ldm.paths import AUTOENCODER, LATENT_STORE, LATENTS, SHARDS
-from ldm.progress import Progress
+from ldm.registry.tracking import stage_run
 from ldm.stages.inputs import stage_shards
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
 from ldm.stages.work import identify
-from ldm.tracking import stage_run
 
 
 def run(root: Path) -> None:

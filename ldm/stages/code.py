@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from ldm.files import write_text
-from ldm.paths import CODE
+from ldm.base.files import write_text
+from ldm.base.paths import CODE
 from ldm.stages.fingerprint import fingerprint
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import NAMES, Stage

@@ -14,27 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ldm.bayes.diagnostics import COLLAPSED, diagnose
-from ldm.bayes.elbo import Elbo
-from ldm.bayes.likelihoods import LIKELIHOODS, load_likelihood
-from ldm.config import Settings, load_settings
-from ldm.data.batches import order
-from ldm.data.reader import ShardReader
-from ldm.device import set_up
-from ldm.errors import InputError
-from ldm.evaluation.bounds import image_bounds
-from ldm.evaluation.features import PixelPCA
-from ldm.evaluation.fidelity import Judge, psnr, variance_ratio
-from ldm.evaluation.frechet import frechet_distance, kernel_distance
-from ldm.evaluation.grid import image_grid
-from ldm.evaluation.plots import channel_bars, loss_curves, rate_distortion
-from ldm.evaluation.report import Figure, write_report
-from ldm.hashing import canonical_json
-from ldm.model import LatentDiffusion, Recipe
-from ldm.nets.autoencoder import VQModel, load_autoencoder
-from ldm.nets.blocks import network_hash
-from ldm.nets.unet import UNet
-from ldm.paths import (
+from ldm.base.device import set_up
+from ldm.base.errors import InputError
+from ldm.base.hashing import canonical_json
+from ldm.base.paths import (
     AUTOENCODER,
     BOUNDS,
     METRICS,
@@ -47,12 +30,29 @@ from ldm.paths import (
     UNET_CURVE,
     VAE_CURVE,
 )  # fmt: skip
-from ldm.progress import Progress
-from ldm.randomness import seed_for
+from ldm.base.progress import Progress
+from ldm.base.randomness import seed_for
+from ldm.bayes.diagnostics import COLLAPSED, diagnose
+from ldm.bayes.elbo import Elbo
+from ldm.bayes.likelihoods import LIKELIHOODS, load_likelihood
+from ldm.config import Settings, load_settings
+from ldm.data.batches import order
+from ldm.data.reader import ShardReader
+from ldm.evaluation.bounds import image_bounds
+from ldm.evaluation.features import PixelPCA
+from ldm.evaluation.fidelity import Judge, psnr, variance_ratio
+from ldm.evaluation.frechet import frechet_distance, kernel_distance
+from ldm.model import LatentDiffusion, Recipe
+from ldm.nets.autoencoder import VQModel, load_autoencoder
+from ldm.nets.blocks import network_hash
+from ldm.nets.unet import UNet
+from ldm.registry.tracking import stage_run
+from ldm.report.grid import image_grid
+from ldm.report.page import Figure, write_report
+from ldm.report.plots import channel_bars, loss_curves, rate_distortion
 from ldm.stages.inputs import stage_shards
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
-from ldm.tracking import stage_run
 from ldm.training.vae import evaluate_elbo, evaluate_importance, summary
 
 REAL = 4096  # real images that the judge, the features and the Fréchet distance see at most

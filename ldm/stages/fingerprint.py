@@ -16,23 +16,23 @@ from typing import Any
 
 import yaml
 
-from ldm import paths
-from ldm.errors import InputError
+from ldm.base import paths
+from ldm.base.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
 UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/test_fingerprint.py holds the modules to it
-    "ldm._lazy": "public names; the stages import from the modules themselves",
+    "ldm.base.lazy": "public names; the stages import from the modules themselves",
     "ldm.config": "checks settings and returns the file's own values, which DVC compares",
-    "ldm.errors": "ends a run",
-    "ldm.lineage": "describes a run",
-    "ldm.paths": "dvc.yaml names the same paths, which DVC compares",
-    "ldm.progress": "prints",
-    "ldm.registry": "fetches a version, which never changes",
+    "ldm.base.errors": "ends a run",
+    "ldm.registry.lineage": "describes a run",
+    "ldm.base.paths": "dvc.yaml names the same paths, which DVC compares",
+    "ldm.base.progress": "prints",
+    "ldm.registry.versions": "fetches a version, which never changes",
     "ldm.stages.fingerprint": "compares code",
     "ldm.stages.runtime": "starts and ends the process",
     "ldm.stages.stage": "declares what dvc.yaml says",
     "ldm.stages.work": "names a checkpoint, or a file of latents, by all that it depends on",
-    "ldm.tracking": "records",
+    "ldm.registry.tracking": "records",
 }
 Source = Callable[[str], str]
 

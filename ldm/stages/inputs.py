@@ -4,10 +4,10 @@ import json
 import os
 from pathlib import Path
 
+from ldm.base.errors import InputError
+from ldm.base.hashing import canonical_json, content_hash
+from ldm.base.paths import SHARD_CACHE, SHARDS
 from ldm.data.reader import ShardReader, open_shards
-from ldm.errors import InputError
-from ldm.hashing import canonical_json, content_hash
-from ldm.paths import SHARD_CACHE, SHARDS
 
 CACHE_GB = 50.0
 

@@ -6,21 +6,21 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ldm.base.errors import InputError
+from ldm.base.files import replacing
+from ldm.base.paths import PRETRAINED
+from ldm.base.progress import Progress
 from ldm.config import HUB, load_settings
-from ldm.errors import InputError
-from ldm.files import replacing
-from ldm.paths import PRETRAINED
-from ldm.progress import Progress
+from ldm.registry.tracking import stage_run, use_default_store
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
-from ldm.tracking import stage_run, use_default_store
 
 
 @contextlib.contextmanager
 def located(root: Path, name: str) -> Iterator[Path]:
     """The folder that a setting names, fetched from the registry or the hub where it is not on this disk."""
     if name.startswith("models:/"):
-        from ldm import registry
+        from ldm.registry import versions as registry
 
         use_default_store(root)
         with registry.downloaded(name) as model:

@@ -7,8 +7,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from ldm.base.errors import InputError
 from ldm.config import find_root
-from ldm.errors import InputError
 from ldm.stages.fingerprint import check_recorded
 from ldm.stages.stage import Stage
 

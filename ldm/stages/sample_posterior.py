@@ -20,30 +20,30 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from ldm.bayes.chains import Chains, control_variates
+from ldm.base.device import set_up
+from ldm.base.errors import InputError
+from ldm.base.hashing import canonical_json, folder_hash
+from ldm.base.paths import BOUNDS, MODEL, POSTERIOR, POSTERIOR_REPORTS, SHARDS
+from ldm.base.progress import Progress
+from ldm.base.randomness import generator, seed_for
 from ldm.bayes.likelihoods import BIN, to_float, to_uint8
-from ldm.bayes.predictive import BATCH, DecoderPosterior
-from ldm.bayes.sgld import SAMPLERS, check_deterministic
-from ldm.bayes.step_size import StepSize, find_step_size
 from ldm.config import Posterior, load_settings
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
-from ldm.device import set_up
-from ldm.errors import InputError
-from ldm.evaluation import convergence
-from ldm.evaluation.grid import image_grid
-from ldm.evaluation.plots import histograms, traces
-from ldm.hashing import canonical_json, folder_hash
+from ldm.langevin import convergence
+from ldm.langevin.chains import Chains, control_variates
+from ldm.langevin.predictive import BATCH, DecoderPosterior
+from ldm.langevin.sgld import SAMPLERS, check_deterministic
+from ldm.langevin.step_size import StepSize, find_step_size
 from ldm.model import LatentDiffusion
 from ldm.nets.blocks import network_hash
-from ldm.paths import BOUNDS, MODEL, POSTERIOR, POSTERIOR_REPORTS, SHARDS
-from ldm.progress import Progress
-from ldm.randomness import generator, seed_for
+from ldm.registry.tracking import stage_run
+from ldm.report.grid import image_grid
+from ldm.report.plots import histograms, traces
 from ldm.stages.inputs import index_hash, stage_shards
 from ldm.stages.runtime import stage_main, stop_at_checkpoint
 from ldm.stages.stage import Stage
 from ldm.stages.work import identify, opened
-from ldm.tracking import stage_run
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 
 CHECKPOINT_STEPS = 50

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from ldm.base.errors import InputError
+from ldm.base.paths import QUARANTINE, SHARDS
+from ldm.base.progress import Progress
 from ldm.config import load_settings
 from ldm.data.parallel import default_workers
 from ldm.data.shards import TooManyUnreadable, write_shards
-from ldm.errors import InputError
-from ldm.paths import QUARANTINE, SHARDS
-from ldm.progress import Progress
+from ldm.registry.tracking import stage_run
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
-from ldm.tracking import stage_run
 
 SHOWN = 20  # quarantined images that are printed; quarantine.csv has all
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from ldm.base.paths import SOURCE
+from ldm.base.progress import Progress
 from ldm.config import load_settings
-from ldm.paths import SOURCE
-from ldm.progress import Progress
+from ldm.registry.tracking import stage_run
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
-from ldm.tracking import stage_run
 
 
 def run(root: Path) -> None:

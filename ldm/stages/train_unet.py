@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
+from ldm.base.device import set_up
+from ldm.base.hashing import canonical_json, file_hash
+from ldm.base.paths import AUTOENCODER, LATENTS, UNET, UNET_CURVE, UNET_RAW
+from ldm.base.randomness import seed_for
 from ldm.config import Settings, load_settings
 from ldm.data.latents import Latents, open_latents
-from ldm.device import set_up
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
-from ldm.hashing import canonical_json, file_hash
 from ldm.nets.blocks import network_hash
 from ldm.nets.unet import UNet
-from ldm.paths import AUTOENCODER, LATENTS, UNET, UNET_CURVE, UNET_RAW
-from ldm.randomness import seed_for
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
 from ldm.stages.training import training, write_curve

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.base.device import set_up
+from ldm.base.distributed import rank, ranks
+from ldm.base.errors import InputError
+from ldm.base.hashing import folder_hash
+from ldm.base.paths import AUTOENCODER, PRETRAINED, SHARDS, VAE_CURVE
+from ldm.base.progress import Progress
+from ldm.base.randomness import seed_for
 from ldm.bayes.likelihoods import FILE as LIKELIHOOD
 from ldm.bayes.likelihoods import Likelihood, load_likelihood, make_likelihood
 from ldm.config import Settings, load_settings
 from ldm.data.batches import Batches
 from ldm.data.parallel import loader_workers
 from ldm.data.reader import ShardReader
-from ldm.device import set_up
-from ldm.distributed import rank, ranks
-from ldm.errors import InputError
-from ldm.hashing import folder_hash
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
-from ldm.paths import AUTOENCODER, PRETRAINED, SHARDS, VAE_CURVE
-from ldm.progress import Progress
-from ldm.randomness import seed_for
 from ldm.stages.inputs import index_hash, stage_shards
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage

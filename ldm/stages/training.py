@@ -14,16 +14,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ldm import distributed
+from ldm.base import distributed
+from ldm.base.errors import InputError
+from ldm.base.paths import WORK
+from ldm.base.progress import Progress
 from ldm.config import Optimizer, Settings
-from ldm.errors import InputError
 from ldm.nets.blocks import Pretrained
-from ldm.paths import WORK
-from ldm.progress import Progress
+from ldm.registry.tracking import Run, stage_run
 from ldm.stages.runtime import INTERRUPTED, stop_at_checkpoint
 from ldm.stages.stage import Stage
 from ldm.stages.work import Work, identify, opened
-from ldm.tracking import Run, stage_run
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, Fitted, Langevin, Objective, fit
 

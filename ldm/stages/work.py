@@ -19,12 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from ldm.base.errors import InputError
+from ldm.base.files import write_text
+from ldm.base.hashing import canonical_json, content_hash
+from ldm.base.paths import WORK
 from ldm.config import Settings, value_at
-from ldm.errors import InputError
-from ldm.files import write_text
-from ldm.hashing import canonical_json, content_hash
-from ldm.lineage import ADOPTED, described
-from ldm.paths import WORK
+from ldm.registry.lineage import ADOPTED, described
 from ldm.stages.fingerprint import counted, fingerprint
 from ldm.stages.stage import NAMES
 

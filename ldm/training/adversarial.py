@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm import distributed
+from ldm.base import distributed
 from ldm.bayes.likelihoods import Likelihood
 from ldm.data.batches import Batches
 from ldm.nets.adversary import PatchDiscriminator, Perceptual

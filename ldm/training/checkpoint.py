@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm import distributed
+from ldm.base import distributed
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ldm import distributed
+from ldm.base import distributed
 
 RAMP = 0.05  # early on the half-life is at most this share of the images seen (Karras et al. 2024, EDM2)
 

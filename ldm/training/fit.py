@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm import distributed
-from ldm.bayes.sgld import SGLD
-from ldm.errors import InputError
+from ldm.base import distributed
+from ldm.base.errors import InputError
+from ldm.base.randomness import generator, seed_for
+from ldm.langevin.sgld import SGLD
 from ldm.nets.blocks import Stage
-from ldm.randomness import generator, seed_for
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 from ldm.training.ema import Ema, global_norm
 
@@ -89,7 +89,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Langevin:
-    """Sample a posterior by SGLD instead of minimising by AdamW: the learning rate is its step size; see `ldm.bayes.sgld`."""
+    """Sample a posterior by SGLD instead of minimising by AdamW: the learning rate is its step size; see `ldm.langevin.sgld`."""
 
     num_data: int  # that the loss would be a mean of if it were of all data
     prior_precision: float

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.base.randomness import generator
 from ldm.bayes.elbo import Elbo, elbo, importance_bound
 from ldm.bayes.likelihoods import Likelihood, make_likelihood, to_float
 from ldm.data.batches import Batches
 from ldm.data.reader import ShardReader
 from ldm.nets.autoencoder import Autoencoder, VQModel
-from ldm.randomness import generator
 
 SCALE_LR = 10.0  # the likelihood's one scale has far to go and Adam moves every parameter by about lr a step
 SCALE_IMAGES = 512  # validation images to which a scale is fitted

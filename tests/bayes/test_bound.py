@@ -11,9 +11,9 @@ from scipy.integrate import quad
 from torch import Tensor
 from torch.distributions import Normal
 
+from ldm.base.errors import InputError
 from ldm.bayes.bound import Bound, diffusion_bound, whole_bound
 from ldm.bayes.likelihoods import make_likelihood
-from ldm.errors import InputError
 from ldm.nets.autoencoder import DiagonalGaussian
 
 SHAPE = (1, 4, 4)

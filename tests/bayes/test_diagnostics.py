@@ -10,9 +10,9 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from ldm.base.errors import InputError
 from ldm.bayes import diagnostics
 from ldm.bayes.diagnostics import Diagnostics, diagnose
-from ldm.errors import InputError
 
 
 def linear(count: int, gains: list[float], stds: list[float], size: int = 4, offset: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from scipy.stats import multivariate_normal, norm
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from ldm.base.errors import InputError
 from ldm.bayes.elbo import Elbo, elbo, importance_bound, standard_normal
 from ldm.bayes.likelihoods import DiscretizedLogistic, Gaussian, to_float
-from ldm.errors import InputError
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from scipy.stats import bernoulli, chisquare, kstest, laplace, logistic, norm
 from torch import Tensor
 
+from ldm.base.errors import InputError
 from ldm.bayes.likelihoods import (
     BIN,
     LOG_SCALES,
@@ -25,7 +26,6 @@ from ldm.bayes.likelihoods import (
     to_float,
     to_uint8,
 )
-from ldm.errors import InputError
 
 VALUES = np.arange(256) * 2 / 255 - 1
 DISCRETE = {"discretized_gaussian": norm, "discretized_logistic": logistic}  # kind and the continuous family

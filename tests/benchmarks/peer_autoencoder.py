@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.base.randomness import generator
 from ldm.bayes.likelihoods import to_float
 from ldm.data.batches import Batches
 from ldm.nets.autoencoder import DiagonalGaussian
-from ldm.randomness import generator
 
 KL_SCALE = 1e-6
 

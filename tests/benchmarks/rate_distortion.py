@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ldm.base.device import default_device
 from ldm.bayes.elbo import Elbo
 from ldm.bayes.likelihoods import Likelihood
 from ldm.config import Settings, load_settings
@@ -24,11 +25,10 @@ from ldm.data import open_shards, write_shards
 from ldm.data.batches import Batches
 from ldm.data.digits import write_digits
 from ldm.data.reader import ShardReader
-from ldm.device import default_device
-from ldm.evaluation.plots import rate_distortion
 from ldm.nets.autoencoder import Autoencoder
+from ldm.registry.tracking import Run
+from ldm.report.plots import rate_distortion
 from ldm.stages.train_vae import build, objective
-from ldm.tracking import Run
 from ldm.training.fit import fit
 from ldm.training.vae import evaluate_elbo, fit_scale, summary
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from langevin import Mixture, Target, run
 from matplotlib.figure import Figure
+from targets import Mixture, Target, run
 
-from ldm.bayes.sgld import SGHMC, SGLD, Polynomial
-from ldm.evaluation.plots import COLOURS, _dress, _save
+from ldm.langevin.sgld import SGHMC, SGLD, Polynomial
+from ldm.report.plots import COLOURS, _dress, _save
 
-FOLDER = Path(__file__).parents[2] / "ldm" / "bayes"
+FOLDER = Path(__file__).parents[2] / "ldm" / "langevin"
 CHAINS = 5000
 FRICTION = 0.3
 

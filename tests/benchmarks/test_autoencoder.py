@@ -22,12 +22,12 @@ from benchmarks.timing import LAYOUTS, Stopwatch, activations, compare, first_lo
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.base.device import default_device
 from ldm.bayes.likelihoods import Likelihood, to_float, to_uint8
 from ldm.config import load_settings
 from ldm.data.batches import Batches
 from ldm.data.latents import write_latents
 from ldm.data.reader import ShardReader
-from ldm.device import default_device
 from ldm.evaluation import fidelity
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL
 from ldm.nets.text import TextEncoder

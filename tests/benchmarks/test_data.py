@@ -20,11 +20,11 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.base.hashing import canonical_json
 from ldm.data.batches import Batches, order
 from ldm.data.latents import Latents, open_latents, write_latents
 from ldm.data.reader import PARTS, VERSION, open_shards
 from ldm.data.shards import write_shards
-from ldm.hashing import canonical_json
 
 IMAGES, SIDE, BATCH, PASSES = 1500, 256, 64, 5
 

@@ -19,8 +19,8 @@ from benchmarks import test_autoencoder, test_unet_step
 from benchmarks.timing import LAYOUTS, interleaved, times_faster
 from torch import Tensor, nn
 
+from ldm.base.device import default_device, reuse_freed_memory
 from ldm.bayes.likelihoods import make_likelihood
-from ldm.device import default_device, reuse_freed_memory
 from ldm.model import LatentDiffusion, Recipe
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet

@@ -17,9 +17,9 @@ from benchmarks.timing import interleaved, times_faster
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ldm.bayes import PSGLD, SGHMC, SGLD
-from ldm.device import reuse_freed_memory
-from ldm.randomness import fill_normal, generator
+from ldm.base.device import reuse_freed_memory
+from ldm.base.randomness import fill_normal, generator
+from ldm.langevin import PSGLD, SGHMC, SGLD
 
 WIDTH, LAYERS, BATCH = 1000, 10, 32
 NUM_DATA, LR = 50_000, 1e-8

@@ -13,13 +13,13 @@ from benchmarks.test_unet_step import NETWORKS
 from benchmarks.timing import interleaved, times_faster
 from torch import Tensor
 
+from ldm.base.device import set_up
 from ldm.config import load_settings
 from ldm.data.latents import Latents
-from ldm.device import set_up
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
 from ldm.nets.unet import UNet
-from ldm.tracking import Run
+from ldm.registry.tracking import Run
 from ldm.training.fit import Fitted, fit
 from ldm.training.unet import UnetObjective
 

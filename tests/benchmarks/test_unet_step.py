@@ -22,7 +22,7 @@ from benchmarks.timing import activations, compare, first_losses, interleaved, p
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.device import default_device, reuse_freed_memory
+from ldm.base.device import default_device, reuse_freed_memory
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
 from ldm.nets.unet import UNet

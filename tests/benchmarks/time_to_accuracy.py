@@ -25,22 +25,22 @@ from benchmarks.rate_distortion import ROOT, Watched, digits, train
 from benchmarks.timing import Stopwatch
 from torch import Tensor
 
+from ldm.base.device import default_device, set_up
+from ldm.base.randomness import generator
 from ldm.bayes.likelihoods import to_float, to_uint8
 from ldm.config import Settings, load_settings
 from ldm.data.batches import Batches, order
 from ldm.data.latents import Latents, open_latents, write_latents
 from ldm.data.reader import ShardReader
-from ldm.device import default_device, set_up
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
 from ldm.evaluation.fidelity import Judge
 from ldm.model import LatentDiffusion, Recipe
 from ldm.nets.autoencoder import Autoencoder
 from ldm.nets.text import TextEncoder, trim
-from ldm.randomness import generator
+from ldm.registry.tracking import Run
 from ldm.stages.evaluate import balanced, labelled
 from ldm.stages.train_unet import build, recipe
-from ldm.tracking import Run
 from ldm.training.fit import fit
 from ldm.training.unet import UnetObjective
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.device import default_device
+from ldm.base.device import default_device
 
 PAIRS = 15
 LAYOUTS = {"default": torch.contiguous_format, "channels-last": torch.channels_last}

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import chisquare
 
+from ldm.base.errors import InputError
+from ldm.base.randomness import seed_for
 from ldm.data.batches import ROUNDS, Batches, order, order_by_shard, permute, views
 from ldm.data.reader import open_shards
 from ldm.data.shards import write_shards
-from ldm.errors import InputError
-from ldm.randomness import seed_for
 
 SIZES = st.one_of(st.integers(1, 40), st.integers(1, 3000), st.sampled_from([63, 64, 65, 255, 256, 257, 1023, 1024, 1025]))
 SEEDS = st.integers(0, 2**31)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ldm.base.errors import InputError
 from ldm.data.folders import MAX_BYTES, Place, read_folder
 from ldm.data.images import UnreadableImage
-from ldm.errors import InputError
 
 
 def put(folder: Path, *names: str) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from collection import OPTIONS, make_folder, numbered
+from image_folders import OPTIONS, make_folder, numbered
 from PIL import Image
 
+from ldm.base.errors import InputError
+from ldm.base.hashing import file_hash
 from ldm.data.inspect import TILE, check_shards, inspect
 from ldm.data.reader import open_shards
 from ldm.data.shards import write_shards
-from ldm.errors import InputError
-from ldm.hashing import file_hash
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.base.errors import InputError
 from ldm.data.latents import Latents, open_latents, prune_store, write_latents
 from ldm.data.reader import ShardReader, open_shards
 from ldm.data.shards import write_shards
-from ldm.errors import InputError
 
 SIZE, TOKENS, WIDTH = 8, 5, 3
 IDENTITY = {"autoencoder": "a" * 64, "text_encoder": "t" * 64, "text": {"encoder": "toy", "max_tokens": TOKENS}}

@@ -4,8 +4,8 @@ import multiprocessing
 
 import pytest
 
+from ldm.base.errors import InputError
 from ldm.data.parallel import processes
-from ldm.errors import InputError
 
 LARGE = 3_000_000  # bytes: many times what a pipe takes at once
 

@@ -28,14 +28,14 @@ import boto3
 import botocore.config
 import numpy as np
 import pytest
-from collection import OPTIONS, make_folder, numbered
+from image_folders import OPTIONS, make_folder, numbered
 
+from ldm.base.errors import InputError
 from ldm.data import remote
 from ldm.data.batches import Batches
 from ldm.data.reader import ShardReader, open_shards
 from ldm.data.remote import ShardCache, is_url
 from ldm.data.shards import write_shards
-from ldm.errors import InputError
 
 FORK = multiprocessing.get_context("fork")
 MB = 2**20

@@ -17,15 +17,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import webdataset
-from collection import OPTIONS, contents, make_folder, numbered
+from image_folders import OPTIONS, contents, make_folder, numbered
 from PIL import Image
 from tiny import clone, environment, set_params, with_soak
 
+from ldm.base.errors import InputError
 from ldm.config import load_settings
 from ldm.data import shards
 from ldm.data.reader import SPLITS, open_shards
 from ldm.data.shards import split_of, write_shards
-from ldm.errors import InputError
 
 
 def members(path: Path) -> list[tarfile.TarInfo]:

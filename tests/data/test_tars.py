@@ -12,10 +12,10 @@ import pytest
 import webdataset
 from PIL import Image
 
+from ldm.base.errors import InputError
 from ldm.data.reader import SPLITS, open_shards
 from ldm.data.shards import write_shards
 from ldm.data.tars import read_tars
-from ldm.errors import InputError
 
 SIDE = 8
 OPTIONS: dict[str, Any] = {

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from ldm import registry, tracking
+from ldm.registry import tracking
+from ldm.registry import versions as registry
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flows import server
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 

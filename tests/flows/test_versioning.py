@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 from ldm.versioning import ancestors, descendants, read_graph
 
 

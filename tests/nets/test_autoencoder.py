@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
 import ldm.nets
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, Codebook, DiagonalGaussian, VQModel, load_autoencoder
 
 Theirs = diffusers.AutoencoderKL | diffusers.VQModel

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import ldm.nets.text
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 from ldm.nets.text import MINILM_SHA256, MiniLM, TextEncoder, trim
 
 TEXTS = ["a handwritten seven", "", "an image showing the numeral four", "nine"]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
 from ldm.nets.tiling import decode_tiled, encode_tiled, tiled
 

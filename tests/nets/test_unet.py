@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention as TheirAttention
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.base.errors import InputError
 from ldm.nets.blocks import Attention, ImageAttention
 from ldm.nets.unet import UnconditionalUNet, UNet, timestep_features
 

@@ -16,11 +16,11 @@ from scipy import stats
 from tiny import set_params
 
 from flows.summary import Step, markdown, summarise
+from ldm.base.errors import InputError
 from ldm.bayes.elbo import Elbo
 from ldm.bayes.likelihoods import load_likelihood
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
-from ldm.errors import InputError
 from ldm.evaluation.gate import Decision
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel, load_autoencoder
 from ldm.registry import Registered

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from tiny import REPOSITORY, TINY, environment, set_params
 
+from ldm.base.errors import InputError
 from ldm.config import load_settings
-from ldm.errors import InputError
 from ldm.stages import code
 from ldm.stages.fingerprint import UNCOUNTED, check_recorded, counted, fingerprint
 from ldm.stages.stage import NAMES
@@ -30,14 +30,14 @@ MODULES = {
 # what modules that count may use of those that do not: names that neither compute nor choose anything
 USED = {
     "ldm.config": "settings as the file has them",
-    "ldm.errors": "InputError",
-    "ldm.paths": "constants that dvc.yaml repeats",
-    "ldm.progress": "Progress",
-    "ldm.registry": "downloaded",
+    "ldm.base.errors": "InputError",
+    "ldm.base.paths": "constants that dvc.yaml repeats",
+    "ldm.base.progress": "Progress",
+    "ldm.registry.versions": "downloaded",
     "ldm.stages.runtime": "INTERRUPTED stage_main stop_at_checkpoint",
     "ldm.stages.stage": "Stage",
     "ldm.stages.work": "Work identify opened",
-    "ldm.tracking": "Run stage_run use_default_store",
+    "ldm.registry.tracking": "Run stage_run use_default_store",
 }
 
 
@@ -75,7 +75,7 @@ def test_a_change_of_meaning_changes_the_stages_that_import_the_module_and_no_ot
         assert not (changed and module in UNCOUNTED)
 
 
-BASE = "from ldm.errors import InputError\ndef run(x):\n    y = x + 1\n    return y\n"
+BASE = "from ldm.base.errors import InputError\ndef run(x):\n    y = x + 1\n    return y\n"
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,13 @@ def test_an_import_counts_by_what_the_module_says_and_not_by_its_name(tmp_path):
 
     before = shown()
     assert before == str(list(fingerprints().values())) + "\n"  # wherever it lies
-    (tmp_path / "ldm/hashing.py").rename(tmp_path / "ldm/data/digests.py")
+    (tmp_path / "ldm/base/hashing.py").rename(tmp_path / "ldm/data/digests.py")
     for path in (tmp_path / "ldm").rglob("*.py"):
-        path.write_text(path.read_text().replace("ldm.hashing", "ldm.data.digests").replace("from ldm import hashing", "?"))
+        path.write_text(path.read_text().replace("ldm.base.hashing", "ldm.data.digests"))
     assert shown() == before
     path = tmp_path / "ldm/stages/train_unet.py"
     path.write_text(
-        path.read_text().replace("from ldm.data.digests import canonical_json", "from ldm.files import canonical_json")
+        path.read_text().replace("from ldm.data.digests import canonical_json", "from ldm.base.files import canonical_json")
     )
     assert shown() != before
 
@@ -203,7 +203,7 @@ def test_what_does_not_count_is_there_and_used_only_for_what_computes_nothing():
                 for alias in node.names:
                     whole = f"{node.module}.{alias.name}"
                     module = whole if whole in MODULES else str(node.module)
-                    if module in UNCOUNTED and module not in ("ldm.config", "ldm.paths"):
+                    if module in UNCOUNTED and module not in ("ldm.config", "ldm.base.paths"):
                         assert module == whole or alias.name in USED[module].split(), f"{name} uses {whole}"
 
 

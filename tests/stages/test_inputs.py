@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from collection import OPTIONS, make_folder, numbered
+from image_folders import OPTIONS, make_folder, numbered
 
+from ldm.base.errors import InputError
 from ldm.data.shards import write_shards
-from ldm.errors import InputError
 from ldm.stages.inputs import index_hash, stage_shards
 
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from scipy import stats
 from tiny import environment, set_params
 
-from ldm import registry
+from ldm.base.errors import InputError
 from ldm.bayes.likelihoods import DiscretizedLogistic, load_likelihood
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
-from ldm.errors import InputError
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
+from ldm.registry import versions as registry
 from ldm.stages.train_vae import build, check_same, start
 
 WEIGHTS, CURVE = "diffusion_pytorch_model.safetensors", "reports/curves/train_vae.csv"

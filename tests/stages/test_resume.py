@@ -16,10 +16,10 @@ import torch
 from blobs import run_stages
 from tiny import REPOSITORY, TINY, clone, environment, set_params, with_soak
 
-from ldm import lineage
+from ldm.base.errors import InputError
 from ldm.config import load_settings
-from ldm.errors import InputError
-from ldm.lineage import ADOPTED
+from ldm.registry import lineage
+from ldm.registry.lineage import ADOPTED
 from ldm.stages import train_vae
 from ldm.stages.training import training
 

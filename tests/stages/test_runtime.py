@@ -26,7 +26,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     processes: list[subprocess.Popen[str]] = []
 
     def start(body: str, stdin: Any = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
-        lines = ["import atexit, os, sys, time", "from ldm.errors import InputError"]
+        lines = ["import atexit, os, sys, time", "from ldm.base.errors import InputError"]
         lines += [
             "from ldm.stages.runtime import stage_main, stop_at_checkpoint",
             "from ldm.stages.stage import Stage",

@@ -21,13 +21,13 @@ from scipy.special import logsumexp
 from tiny import REPOSITORY, environment, set_params, with_soak
 
 from flows.summary import Step, summarise
-from ldm.bayes.chains import Draws
+from ldm.base.errors import InputError
 from ldm.bayes.likelihoods import to_float
-from ldm.bayes.predictive import DecoderPosterior
 from ldm.config import load_settings
 from ldm.data.reader import ShardReader, open_shards
-from ldm.errors import InputError
 from ldm.evaluation.gate import Decision
+from ldm.langevin.chains import Draws
+from ldm.langevin.predictive import DecoderPosterior
 from ldm.model import LatentDiffusion
 from ldm.nets.blocks import network_hash
 from ldm.registry import Registered

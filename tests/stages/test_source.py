@@ -21,9 +21,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tiny import REPOSITORY, environment, set_params
 
+from ldm.base.errors import InputError
 from ldm.data import open_shards, write_shards
 from ldm.data.huggingface import write_huggingface
-from ldm.errors import InputError
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "GIF": "gif"}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ldm.base.paths import CODE
 from ldm.config import load_settings
-from ldm.paths import CODE
 from ldm.stages.stage import NAMES, Stage
 
 ROOT = Path(__file__).parents[2]

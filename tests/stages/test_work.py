@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from tiny import REPOSITORY, set_params
 
-from ldm import lineage
+from ldm.base.errors import InputError
 from ldm.config import load_settings
-from ldm.errors import InputError
+from ldm.registry import lineage
 from ldm.stages import work
 from ldm.stages.work import Identity, adopt, drop, find, identify, opened, works
 

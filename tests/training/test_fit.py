@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from tiny import with_soak
 from torch import Tensor, nn
 
-from ldm import distributed
+from ldm.base import distributed
+from ldm.base.randomness import fill_normal, seed_for
 from ldm.data.batches import order
-from ldm.randomness import fill_normal, seed_for
 from ldm.training import fit as loop
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.ema import Ema, global_norm
@@ -302,7 +302,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 torch.set_num_threads(1)
-from ldm.tracking import Run
+from ldm.registry.tracking import Run
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Langevin, fit
 

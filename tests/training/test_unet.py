@@ -13,13 +13,13 @@ from ranks import run_two_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm import distributed
+from ldm.base import distributed
+from ldm.base.randomness import generator
 from ldm.data.latents import Latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import NoiseLevels, noise_levels
 from ldm.nets.unet import UNet
-from ldm.randomness import generator
-from ldm.tracking import Run
+from ldm.registry.tracking import Run
 from ldm.training import fit as loop
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, Fitted, fit

@@ -14,13 +14,13 @@ from ranks import run_two_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm import distributed
+from ldm.base import distributed
+from ldm.base.errors import InputError
 from ldm.bayes.elbo import elbo
 from ldm.bayes.likelihoods import make_likelihood, to_float
-from ldm.errors import InputError
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
-from ldm.tracking import Run
+from ldm.registry.tracking import Run
 from ldm.training.adversarial import AdversarialObjective, Adversary
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, Langevin, fit
@@ -365,7 +365,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import test_vae
-from ldm import distributed
+from ldm.base import distributed
 from ldm.training import fit as loop
 
 class Bypassed(torch.nn.parallel.DistributedDataParallel):

@@ -1,0 +1,140 @@
+"""How large a step of Langevin dynamics may be: the curvature it meets, and its gradients' own noise."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ldm.base.errors import InputError
+from ldm.base.randomness import fill_normal
+from ldm.langevin.sgld import shaped
+
+TOLERANCE = 0.05  # of a posterior variance
+ITERATIONS = 20  # of the power method at most
+CONVERGED = 1e-4  # relative change of the eigenvalue
+CURVATURE_MINIBATCHES = 4  # a curvature varies less between minibatches than gradients do, and costs more
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What limits ε at some weights (U as in `ldm.langevin.sgld`), along the direction of largest curvature."""
+
+    curvature: float  # a
+    gradient_noise: float  # V, variance of the gradient of U over minibatches
+    mean_gradient_noise: float  # the same, of the average parameter
+    friction: float = 1.0  # α of SGHMC; 1 is SGLD
+    temperature: float = 1.0  # T
+    direction: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)  # of unit length, as the parameters
+
+    def contraction(self, lr: float) -> float:
+        """What the drift leaves of a deviation in one step, 1 - εa/2: below -1 the chain diverges.
+
+        With momentum, the eigenvalue of largest size of the map (θ, v) to (θ', v'); of a pair of complex ones, that size.
+        """
+        kept = 1 - self.friction
+        half = (1 + kept - lr * self.curvature / 2) / 2
+        if half**2 < kept:
+            return math.sqrt(kept)
+        return half + math.copysign(math.sqrt(half**2 - kept), half)
+
+    def noise_ratio(self, lr: float) -> float:
+        """Variance of a step's injected noise over that of its gradient noise, 4αT/(εV), which should be far above 1."""
+        noise = max(self.gradient_noise, self.mean_gradient_noise)
+        return math.inf if noise == 0 else 4 * self.friction * self.temperature / (lr * noise)
+
+    def inflation(self, lr: float) -> float:
+        """Stationary variance over T/a, (1 + εV/(4αT)) / (1 - εa/(4(2 - α))); infinite where the chain diverges."""
+        shrink = 1 - lr * self.curvature / (4 * (2 - self.friction))
+        return math.inf if shrink <= 0 else (1 + 1 / self.noise_ratio(lr)) / shrink
+
+    def recommended(self, tolerance: float = TOLERANCE) -> float:
+        """The largest ε whose `inflation` is 1 + tolerance at most."""
+        b = 1 / self.noise_ratio(1.0)  # both small: 1 + εb = (1 + tolerance) (1 - εc)
+        c = self.curvature / (4 * (2 - self.friction))
+        if b + c == 0:
+            raise InputError("the loss has neither curvature nor gradient noise here: it does not depend on these weights")
+        return tolerance / (b + (1 + tolerance) * c)
+
+    def warnings(self, lr: float, tolerance: float = TOLERANCE) -> list[str]:
+        """Why samples drawn with step size `lr` would not be the posterior's, a sentence each."""
+        found = []
+        if not math.isfinite(self.inflation(lr)):
+            found.append(f"step size {lr:.3g} diverges: a step leaves {self.contraction(lr):.3g} of a deviation")
+        elif self.inflation(lr) > 1 + 2 * tolerance:
+            found.append(
+                f"step size {lr:.3g} gives variances about {self.inflation(lr):.2f} times what they should be (injected noise is "
+                f"{self.noise_ratio(lr):.3g} times the gradients', a step leaves {self.contraction(lr):.3g} of a deviation): "
+                f"take {self.recommended(tolerance):.3g}, or larger batches"
+            )
+        if self.temperature != 1:
+            found.append(
+                f"temperature {self.temperature:g}: samples are of the posterior to the power of {1 / self.temperature:g}"
+            )
+        return found
+
+
+def find_step_size(
+    loss: Callable[[int], Tensor],
+    params: list[Tensor],
+    *,
+    num_data: int,
+    prior_precision: float = 0.0,
+    minibatches: int = 16,
+    friction: float = 1.0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    nearby: StepSize | None = None,
+) -> StepSize:
+    """Measure curvature and gradient noise at the present weights. `loss(i)` is the mean loss of minibatch i.
+
+    The curvature is the Hessian's eigenvalue of largest size over the first minibatches together, and the noise the variance of
+    all their gradients along its eigenvector. A Laplace prior bends nowhere. What was measured `nearby` saves the curvature, and
+    only the noise is measured anew.
+    """
+    if minibatches < 2:
+        raise InputError(f"minibatches {minibatches}: a variance takes 2 or more")
+    if not temperature > 0:
+        raise InputError(f"temperature {temperature:g}: without noise there is nothing to sample; give more than 0")
+
+    def gradient(i: int, graph: bool = False) -> list[Tensor]:
+        return [g * num_data for g in torch.autograd.grad(loss(i), params, create_graph=graph, materialize_grads=True)]
+
+    def bend(direction: list[Tensor]) -> list[Tensor]:
+        """The Hessian of U times a vector."""
+        product, few = [prior_precision * d for d in direction], min(CURVATURE_MINIBATCHES, minibatches)
+        for i in range(few):
+            slope = _dot(gradient(i, graph=True), direction)
+            if slope.requires_grad:  # else the loss is linear
+                torch._foreach_add_(product, torch.autograd.grad(slope, params, materialize_grads=True), alpha=1 / few)
+        return product
+
+    curvature, unit = (nearby.curvature, list(nearby.direction)) if nearby else _largest(bend, params, seed)
+    gradients = [gradient(i) for i in range(minibatches)]
+    along = torch.stack([_dot(g, unit) for g in gradients]).var()
+    each = torch.stack([torch.stack(parts).double().var(0).sum() for parts in zip(*gradients, strict=True)]).sum()
+    return StepSize(
+        abs(curvature), float(along), float(each) / sum(p.numel() for p in params), friction, temperature, tuple(unit)
+    )
+
+
+def _largest(bend: Callable[[list[Tensor]], list[Tensor]], params: list[Tensor], seed: int) -> tuple[float, list[Tensor]]:
+    """The eigenvalue of largest size of the symmetric matrix that `bend` multiplies by, and its eigenvector (power method)."""
+    flat = fill_normal(torch.empty(sum(p.numel() for p in params), device=params[0].device), seed, "step size")
+    vector = shaped(flat, params)
+    found = 0.0
+    for _ in range(ITERATIONS):
+        norm = _dot(vector, vector).sqrt()
+        if norm == 0:
+            break
+        unit = [v / norm for v in vector]
+        vector = bend(unit)
+        before, found = found, float(_dot(vector, unit))
+        if abs(found - before) <= CONVERGED * abs(found):
+            break
+    return found, unit
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()

@@ -1,0 +1,95 @@
+"""Where a project's outs come from, and what its pipeline made: tags for the registry, the MLflow run above its stages'."""
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.base.hashing import file_hash
+from ldm.base.paths import METRICS, PLOTS, REPORT, SAMPLES, SHARDS
+from ldm.registry.tracking import Run, open_run
+
+ADOPTED = "adopted.json"  # in an out whose weights are from more than one state of the code
+
+
+@contextlib.contextmanager
+def pipeline_run(root: Path, params: Mapping[str, Any], name: str = "pipeline") -> Iterator[Run]:
+    """The run of a whole pipeline, parent of its stages' runs; stages that died without a word are marked KILLED."""
+    commit = {key: value for key, value in lineage(root).items() if key.startswith("ldm.git")}
+    with open_run({"ldm.stage": name, **commit}, params, None) as run:
+        try:
+            yield run
+        finally:
+            _close_children(run)
+
+
+def log_results(run: Run, root: Path) -> None:
+    """Record on a pipeline's run what its stages made: lineage, the data set, metrics, plots and the report."""
+    run.tag(lineage(root))
+    index = root / SHARDS / "index.json"
+    if index.is_file():
+        splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
+        profile = {f"{split}_images": stop - start for split, (start, stop) in splits.items()}
+        run.dataset("shards", file_hash(index)[:32], str(index.relative_to(root)), profile)
+    metrics = root / METRICS
+    if metrics.is_file():
+        run.log(numbers(metrics), images_seen=0)
+    run.flush()
+    for path in (METRICS, REPORT, SAMPLES, PLOTS):
+        if (root / path).exists():
+            run.artifact(root / path, "plots" if path == PLOTS else None)
+
+
+def lineage(root: Path) -> dict[str, str]:
+    """Where the outs in `root` come from, as tags: commit, `dvc.lock`, data index. What does not exist is left out."""
+    tags = {}
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit:
+        # what a run itself rewrites does not make the code another one
+        dirty = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
+        tags = {"ldm.git_commit": commit, "ldm.git_dirty": str(bool(dirty)).lower()}
+    for tag, path in (("ldm.dvc_lock", root / "dvc.lock"), ("ldm.data_index", root / SHARDS / "index.json")):
+        if path.is_file():
+            tags[tag] = file_hash(path)
+    return tags
+
+
+def numbers(path: Path) -> dict[str, float]:
+    """The numeric entries of a flat JSON file of metrics."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+
+
+def adopted(out: Path) -> str | None:
+    """In one line, which states of the code made an out together; None: one."""
+    if not (out / ADOPTED).is_file():
+        return None
+    found = json.loads((out / ADOPTED).read_text(encoding="utf-8"))
+    return described(found["stage"], found["adopted"])
+
+
+def described(stage: str, steps: Iterable[dict[str, Any]]) -> str:
+    """Adopted checkpoints as one line for people."""
+    parts = [f"up to {step['reached']:,} by code {step['code'][:8]}, then {', '.join(step['changed'])} changed" for step in steps]
+    return f"{stage}: {'; '.join(parts)}"
+
+
+def _close_children(run: Run) -> None:
+    def close() -> None:
+        experiment = run._client.get_run(run.id).info.experiment_id
+        query = f"tags.`mlflow.parentRunId` = '{run.id}' and attributes.status = 'RUNNING'"
+        for child in run._client.search_runs([experiment], query):
+            run._client.set_terminated(child.info.run_id, "KILLED")
+
+    if run._client is not None:
+        run._attempt("its stages' statuses were not stored", close)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""Drawing and writing: plots, grids of images, the report and decision pages."""

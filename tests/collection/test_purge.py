@@ -1,0 +1,478 @@
+"""Purge: after it, no file of cache, remote and store holds the image or its latents, and everything else is as it was."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from dvc.repo import Repo
+from dvc_data.hashfile.db import HashFileDB
+from dvc_objects.fs import MemoryFileSystem
+from kills import run_until_killed
+from PIL import Image
+from tiny import TINY, clone, set_params, with_soak
+from torch import Tensor
+from typer.testing import CliRunner
+
+from ldm.base.errors import InputError
+from ldm.cli import app
+from ldm.collection import purge as purge_module
+from ldm.collection.purge import TAG, purge
+from ldm.config import load_settings
+from ldm.data.images import to_png
+from ldm.data.latents import write_latents
+from ldm.data.reader import open_shards
+from ldm.data.shards import split_of, write_shards
+from ldm.registry import versions as registry
+from ldm.stages import code
+
+MINE = "data/raw/mine"
+DATA = {
+    "path": MINE, "image_size": 8, "channels": 1, "resize_filter": "box", "val_fraction": 0.2, "test_fraction": 0.2,
+    "shard_size": 5, "max_bad_fraction": 0.1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Removed:
+    """An image that the collection had for two nights: its file, its name, and what a shard stores of it."""
+
+    name: str
+    blob: bytes
+    stored: bytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.blob).hexdigest()
+
+
+def noise(seed: int, side: int, form: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side), dtype=np.uint8)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def in_split(split: str, side: int, form: str) -> bytes:
+    """An image whose hash puts it there."""
+    blobs = (noise(seed, side, form) for seed in range(1000, 2000))
+    return next(blob for blob in blobs if split_of(hashlib.sha256(blob).hexdigest(), 0.2, 0.2) == split)
+
+
+def write_collection(root: Path, images: dict[str, bytes]) -> None:
+    shutil.rmtree(root / MINE, ignore_errors=True)
+    for name, content in images.items():
+        (root / MINE / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / MINE / name).write_bytes(content)
+    pd.DataFrame({"file_name": sorted(images), "text": "noise"}).to_csv(root / MINE / "metadata.csv", index=False)
+
+
+def embed(texts: list[str]) -> tuple[Tensor, Tensor]:
+    return torch.ones(len(texts), 2, 3), torch.ones(len(texts), 2, dtype=torch.bool)
+
+
+def run_night(root: Path, autoencoder: str = "a") -> None:
+    """What the stages `shard` and `cache_latents` do, committed and pushed by DVC."""
+
+    def encode(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+        x = torch.from_numpy(pixels.astype(np.float32))[:, :, ::2, ::2] / ord(autoencoder)
+        return x, x - 1
+
+    data = load_settings(root).data.model_dump(exclude={"path", "source"})
+    write_shards(root / MINE, root / "data/shards", **data)
+    readers = {split: open_shards(root / "data/shards", split) for split in ("train", "val")}
+    identity, store = {"autoencoder": autoencoder * 64}, root / ".ldm/store/latents"
+    write_latents(readers, root / "data/latents", encode, embed, identity, lambda done: None, store=store, code="c")
+    (root / "models/autoencoder").mkdir(parents=True, exist_ok=True)
+    (root / "models/autoencoder/config.json").write_text(autoencoder)
+    code.run(root)
+    with contextlib.chdir(root), Repo(".") as repo:
+        repo.add([MINE])
+        repo.commit("shard", force=True)
+        repo.commit("cache_latents", force=True)
+        repo.push()
+
+
+def register(root: Path, number: int) -> None:
+    """A version with this night's dvc.lock."""
+    (root / "models/ldm").mkdir(parents=True, exist_ok=True)
+    (root / "reports").mkdir(exist_ok=True)
+    (root / "models/ldm/model.json").write_text(
+        json.dumps({"sampling": {"sampler": "euler", "steps": 2, "guidance": 1.0}, "number": number})
+    )
+    (root / "reports/bounds.csv").write_text("key,nats\na,-1.5\n")
+    (root / "reports/metrics.json").write_text(json.dumps({"bits_per_dim": 3.0, "image": "8x8x1, box"}))
+    (root / "reports/report.html").write_text("<p>report</p>")
+    assert registry.register(root).version == number
+
+
+@dataclass(frozen=True)
+class History:
+    """A folder with `project`, where both images are gone, and `remote`; `latents` are bytes of files that were made of each."""
+
+    folder: Path
+    train: Removed
+    test: Removed
+    latents: dict[str, set[bytes]]  # by the image's name
+
+
+def latents_of(root: Path, image: Removed) -> set[bytes]:
+    """Files of data/latents whose shard holds the image, by the bytes."""
+    names = {path.stem for path in (root / "data/shards").glob("*.tar") if image.stored in path.read_bytes()}
+    return {path.read_bytes() for path in (root / "data/latents").glob("*.safetensors") if path.stem in names}
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> History:
+    folder = tmp_path_factory.mktemp("history")
+    root = clone(folder / "project")
+    set_params(root, TINY | {"data": DATA})
+    (root / ".dvc/config").write_text("[core]\nremote = backup\nanalytics = false\n['remote \"backup\"']\nurl = ../../remote\n")
+    scan = Image.open(io.BytesIO(blob := in_split("train", 16, "PNG"))).resize((8, 8), Image.Resampling.BOX)
+    train = Removed("monday/x.png", blob, to_png(scan))
+    blob = in_split("test", 8, "JPEG")
+    test = Removed("monday/t.jpg", blob, blob)  # stored as it is
+    images = {f"monday/{i:02d}.png": noise(i, 8, "PNG") for i in range(40)}
+    images |= {f"tuesday/{i:02d}.png": noise(i, 8, "PNG") for i in range(40, 60)}
+    images["tuesday/x.png"] = noise(99, 8, "PNG")  # the same name in another folder is another image
+    gone = {train.name: train.blob, "monday/a copy.png": train.blob, test.name: test.blob}
+    latents: dict[str, set[bytes]] = {train.name: set(), test.name: set()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        (root / "dvc.lock").write_text("schema: '2.0'")  # of version 1 it is unknown what it saw
+        register(root, 1)
+        for number, (tops, removed, autoencoder) in enumerate(
+            [("monday", False, "a"), ("monday tuesday", False, "b"), ("monday tuesday", True, "b")], start=2
+        ):
+            kept = {name: content for name, content in images.items() if name.split("/")[0] in tops}
+            write_collection(root, kept if removed else kept | gone)
+            run_night(root, autoencoder)
+            register(root, number)
+            for image in (train, test):
+                latents[image.name] |= set() if removed else latents_of(root, image)
+    assert len(latents[train.name]) == 2 and not latents[test.name]
+    return History(folder, train, test, latents)
+
+
+@pytest.fixture
+def folder(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the history, with leftovers of the image outside DVC, in whose project we are."""
+    folder = Path(shutil.copytree(history.folder, tmp_path / "history", symlinks=True))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/project/mlflow.db")
+    monkeypatch.chdir(folder / "project")
+    (folder / "project/.ldm/shards").mkdir()
+    for path in objects(folder):
+        content = path.read_bytes()
+        if tarfile.is_tarfile(path):
+            (folder / "project/.ldm/shards" / hashlib.sha256(content).hexdigest()).write_bytes(content)
+    for content in history.latents[history.train.name]:
+        (folder / f"project/.ldm/store/latents/key-{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
+    return folder
+
+
+def objects(folder: Path) -> list[Path]:
+    """Every object of cache and remote."""
+    return [path for place in ("project/.dvc/cache", "remote") for path in (folder / place).rglob("*") if path.is_file()]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Every file in which data may be, by its path."""
+    paths = [*objects(folder), *(path for place in (".ldm", "data") for path in (folder / "project" / place).rglob("*"))]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
+
+
+def traces(files: dict[str, bytes], image: Removed, latents: set[bytes]) -> set[str]:
+    """The files that hold the image, as it was or as a shard stores it, or are its latents."""
+    return {name for name, blob in files.items() if image.blob in blob or image.stored in blob or blob in latents}
+
+
+def check_workspace() -> None:
+    """What the current commit names is all there, and unchanged."""
+    outs = ["data/shards", "data/latents", MINE]
+    before = {out: {path.name: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()} for out in outs}
+    with Repo(".") as repo:
+        assert repo.status(["shard", "cache_latents", f"{MINE}.dvc"]) == {}
+        for out in outs:
+            shutil.rmtree(out)
+        repo.checkout(["shard", "cache_latents", f"{MINE}.dvc"], force=True)
+        assert repo.status(["shard", "cache_latents", f"{MINE}.dvc"]) == {}
+    assert {out: {path.name: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()} for out in outs} == before
+
+
+def tags() -> dict[int, str | None]:
+    return {found.version: found.tags.get(TAG) for found in registry.find({})}
+
+
+def test_by_its_name_in_all_its_copies_and_nothing_else(history: History, folder: Path) -> None:
+    image, before = history.train, everything(folder)
+    expected = traces(before, image, history.latents[image.name])
+    kinds = ("cache/", "remote/", ".ldm/shards/", ".ldm/store/")
+    assert all(any(kind in name for name in expected) for kind in kinds) and len(expected) >= 10
+
+    dry = CliRunner().invoke(app, ["data", "purge", image.name, "--dry-run"])
+    assert dry.exit_code == 0 and "dry run: nothing was deleted" in dry.output
+    assert everything(folder) == before and not any(tags().values())
+
+    done = CliRunner().invoke(app, ["data", "purge", image.name])
+    assert done.exit_code == 0, done.exception
+    assert done.output.splitlines()[0] == f"monday/a copy.png, monday/x.png (sha256 {image.sha256[:16]}…)"
+    assert done.output.splitlines()[:-1] == dry.output.splitlines()[:-1]
+    rows = [line.split(maxsplit=2) for line in done.output.splitlines() if line.strip()[:1].isdigit()]
+    assert rows == [["3", "train", "trained on"], ["2", "train", "trained on"], ["1", "unknown"]]
+    for place in ("cache", "remote"):
+        found = [path for path in expected if ("remote/" in path) == (place == "remote") and ".ldm" not in path]
+        assert sum(int(line.split()[2]) for line in done.output.splitlines() if line.startswith(f"{place} ")) == len(found)
+
+    after = everything(folder)
+    assert not traces(after, image, history.latents[image.name])
+    assert before.keys() - after.keys() == expected
+    assert all(before[name] == content for name, content in after.items())
+    assert tags() == {4: None, 3: image.sha256[:16], 2: image.sha256[:16], 1: None}
+    check_workspace()
+    with pytest.raises(InputError, match=r"monday/x\.png: nothing, or nothing left, of it in DVC's cache or remote"):
+        purge(Path("."), image.name)
+
+
+def test_by_its_hash_and_models_that_were_only_evaluated_on_it(history: History, folder: Path) -> None:
+    before, image = everything(folder), history.test
+    purge(Path("."), history.train.sha256)
+    between = everything(folder)
+    assert before.keys() - between.keys() == traces(before, history.train, history.latents[history.train.name])
+    purged = purge(Path("."), image.sha256)
+    assert purged.names == (image.name,) and purged.digests == (image.sha256[:16],)
+    assert purged.versions.to_dict("records") == [
+        {"version": "3", "aliases": "", "splits": "test", "seen": "only evaluated on"},
+        {"version": "2", "aliases": "", "splits": "test", "seen": "only evaluated on"},
+        {"version": "1", "aliases": "", "splits": "", "seen": "unknown"},
+    ]
+    after = everything(folder)
+    assert between.keys() - after.keys() == traces(between, image, set())
+    assert not traces(after, image, set())
+    both = ",".join(sorted([history.train.sha256[:16], image.sha256[:16]]))
+    assert tags() == {4: None, 3: both, 2: both, 1: None}
+    check_workspace()
+
+
+def test_from_a_remote_when_nothing_is_here(history: History, folder: Path) -> None:
+    """A fresh clone: the cache is empty, or has only what is current."""
+    image = history.train
+    shutil.rmtree(folder / "project/.dvc/cache")
+    shutil.rmtree(folder / "project/.ldm/shards")
+    before = everything(folder)
+    with pytest.raises(InputError, match=r"still in data/raw/mine/monday/00\.png"):
+        purge(Path("."), hashlib.sha256(noise(0, 8, "PNG")).hexdigest())
+    purged = purge(Path("."), image.name)
+    assert {copy.place for copy in purged.copies} == {"remote", ".ldm"}
+    assert list(purged.versions.seen) == ["trained on", "trained on", "unknown"]
+    after = everything(folder)
+    assert before.keys() - after.keys() == traces(before, image, history.latents[image.name])
+    with contextlib.chdir(folder / "project"), Repo(".") as repo:
+        repo.fetch()
+    check_workspace()
+
+
+def test_from_a_remote_that_is_no_folder(history: History, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through fsspec, as object storage is."""
+    store = HashFileDB(MemoryFileSystem(global_store=False), "/bucket/files/md5", hash_name="md5")
+    for path in (folder / "remote/files/md5").rglob("*"):
+        if path.is_file():
+            store.add_bytes(path.parent.name + path.name, path.read_bytes())
+    before = {md5: store.fs.cat_file(store.oid_to_path(md5)) for md5 in store.all()}
+    monkeypatch.setattr(purge_module, "_remote", lambda repo, name: (store, []))
+    shutil.rmtree(folder / "project/.dvc/cache")
+    purge(Path("."), history.train.name)
+    after = {md5: store.fs.cat_file(store.oid_to_path(md5)) for md5 in store.all()}
+    assert before.keys() - after.keys() == traces(before, history.train, history.latents[history.train.name])
+
+
+def test_without_a_default_remote_others_are_named(history: History, folder: Path) -> None:
+    config = Path(".dvc/config")
+    config.write_text(config.read_text().replace("remote = backup\n", ""))
+    before = everything(folder)
+    purged = purge(Path("."), history.train.name)
+    assert purged.notes == ("no default remote: not looked at are backup; name one with --remote",)
+    local = {name for name in before if not name.startswith("remote/")}
+    assert traces(everything(folder), history.train, set()) == traces(before, history.train, set()) - local
+    purge(Path("."), history.train.name, remote="backup")
+    assert not traces(everything(folder), history.train, history.latents[history.train.name])
+    with pytest.raises(InputError, match="elsewhere"):
+        purge(Path("."), history.train.name, remote="elsewhere")
+
+
+def test_an_image_that_comes_back_is_pushed_again(history: History, folder: Path) -> None:
+    """DVC remembers what a remote has; it must not remember what was purged."""
+    md5 = hashlib.md5(history.train.blob).hexdigest()
+    pushed = folder / "remote/files/md5" / md5[:2] / md5[2:]
+    for name in ("again.png", "and again.png"):
+        Path(MINE, name).write_bytes(history.train.blob)
+        with Repo(".") as repo:
+            repo.add([MINE])
+            repo.push()
+            assert pushed.read_bytes() == history.train.blob
+            Path(MINE, name).unlink()
+            repo.add([MINE])
+        purge(Path("."), history.train.sha256)
+        assert not pushed.exists()
+
+
+# refusals
+
+
+def still_there(image: Removed) -> None:
+    pass
+
+
+def deleted(image: Removed) -> None:
+    Path(MINE, image.name).unlink()
+
+
+def deleted_and_versioned(image: Removed) -> None:
+    deleted(image)
+    with Repo(".") as repo:
+        repo.add([MINE])
+
+
+def deleted_and_sharded(image: Removed) -> None:
+    deleted_and_versioned(image)
+    table = pd.read_csv(Path(MINE, "metadata.csv"), dtype=str)
+    table[table.file_name != image.name].to_csv(Path(MINE, "metadata.csv"), index=False)
+    data = load_settings(Path(".")).data.model_dump(exclude={"path", "source"})
+    write_shards(Path(MINE), Path("data/shards"), **data)
+    with Repo(".") as repo:
+        repo.add([MINE])
+        repo.commit("shard", force=True)
+
+
+@pytest.mark.parametrize("by", ["name", "sha256"])
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (still_there, "monday/00.png"),
+        (deleted, "still in data/raw/mine/monday/00.png"),
+        (deleted_and_versioned, "still in data/shards/train-monday-0000"),
+        (deleted_and_sharded, "still in data/latents/train-monday-0000"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_part_of_the_current_state_is_refused(state: Any, says: str, by: str, folder: Path) -> None:
+    blob = noise(0, 8, "PNG")
+    image = Removed("monday/00.png", blob, blob)
+    state(image)
+    before = everything(folder)
+    with pytest.raises(InputError, match=f"{says}.*; delete it from data/raw/mine .*, run the pipeline .*, then purge"):
+        purge(Path("."), getattr(image, by))
+    assert everything(folder) == before and not any(tags().values())
+
+
+def test_nothing_is_deleted_while_a_stage_runs(history: History, folder: Path) -> None:
+    """It might be about to link a file of the store."""
+    stage = {"pid": os.getppid(), "cmd": "dvc repro"}
+    Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(folder / "project/data/latents"): stage}}))
+    before = everything(folder)
+    with pytest.raises(InputError, match=r"a stage works here.*dvc repro; try again when it has ended"):
+        purge(Path("."), history.train.name)
+    assert everything(folder) == before
+    assert purge(Path("."), history.train.name, dry_run=True).copies
+
+
+def test_what_was_never_there_is_said(folder: Path) -> None:
+    for image in ("monday/no such.png", "0" * 64):
+        with pytest.raises(InputError, match=f"{image}: nothing, or nothing left, of it in DVC's cache or remote"):
+            purge(Path("."), image)
+
+
+def test_what_no_shard_held_is_purged_by_its_hash(folder: Path) -> None:
+    """A damaged image, which the stage quarantined."""
+    (Path(MINE) / "monday/bad.png").write_bytes(b"no image")
+    with Repo(".") as repo:
+        repo.add([MINE])
+        repo.push()
+        (Path(MINE) / "monday/bad.png").unlink()
+        repo.add([MINE])
+    digest = hashlib.sha256(b"no image").hexdigest()
+    with pytest.raises(InputError, match=f"in no shard; files of that name have sha256 {digest}: purge by the one"):
+        purge(Path("."), "monday/bad.png")
+    before = everything(folder)
+    purge(Path("."), digest)
+    after = everything(folder)
+    assert b"no image" not in after.values()
+    assert {before[name] for name in before.keys() - after.keys() if "/.ldm/" not in name} == {b"no image"}
+
+
+def test_a_replaced_file_of_the_name_is_mentioned(history: History, folder: Path) -> None:
+    (Path(MINE) / history.train.name).write_bytes(b"no image")
+    with Repo(".") as repo:
+        repo.add([MINE])
+        (Path(MINE) / history.train.name).unlink()
+        repo.add([MINE])
+    purged = purge(Path("."), history.train.name)
+    digest = hashlib.sha256(b"no image").hexdigest()
+    assert purged.notes == (f"not purged: files of that name that no shard holds, with sha256 {digest}",)
+
+
+def test_an_original_inside_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a collection of WebDataset tars: the old tar goes as a whole."""
+    root = clone(tmp_path / "history/project")
+    set_params(root, TINY | {"data": DATA})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    monkeypatch.chdir(root)
+    blob = in_split("train", 16, "PNG")
+    for images in (
+        {f"{i:02d}": noise(i, 16, "PNG") for i in range(30)} | {"x": blob},
+        {f"{i:02d}": noise(i, 16, "PNG") for i in range(30)},
+    ):
+        Path(MINE, "deep").mkdir(parents=True, exist_ok=True)
+        with tarfile.open(Path(MINE, "deep/a.tar"), "w") as tar:
+            for key, content in images.items():
+                for name, part in ((f"{key}.png", content), (f"{key}.txt", b"noise")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(part)
+                    tar.addfile(member, io.BytesIO(part))
+        write_shards(root / MINE, root / "data/shards", **load_settings(root).data.model_dump(exclude={"path", "source"}))
+        code.run(root)
+        with Repo(".") as repo:
+            repo.add([MINE])
+            repo.commit("shard", force=True)
+    before = everything(tmp_path / "history")
+    purged = purge(root, "deep/a.tar/x.png")
+    after = everything(tmp_path / "history")
+    assert sorted(copy.kind for copy in purged.copies) == ["image", "shard"]
+    assert len(before) - len(after) == 2 and not any(blob in content for content in after.values())
+
+
+# kills
+
+
+def deletes(event: str, arguments: tuple[Any, ...]) -> bool:
+    return event == "os.remove" and any(place in str(arguments[0]) for place in ("/files/md5/", "/.ldm/"))
+
+
+def killed_at(image: str, moment: int) -> bool:
+    """Purge, killed before a deletion; whether it came that far."""
+    return run_until_killed(lambda: purge(Path("."), image), deletes, moment)[1]
+
+
+@pytest.mark.parametrize("seed", with_soak(2, 12))
+def test_killed_and_purged_again_by_the_same_name(seed: int, history: History, folder: Path) -> None:
+    image, before = history.train, everything(folder)
+    expected = traces(before, image, history.latents[image.name])
+    random = np.random.default_rng(seed)
+    moment = int(random.integers(1, len(expected)))
+    assert killed_at(image.name, moment)
+    assert len(before) - len(everything(folder)) == moment - 1
+    killed_at(image.name, int(random.integers(1, len(expected) - moment + 2)))
+    purge(Path("."), image.name)
+    after = everything(folder)
+    assert before.keys() - after.keys() == expected and all(before[name] == content for name, content in after.items())
+    assert tags() == {4: None, 3: image.sha256[:16], 2: image.sha256[:16], 1: None}
+    check_workspace()

@@ -1,0 +1,371 @@
+"""MLflow runs of stages: honest status, nothing lost or doubled, and never in the way of the work."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.registry import tracking
+from ldm.registry.lineage import log_results, pipeline_run
+from ldm.registry.tracking import stage_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; its migrations take seconds."""
+    path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        tracking.mlflow_client().search_experiments()
+    return path
+
+
+@pytest.fixture
+def client(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of a fresh store that `MLFLOW_TRACKING_URI` names."""
+    shutil.copy(database, tmp_path)
+    monkeypatch.delenv("LDM_PARENT_RUN", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return tracking.mlflow_client()
+
+
+def history(client: Any, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
+
+
+def test_a_stage_nests_under_its_parent_and_delivers_its_metrics(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pipeline_run(ROOT, {"seed": 0, "data": {"path": "x"}}) as parent:
+        monkeypatch.setenv("LDM_PARENT_RUN", str(parent.id))
+        with stage_run("train_vae", {"lr": 0.1, "channels": (1, 2)}) as run:
+            for step in range(2500):  # more than one batch of MLflow's
+                run.log({"loss": 1 / (step + 1)}, images_seen=64 * step)
+            assert history(client, run.id, "loss") == []  # buffered
+    stored = client.get_run(run.id)
+    assert stored.info.status == "FINISHED" and stored.info.run_name == "train_vae"
+    assert stored.data.tags["mlflow.parentRunId"] == parent.id
+    assert stored.data.params == {"lr": "0.1", "channels": "(1, 2)"}
+    assert sorted(history(client, run.id, "loss")) == [(64 * step, 1 / (step + 1)) for step in range(2500)]
+    assert client.get_run(parent.id).data.params == {"seed": "0", "data.path": "x"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("x"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(2), "FAILED"),
+        (SystemExit(143), "KILLED"), (SystemExit(0), "FINISHED"),
+    ],
+)  # fmt: skip
+def test_the_status_says_how_it_ended(client: Any, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), stage_run("shard", {}) as run:
+        run.log({"images": 3}, 0)
+        raise error
+    assert client.get_run(run.id).info.status == status
+    assert history(client, run.id, "images") == [(0, 3)]
+
+
+def test_sigterm_is_killed_and_sigkill_is_noticed_by_the_parent(client: Any) -> None:
+    code = "import os, sys; from ldm.registry.tracking import stage_run\n"
+    code += "with stage_run('shard', {}): os.kill(os.getpid(), int(sys.argv[1]))"
+    with pipeline_run(ROOT, {}) as parent:
+        env = {**os.environ, "LDM_PARENT_RUN": str(parent.id), "PYTHONPATH": str(ROOT)}
+        for number, expected in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+            done = subprocess.run([sys.executable, "-c", code, str(int(number))], env=env)
+            assert done.returncode == expected
+    children = client.search_runs([client.get_run(parent.id).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.id}'")
+    assert [child.info.status for child in children] == ["KILLED", "KILLED"]
+
+
+def test_a_retry_continues_its_run(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDM_PARENT_RUN", "a" * 32)
+    with pytest.raises(ValueError), stage_run("train_vae", {"lr": 1}, key="k") as first:
+        raise ValueError
+    with stage_run("train_vae", {"lr": 1}, key="k") as retry:
+        assert client.get_run(retry.id).info.status == "RUNNING"
+    assert retry.id == first.id and client.get_run(first.id).info.status == "FINISHED"
+    with stage_run("train_vae", {"lr": 2}, key="other") as other:
+        assert other.id != first.id
+    monkeypatch.setenv("LDM_PARENT_RUN", "b" * 32)
+    with stage_run("train_vae", {"lr": 1}, key="k") as elsewhere:
+        assert elsewhere.id != first.id
+    monkeypatch.delenv("LDM_PARENT_RUN")
+    ids = []
+    for _ in range(2):  # without a parent, a finished run is finished
+        with stage_run("train_vae", {"lr": 1}, key="k") as alone:
+            ids.append(alone.id)
+    assert len({*ids, first.id, elsewhere.id}) == 4
+
+
+def test_a_checkpoint_carries_undelivered_metrics_and_doubles_none(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDM_PARENT_RUN", "a" * 32)
+    with pytest.raises(KeyboardInterrupt), stage_run("train_vae", {}, key="k") as run:
+        run.log({"loss": 2.0, "nan": float("nan")}, 64)
+        run.log({"loss": 1.0}, 128)
+        checkpoint = json.dumps(run.state_dict())
+        run.flush()  # delivered after the checkpoint was written, then killed
+        assert run.state_dict() == {"metrics": []}
+        raise KeyboardInterrupt
+    time.sleep(0.01)
+    with stage_run("train_vae", {}, key="k") as resumed:
+        resumed.load_state_dict(json.loads(checkpoint))
+        resumed.log({"loss": 0.5}, 192)
+    assert history(client, resumed.id, "loss") == [(64, 2.0), (128, 1.0), (192, 0.5)]
+    assert len(history(client, resumed.id, "nan")) == 1
+
+
+def test_what_a_run_made_is_recorded_with_it(client: Any, tmp_path: Path) -> None:
+    (tmp_path / "reports/plots").mkdir(parents=True)
+    (tmp_path / "data/shards").mkdir(parents=True)
+    (tmp_path / "data/shards/index.json").write_text('{"splits": {"train": [0, 9], "test": [9, 12]}}')
+    (tmp_path / "reports/metrics.json").write_text('{"psnr": 20.5, "test_images": 3, "image": "8x8x1"}')
+    (tmp_path / "reports/plots/samples.png").write_bytes(b"png")
+    (tmp_path / "dvc.lock").write_text("x")
+    with pipeline_run(tmp_path, {}) as run:
+        log_results(run, tmp_path)
+    stored = client.get_run(run.id)
+    assert stored.data.metrics == {"psnr": 20.5, "test_images": 3.0}
+    assert {"ldm.dvc_lock", "ldm.data_index"} <= stored.data.tags.keys()
+    (dataset,) = stored.inputs.dataset_inputs
+    assert json.loads(dataset.dataset.profile) == {"train_images": 9, "test_images": 3}
+    assert {file.path for file in client.list_artifacts(run.id)} == {"metrics.json", "plots"}
+
+
+def test_off_means_no_mlflow_at_all() -> None:
+    code = (
+        "import sys; from ldm.registry.tracking import stage_run\n"
+        "with stage_run('shard', {}) as run: run.log({'a': 1}, 0); run.flush(); run.artifact('x'); state = run.state_dict()\n"
+        "print('mlflow' in sys.modules, run.id, state)"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "False None {'metrics': []}", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["refuses", "is silent"])
+def test_a_server_that_is_away_costs_one_warning(kind: str, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    patience = [float(tracking.PATIENCE[f"MLFLOW_HTTP_REQUEST_{name}"]) for name in ("TIMEOUT", "MAX_RETRIES", "BACKOFF_FACTOR")]
+    assert patience[0] * (1 + patience[1]) + patience[2] < 10
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # what the user has set stands
+    with socket.socket() as server:  # bound: nobody else takes the port; listening: connects, but never answers
+        server.bind(("127.0.0.1", 0))
+        if kind == "is silent":
+            server.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        start = time.monotonic()
+        with stage_run("train_vae", {}, key="k") as run:
+            run.log({"loss": 1.0}, 64)
+            run.flush()
+            assert len(run.state_dict()["metrics"]) == 1  # a checkpoint may still carry it to a better day
+        assert time.monotonic() - start < 6
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "tracking" in line]
+    assert len(warnings) == 1 and "goes on without tracking" in warnings[0]
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_a_failed_delivery_waits_for_the_next(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    database = tmp_path / "mlflow.db"
+    with stage_run("train_vae", {}) as run:
+        run.log({"loss": 1.0}, 64)
+        away = _moved_away(database)
+        run.flush()
+        assert len(run.state_dict()["metrics"]) == 1
+        away.rename(database)
+        run.log({"loss": 0.5}, 128)
+        run.flush()
+        assert run.state_dict() == {"metrics": []}
+    assert history(client, run.id, "loss") == [(64, 1.0), (128, 0.5)]
+
+
+def _moved_away(database: Path) -> Path:
+    """SQLite opens files anew: an empty one in place of the database has no tables."""
+    away = database.rename(database.with_suffix(".away"))
+    database.touch()
+    return away
+
+
+# under the flow: a stage writes a record, the flow delivers it
+
+
+@pytest.fixture
+def records(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tracking.Records:
+    monkeypatch.setenv("LDM_RECORDS", str(tmp_path / "records"))
+    return tracking.Records(tmp_path / "records")
+
+
+def runs(client: Any) -> list[Any]:
+    found = client.search_runs([tracking.experiment_id(client)], order_by=["attributes.start_time"])
+    return list(found)
+
+
+def test_a_record_arrives_as_the_stage_itself_would_have_delivered_it(
+    client: Any, records: tracking.Records, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "plot.png").write_bytes(b"a plot")
+
+    def stage() -> None:
+        with stage_run("train_vae", {"lr": 0.1, "net": {"channels": (1, 2)}}, key="k", tags={"ldm.code": "c"}) as run:
+            for step in range(1200):
+                run.log({"loss": 1 / (step + 1), "nan": float("nan")}, images_seen=64 * step)
+            run.flush()
+            run.tag({"a": "b"})
+            run.dataset("shards", "abc", "data/shards/index.json", {"train_images": 9})
+            run.artifact(tmp_path / "plot.png", "plots")
+            run.log({"loss": 7.0}, images_seen=10**6)
+
+    before = time.time() * 1000
+    stage()
+    time.sleep(0.2)
+    after = time.time() * 1000
+    assert not runs(client)
+    records.deliver()
+    assert not list(records.folder.iterdir())
+    monkeypatch.delenv("LDM_RECORDS")
+    stage()
+    recorded, direct = runs(client)
+    assert before - 1 <= recorded.info.start_time <= recorded.info.end_time <= after - 200  # of the stage, not of the delivery
+    for found in (recorded, direct):
+        assert (found.info.status, found.info.run_name) == ("FINISHED", "train_vae")
+        assert {"ldm.code": "c", "ldm.key": "k", "a": "b"}.items() <= found.data.tags.items()
+        assert [file.path for file in client.list_artifacts(found.info.run_id, "plots")] == ["plots/plot.png"]
+        assert [given.dataset.digest for given in found.inputs.dataset_inputs] == ["abc"]
+    assert recorded.data.params == direct.data.params == {"lr": "0.1", "net.channels": "(1, 2)"}
+    one, other = (sorted(history(client, found.info.run_id, "loss")) for found in (recorded, direct))
+    assert one == other and len(one) == 1201
+
+
+def test_metrics_arrive_while_a_stage_runs_and_a_killed_one_is_killed(
+    client: Any, records: tracking.Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking.Records, "EVERY", 0.05)
+    code = (
+        "import os, sys, time; from ldm.registry.tracking import stage_run\n"
+        "with stage_run('shard', {}) as run:\n"
+        "    run.log({'images': 1}, 0); run.flush(); run.log({'images': 2}, 1)\n"
+        "    print('mlflow' in sys.modules, flush=True); sys.stdin.read(); os.kill(os.getpid(), 9)\n"
+    )
+    with records.following():
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        stage = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+        assert stage.stdout and stage.stdout.readline() == "False\n"  # importing it takes longer than most stages
+        deadline = time.monotonic() + 20
+        while not [run for run in runs(client) if history(client, run.info.run_id, "images")]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert runs(client)[0].info.status == "RUNNING"
+        assert stage.communicate("")[0] == "" and stage.returncode == -9
+    (run,) = runs(client)
+    assert run.info.status == "KILLED" and history(client, run.info.run_id, "images") == [(0, 1.0)]
+    assert not list(records.folder.iterdir())
+
+
+@pytest.mark.parametrize("fails_at", ["create_run", "log_batch", "set_terminated"])
+def test_what_cannot_be_delivered_waits_and_is_neither_lost_nor_doubled(
+    client: Any, records: tracking.Records, monkeypatch: pytest.MonkeyPatch, capfd: Any, fails_at: str
+) -> None:
+    with stage_run("train_vae", {"lr": 0.1}, key="k") as run:
+        run.log({"loss": 2.0}, 64)
+        run.flush()
+        run.log({"loss": 1.0}, 128)
+    with stage_run("shard", {}) as run:
+        run.log({"images": 3.0}, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"mlflow.tracking.MlflowClient.{fails_at}", lambda *_, **__: 1 / 0)
+        with records.following():
+            pass
+        assert len(list(records.folder.iterdir())) == 2
+        records.deliver()  # not tried again at once
+    assert capfd.readouterr().err.count("warning: tracking: ") == 1
+    tracking.Records(records.folder).deliver()  # of the next run of the flow
+    assert not list(records.folder.iterdir())
+    found = {run.info.run_name: run for run in runs(client)}
+    assert len(runs(client)) == 2 and {run.info.status for run in found.values()} == {"FINISHED"}
+    assert history(client, found["train_vae"].info.run_id, "loss") == [(64, 2.0), (128, 1.0)]
+    assert history(client, found["shard"].info.run_id, "images") == [(0, 3.0)]
+    assert found["train_vae"].data.params == {"lr": "0.1"}
+
+
+def test_a_record_of_a_retry_continues_the_run(client: Any, records: tracking.Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDM_PARENT_RUN", "a" * 32)
+    for value, error in ((2.0, ValueError), (1.0, None)):
+        with contextlib.suppress(ValueError), stage_run("train_vae", {"lr": 1}, key="k") as run:
+            run.log({"loss": value}, int(64 / value))
+            if error:
+                raise error
+        records.deliver()
+    (run,) = runs(client)
+    assert run.info.status == "FINISHED" and history(client, run.info.run_id, "loss") == [(32, 2.0), (64, 1.0)]
+
+
+def test_half_a_line_is_left_for_the_next_delivery_while_its_process_lives(client: Any, records: tracking.Records) -> None:
+    with contextlib.suppress(KeyboardInterrupt), stage_run("shard", {}) as run:
+        run.log({"images": 3.0}, 0)
+        raise KeyboardInterrupt
+    (path,) = records.folder.iterdir()
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    with path.open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        records.deliver()
+        tracking.Records(records.folder).deliver()  # of another flow, which is not to end the run
+        assert [run.info.status for run in runs(client)] == ["RUNNING"]
+        path.write_text(whole)
+    records.deliver()
+    assert [run.info.status for run in runs(client)] == ["KILLED"] and not path.exists()
+
+
+def test_a_garbled_record_spoils_nothing(client: Any, records: tracking.Records, capfd: Any) -> None:
+    """What a full disk did to one, and one whose beginning is gone: the run after them is delivered."""
+    for step in range(3):
+        with stage_run("shard", {"step": step}) as run:
+            run.log({"images": 3.0}, 0)
+    first, second, _ = sorted(records.folder.iterdir())
+    lines = first.read_text().splitlines(keepends=True)
+    first.write_text("".join([lines[0], lines[1][:20] + lines[1], *lines[2:]]))
+    second.write_text("".join(second.read_text().splitlines(keepends=True)[1:]))
+    records.deliver()
+    assert {(run.info.status, run.data.params["step"]) for run in runs(client)} == {("FINISHED", "0"), ("FINISHED", "2")}
+    assert [path.name for path in records.folder.iterdir()] == [second.with_suffix(".bad").name]
+    assert capfd.readouterr().err.count("warning: ") == 1
+
+
+def test_a_full_disk_leaves_whole_lines_and_the_metrics_for_later(client: Any, records: tracking.Records) -> None:
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from ldm.registry.tracking import stage_run\n"
+        "with stage_run('shard', {}) as run:\n"
+        "    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (run._path.stat().st_size + 30, most))\n"
+        "    run.log({'images': 1}, 0); run.flush(); assert run.state_dict()['metrics']\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))\n"
+        "    run.log({'images': 2}, 1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    records.deliver()
+    (run,) = runs(client)
+    assert run.info.status == "FINISHED" and history(client, run.info.run_id, "images") == [(0, 1.0), (1, 2.0)]
+
+
+def test_what_has_changed_since_is_not_attached(client: Any, records: tracking.Records, tmp_path: Path) -> None:
+    for name in ("same.png", "other.png", "gone.png"):
+        (tmp_path / name).write_bytes(b"of this run")
+    with stage_run("evaluate", {}) as run:
+        for name in ("same.png", "other.png", "gone.png"):
+            run.artifact(tmp_path / name, "plots")
+    (tmp_path / "other.png").write_bytes(b"of another run")
+    (tmp_path / "gone.png").unlink()
+    records.deliver()
+    (run,) = runs(client)
+    assert run.info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "plots")] == ["plots/same.png"]
