@@ -14,9 +14,10 @@ from torch import Tensor
 from ldm.base.errors import InputError
 from ldm.base.files import replacing
 from ldm.base.hashing import canonical_json
+from ldm.base.pixels import to_float, to_uint8
 from ldm.base.randomness import generator
 from ldm.bayes.bound import Bound, whole_bound
-from ldm.bayes.likelihoods import Likelihood, load_likelihood, to_float, to_uint8
+from ldm.bayes.likelihoods import Likelihood, load_likelihood
 from ldm.config import Sampling
 from ldm.diffusion.defaults import changed_sampling
 from ldm.diffusion.denoiser import Denoiser

@@ -8,7 +8,7 @@ or, "per_pixel", the second half of the decoder's channels. Continuous kinds giv
 import json
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +18,11 @@ from torch import Tensor, nn
 from torch.special import erfcx
 
 from ldm.base.errors import InputError
+from ldm.base.pixels import BIN, to_float, to_uint8
 
 FILE = "likelihood.safetensors"
-BIN = 2 / 255  # distance between neighbouring 8-bit values in [-1, 1]
 SCALES = ("fixed", "learned", "per_pixel")
 LOG_SCALES = (-7.0, 2.0)  # of a pixel: from a ninth of BIN, where one value has it all, to several times the whole range
-
-
-def to_float(pixels: Any) -> Tensor:
-    """8-bit images, uint8 (N, C, H, W) of numpy or torch, to float32 in [-1, 1]."""
-    return torch.as_tensor(pixels).float() * BIN - 1
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] to the nearest 8-bit values."""
-    return ((x + 1) / BIN).round().clamp(0, 255).to(torch.uint8)
 
 
 def _levels(x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ldm.base.errors import InputError
-from ldm.bayes.likelihoods import Likelihood, to_float
+from ldm.base.pixels import to_float
+from ldm.bayes.likelihoods import Likelihood
 from ldm.langevin.chains import Draws
 from ldm.nets.autoencoder import Autoencoder
 

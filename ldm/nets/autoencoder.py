@@ -176,6 +176,10 @@ class Autoencoder(Pretrained):
         """Shape (C, H/f, W/f) of the latents of images of this size."""
         return self.latent_channels, height // self.factor, width // self.factor
 
+    def latent_noise(self, x: Tensor, rng: torch.Generator, count: int | None = None) -> Tensor:
+        """Standard normal noise for the latents of `count` images (default: all) of the size of x (B, C, H, W)."""
+        return torch.randn(count or len(x), *self.latent_shape(*x.shape[2:]), generator=rng).to(x)
+
     @classmethod
     def to_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
         theirs = {key: value for key, value in config.items() if key != "attention"}

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ldm.base.device import set_up
 from ldm.base.paths import AUTOENCODER, LATENT_STORE, LATENTS, SHARDS
+from ldm.base.pixels import to_float
 from ldm.base.progress import Progress
 from ldm.bayes.diagnostics import diagnose
-from ldm.bayes.likelihoods import to_float
 from ldm.config import load_settings
 from ldm.data.latents import open_latents, write_latents
 from ldm.nets.autoencoder import VQModel, load_autoencoder

@@ -38,6 +38,7 @@ from ldm.bayes.likelihoods import LIKELIHOODS, load_likelihood
 from ldm.config import Settings, load_settings
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
+from ldm.evaluation.autoencoder import evaluate_elbo, evaluate_importance, summary
 from ldm.evaluation.bounds import image_bounds
 from ldm.evaluation.features import PixelPCA
 from ldm.evaluation.fidelity import Judge, psnr, variance_ratio
@@ -53,7 +54,6 @@ from ldm.report.plots import channel_bars, loss_curves, rate_distortion
 from ldm.stages.inputs import stage_shards
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
-from ldm.training.vae import evaluate_elbo, evaluate_importance, summary
 
 REAL = 4096  # real images that the judge, the features and the Fréchet distance see at most
 POSTERIORS = 4096  # test images whose posteriors are diagnosed at most

@@ -24,9 +24,9 @@ from ldm.base.device import set_up
 from ldm.base.errors import InputError
 from ldm.base.hashing import canonical_json, folder_hash
 from ldm.base.paths import BOUNDS, MODEL, POSTERIOR, POSTERIOR_REPORTS, SHARDS
+from ldm.base.pixels import BIN, to_float, to_uint8
 from ldm.base.progress import Progress
 from ldm.base.randomness import generator, seed_for
-from ldm.bayes.likelihoods import BIN, to_float, to_uint8
 from ldm.config import Posterior, load_settings
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader

@@ -20,6 +20,7 @@ from ldm.config import Settings, load_settings
 from ldm.data.batches import Batches
 from ldm.data.parallel import loader_workers
 from ldm.data.reader import ShardReader
+from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
 from ldm.stages.inputs import index_hash, stage_shards
@@ -28,7 +29,7 @@ from ldm.stages.stage import Stage
 from ldm.stages.training import training, write_curve
 from ldm.training.adversarial import AdversarialObjective, Adversary
 from ldm.training.fit import Fitted, Langevin
-from ldm.training.vae import VaeObjective, evaluate_elbo, fit_scale, summary
+from ldm.training.vae import VaeObjective
 
 
 def build(settings: Settings) -> tuple[Autoencoder, Likelihood]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ldm.base.errors import InputError
+from ldm.base.pixels import to_float
 from ldm.bayes.elbo import Elbo, elbo, importance_bound, standard_normal
-from ldm.bayes.likelihoods import DiscretizedLogistic, Gaussian, to_float
+from ldm.bayes.likelihoods import DiscretizedLogistic, Gaussian
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
 
 

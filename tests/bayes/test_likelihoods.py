@@ -12,8 +12,8 @@ from scipy.stats import bernoulli, chisquare, kstest, laplace, logistic, norm
 from torch import Tensor
 
 from ldm.base.errors import InputError
+from ldm.base.pixels import BIN, to_float, to_uint8
 from ldm.bayes.likelihoods import (
-    BIN,
     LOG_SCALES,
     Bernoulli,
     DiscretizedGaussian,
@@ -23,8 +23,6 @@ from ldm.bayes.likelihoods import (
     Likelihood,
     load_likelihood,
     make_likelihood,
-    to_float,
-    to_uint8,
 )
 
 VALUES = np.arange(256) * 2 / 255 - 1

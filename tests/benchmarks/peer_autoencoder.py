@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.base.pixels import to_float
 from ldm.base.randomness import generator
-from ldm.bayes.likelihoods import to_float
 from ldm.data.batches import Batches
 from ldm.nets.autoencoder import DiagonalGaussian
 

@@ -25,12 +25,12 @@ from ldm.data import open_shards, write_shards
 from ldm.data.batches import Batches
 from ldm.data.digits import write_digits
 from ldm.data.reader import ShardReader
+from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.autoencoder import Autoencoder
 from ldm.registry.tracking import Run
 from ldm.report.plots import rate_distortion
 from ldm.stages.train_vae import build, objective
 from ldm.training.fit import fit
-from ldm.training.vae import evaluate_elbo, fit_scale, summary
 
 ROOT = Path(__file__).parents[2]
 PLOT = Path(__file__).with_suffix(".png")

@@ -23,16 +23,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.base.device import default_device
-from ldm.bayes.likelihoods import Likelihood, to_float, to_uint8
+from ldm.base.pixels import to_float, to_uint8
+from ldm.bayes.likelihoods import Likelihood
 from ldm.config import load_settings
 from ldm.data.batches import Batches
 from ldm.data.latents import write_latents
 from ldm.data.reader import ShardReader
 from ldm.evaluation import fidelity
+from ldm.evaluation.autoencoder import fit_scale
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL
 from ldm.nets.text import TextEncoder
 from ldm.stages.train_vae import build
-from ldm.training.vae import fit_scale
 
 SETTINGS = load_settings(ROOT)
 NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {  # arguments, side of the images, batch size

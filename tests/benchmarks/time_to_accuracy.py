@@ -26,8 +26,8 @@ from benchmarks.timing import Stopwatch
 from torch import Tensor
 
 from ldm.base.device import default_device, set_up
+from ldm.base.pixels import to_float, to_uint8
 from ldm.base.randomness import generator
-from ldm.bayes.likelihoods import to_float, to_uint8
 from ldm.config import Settings, load_settings
 from ldm.data.batches import Batches, order
 from ldm.data.latents import Latents, open_latents, write_latents

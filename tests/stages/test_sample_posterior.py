@@ -22,7 +22,7 @@ from tiny import REPOSITORY, environment, set_params, with_soak
 
 from flows.summary import Step, summarise
 from ldm.base.errors import InputError
-from ldm.bayes.likelihoods import to_float
+from ldm.base.pixels import to_float
 from ldm.config import load_settings
 from ldm.data.reader import ShardReader, open_shards
 from ldm.evaluation.gate import Decision

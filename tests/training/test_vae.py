@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from ldm.base import distributed
 from ldm.base.errors import InputError
+from ldm.base.pixels import to_float
 from ldm.bayes.elbo import elbo
-from ldm.bayes.likelihoods import make_likelihood, to_float
+from ldm.bayes.likelihoods import make_likelihood
+from ldm.evaluation.autoencoder import fit_scale
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
 from ldm.registry.tracking import Run
 from ldm.training.adversarial import AdversarialObjective, Adversary
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, Langevin, fit
-from ldm.training.vae import VaeObjective, fit_scale, posterior_noise
+from ldm.training.vae import VaeObjective
 
 PIXELS = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 ALL = slice(0, 8)
@@ -79,7 +81,7 @@ def gradients(objective: VaeObjective, loss: Tensor) -> dict[str, Tensor]:
 def test_the_loss_is_the_negative_elbo_per_value():
     objective = elbo_objective()
     x = to_float(PIXELS)
-    noise = posterior_noise(objective.autoencoder, x, torch.Generator().manual_seed(2))
+    noise = objective.autoencoder.latent_noise(x, torch.Generator().manual_seed(2))
     bound = elbo(objective.autoencoder, objective.likelihood, x, noise)
     loss, metrics = objective.loss(0, 8, torch.Generator().manual_seed(2), ALL)
     torch.testing.assert_close(loss, -bound.nats.mean() / 768)
@@ -157,7 +159,7 @@ def by_hand(objective: AdversarialObjective) -> dict[str, Tensor]:
     ours, net = objective.adversary, objective.autoencoder
     x = to_float(PIXELS)
     posterior = net.encode(x)
-    back = net.decode(posterior.sample(posterior_noise(net, x, torch.Generator().manual_seed(2))))
+    back = net.decode(posterior.sample(net.latent_noise(x, torch.Generator().manual_seed(2))))
     b = objective.likelihood.log_scale
     error = (x - back).abs() + ours.perceptual_weight * ours.perceptual(x, back).view(-1, 1, 1, 1)  # as the paper's code has it
     negative = (error / b.exp() + b + math.log(2)).mean()

@@ -1,0 +1,18 @@
+"""The coding of 8-bit pixels as floats in [-1, 1]."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BIN = 2 / 255  # distance between neighbouring 8-bit values in [-1, 1]
+
+
+def to_float(pixels: Any) -> Tensor:
+    """8-bit images, uint8 (N, C, H, W) of numpy or torch, to float32 in [-1, 1]."""
+    return torch.as_tensor(pixels).float() * BIN - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] to the nearest 8-bit values."""
+    return ((x + 1) / BIN).round().clamp(0, 255).to(torch.uint8)
