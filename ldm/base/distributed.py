@@ -1,4 +1,4 @@
-"""Several processes that train one model: which one this is, and what they compute together."""
+"""What the ranks of a training compute together. All of it also works in one process without a process group."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ def ranks() -> int:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of x over all processes: a new tensor, or x itself where there is one process."""
+    """The mean of x over all ranks: a new tensor, or x itself with one rank."""
     if ranks() == 1:
         return x
     total = x.detach().clone()
@@ -26,19 +26,19 @@ def mean(x: Tensor) -> Tensor:
     return total / ranks()
 
 
-def agree(number: int, device: torch.device) -> bool:
-    """Whether all processes have the same number."""
-    ends = torch.tensor([number, -number], device=device)  # int64: a float would round what counts images
+def all_ranks_equal(number: int, device: torch.device) -> bool:
+    """Whether all ranks pass the same number."""
+    ends = torch.tensor([number, -number], device=device)  # int64: float32 would round counts of images
     if ranks() > 1:
         dist.all_reduce(ends, dist.ReduceOp.MAX)
     return int(ends[0]) == -int(ends[1])
 
 
 def shard(module: nn.Module, parts: Iterable[nn.Module]) -> None:
-    """Share parameters, gradients and so the optimizer's state out over all processes (FSDP2; Zhao et al. 2023).
+    """Shard parameters, gradients and so the optimizer's state over all ranks, in place (FSDP2; Zhao et al. 2023).
 
-    In place, before an optimizer sees the parameters. Each of the `parts` is put together only while it runs, the rest for
-    as long as the module's own forward and backward pass takes.
+    Call it before an optimizer sees the parameters. Each of the `parts` is gathered only while it runs; the rest stays
+    gathered during the module's whole forward and backward pass.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -49,47 +49,46 @@ def shard(module: nn.Module, parts: Iterable[nn.Module]) -> None:
         fully_shard(part, mesh=mesh)
 
 
-def is_shared(tensor: Tensor) -> bool:
-    """Whether each process has a part of it. (A DTensor, whose module takes half a second to import.)"""
-    return hasattr(tensor, "full_tensor")
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor; importing its module takes half a second
 
 
 @torch.no_grad()
-def own(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's parts of tensors that were shared out, the others as they are; they share memory with them."""
-    return [tensor.to_local() if is_shared(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's shard of each sharded tensor, and the other tensors themselves; memory is shared with them."""
+    return [tensor.to_local() if _is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state in which no tensor is shared out. All processes have to call this, and the first one gets those tensors."""
+def full_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with sharded tensors gathered, on the CPU. All ranks have to call this; only rank 0 gets the gathered ones."""
     found = {}
     for name, tensor in state.items():
-        if is_shared(tensor):
+        if _is_sharded(tensor):
             tensor = tensor.full_tensor()  # type: ignore[attr-defined]
             if rank():
                 continue
-            tensor = tensor.cpu()  # there may be no room for all of them where the parts are
+            tensor = tensor.cpu()  # a GPU may have no room for all full tensors
         found[name] = tensor
     return found
 
 
 @torch.no_grad()
 def load(state: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Copy the whole tensors `found` into those of `state`, of which each process may have a part."""
+    """Copy the full tensors `found` into the tensors of `state`, sharded or not."""
     for name, tensor in state.items():
         value = found[name]
-        if is_shared(tensor):
+        if _is_sharded(tensor):
             from torch.distributed.tensor import distribute_tensor
 
             mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
             value = distribute_tensor(value, mesh, placements, src_data_rank=None).to_local()
-        own([tensor])[0].copy_(value)
+        local_shards([tensor])[0].copy_(value)
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that `RANK` and `WORLD_SIZE` speak of, as torchrun sets them; alone where they are not set."""
+    """Join the ranks that torchrun's variables (`RANK`, `WORLD_SIZE`, …) describe; without them, stay a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return

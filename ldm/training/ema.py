@@ -26,7 +26,7 @@ class Ema:
         halflife = min(self.halflife_images, RAMP * images_seen)
         weight = 1 - 0.5 ** (batch_size / halflife) if halflife > 0 else 1.0
         n = self._parameters
-        torch._foreach_lerp_(distributed.own(self._average[:n]), distributed.own(self._live[:n]), weight)
+        torch._foreach_lerp_(distributed.local_shards(self._average[:n]), distributed.local_shards(self._live[:n]), weight)
         for average, buffer in zip(self._average[n:], self._live[n:], strict=True):
             average.copy_(buffer)
 

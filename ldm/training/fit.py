@@ -149,7 +149,7 @@ def fit(
     run = _Run(objective, optimizer, ema, journal, store)
     resumed = run.resume()
     device = next(objective.module.parameters()).device
-    if not distributed.agree(resumed, device):
+    if not distributed.all_ranks_equal(resumed, device):
         raise InputError(f"{store.folder}: the processes found different checkpoints here; they have to share this folder")
     gradients = _Gradients(loss, optimizer, players, seed, execution, clip=langevin is None)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
@@ -178,7 +178,7 @@ def fit(
         progress(done, row)  # after the checkpoint: printing fails if its reader is gone
     journal.flush()
     objective.module.eval()
-    return Fitted(distributed.whole(ema.state_dict()), run.curve, distributed.whole(objective.module.state_dict()))
+    return Fitted(distributed.full_tensors(ema.state_dict()), run.curve, distributed.full_tensors(objective.module.state_dict()))
 
 
 def _optimizer(groups: list[dict[str, Any]], schedule: Schedule, seed: int, langevin: Langevin | None) -> torch.optim.Optimizer:
@@ -256,7 +256,7 @@ class _Gradients:
 
     def _clip(self) -> Tensor:
         """The norm of all gradients, each player's of which is then at most `GRADIENT_NORM`, where they are clipped."""
-        sides = [distributed.own(p.grad for p in side if p.grad is not None) for side in self._sides]
+        sides = [distributed.local_shards(p.grad for p in side if p.grad is not None) for side in self._sides]
         norms = torch.stack([global_norm(side) for side in sides])
         if self._sharded:
             norms = (distributed.mean(norms.square()) * distributed.ranks()).sqrt()
@@ -349,7 +349,7 @@ class _Run:
         tensors = {f"model.{k}": v for k, v in self.objective.module.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
-        tensors = distributed.whole(tensors)
+        tensors = distributed.full_tensors(tensors)
         if distributed.rank() == 0:
             state = {"images_seen": images_seen, "curve": self.curve, "count": self._count, "sums": self._sums}
             self.store.save(tensors, {**state, "usual": self._usual, "journal": self.journal.state_dict()})
