@@ -112,7 +112,7 @@ def test_comments_and_docstrings_run_nothing_and_neither_do_tools(ran, tmp_path,
 
 def test_a_changed_sampler_is_evaluated_and_a_changed_source_trains_nothing_again_unless_its_images_changed(again):
     root, run = again
-    append(root / "ldm/data/digits.py", "\n_EDITED = True\n")
+    append(root / "ldm/data/sources/digits.py", "\n_EDITED = True\n")
     path = root / "ldm/diffusion/samplers.py"
     path.write_text(path.read_text().replace('"dpmpp_2m": dpmpp_2m,', '"dpmpp_2m": heun,'))
     before = (root / "reports/samples.png").read_bytes()

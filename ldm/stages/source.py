@@ -1,6 +1,7 @@
-"""The setting `data.source` -> data/raw/source, a folder of captioned images."""
+"""The source that `data.source` names -> data/raw/source, a folder of captioned images."""
 
 from pathlib import Path
+from typing import Any
 
 from ldm.base.paths import SOURCE
 from ldm.base.progress import Progress
@@ -12,17 +13,15 @@ from ldm.stages.stage import Stage
 
 def run(root: Path) -> None:
     settings = load_settings(root)
-    source, out = settings.data.source, root / SOURCE
+    source: Any = settings.data.source
+    if isinstance(source, str):  # until settings hold the source itself
+        from ldm.data.sources.digits import Digits
+        from ldm.data.sources.huggingface import HuggingFace
+
+        source = Digits() if source == "digits" else HuggingFace(dataset=source.removeprefix("huggingface:"))
     with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
-        if source == "digits":
-            from ldm.data.digits import write_digits
-
-            count = write_digits(out)
-        else:
-            from ldm.data.huggingface import write_huggingface
-
-            with Progress(f"source: {source}"):
-                count = write_huggingface(source, root, out)
+        with Progress(f"source: {source.kind}"):
+            count = source.write(root, root / SOURCE)
         tracker.log({"images": float(count)}, 0)
     print(f"source: {count} images written to {SOURCE}", flush=True)
 

@@ -23,7 +23,7 @@ from ldm.bayes.likelihoods import Likelihood
 from ldm.config import Settings, load_settings
 from ldm.data import open_shards, write_shards
 from ldm.data.batches import Batches
-from ldm.data.digits import write_digits
+from ldm.data.sources.digits import Digits
 from ldm.data.reader import ShardReader
 from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.autoencoder import Autoencoder
@@ -52,7 +52,7 @@ class Watched:
 
 def digits(folder: Path, settings: Settings) -> dict[str, ShardReader]:
     """The splits of the digits, sharded as the pipeline's first two stages do."""
-    write_digits(folder / "source")
+    Digits().write(folder, folder / "source")
     write_shards(folder / "source", folder / "shards", **settings.data.model_dump(exclude={"source", "path"}))
     return {split: open_shards(folder / "shards", split) for split in ("train", "val", "test")}
 

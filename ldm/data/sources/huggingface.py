@@ -1,0 +1,189 @@
+"""A data set of the Hugging Face hub, or a local one that the package `datasets` opens, as a folder of captioned images."""
+
+import io
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ldm.base.errors import InputError
+from ldm.base.files import replacing
+from ldm.data.sources.source import Source
+
+HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?@(?P<commit>[0-9a-f]{40})")
+SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tiff", "GIF": ".gif"}
+STRINGS = ("string", "large_string", "string_view")
+
+
+class HuggingFace(Source):
+    """A data set of the hub at a commit, or a local folder. DVC does not see changes in such a folder."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    dataset: Annotated[str, Field(min_length=1)]  # NAME@COMMIT or NAME:CONFIG@COMMIT on the hub, or FOLDER or FOLDER:CONFIG
+
+    def write(self, root: Path, out: Path) -> int:
+        """Write each split as `SPLIT/00000000.SUFFIX`, with the images' own bytes, and captions as `metadata.jsonl`.
+
+        The table has `file_name`, `text` (the first of several captions), `label` if one column holds classes, and every
+        other scalar. A row without an image becomes an empty file, which the `shard` stage quarantines.
+
+        Raises `InputError` for a data set that has no commit or cannot be had, for columns that leave open which holds the
+        image or the caption, for an image file that is missing, and for a row without caption or label.
+        """
+        where = f"data.source.dataset {self.dataset!r}"
+        name, config, commit = _locate(self.dataset, root, where)
+        splits = _load(name, config, commit, where)
+        columns = _choose_columns(next(iter(splits.values())).features, where)
+        count = 0
+        with replacing(out) as folder, (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as table:
+            for split, rows in sorted(splits.items()):
+                (folder / split).mkdir()
+                for number, row in enumerate(columns.select(rows)):
+                    here = f"{where}: split {split}, row {number}"
+                    blob = _read(row[columns.image], None if commit else Path(name), here)
+                    file_name = f"{split}/{number:08d}{_suffix(blob)}"
+                    (folder / file_name).write_bytes(blob)
+                    table.write(json.dumps({"file_name": file_name, **columns.record(row, here)}, ensure_ascii=False) + "\n")
+                    count += 1
+        return count
+
+
+def _locate(dataset: str, root: Path, where: str) -> tuple[str, str | None, str | None]:
+    """The name that `datasets` takes, the configuration, and the commit (None for a local folder)."""
+    if hub := HUB.fullmatch(dataset):
+        return f"hf://datasets/{hub['name']}", hub["config"], hub["commit"]  # the prefix: never a folder of the same name
+    for folder, config in ((dataset, None), (dataset.rpartition(":")[0], dataset.rpartition(":")[2])):
+        if folder and (root / folder).is_dir():
+            return str((root / folder).resolve()), config, None
+    raise InputError(
+        f"{where}: no such folder; a data set on the hub is NAME@COMMIT or NAME:CONFIG@COMMIT with the 40 hex digits of a "
+        "commit, since a name alone, or a branch, would not say which data"
+    )
+
+
+def _load(name: str, config: str | None, commit: str | None, where: str) -> dict[str, Any]:
+    """Every split of the data set, as memory-mapped tables in the cache of `datasets`."""
+    try:
+        import datasets
+        import huggingface_hub.utils as hub
+    except ImportError as error:
+        raise InputError(f"{where} needs a package ({error}); pip install 'ldm-pipeline[huggingface]'") from None
+    for library in (datasets, hub):
+        library.disable_progress_bars()
+        library.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        builder = datasets.load_dataset_builder(name, config, revision=commit)
+        # If the hub does not answer, `datasets` takes the latest copy in its cache, whatever its commit.
+        if commit and builder.hash != commit:
+            raise ConnectionError(f"the hub does not answer, and the latest copy in the cache is of commit {builder.hash}")
+        builder.download_and_prepare()
+        splits: dict[str, Any] = builder.as_dataset()
+    except Exception as error:  # many libraries raise here; every error means that the data cannot be had
+        generic = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its cause has the reason
+        reason = (generic and error.__cause__) or error
+        raise InputError(f"{where}: {type(reason).__name__}: {' '.join(str(reason).split())}") from error
+    return splits
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a data set that are read, and their names in `metadata.jsonl`."""
+
+    image: str
+    table: dict[str, str]  # column of metadata.jsonl -> column of the data set
+    classes: dict[str, list[str]]  # column of the data set -> names of its classes
+
+    def select(self, rows: Any) -> Any:
+        """Rows of these columns only, with images as bytes of files."""
+        from datasets import Image
+
+        return rows.select_columns([self.image, *set(self.table.values())]).cast_column(self.image, Image(decode=False))
+
+    def record(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        """A row's line in `metadata.jsonl`, without its file name."""
+        record = {name: self._value(column, row[column]) for name, column in self.table.items()}
+        for name in ("text", "label"):
+            if record.get(name, "") is None:
+                raise InputError(f"{where}: column {self.table[name]!r} is empty; every image needs its {name}")
+        return record
+
+    def _value(self, column: str, value: Any) -> Any:
+        if isinstance(value, list):  # several captions of one image
+            value = value[0] if value else None
+        if column in self.classes:  # hidden classes are -1
+            value = None if value is None or value < 0 else self.classes[column][value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN or infinity
+
+
+def _choose_columns(features: dict[str, Any], where: str) -> _Columns:
+    from datasets import ClassLabel, Image
+
+    found = ", ".join(f"{name} ({_type(feature)})" for name, feature in features.items())
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if len(images) != 1:
+        raise InputError(f"{where}: expected one column of images, found {len(images)} among its columns {found}")
+    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    label = next(iter(classes)) if len(classes) == 1 else None
+    texts = [name for name, feature in features.items() if _type(feature).removeprefix("list of ") in STRINGS]
+    caption = next((name for name in ("text", "caption") if name in texts), texts[0] if len(texts) == 1 else label)
+    if caption is None:
+        raise InputError(
+            f"{where}: which column holds the captions? Neither text nor caption, nor the only one of strings, "
+            f"nor the only one of classes, among its columns {found}"
+        )
+    table = {"text": caption} | ({"label": label} if label else {})
+    for name, feature in features.items():
+        if name not in (caption, label) and (name in classes or _is_scalar(feature)):
+            free = name
+            while free in ("file_name", *table):
+                free = f"source_{free}"
+            table[free] = name
+    return _Columns(images[0], table, classes)
+
+
+def _type(feature: Any) -> str:
+    """A feature's type in words: `string`, `list of string`, `int32`, `ClassLabel`."""
+    from datasets import LargeList, List, Value
+
+    if isinstance(feature, List | LargeList):
+        return f"list of {_type(feature.feature)}"
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+def _is_scalar(feature: Any) -> bool:
+    return _type(feature) in (*STRINGS, "bool") or re.fullmatch(r"(u?int|float)\d+", _type(feature)) is not None
+
+
+def _read(image: dict[str, Any] | None, folder: Path | None, where: str) -> bytes:
+    """The bytes of an image file; none for a row without an image. A local data set, in `folder`, may name files of its own."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        return b""
+    if image["bytes"] is not None:
+        return bytes(image["bytes"])
+    path = (folder or Path()) / image["path"]
+    # Files of the hub are in its caches. Any other file is not part of the commit, and may be a secret of the user's.
+    caches = map(Path, (HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH))
+    if folder is None and not any(path.resolve().is_relative_to(cache.resolve()) for cache in caches):
+        raise InputError(f"{where}: names the file {path}, which is not in the data set")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{where}: its image {path} cannot be read: {error.strerror}") from None
+
+
+def _suffix(blob: bytes) -> str:
+    """The suffix for an image's format. A file that Pillow cannot open becomes .png, which the `shard` stage quarantines."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(blob), formats=tuple(SUFFIXES)) as image:
+            return SUFFIXES.get(image.format or "", ".jpg")  # Pillow calls a JPEG that holds several pictures MPO
+    except Exception:  # decoders of foreign bytes raise anything
+        return ".png"
