@@ -1,15 +1,15 @@
 """Stochastic gradient Langevin dynamics: optimizers whose iterates are samples of a posterior (`README.md`).
 
-With U(θ) = -log prior(θ) - Σ log p(datum | θ), estimated by `num_data` times the gradient of a minibatch's *mean* loss, and a
-step size ε (`lr`), the update is θ ← θ - (ε/2) ∇U(θ) + N(0, ε) (Welling & Teh 2011, equation 4). Its samples are those of
-exp(-U) up to errors that vanish with ε: where the curvature of U is a and the variance of its estimated gradient V, their
-variance is (1 + εV/4) / (a (1 - εa/4)), and should be 1/a.
+U(θ) = -log prior(θ) - Σ log p(datum | θ) is estimated from a minibatch, by `num_data` times its *mean* loss. With step size ε
+(`lr`) the update is θ ← θ - (ε/2) ∇U(θ) + N(0, ε) (Welling & Teh 2011, equation 4). Its samples follow exp(-U) up to an error
+that vanishes with ε: where U has curvature a and the estimated gradient variance V, the variance of θ is
+(1 + εV/4) / (a (1 - εa/4)) instead of 1/a.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,25 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from ldm.base.errors import InputError
 from ldm.base.randomness import fill_normal
 
-Schedule = Callable[[int], float]  # how many steps were taken, to the step size of the next
+Schedule = Callable[[int], float]  # from the number of steps taken to the size of the next step
 PRIORS = ("gaussian", "laplace")
-EXACT = (torch.float32, torch.float64)  # types that do not round a step's noise away
-# Options of other optimizers that would change what is sampled, and what there is instead.
-REFUSED = {
-    "momentum": "SGHMC has momentum, with the noise that belongs to it (friction)",
-    "nesterov": "SGHMC has momentum, with the noise that belongs to it (friction)",
-    "dampening": "SGHMC has momentum, with the noise that belongs to it (friction)",
+EXACT = (torch.float32, torch.float64)  # dtypes that do not round the noise of a step away
+VALID: dict[str, tuple[Callable[[Any], bool], str]] = {  # option: whether a value is valid, and which values are
+    "lr": (lambda lr: callable(lr) or 0 <= lr < math.inf, "a step size of 0 or more, or a function of the step"),
+    "num_data": (lambda count: 1 <= count < math.inf, "the size of the data set that minibatches come from, 1 or more"),
+    "prior": (lambda prior: prior in PRIORS, f"one of {', '.join(PRIORS)}"),
+    "prior_precision": (lambda precision: 0 <= precision < math.inf, "0 or more"),
+    "temperature": (lambda temperature: 0 <= temperature < math.inf, "0 or more"),
+    "friction": (lambda friction: 0 < friction <= 1, "more than 0 and at most 1, which is SGLD"),
+    "alpha": (lambda alpha: 0 <= alpha < 1, "0 or more, and less than 1"),
+    "eps": (lambda eps: eps > 0, "more than 0"),
+    "adaptation_steps": (lambda steps: steps is None or steps >= 1, "1 or more, or None"),
+}
+MOMENTUM = "SGHMC has momentum, with the noise that belongs to it (friction)"
+REFUSED = {  # options of other optimizers that would change the sampled distribution, and what to use instead
+    "momentum": MOMENTUM,
+    "nesterov": MOMENTUM,
+    "dampening": MOMENTUM,
     "betas": "PSGLD has a preconditioner, SGHMC momentum",
     "weight_decay": "state the prior: prior_precision (1 / variance)",
 }
@@ -33,7 +44,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Polynomial:
-    """ε = a (b + t)^-γ after t steps (Welling & Teh 2011); for 1/2 < γ <= 1 averages weighted by ε converge."""
+    """ε = a (b + t)^-γ after t steps (Welling & Teh 2011); averages weighted by ε converge for 1/2 < γ <= 1."""
 
     a: float
     b: float
@@ -46,7 +57,7 @@ class Polynomial:
     @classmethod
     def between(cls, first: float, last: float, steps: int, gamma: float = 0.55) -> "Polynomial":
         """From step size `first` at step 0 to `last` at step `steps`."""
-        if not 0 < last < first or steps < 1 or gamma <= 0:
+        if not (0 < last < first and steps >= 1 and gamma > 0):
             raise InputError(
                 f"a step size from {first} to {last} in {steps} steps: give 0 < last < first, 1 step or more, gamma > 0"
             )
@@ -59,9 +70,9 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Cyclical:
-    """Falls from `lr` along half a cosine in each of `cycles` cycles (Zhang et al. 2020, equation 1), which visit several modes.
+    """Falls from `lr` along half a cosine in each of `cycles` cycles, to visit several modes (Zhang et al. 2020, equation 1).
 
-    Samples are those of each cycle's last part (`samples`), the first `exploration` of it being there to move.
+    The first `exploration` (a fraction) of each cycle only moves the chain; keep the draws for which `samples` is true.
     """
 
     lr: float
@@ -86,43 +97,45 @@ class Cyclical:
 
 
 class Sampler(torch.optim.Optimizer):
-    """What the samplers share: their options, what they refuse, their noise, and the gradient of U."""
+    """Options, checks and noise that all samplers share.
+
+    `lr` is ε, a number or a function of the step. `.grad` holds the gradient of the *mean* loss over a minibatch, in nats;
+    `num_data` is the size of the whole data set. The prior is N(0, 1 / prior_precision), or Laplace with that variance; the
+    default, 0, is a flat prior. Samples follow exp(-U / temperature). `seed` decides all noise; None draws a seed from torch's
+    global generator. Parameter groups may have their own values.
+
+    Raises `InputError` for what would change the sampled distribution: `REFUSED`, half-precision parameters, gradient hooks.
+    """
+
+    extra: ClassVar[dict[str, Any]] = {}  # further options of a sampler, with their defaults
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | Schedule,
+        *,
         num_data: int,
-        prior_precision: float,
-        prior: str,
-        temperature: float,
-        seed: int | None,
-        **own: Any,
+        prior_precision: float = 0.0,
+        prior: str = "gaussian",
+        temperature: float = 1.0,
+        seed: int | None = None,
+        **extra: Any,
     ) -> None:
+        self._refuse(extra.keys() - self.extra.keys())
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         common = {"num_data": num_data, "prior_precision": prior_precision, "prior": prior, "temperature": temperature}
-        self._noise: dict[int, Tensor] = {}  # of each group, overwritten at every step
-        super().__init__(params, {"lr": lr, **common, "seed": seed, **own})
+        self._noise: dict[int, Tensor] = {}  # a buffer for each group, overwritten at every step
+        super().__init__(params, {"lr": lr, **common, "seed": seed, **self.extra, **extra})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._refuse(group.keys() - self.defaults.keys() - {"params", "param_names"})
-        if not callable(group["lr"]) and not 0 <= group["lr"] < math.inf:
-            raise InputError(f"lr {group['lr']}: a step size is 0 or more, or a function of the step")
-        if not 1 <= group["num_data"] < math.inf:
-            raise InputError(f"num_data {group['num_data']}: the number of data that the mean loss is a mean of, 1 or more")
-        if group["prior"] not in PRIORS:
-            raise InputError(f"prior {group['prior']!r}: expected one of {', '.join(PRIORS)}")
-        for name in ("prior_precision", "temperature"):
-            if not (math.isfinite(group[name]) and group[name] >= 0):
-                raise InputError(f"{name} {group[name]}: expected 0 or more")
+        for name, (valid, expected) in VALID.items():
+            if name in group and not valid(group[name]):
+                raise InputError(f"{name} {group[name]}: expected {expected}")
         for p in group["params"]:
-            if p.dtype not in EXACT:
-                raise InputError(
-                    f"a parameter of {tuple(p.shape)} is {p.dtype}, which rounds the noise away: "
-                    "sample float32 parameters (autocast may compute in less)"
-                )
+            _check_dtype(p)
 
     def _refuse(self, names: Iterable[str]) -> None:
         for name in sorted(names):
@@ -130,7 +143,7 @@ class Sampler(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update, from the gradients of the mean loss in `.grad`. A `closure` computes them and returns the loss."""
+        """One update from the gradients of the mean loss in `.grad`; a `closure` computes them and returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,24 +157,22 @@ class Sampler(torch.optim.Optimizer):
         return loss
 
     def _check_gradients(self) -> None:
-        """Before anything moves."""
         if self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
-            raise InputError("a hook would run before each step of the sampler, where gradients get clipped; remove it")
+            raise InputError("a hook that may clip gradients runs before each step of the sampler; remove it")
         for p in (p for group in self.param_groups for p in group["params"]):
+            _check_dtype(p)
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 raise InputError(f"a parameter of {tuple(p.shape)} has a hook that may change its gradient; remove it")
-            if p.dtype not in EXACT:
-                raise InputError(f"a parameter of {tuple(p.shape)} became {p.dtype}, which rounds the noise away")
             if p.grad is None:
                 raise InputError(f"a parameter of {tuple(p.shape)} has no gradient: leave out what the loss does not depend on")
 
     def step_size(self, number: int = 0) -> float:
-        """ε of the next step, of a parameter group."""
+        """ε of the next step of parameter group `number`."""
         group = self.param_groups[number]
         return float(group["lr"](int(self._count(group))) if callable(group["lr"]) else group["lr"])
 
     def _count(self, group: dict[str, Any]) -> Tensor:
-        """Steps taken, int64 (); in the state of the group's first parameter, so that it is saved with it."""
+        """Steps taken, int64 (), kept in the state of the group's first parameter so that it is saved with it."""
         count: Tensor = self.state[group["params"][0]].setdefault("step", torch.zeros((), dtype=torch.int64))
         return count
 
@@ -170,13 +181,12 @@ class Sampler(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _draw(self, number: int, step: int, std: float) -> list[Tensor]:
-        """N(0, std²) of the shapes of a group's parameters, float32 drawn for (seed, group, step)."""
+        """N(0, std²) shaped like the parameters of a group, drawn in float32 for (seed, group, step)."""
         group = self.param_groups[number]
         params = group["params"]
         if number not in self._noise:
             self._noise[number] = torch.empty(sum(p.numel() for p in params), dtype=torch.float32, device=params[0].device)
-        flat = fill_normal(self._noise[number], group["seed"], "langevin", number, step, std=std)
-        return shaped(flat, params)
+        return shaped(fill_normal(self._noise[number], group["seed"], "langevin", number, step, std=std), params)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -184,9 +194,17 @@ class Sampler(torch.optim.Optimizer):
 
 
 def shaped(flat: Tensor, params: list[Tensor]) -> list[Tensor]:
-    """Consecutive parts of a vector, of the shapes and types of `params`."""
+    """Consecutive parts of a vector, with the shapes and dtypes of `params`."""
     parts = flat.split([p.numel() for p in params])
     return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
+
+
+def _check_dtype(p: Tensor) -> None:
+    if p.dtype not in EXACT:
+        raise InputError(
+            f"a parameter of {tuple(p.shape)} is {p.dtype}, which rounds the noise away: "
+            "sample float32 parameters (autocast may compute in less)"
+        )
 
 
 def _add_gradient(to: list[Tensor], group: dict[str, Any], scale: float) -> None:
@@ -201,29 +219,7 @@ def _add_gradient(to: list[Tensor], group: dict[str, Any], scale: float) -> None
 
 
 class SGLD(Sampler):
-    """θ ← θ - (ε/2) ∇U(θ) + N(0, ε T) (Welling & Teh 2011, equation 4).
-
-    `lr` is ε, a number or a function of the step. `.grad` holds the gradient of the *mean* loss over a minibatch, `num_data` says
-    over how many data it would be a mean if it were of all. The prior is N(0, 1 / prior_precision), or Laplace with that
-    variance; 0, the default, is a flat one. Samples are those of exp(-U / temperature). `seed` decides all noise (None: it is
-    drawn from torch's own generator).
-    Raises `InputError` for what would sample something else: see `REFUSED`, half-precision parameters, hooks on gradients.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Schedule,
-        *,
-        num_data: int,
-        prior_precision: float = 0.0,
-        prior: str = "gaussian",
-        temperature: float = 1.0,
-        seed: int | None = None,
-        **unknown: Any,
-    ) -> None:
-        self._refuse(unknown)
-        super().__init__(params, lr, num_data, prior_precision, prior, temperature, seed)
+    """θ ← θ - (ε/2) ∇U(θ) + N(0, ε T) (Welling & Teh 2011, equation 4)."""
 
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
         _add_gradient(noise, group, -lr / 2)
@@ -231,39 +227,14 @@ class SGLD(Sampler):
 
 
 class PSGLD(Sampler):
-    """θ ← θ - (ε/2) G ∇U(θ) + N(0, ε T G), G = 1 / (eps + √V) (Li et al. 2016, algorithm 1); other options as in `SGLD`.
+    """θ ← θ - (ε/2) G ∇U(θ) + N(0, ε T G), G = 1 / (eps + √V) (Li et al. 2016, algorithm 1).
 
-    V is a running mean (weight 1 - alpha, its start at 0 corrected for) of the squared gradients of the mean loss. While G
-    changes with θ, exactness needs a term Γ = ∂G/∂θ, which is left out, as is usual: it vanishes as alpha goes to 1 (section 4).
-    After `adaptation_steps` G stands, Γ is 0, and only what comes then is exact: let that be the end of the burn-in.
+    V is a running mean of the squared gradients of the mean loss (weight 1 - alpha, corrected for its start at 0). While G
+    changes with θ, an exact sampler needs a term Γ = ∂G/∂θ. It is left out, as usual: it vanishes as alpha goes to 1 (section 4).
+    After `adaptation_steps` G stays as it is and samples are exact: end the burn-in there.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Schedule,
-        *,
-        num_data: int,
-        prior_precision: float = 0.0,
-        prior: str = "gaussian",
-        temperature: float = 1.0,
-        seed: int | None = None,
-        alpha: float = 0.99,
-        eps: float = 1e-5,
-        adaptation_steps: int | None = None,
-        **unknown: Any,
-    ) -> None:
-        self._refuse(unknown)
-        own = {"alpha": alpha, "eps": eps, "adaptation_steps": adaptation_steps}
-        super().__init__(params, lr, num_data, prior_precision, prior, temperature, seed, **own)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        alpha, eps, steps = (self.param_groups[-1][name] for name in ("alpha", "eps", "adaptation_steps"))
-        if not (0 <= alpha < 1 and eps > 0 and (steps is None or steps >= 1)):
-            raise InputError(
-                f"alpha {alpha}, eps {eps}, adaptation_steps {steps}: expected 0 or more and below 1, more than 0, and 1 or more"
-            )
+    extra: ClassVar[dict[str, Any]] = {"alpha": 0.99, "eps": 1e-5, "adaptation_steps": None}
 
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
         params, alpha = group["params"], group["alpha"]
@@ -285,33 +256,13 @@ class PSGLD(Sampler):
 
 
 class SGHMC(Sampler):
-    """v ← (1 - α) v - (ε/2) ∇U(θ) + N(0, α ε T), θ ← θ + v (Chen et al. 2014, equation 15, with η = ε/2); options as in `SGLD`.
+    """v ← (1 - α) v - (ε/2) ∇U(θ) + N(0, α ε T), θ ← θ + v (Chen et al. 2014, equation 15, with η = ε/2).
 
-    `friction` is α in (0, 1]; 1 is SGLD. The smaller, the farther the momentum carries, and the more the gradients' own noise
-    counts: the variance is (1 + εV/(4α)) / (a (1 - εa/(4(2 - α)))).
+    `friction` is α in (0, 1]; 1 is SGLD. A smaller α carries the momentum farther and amplifies the gradients' own noise: the
+    variance is (1 + εV/(4α)) / (a (1 - εa/(4(2 - α)))).
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Schedule,
-        *,
-        num_data: int,
-        prior_precision: float = 0.0,
-        prior: str = "gaussian",
-        temperature: float = 1.0,
-        seed: int | None = None,
-        friction: float = 0.1,
-        **unknown: Any,
-    ) -> None:
-        self._refuse(unknown)
-        super().__init__(params, lr, num_data, prior_precision, prior, temperature, seed, friction=friction)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        friction = self.param_groups[-1]["friction"]
-        if not 0 < friction <= 1:
-            raise InputError(f"friction {friction}: expected more than 0, and 1 (which is SGLD) at most")
+    extra: ClassVar[dict[str, Any]] = {"friction": 0.1}
 
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
         params = group["params"]
@@ -326,7 +277,7 @@ SAMPLERS = {"sgld": SGLD, "psgld": PSGLD, "sghmc": SGHMC}
 
 
 def check_deterministic(module: nn.Module) -> None:
-    """Raise an `InputError` where the loss of a module is not a function of its weights and data: dropout, batch statistics."""
+    """Raise an `InputError` if the loss of a module is random: dropout or batch statistics in training mode."""
     for name, part in module.named_modules():
         rate = getattr(part, "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout", 0)  # of nn.LSTM and others
         random = isinstance(rate, int | float) and rate > 0
