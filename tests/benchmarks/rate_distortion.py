@@ -23,8 +23,8 @@ from ldm.bayes.likelihoods import Likelihood
 from ldm.config import Settings, load_settings
 from ldm.data import open_shards, write_shards
 from ldm.data.batches import Batches
-from ldm.data.sources.digits import Digits
 from ldm.data.reader import ShardReader
+from ldm.data.sources.digits import Digits
 from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.autoencoder import Autoencoder
 from ldm.registry.tracking import Run
