@@ -25,7 +25,8 @@ from ldm.config import load_settings
 from ldm.data.store import prune_store
 from ldm.registry import lineage, tracking
 from ldm.registry import versions as registry
-from ldm.versioning import Node, Status, ancestors, check_data, descendants, read_graph
+from ldm.versioning.graph import Node, ancestors, check_data, descendants, read_graph
+from ldm.versioning.reproduce import Status
 
 if TYPE_CHECKING:
     from ldm.collection.ingest import Ingested

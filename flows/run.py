@@ -11,7 +11,7 @@ from pathlib import Path
 from flows import server, supervise
 from ldm.base.errors import InputError
 from ldm.config import find_root, load_settings
-from ldm.versioning import check_data
+from ldm.versioning.graph import check_data
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 

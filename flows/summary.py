@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ldm.base.paths import AUTOENCODER, DECISION, METRICS, REPORT, SAMPLES, SHARDS, UNET
 from ldm.config import Settings
 from ldm.registry import lineage
-from ldm.versioning import Node
+from ldm.versioning.graph import Node
 
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision

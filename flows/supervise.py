@@ -1,6 +1,7 @@
 """One stage as one child process: its lines, a time limit, and an end that leaves no orphan.
 
-The child is `python -m ldm.versioning STAGE` in a session of its own. Its stdin is a pipe that only this process holds open; DVC
+The child is `python -m ldm.versioning.reproduce STAGE` in a session of its own. Its stdin is a pipe that only this process
+holds open; DVC
 hands it on to the stage, which watches it (`LDM_OWNER_PIPE`) and stops when it closes, even after `kill -9` of the owner.
 """
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from ldm.versioning import Reproduced, Status
+from ldm.versioning.reproduce import Reproduced, Status
 
 GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # seconds to end by each
 TAIL = 50  # lines kept for an error message
@@ -162,7 +163,7 @@ def _child(root: Path, stage: str, env: Mapping[str, str]) -> Iterator[_Child]:
     result, theirs = os.pipe()
     interpreter = Path(sys.executable).parent  # `python` in dvc.yaml is this one
     process = subprocess.Popen(
-        [sys.executable, "-m", "ldm.versioning", stage],
+        [sys.executable, "-m", "ldm.versioning.reproduce", stage],
         cwd=root,
         env={
             **os.environ,

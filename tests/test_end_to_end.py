@@ -20,7 +20,7 @@ from tiny import REPOSITORY, TINY, clone, set_params
 
 from ldm.stages.fingerprint import counted
 from ldm.stages.stage import NAMES
-from ldm.versioning import open_repository
+from ldm.versioning.repository import open_repository
 
 STAGES = NAMES[:-1]  # the last is optional
 UNREACHABLE = "http://127.0.0.1:9"  # the discard port: nothing answers there

@@ -31,7 +31,7 @@ from ldm.base.hashing import canonical_json, content_hash, file_hash
 from ldm.config import load_settings
 from ldm.data.folders import CAPTION_TABLES, read_table
 from ldm.data.images import SUFFIXES
-from ldm.versioning import held, open_repository
+from ldm.versioning.repository import held, open_repository
 
 SETTLE = 10.0  # seconds without a change after which a file counts as complete
 PARTIAL = ".ingest.partial"  # in the collection; ignored by DVC (.dvcignore) and, as all hidden files, by `read_folder`

@@ -27,7 +27,7 @@ from ldm.data.images import SUFFIXES
 from ldm.data.reader import SPLITS
 from ldm.registry import tracking
 from ldm.registry import versions as registry
-from ldm.versioning import held, open_repository
+from ldm.versioning.repository import held, open_repository
 
 TAG = "ldm.purged"  # of a version: hashes (first 16 digits) of images that it saw and that were purged since
 DIGEST, NAME = 16, 8  # hexadecimal digits in a sample's key: of the file's hash, of its name's

@@ -28,7 +28,7 @@ from ldm.base.progress import Progress
 from ldm.config import Settings, load_settings, value_at
 from ldm.diffusion.defaults import changed_sampling
 from ldm.registry import lineage, local_store, tracking
-from ldm.versioning import locked_makers, read_params
+from ldm.versioning.repository import locked_makers, read_params
 
 if TYPE_CHECKING:
     import pandas as pd

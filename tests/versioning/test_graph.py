@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ldm.base.errors import InputError
-from ldm.versioning import ancestors, descendants, read_graph
+from ldm.versioning.graph import ancestors, descendants, read_graph
 
 
 def test_stages_come_after_what_they_need_and_keep_their_paths(project: Path) -> None:
