@@ -1,4 +1,4 @@
-"""Batches of images in an order that is a function of (seed, epoch, position), so that any position can be resumed at once."""
+"""Batches of images in an order that is a function of (seed, epoch, position): training can resume at any position."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from ldm.base.randomness import seed_for
 from ldm.data.reader import ShardReader
 
 ROUNDS = 8
-BLOCK = 4096  # positions whose permutation is worked out at once
+BLOCK = 4096  # positions that are permuted together
 WINDOW = 4  # shards whose samples are mixed, in a shuffle that reads shard by shard
 AHEAD = 4  # batches that each worker decodes ahead
 
@@ -22,9 +22,9 @@ Order = Callable[[int, int], np.ndarray]  # (start, count) -> sample indices at 
 
 
 def order(seed: int, size: int, start: int, count: int) -> np.ndarray:
-    """Sample indices at global positions `start … start + count - 1` over `size` samples, int64 (count,).
+    """Indices of the samples at global positions `start … start + count - 1`, int64 (count,).
 
-    Each epoch is a permutation of its own: every sample exactly once, nothing materialised.
+    Each epoch is another permutation of all `size` samples, of which only the needed blocks are computed.
     """
     epochs, within = np.divmod(np.arange(start, start + count), size)
     blocks, places = np.divmod(within, BLOCK)
@@ -37,16 +37,16 @@ def order(seed: int, size: int, start: int, count: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _block(seed: int, size: int, epoch: int, block: int) -> np.ndarray:
-    """An epoch's permutation at one block of positions: many cost little more than a batch's few."""
+    """One block of an epoch's permutation; it costs little more than the few positions of a batch."""
     positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, size))
     return permute(positions, size, seed_for(seed, "order", epoch))
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A keyed permutation of `range(size)` evaluated at `positions`: a Feistel network with cycle walking.
+    """A keyed permutation of `range(size)`, evaluated at `positions`: a Feistel network with cycle walking.
 
-    Black & Rogaway 2002, "Ciphers with arbitrary finite domains": permute the next power of four and walk on
-    from values that fall outside.
+    Black & Rogaway 2002, "Ciphers with arbitrary finite domains": permute the integers below the next power of four, and
+    permute a result again while it is `size` or more.
     """
     half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -72,10 +72,10 @@ def _mix(values: np.ndarray, key: int) -> np.ndarray:
 
 
 def order_by_shard(seed: int, counts: tuple[int, ...], start: int, count: int, window: int = WINDOW) -> np.ndarray:
-    """As `order`, over shards of `counts` samples, so that only `window` shards are read at a time.
+    """Like `order`, over shards of `counts` samples, so that only `window` shards are read at a time.
 
-    Each epoch permutes the shards and cuts them into windows; within a window all samples are permuted. Memory grows
-    with the number of shards, not of samples.
+    Each epoch permutes the shards, cuts them into windows, and permutes the samples of each window. Memory grows with the
+    number of shards, not of samples.
     """
     size = sum(counts)
     positions = np.arange(start, start + count)
@@ -88,58 +88,48 @@ def order_by_shard(seed: int, counts: tuple[int, ...], start: int, count: int, w
         for number in np.unique(windows).tolist():
             first, last = number * window, min((number + 1) * window, len(sizes)) - 1
             begin, end = int(ends[first] - sizes[first]), int(ends[last])
-            mine = windows == number
-            mixed = begin + permute(within[mine] - begin, end - begin, seed_for(seed, "window", epoch, number))
+            inside = windows == number
+            mixed = begin + permute(within[inside] - begin, end - begin, seed_for(seed, "window", epoch, number))
             places = np.searchsorted(ends, mixed, side="right")
-            indices[here[mine]] = firsts[places] + mixed - (ends[places] - sizes[places])
+            indices[here[inside]] = firsts[places] + mixed - (ends[places] - sizes[places])
     return indices
 
 
 @lru_cache(maxsize=2)
 def _shards(seed: int, counts: tuple[int, ...], epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shards in an epoch's order: their sizes, their first samples' indices, the positions at which they end."""
+    """Of the shards in an epoch's order: sizes, indices of their first samples, positions at which they end."""
     sizes = np.array(counts, dtype=np.int64)
     shards = permute(np.arange(len(sizes)), len(sizes), seed_for(seed, "shards", epoch))
     return sizes[shards], (np.cumsum(sizes) - sizes)[shards], np.cumsum(sizes[shards])
 
 
-def views(seed: int, start: int, count: int, margin: int, flip: bool) -> np.ndarray:
-    """Where each image is cropped (0 … `margin` pixels from the top and from the left) and whether it is mirrored, (count, 3).
-
-    A function of the global position, like the order itself.
-    """
+def crops(seed: int, start: int, count: int, margin: int, flip: bool) -> np.ndarray:
+    """The crops of images at global positions, int64 (count, 3): first row, first column (0 … `margin`), mirrored or not."""
     positions = np.arange(start, start + count).astype(np.uint64)
     draws = [_mix(positions, seed_for(seed, "view", part)) for part in range(3)]
     return np.stack([*(draw % np.uint64(margin + 1) for draw in draws[:2]), draws[2] & np.uint64(flip)], axis=1).astype(np.int64)
 
 
 class Batches:
-    """Training batches of a split, decoded ahead by worker processes; the same whatever their number.
+    """Training batches of a split, decoded ahead by worker processes, whose number changes nothing.
 
-    `at(position)` is the batch of `batch_size` images at a global position, uint8 (N, C, H, W); of `ranks` processes
-    each gets its share, and in the order of ranks the shares are the batch. Positions are cheapest one batch after another.
+    `shuffle` is `global` or `shard` (see `order_by_shard`); `flip` mirrors half of the images. Each of `ranks` processes
+    gets its part of every batch, in the order of ranks.
     """
 
     def __init__(
-        self,
-        reader: ShardReader,
-        seed: int,
-        *,
-        shuffle: str = "global",  # or "shard": see `order_by_shard`
-        flip: bool = False,  # half of the images are mirrored
-        workers: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-    ):
+        self, reader: ShardReader, seed: int, *, shuffle: str = "global", flip: bool = False, workers: int = 0,
+        rank: int = 0, ranks: int = 1,
+    ):  # fmt: skip
         self.workers, self.rank, self.ranks = workers, rank, ranks
         self._images = _Images(reader, seed, shuffle, flip)
         self._stream: Iterator[torch.Tensor | InputError] | None = None
         self._next: tuple[int, int] | None = None
 
     def at(self, position: int, batch_size: int) -> torch.Tensor:
-        """`batch_size` is a multiple of `ranks`.
+        """This rank's part of the `batch_size` images at a global position, uint8 (batch_size / ranks, C, H, W).
 
-        Raises `InputError`, naming the sample, where one cannot be decoded, in whichever process that happens.
+        Batches in sequence are cheapest. Raises `InputError`, naming the sample, if one cannot be decoded.
         """
         if self._stream is None or self._next != (position, batch_size):
             self._stream = self._read(position, batch_size)
@@ -155,13 +145,14 @@ class Batches:
         spans = zip(itertools.count(position + self.rank * share, batch_size), itertools.repeat(share), strict=False)
         if not self.workers:
             return (self._images[span] for span in spans)
-        own = torch.Generator()  # or the loader would draw a seed for its workers from the global state
-        loader = DataLoader(self._images, None, sampler=spans, num_workers=self.workers, prefetch_factor=AHEAD, generator=own)
-        return iter(loader)
+        generator = torch.Generator()  # else the loader would draw a seed for its workers from the global state
+        return iter(
+            DataLoader(self._images, None, sampler=spans, num_workers=self.workers, prefetch_factor=AHEAD, generator=generator)
+        )
 
 
 class _Images(Dataset[torch.Tensor | InputError]):
-    """Images by span of global positions. Errors are values: torch would wrap a worker's in its traceback."""
+    """Images by span of global positions. Errors are returned: torch would wrap a worker's error in its traceback."""
 
     def __init__(self, reader: ShardReader, seed: int, shuffle: str, flip: bool):
         self.reader, self.seed, self.flip = reader, seed, flip
@@ -177,8 +168,8 @@ class _Images(Dataset[torch.Tensor | InputError]):
             shared = torch.UntypedStorage._new_shared(math.prod(shape))
             out = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
         try:
-            seen = views(self.seed, *span, p.margin, self.flip) if p.margin or self.flip else None
-            images = self.reader.images(self.order(*span), seen, None if out is None else out.numpy())
+            chosen = crops(self.seed, *span, p.margin, self.flip) if p.margin or self.flip else None
+            images = self.reader.images(self.order(*span), chosen, None if out is None else out.numpy())
             return torch.from_numpy(images) if out is None else out.permute(0, 3, 1, 2)
         except InputError as error:
             return error

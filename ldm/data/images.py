@@ -1,4 +1,4 @@
-"""Pixels: image files, the preprocessing that makes them squares of one size, arrays."""
+"""Image files, the preprocessing that makes them squares of one size, and arrays of their pixels."""
 
 import io
 import re
@@ -11,23 +11,18 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # images, but not for us
+UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # images that we cannot read
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # by content: a suffix proves nothing, and Pillow's EPS runs a program
-FILTERS = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-}
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box")}
 MAX_PIXELS = 89_478_485  # Pillow warns beyond this
 ORIENTATION = 0x0112  # EXIF tag
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our own limit speaks, as an error
-Image.core.set_blocks_max(8)  # PILLOW_BLOCKS_MAX: memory of one image serves the next, which saves a quarter of decoding
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our own limit raises an error instead
+Image.core.set_blocks_max(8)  # PILLOW_BLOCKS_MAX: reuses the memory of one image for the next, which saves a quarter of decoding
 
 
 class UnreadableImage(Exception):
-    """A file that is not an image we can decode; the message is the reason."""
+    """A file that cannot be decoded as an image; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -39,38 +34,43 @@ class Preprocessing:
     resize_filter: str = "lanczos"  # a key of FILTERS
     fit: str = "cover"  # cover: crop at the centre; contain: pad with the background; stretch
     background: str = "#ffffff"  # behind transparency and padding
-    margin: int = 0  # pixels stored beyond image_size, from which random crops are taken
+    margin: int = 0  # pixels stored beyond image_size, for random crops
 
     @property
     def side(self) -> int:
-        """Of stored images, in pixels."""
+        """The side of stored images in pixels."""
         return self.image_size + self.margin
 
     @property
+    def mode(self) -> str:
+        """Pillow's mode of stored images."""
+        return "L" if self.channels == 1 else "RGB"
+
+    @property
     def described(self) -> str:
-        """What images are compared under, in a few words, as 32x32x1, lanczos."""
+        """Size and filter in a few words, such as `32x32x1, lanczos`; results are comparable only if these are equal."""
         words = [f"{self.image_size}x{self.image_size}x{self.channels}", self.resize_filter]
         words += [self.fit] * (self.fit != "cover") + [f"of {self.side}x{self.side}"] * (self.margin > 0)
         words += [f"on {self.background}"] * (self.background != "#ffffff")
         return ", ".join(words)
 
     def read(self, blob: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """Decode an image file and make it a stored image; `UnreadableImage` says why not."""
+        """Decode an image file and make it a stored image; raises `UnreadableImage`."""
         image = decode(blob, channels=self.channels, background=self.background, min_side=min_side, max_pixels=max_pixels)
         return fit_square(image, self.side, self.resize_filter, self.fit, self.background)
 
     def as_seen(self, blob: bytes) -> np.ndarray:
-        """What a model sees of an image file, uint8 (C, S, S): the middle of the stored image; `UnreadableImage` says why not."""
+        """An image file as a model sees it, uint8 (C, S, S): the centre of the stored image; raises `UnreadableImage`."""
         start, end = self.margin // 2, self.margin // 2 + self.image_size
         return to_array(self.read(blob))[:, start:end, start:end]
 
     def is_stored(self, blob: bytes) -> bool:
-        """Whether a file is a JPEG that already is what would be stored, so that storing it as it is loses nothing."""
+        """Whether a file is a JPEG that needs no change: it is stored as it is, without loss."""
         if not blob.startswith(b"\xff\xd8"):
             return False
         with Image.open(io.BytesIO(blob), formats=("JPEG",)) as image:
-            mode = "L" if self.channels == 1 else "RGB"
-            return image.mode == mode and image.size == (self.side, self.side) and image.getexif().get(ORIENTATION, 1) == 1
+            fits = image.mode == self.mode and image.size == (self.side, self.side)
+            return fits and image.getexif().get(ORIENTATION, 1) == 1
 
 
 def decode(
@@ -78,7 +78,7 @@ def decode(
 ) -> Image.Image:
     """Decode an image file to greyscale (`channels` 1) or RGB (3), upright, the first frame of several.
 
-    `UnreadableImage` says why not. `min_side` and `max_pixels` are checked before pixels are decoded.
+    Raises `UnreadableImage`; `min_side` and `max_pixels` are checked before pixels are decoded.
     """
     if not blob:
         raise UnreadableImage("the file is empty")
@@ -96,30 +96,30 @@ def decode(
     except UnidentifiedImageError:
         raise UnreadableImage("not an image of a known format") from None
     except Exception as error:  # decoders of foreign bytes raise anything: struct.error, KeyError, ZeroDivisionError, …
-        raise UnreadableImage(_described(error)) from None
+        raise UnreadableImage(_reason(error)) from None
 
 
 def decode_stored(blob: bytes, preprocessing: Preprocessing) -> np.ndarray:
-    """Pixels of an image that `preprocessing` stored, uint8 (H, W, C); `UnreadableImage` for one that is not such an image."""
-    side, mode = preprocessing.side, "L" if preprocessing.channels == 1 else "RGB"
-    kind = JpegImageFile if blob.startswith(b"\xff\xd8") else PngImageFile  # there are no others: nothing to find out
+    """Pixels of a stored image, uint8 (H, W, C); raises `UnreadableImage` if `preprocessing` does not store such images."""
+    side, mode = preprocessing.side, preprocessing.mode
+    decoder = JpegImageFile if blob.startswith(b"\xff\xd8") else PngImageFile  # stored images have no other format
     try:
-        image = kind(io.BytesIO(blob))
+        image = decoder(io.BytesIO(blob))
         if image.mode != mode or image.size != (side, side):
             raise ValueError(f"{image.mode} of {image.width} x {image.height} pixels, expected {mode} of {side} x {side}")
         pixels = image.tobytes()
     except Exception as error:
-        raise UnreadableImage(_described(error)) from None
+        raise UnreadableImage(_reason(error)) from None
     return np.frombuffer(pixels, dtype=np.uint8).reshape(side, side, preprocessing.channels)
 
 
-def _described(error: Exception) -> str:
-    """Without memory addresses, which would differ between runs."""
+def _reason(error: Exception) -> str:
+    """Type and text of an error, without memory addresses, which differ between runs."""
     return f"{type(error).__name__}: {re.sub(r' at 0x[0-9a-f]+', '', ' '.join(str(error).split()))}"
 
 
 def _to_eight_bits(image: Image.Image, background: str) -> Image.Image:
-    """16-bit greys scaled to 8, transparency composited on the background; other modes as they are."""
+    """Scale 16-bit greys to 8 bits and composite transparency on the background; other modes stay as they are."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

@@ -1,8 +1,8 @@
-"""The latent cache: posterior moments of every image and the text embeddings, with what they were made from.
+"""The latent cache: posterior moments of every image and text embeddings of every caption.
 
-One safetensors file per shard: `mean`, `logvar` (N, c, h, w), mirrored images after the others; `caption` (N,) pointing
-into `text` (U, T, D) and `text_mask` (U, T), one row for each distinct caption of the shard. Beside them
-`empty.safetensors` (the embedded empty caption) and `manifest.json`. Never a baked sample and never a baked scale.
+One safetensors file per shard holds `mean` and `logvar` (N, c, h, w), mirrored images after the others; `text` (U, T, D) and
+`text_mask` (U, T), a row for each distinct caption of the shard; and `caption` (N,), the row of each image's caption. The
+folder also has `empty.safetensors` (the embedded empty caption) and `manifest.json`. Latents are neither sampled nor scaled.
 """
 
 import json
@@ -41,54 +41,40 @@ def write_latents(
     flip: bool = False,
     batch_size: int = 256,
 ) -> tuple[dict[str, Any], int]:
-    """Encode every image and caption of `readers` (by split) to `out`, all or nothing; returns the manifest and how many
-    files were reused.
+    """Encode all images and captions of `readers` (by split) to `out`, all or nothing.
 
-    `identity` names what they are made by (hash of the autoencoder, of the text encoder, …) and stands in the
-    manifest beside the hash of each input shard and per-channel statistics of the training latents. With `flip`,
-    training images are encoded a second time, mirrored: their rows follow those of the shard's images.
+    Returns the manifest and how many files came from the store. `identity` (hashes of the autoencoder, of the text encoder, …)
+    goes to the manifest, which also has the hash of each shard and per-channel statistics of the training latents.
+    With `flip`, training images are encoded a second time, mirrored.
 
-    Files are kept in `store` under the hash of `identity`, `code` (what else decides about the bytes: versions, device),
-    and their shard, and linked to `out`; a shard that was encoded before is not encoded again. At the end the store holds
-    what `out` holds and nothing else, so that an image that left the shards leaves the store.
+    A file's key in `store` is the hash of `identity`, of its shard and of `code` (all else that decides about its bytes:
+    versions, device). A shard whose key is there is not encoded again. Files that `out` does not hold leave the store.
     """
     store.mkdir(parents=True, exist_ok=True)
-    files, moments, reused = [], _Moments(), 0
-    done = 0
+    files, moments, reused, done = [], _Moments(), 0, 0
     progress(done)
     with replacing(out) as partial:
         for split, reader in readers.items():
+            mirrored = flip and split == "train"
+            made_from = {**identity, "preprocessing": reader.index["preprocessing"], "flip": mirrored, "code": code}
             for shard, positions in reader.shard_positions():
-                mirrored = flip and split == "train"
-                preprocessing = reader.index["preprocessing"]
-                made_from = {"preprocessing": preprocessing, "shard": shard["sha256"], "flip": mirrored, "code": code}
-                key = content_hash(canonical_json({**identity, **made_from}).encode())
+                key = content_hash(canonical_json({**made_from, "shard": shard["sha256"]}).encode())
                 kept = find(store, key)
-                if kept:
-                    reused += 1
-                else:
-                    kept = _keep(store, key, _encode_shard(reader, positions, encode, embed, batch_size, mirrored))
+                reused += kept is not None
+                kept = kept or _keep(store, key, _encode_shard(reader, positions, encode, embed, batch_size, mirrored))
                 tensors = load_file(kept)
                 if split == "train":
                     moments.add(tensors["mean"], tensors["logvar"])
-                name = Path(shard["name"]).with_suffix(".safetensors").name
-                link(kept, partial / name)
-                digest = kept.stem.rpartition("-")[2]
-                entry = {"name": name, "split": split, "count": len(tensors["mean"])}
-                files.append({**entry, "sha256": digest, "shard_sha256": shard["sha256"]})
+                entry = {"name": Path(shard["name"]).with_suffix(".safetensors").name, "split": split}
+                link(kept, partial / entry["name"])
+                entry |= {"sha256": kept.stem.rpartition("-")[2], "shard_sha256": shard["sha256"]}
+                files.append({**entry, "count": len(tensors["mean"])})
                 done += len(positions)
                 progress(done)
         text, mask = embed([""])
         save_file({"text": text, "text_mask": mask}, partial / "empty.safetensors")
-        manifest = {
-            "version": 2,
-            **identity,
-            "preprocessing": preprocessing,
-            "flip": flip,
-            "files": files,
-            "latent_mean": moments.mean.tolist(),
-            "latent_std": moments.std.tolist(),
-        }
+        facts = {"version": 2, "preprocessing": made_from["preprocessing"], "flip": flip, "files": files}
+        manifest = {**identity, **facts, "latent_mean": moments.mean.tolist(), "latent_std": moments.std.tolist()}
         (partial / "manifest.json").write_text(canonical_json(manifest))
     prune_store(store, out)
     return manifest, reused
@@ -115,14 +101,14 @@ def _encode_shard(
 
 
 def _decoded_ahead(reader: ShardReader, batches: list[range]) -> Iterator[np.ndarray]:
-    """The images of each batch, read while the one before is being encoded."""
+    """The images of each batch; a thread reads the next batch meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        following = [pool.submit(reader.images, batch) for batch in batches[:1]]
+        pending = pool.submit(reader.images, batches[0])
         for batch in batches[1:]:
-            images = following.pop().result()
-            following.append(pool.submit(reader.images, batch))
+            images = pending.result()
+            pending = pool.submit(reader.images, batch)
             yield images
-        yield from (last.result() for last in following)
+        yield pending.result()
 
 
 def _keep(store: Path, key: str, tensors: dict[str, Tensor]) -> Path:
@@ -156,7 +142,7 @@ class _Moments:
 
 @dataclass(frozen=True)
 class Latents:
-    """One split in memory. `text` holds a row per distinct caption of each shard, the empty caption last."""
+    """The latents of one split, in memory. `text` has a row for each distinct caption of each shard, then the empty caption."""
 
     mean: Tensor  # (N, c, h, w)
     logvar: Tensor  # (N, c, h, w)
@@ -170,7 +156,7 @@ class Latents:
 
 
 def open_latents(folder: Path, split: str, **expected: str) -> Latents:
-    """Load the cached latents of a split; `expected` entries of the manifest that differ are refused by name."""
+    """Load the latents of a split; raises `InputError` if an entry of the manifest is not as `expected`."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())

@@ -16,12 +16,12 @@ from typing import Any
 
 from ldm.base.errors import InputError
 
-AHEAD = 8  # results for each process
+AHEAD = 8  # results that wait, for each process
 IMAGES_PER_WORKER = 500  # fewer are done before another process has started
 
 
 def default_workers() -> int:
-    """`LDM_WORKERS`, else the cores that this process may use. Never changes a result."""
+    """`LDM_WORKERS`, else the number of cores that this process may use. Never changes a result."""
     asked = os.environ.get("LDM_WORKERS", "")
     if not asked:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -31,15 +31,16 @@ def default_workers() -> int:
 
 
 def loader_workers(device: str) -> int:
-    """Processes that decode ahead of training: `LDM_WORKERS`, else the cores beside a GPU; on a CPU all of them train."""
+    """Processes that decode ahead of training: `LDM_WORKERS`, else the cores beside a GPU; none on a CPU, where all train."""
     return default_workers() if os.environ.get("LDM_WORKERS") or device != "cpu" else 0
 
 
 @contextlib.contextmanager
 def processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` whose results come in order, by `count` processes that end with this one; for fewer than two, by this one.
+    """A `map` that uses `count` processes and gives results in order; the built-in `map` if `count` is below two.
 
-    What is mapped must be a module's own function. What it raises is raised here; a worker that dies is an error, never a wait.
+    The mapped function must be importable from its module. Its errors are raised here. The processes end with this one; if
+    one of them dies, `InputError` is raised.
     """
     if count < 2:
         yield map
@@ -65,7 +66,7 @@ def processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 
 def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Callable[..., Any], items: Iterable[Any]) -> Iterator[Any]:
-    """As `pool.map`, with at most `ahead` results waiting for whoever takes them."""
+    """Like `pool.map`, with at most `ahead` results that wait to be read."""
     pending: deque[Future[Any]] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -76,7 +77,7 @@ def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Callable[..., Any
 
 
 def _result(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
-    """Its result. A process that died while it was sending one goes unnoticed by the pool, which waits for the rest."""
+    """Like `future.result()`, also if a process dies while it sends a result, for the rest of which the pool would wait."""
     while not futures.wait([future], timeout=1).done:
         if any(process.exitcode is not None for process in list(pool._processes.values())):
             raise BrokenProcessPool
@@ -84,7 +85,7 @@ def _result(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
 
 
 def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what becomes of us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

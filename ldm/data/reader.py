@@ -1,4 +1,4 @@
-"""Random access to the samples of a shard folder, here or behind a URL."""
+"""Random access to the samples of a shard folder, on this disk or behind a URL."""
 
 import json
 import os
@@ -19,9 +19,10 @@ from ldm.data.remote import ShardCache, is_url
 
 VERSION = 2  # of index.json
 SPLITS = ("train", "val", "test")
-PARTS = ("image", "txt", "json")  # offsets.npy: shard number, then offset and size of each of these
-OPEN_FILES = 64  # at once, of shards on this disk
-OPEN_FETCHED = 1  # of fetched ones: while open, an evicted file still takes its space
+PARTS = ("image", "txt", "json")  # columns of offsets.npy: shard number, then offset and size of each part
+OPEN_FILES = 64  # shards on this disk that are open at once
+OPEN_FETCHED = 1  # fetched shards that are open at once: an open file takes space even after it was evicted
+AGAIN = "run the `shard` stage again"
 
 
 @dataclass(frozen=True)
@@ -35,61 +36,61 @@ class Sample:
 class ShardReader:
     """Random access to the samples of one split: `len(reader)`, `reader[i]`. Safe to use in a forked process.
 
-    Of a folder here, or of one behind a URL, whose shards come through a bounded cache on this disk.
+    `place` is a folder, or a URL whose shards come through `cache`, a bounded folder on this disk.
     """
 
     def __init__(self, place: Path | str, split: str, cache: ShardCache | None = None):
         self.place, self.split, self._cache = place, split, cache
-        self._files: dict[int, int] = {}  # shard number -> file descriptor, first opened first
-        path = f"{place}/index.json"
-        text = cache.text("index.json") if cache else _text(Path(path))
+        self._files: dict[int, int] = {}  # shard number -> file descriptor, in the order of opening
+        where = f"{place}/index.json"
+        text = cache.text("index.json") if cache else _text(Path(where))
         if text is None:
-            raise InputError(f"{path}: not found, so this is no folder of shards; run the `shard` stage (dvc repro shard)")
+            raise InputError(f"{where}: not found, so this is no folder of shards; run the `shard` stage (dvc repro shard)")
         try:
             self.index: dict[str, Any] = json.loads(text)
             version, splits = self.index.get("version"), self.index.get("splits", {})
             if version != VERSION:
-                raise InputError(f"{path}: version {version}, expected {VERSION}; run the `shard` stage again")
+                raise InputError(f"{where}: version {version}, expected {VERSION}; {AGAIN}")
             if split not in splits:
-                raise InputError(f"{path}: no split {split!r}; found {', '.join(splits)}")
+                raise InputError(f"{where}: no split {split!r}; found {', '.join(splits)}")
             start, stop = splits[split]
             self.preprocessing = Preprocessing(**self.index["preprocessing"])
-            table = self._offsets()
+            table = self._read_offsets()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); run the `shard` stage again") from None
+            raise InputError(f"{where}: damaged ({type(error).__name__}: {error}); {AGAIN}") from None
         if len(table) < stop:
-            raise InputError(f"{place}/offsets.npy: {len(table)} rows, {stop} expected; run the `shard` stage again")
+            raise InputError(f"{place}/offsets.npy: {len(table)} rows, {stop} expected; {AGAIN}")
         self._rows = table[start:stop]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample, its image cropped at the centre; `InputError` names a sample that is damaged."""
-        shard, *places = (int(n) for n in self._rows[position])
+        """The sample, its image cropped at the centre; raises `InputError`, naming the sample, if it is damaged."""
+        shard, *places = self.offsets(position)
         text, meta = self._read(shard, *places[2:4]), self._read(shard, *places[4:6])
         image = self.images([position])[0]
-        return Sample(key=self._key(shard, places[0]), image=image, text=text.decode(), meta=json.loads(meta))
+        return Sample(self._key(shard, places[0]), image, text.decode(), json.loads(meta))
 
     def images(
-        self, positions: Sequence[int] | np.ndarray, views: np.ndarray | None = None, out: np.ndarray | None = None
+        self, positions: Sequence[int] | np.ndarray, crops: np.ndarray | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Decoded pixels of several samples, uint8 (N, C, H, W), cropped at the centre.
 
-        `views` (N, 3) instead says where each crop begins, from the top and from the left, and whether it is mirrored.
-        `out`, uint8 (N, H, W, C), is where they are written.
+        `crops` (N, 3) has other crops: the first row, the first column, and whether to mirror. `out`, uint8 (N, H, W, C), is
+        an array for the result.
         """
         p = self.preprocessing
         shape = len(positions), p.image_size, p.image_size, p.channels
         images = np.empty(shape, dtype=np.uint8) if out is None else out
         rows = self._rows[np.asarray(positions, dtype=np.int64)].tolist()
         for i, (shard, offset, size, *_) in enumerate(rows):
-            top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if views is None else views[i]
-            stored = self._stored(shard, offset, size)
+            top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if crops is None else crops[i]
+            image = self._stored(shard, offset, size)
             if p.margin or mirrored:
-                crop = stored[top : top + p.image_size, left : left + p.image_size]
-                stored = crop[:, ::-1] if mirrored else crop
-            images[i] = stored
+                image = image[top : top + p.image_size, left : left + p.image_size]
+                image = image[:, ::-1] if mirrored else image
+            images[i] = image
         return images.transpose(0, 3, 1, 2)  # a view: pixels lie as decoders write them and as convolutions like them
 
     def offsets(self, position: int) -> list[int]:
@@ -104,7 +105,7 @@ class ShardReader:
 
     @cached_property
     def prompts(self) -> pd.DataFrame:
-        """`prompts.csv`: columns `text,label`; empty where the source has none."""
+        """`prompts.csv`: columns `text,label`; empty if the source has none."""
         if "prompts.csv" not in self.index["files"]:
             return pd.DataFrame({"text": [], "label": []})
         with os.fdopen(self._open("prompts.csv", self.index["files"]["prompts.csv"]), "rb") as file:
@@ -120,8 +121,8 @@ class ShardReader:
         rows = []
         for shard, *places in self._rows[positions.start : positions.stop].tolist():
             text, meta = self._read(shard, *places[2:4]).decode(), json.loads(self._read(shard, *places[4:6]))
-            own = {"key": self._key(shard, places[0]), "text": text}
-            rows.append(own | meta | own)  # a column `key` of the caption table does not replace the sample's
+            sample = {"key": self._key(shard, places[0]), "text": text}
+            rows.append(sample | meta | sample)  # a column `key` of the caption table does not replace the sample's
         return pd.DataFrame(rows)
 
     def _stored(self, shard: int, offset: int, size: int) -> np.ndarray:
@@ -129,13 +130,15 @@ class ShardReader:
         try:
             return decode_stored(self._read(shard, offset, size), self.preprocessing)
         except UnreadableImage as error:
-            name = f"{self.place}/{self.index['shards'][shard]['name']}"
             key = self._key(shard, offset)
-            raise InputError(f"{name}: sample {key} is damaged ({error}); run the `shard` stage again") from None
+            raise InputError(f"{self._path(shard)}: sample {key} is damaged ({error}); {AGAIN}") from None
 
     def _key(self, shard: int, image_offset: int) -> str:
         header = self._read(shard, image_offset - tarfile.BLOCKSIZE, 100)  # the name field that opens a tar header
         return header.split(b"\0", 1)[0].decode(errors="replace").split(".", 1)[0]
+
+    def _path(self, shard: int) -> str:
+        return f"{self.place}/{self.index['shards'][shard]['name']}"
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         if shard not in self._files:
@@ -144,11 +147,10 @@ class ShardReader:
             self._files[shard] = self._open(self.index["shards"][shard]["name"], self.index["shards"][shard])
         blob = os.pread(self._files[shard], size, offset)
         if len(blob) != size:
-            name = f"{self.place}/{self.index['shards'][shard]['name']}"
-            raise InputError(f"{name}: ends before byte {offset + size}; it is damaged, run the `shard` stage again")
+            raise InputError(f"{self._path(shard)}: ends before byte {offset + size}; it is damaged, {AGAIN}")
         return blob
 
-    def _offsets(self) -> np.ndarray:
+    def _read_offsets(self) -> np.ndarray:
         with os.fdopen(self._open("offsets.npy", self.index["files"]["offsets.npy"]), "rb") as file:
             try:
                 np.lib.format.read_magic(file)
@@ -157,7 +159,7 @@ class ShardReader:
                     raise ValueError(f"{dtype} of shape {shape}")
                 return np.memmap(file, dtype, "r", file.tell(), shape)
             except Exception as error:  # numpy's reader of headers raises anything
-                raise InputError(f"{self.place}/offsets.npy: damaged ({error}); run the `shard` stage again") from None
+                raise InputError(f"{self.place}/offsets.npy: damaged ({error}); {AGAIN}") from None
 
     def _open(self, name: str, entry: dict[str, Any]) -> int:
         if self._cache:
@@ -165,8 +167,7 @@ class ShardReader:
         try:
             return os.open(f"{self.place}/{name}", os.O_RDONLY)
         except FileNotFoundError:
-            message = f"{self.place}/{name}: not found, though index.json lists it; run the `shard` stage again"
-            raise InputError(message) from None
+            raise InputError(f"{self.place}/{name}: not found, though index.json lists it; {AGAIN}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.place, self.split, self._cache)
@@ -183,11 +184,11 @@ def _text(path: Path) -> str | None:
 def open_shards(
     place: Path | str, split: str = "train", *, cache: Path | None = None, cache_bytes: int = 50 * 2**30
 ) -> ShardReader:
-    """Open one split of a shard folder; `InputError` where there is none.
+    """Open one split of a shard folder; raises `InputError` if there is none.
 
-    `place` may be any URL that fsspec knows (`s3://`, `https://`, `file://`, …). Its shards are fetched when first read
-    into the folder `cache` (default: `ldm-shards` in the user's cache folder), which holds `cache_bytes` at most,
-    and are verified by their sha256.
+    `place` may be any URL that fsspec knows (`s3://`, `https://`, `file://`, …). A shard is fetched when it is first read,
+    verified by its sha256, and kept in the folder `cache` (default: `ldm-shards` in the user's cache folder), which holds
+    `cache_bytes` at most.
     """
     if not is_url(place):
         return ShardReader(Path(place), split)

@@ -1,4 +1,4 @@
-"""The store of latents by content: files named `KEY-SHA256.safetensors`, linked to where they are used."""
+"""A store of latents by content. A file is named `KEY-SHA256.safetensors` and linked to where it is used."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from ldm.base.hashing import file_hash
 
 
 def find(store: Path, key: str) -> Path | None:
-    """The file of a key, if its bytes are still what its name says: `KEY-SHA256.safetensors`."""
+    """The file for a key, if its content still has the hash in its name."""
     for path in store.glob(f"{key}-*.safetensors"):
         if path.name == f"{key}-{file_hash(path)}.safetensors":
             return path
@@ -25,8 +25,8 @@ def link(source: Path, target: Path) -> None:
 
 
 def prune_store(store: Path, latents: Path) -> None:
-    """Remove from the store what `latents` does not hold. DVC may restore earlier latents without running the stage."""
+    """Remove all files that the folder `latents` does not hold; DVC may have restored that without running the stage."""
     kept = {file["sha256"] for file in json.loads((latents / "manifest.json").read_text())["files"]}
     for path in store.glob("*"):
         if path.stem.rpartition("-")[2] not in kept:
-            path.unlink(missing_ok=True)  # another run may have been faster
+            path.unlink(missing_ok=True)  # another run may have removed it

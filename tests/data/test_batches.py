@@ -18,7 +18,7 @@ from scipy.stats import chisquare
 
 from ldm.base.errors import InputError
 from ldm.base.randomness import seed_for
-from ldm.data.batches import ROUNDS, Batches, order, order_by_shard, permute, views
+from ldm.data.batches import ROUNDS, Batches, crops, order, order_by_shard, permute
 from ldm.data.reader import open_shards
 from ldm.data.shards import write_shards
 
@@ -179,12 +179,12 @@ def test_shard_by_shard_mixes_within_a_window_and_between_epochs() -> None:
 
 
 def test_crops_and_flips_are_a_function_of_position_and_uniform() -> None:
-    seen = views(3, 0, 20_000, 4, True)
-    assert np.array_equal(views(3, 7_000, 100, 4, True), seen[7_000:7_100])
+    seen = crops(3, 0, 20_000, 4, True)
+    assert np.array_equal(crops(3, 7_000, 100, 4, True), seen[7_000:7_100])
     for column, values in ((0, 5), (1, 5), (2, 2)):
         assert chisquare(np.bincount(seen[:, column], minlength=values)).pvalue > 1e-4
     assert chisquare(np.bincount(seen @ [10, 2, 1])[np.unique(seen @ [10, 2, 1])]).pvalue > 1e-4  # independent of each other
-    assert not views(3, 0, 1000, 0, False).any()
+    assert not crops(3, 0, 1000, 0, False).any()
 
 
 # batches of images
@@ -211,11 +211,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(shards: Path, seed: int, shuffle: str, position: int) -> np.ndarray:
-    """The image at a global position, from the source file: the reader, the views and the order are each applied by hand."""
+    """The image at a global position, from the source file: the reader, the crops and the order are each applied by hand."""
     reader = open_shards(shards)
     counts = tuple(len(positions) for _, positions in reader.shard_positions())
     one = order(seed, len(reader), position, 1) if shuffle == "global" else order_by_shard(seed, counts, position, 1)
-    top, left, mirrored = views(seed, position, 1, MARGIN, True)[0]
+    top, left, mirrored = crops(seed, position, 1, MARGIN, True)[0]
     source = np.asarray(Image.open(shards.parent / "source" / reader[int(one[0])].meta["file_name"]))
     crop = source[top : top + SIDE, left : left + SIDE]
     return (crop[:, ::-1] if mirrored else crop).transpose(2, 0, 1)
