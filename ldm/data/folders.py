@@ -1,5 +1,6 @@
 """Read a folder of captioned images: which images there are and what their captions say."""
 
+import io
 import json
 import os
 import stat
@@ -22,7 +23,7 @@ LINKED_FOLDER = "a symbolic link to a folder; move the folder itself here"
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of an image are: a whole file, or `size` bytes at `offset` of one."""
+    """Where the bytes of an image are: a file, or `size` bytes at `offset` of a file."""
 
     path: Path
     offset: int = 0
@@ -42,28 +43,28 @@ class Place:
                 file.seek(self.offset)
                 return file.read(size)
         except OSError as error:
-            raise UnreadableImage(error.strerror or type(error).__name__) from None  # without the path, which is this machine's
+            raise UnreadableImage(error.strerror or type(error).__name__) from None  # without the path, which differs elsewhere
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Captioned images: `table` has a row each (`file_name`, `text`, further columns), `places` says where they are."""
+    """Captioned images: a row of `table` (`file_name`, `text`, further columns) and a place each."""
 
     table: pd.DataFrame
     places: list[Place]
-    refused: dict[str, str] = field(default_factory=dict)  # file name -> reason: images that are not even opened
-    ignored: dict[str, int] = field(default_factory=dict)  # suffix -> how many files that are no images
+    refused: dict[str, str] = field(default_factory=dict)  # file name -> reason: images that are not opened
+    ignored: dict[str, int] = field(default_factory=dict)  # suffix -> number of files that are no images
 
 
 def read_folder(folder: Path) -> Collection:
-    """The captioned images of `folder` and all folders in it, sorted by `file_name` (POSIX path relative to `folder`).
+    """The captioned images in `folder` and below, sorted by `file_name` (POSIX path relative to `folder`).
 
-    Captions follow the conventions people already have: a `metadata.csv` or `metadata.jsonl` (`file_name,text` and
-    any further columns, such as `label`) stands for all images of its folder and below; a `.txt` file beside each
-    image; or, where there is neither anywhere, subfolders named after a class, whose name then is caption and label.
+    A `metadata.csv` or `metadata.jsonl` (`file_name,text` and further columns, such as `label`) has the captions of all images
+    in its folder and below. Images without a table have a `.txt` file beside them. If there are neither tables nor `.txt`
+    files, the name of an image's folder is its caption and its label.
 
-    Hidden files are ignored; symbolic links that leave the folder, links to folders and names that are not UTF-8 are refused.
-    Raises `InputError` for a folder that is missing or empty, and for captions that name missing images or miss some.
+    Hidden files are ignored; links that leave the folder, links to folders and names that are not UTF-8 are refused.
+    Raises `InputError` for a folder that is missing or empty, and for captions without an image or images without a caption.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; set data.path in params.yaml to a folder of captioned images")
@@ -75,28 +76,27 @@ def read_folder(folder: Path) -> Collection:
         path = PurePosixPath(name)
         if path.suffix.lower() in UNREAD:
             refused[name] = reason or f"{path.suffix} is not read; convert it to JPEG or PNG"
-        elif path.suffix.lower() in SUFFIXES:
-            found.append(name) if not reason else refused.update({name: reason})
-        elif reason == LINKED_FOLDER:
+        elif path.suffix.lower() in SUFFIXES and not reason:
+            found.append(name)
+        elif path.suffix.lower() in SUFFIXES or reason == LINKED_FOLDER:
             refused[name] = reason
         elif path.name in CAPTION_TABLES or name == PROMPTS:
             if reason:
                 raise InputError(f"{folder / name}: {reason}")
             tables += [name] * (name != PROMPTS)
         else:
-            others += [(name, reason)]
-    found.sort()
+            others.append((name, reason))
     if not found:
         raise InputError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))}); put captioned images there")
     texts = {name for name, reason in others if name.endswith(".txt") and not reason}
-    table = _captions(folder, found, tables, texts, refused)
-    sidecars = {_sidecar(name) for name in found}
+    table = _captions(folder, sorted(found), tables, texts, refused)
+    sidecars = set(map(sidecar_of, found))
     ignored = Counter(PurePosixPath(name).suffix or name for name, _ in others if name not in sidecars)
     return Collection(table, [Place(folder / name) for name in table.file_name], refused, dict(sorted(ignored.items())))
 
 
 def walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every file that is not hidden, relative to `folder`, with the reason why it must not be opened or an empty string."""
+    """Every file below `folder` that is not hidden: its relative path, and why it must not be opened (empty if it may be)."""
     root = folder.resolve()
 
     def cannot(error: OSError) -> None:
@@ -125,21 +125,18 @@ def _refusal(path: Path, relative: str, root: Path) -> str:
 
 
 def _captions(folder: Path, found: list[str], tables: list[str], texts: set[str], refused: dict[str, str]) -> pd.DataFrame:
-    """Captions of all images found, sorted by file name: from tables first, then from sidecars, else from class folders."""
+    """Captions of all images found, sorted by file name: from the nearest table, else from sidecars, else from folders' names."""
+    check_tables(folder, tables)
     uncaptioned, parts = set(found), []
-    for name in sorted(tables, key=lambda name: -name.count("/")):  # the nearest table stands for an image
-        base = PurePosixPath(name).parent
-        if base.joinpath(CAPTION_TABLES[0]).as_posix() in tables and name.endswith(CAPTION_TABLES[1]):
-            raise InputError(f"{folder / name}: there is a {CAPTION_TABLES[0]} beside it; keep one of the two")
-        prefix = "" if base == PurePosixPath(".") else f"{base}/"
+    for name in sorted(tables, key=lambda name: -name.count("/")):  # the deepest first
+        prefix = name.removesuffix(PurePosixPath(name).name)
         below = {image.removeprefix(prefix) for image in uncaptioned if image.startswith(prefix)}
-        skipped = {image.removeprefix(prefix) for image in refused}
-        part = _from_table(folder / name, below, skipped)
+        part = _from_table(folder / name, below, {image.removeprefix(prefix) for image in refused})
         part["file_name"] = prefix + part.file_name
         uncaptioned -= set(part.file_name)
         parts.append(part)
     names = sorted(uncaptioned)
-    if names and (parts or any(_sidecar(name) in texts for name in names)):
+    if names and (parts or any(sidecar_of(name) in texts for name in names)):
         parts.append(_from_sidecars(folder, names, texts))
     elif names and all("/" in name for name in names):
         classes = [name.rsplit("/", 2)[-2] for name in names]
@@ -156,14 +153,24 @@ def _captions(folder: Path, found: list[str], tables: list[str], texts: set[str]
     return table
 
 
+def check_tables(folder: Path, tables: list[str]) -> None:
+    """Raise `InputError` if two of the caption tables, relative to `folder`, are in one folder."""
+    for name in tables:
+        if name.endswith(CAPTION_TABLES[1]) and name.removesuffix(CAPTION_TABLES[1]) + CAPTION_TABLES[0] in tables:
+            raise InputError(f"{folder / name}: there is a {CAPTION_TABLES[0]} beside it; keep one of the two")
+
+
 def read_table(path: Path) -> pd.DataFrame:
-    """A `metadata.csv` or `metadata.jsonl`: strings `file_name` and `text`, labels as text, other columns; else `InputError`."""
+    """A `metadata.csv` or `metadata.jsonl`: strings `file_name` and `text`, labels as text, further columns.
+
+    Raises `InputError` for a file that is no such table.
+    """
     try:
         if path.suffix == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
         else:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
-            # Not pandas.read_json, to which 3 beside a null is 3.0 and a date-like caption may be a date.
+            # Not pandas.read_json, which reads 3 beside a null as 3.0 and may read a caption as a date.
             table = pd.DataFrame([json.loads(line) for line in lines if line.strip()], dtype=object)
             table.to_json(force_ascii=False).encode()  # half of a surrogate pair is no character
     except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
@@ -181,25 +188,27 @@ def read_table(path: Path) -> pd.DataFrame:
         if not all(isinstance(value, str) for value in row):
             raise InputError(f"{path}: row {number}: file_name and text must be strings, found {row[0]!r} and {row[1]!r}")
     if "label" in table:
-        table["label"] = _labels(path, table.label)
+        missing = table.label.isna() | (table.label.astype(str).str.strip() == "")
+        if missing.any():
+            raise InputError(f"{path}: row {int(missing.argmax()) + 1} has no label; give every image one, or drop the column")
+        table["label"] = table.label.astype(str)
     return table
 
 
 def _from_table(path: Path, found: set[str], refused: set[str]) -> pd.DataFrame:
-    """The rows of a table, which must be those of the images `found`, but for images that were refused."""
+    """The rows of a table: one for each image in `found`, and none for others, except those that were refused."""
     table = read_table(path)
     table["file_name"] = _as_stored(table.file_name, found)
     duplicated = table.file_name[table.file_name.duplicated()]
     if len(duplicated):
         raise InputError(f"{path}: {duplicated.iloc[0]!r} has more than one row; keep one caption an image")
     table = table[~table.file_name.isin(refused)]
-    missing = sorted(set(table.file_name) - found)
+    missing, uncaptioned = sorted(set(table.file_name) - found), sorted(found - set(table.file_name))
     if missing:
         raise InputError(
             f"{path}: names {len(missing)} images that are not in {path.parent}, the first {missing[0]!r}; "
             "add them or remove their rows"
         )
-    uncaptioned = sorted(found - set(table.file_name))
     if uncaptioned:
         raise InputError(
             f"{path}: has no row for {len(uncaptioned)} images in {path.parent}, the first {uncaptioned[0]!r}; "
@@ -208,33 +217,37 @@ def _from_table(path: Path, found: set[str], refused: set[str]) -> pd.DataFrame:
     return table
 
 
+def normal(name: str) -> str:
+    """A file name without "./" and with composed letters: macOS decomposes them, tables rarely do."""
+    return unicodedata.normalize("NFC", str(PurePosixPath(name)))
+
+
 def _as_stored(names: pd.Series, found: set[str]) -> list[str]:
-    """Names as the file system has them: without "./", and in its Unicode form (macOS decomposes letters)."""
-    forms = {unicodedata.normalize("NFC", name): name for name in found}
+    """A table's names as the file system has them."""
+    forms = {normal(name): name for name in found}
     plain = [name if name in found else str(PurePosixPath(name)) for name in names]
-    return [name if name in found else forms.get(unicodedata.normalize("NFC", name), name) for name in plain]
+    return [name if name in found else forms.get(normal(name), name) for name in plain]
 
 
-def _labels(path: Path, labels: pd.Series) -> pd.Series:
-    """Labels as text; a label here and none there is a mistake."""
-    missing = labels.isna() | (labels.astype(str).str.strip() == "")
-    if missing.any():
-        raise InputError(f"{path}: row {int(missing.argmax()) + 1} has no label; give every image one, or drop the column")
-    return labels.astype(str)
-
-
-def _sidecar(name: str) -> str:
+def sidecar_of(name: str) -> str:
+    """The name of the `.txt` file beside an image."""
     return PurePosixPath(name).with_suffix(".txt").as_posix()
+
+
+def decode_caption(blob: bytes) -> str:
+    """The caption in a text file; raises `UnicodeDecodeError` if it is not UTF-8."""
+    with io.TextIOWrapper(io.BytesIO(blob), "utf-8-sig") as text:  # Notepad begins files with a mark
+        return text.read().strip()
 
 
 def _from_sidecars(folder: Path, found: list[str], texts: set[str]) -> pd.DataFrame:
     captions = []
     for name in found:
-        sidecar = folder / _sidecar(name)
-        if _sidecar(name) not in texts:
+        sidecar = folder / sidecar_of(name)
+        if sidecar_of(name) not in texts:
             raise InputError(f"{folder / name}: has no caption file {sidecar.name} beside it, as other images here do")
         try:
-            captions.append(sidecar.read_text(encoding="utf-8-sig").strip())  # Notepad begins files with a mark
+            captions.append(decode_caption(sidecar.read_bytes()))
         except UnicodeDecodeError as error:
             raise InputError(f"{sidecar}: not UTF-8 text: {error}") from None
         except OSError as error:

@@ -1,22 +1,22 @@
-"""Folder of images -> WebDataset tars with an index.
+"""Write a folder of captioned images as WebDataset tars with an index.
 
-A shard folder holds plain tars that any WebDataset client reads (`KEY.png` or `KEY.jpg`, `KEY.txt`, `KEY.json` per
-image), `index.json` (what is in them, by which preprocessing, with their hashes), `offsets.npy` (where each file starts),
-`quarantine.csv` (images that were not taken, with the reason), `duplicates.csv` (images that repeat or resemble another)
-and, where the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the number of processes.
+A shard folder holds plain tars that any WebDataset client reads (`KEY.png` or `KEY.jpg`, `KEY.txt`, `KEY.json` per image),
+`index.json` (preprocessing, and every file with its hash), `offsets.npy` (where each part of a sample starts),
+`quarantine.csv` (images that were left out, with the reason), `duplicates.csv` (images that repeat or resemble another) and,
+if the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the number of processes.
 """
 
+import functools
 import json
 import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial as partial_function
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -32,10 +32,11 @@ from ldm.data.reader import PARTS, SPLITS, VERSION
 from ldm.data.tars import read_tars
 
 SMALLEST_SPLIT = 2  # images; a mean of fewer has no standard error
-HASHED_AT_ONCE = 256  # files
-ENCODED_AT_ONCE = 16
+HASHED_AT_ONCE, ENCODED_AT_ONCE = 256, 16  # images of a task of a worker process
 
-Row = dict[str, Any]  # of the caption table
+Run = Callable[..., Iterator[Any]]  # a `map`
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+T = TypeVar("T")
 
 
 class TooManyUnreadable(InputError):
@@ -47,24 +48,18 @@ class TooManyUnreadable(InputError):
 
 
 @dataclass(frozen=True)
-class _Limits:
-    min_side: int
-    max_pixels: int
-
-
-@dataclass(frozen=True)
 class _Member:
-    """An image to be sharded."""
+    """An image to be written to a shard."""
 
-    row: Row
+    row: dict[str, Any]  # of the caption table
     place: Place
     digest: str  # content hash of its file
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    sample: dict[str, Any]  # as the tar takes it
-    look: bytes  # thumbnail
+    sample: dict[str, Any]  # for webdataset's TarWriter
+    thumbnail: bytes
 
 
 @dataclass(frozen=True)
@@ -72,13 +67,13 @@ class _Shard:
     name: str
     split: str
     members: list[_Member]  # those that could be read
-    looks: list[bytes]
+    thumbnails: list[bytes]
     offsets: np.ndarray  # int64 (N, 2 * len(PARTS))
     identity: dict[str, str | int]  # sha256, bytes
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
-    """The split of an image by its content hash: stable as data grows, and equal files always land together."""
+    """The split of an image by its content hash: it stays as data grows, and equal files share a split."""
     position = int(digest[:15], 16) / 16**15
     if position < test_fraction:
         return "test"
@@ -86,14 +81,12 @@ def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
 
 
 def read_collection(folder: Path) -> Collection:
-    """The captioned images of a folder, as files (`images.read_folder`) or in WebDataset tars (`tars.read_tars`)."""
+    """The captioned images of a folder: files (`folders.read_folder`) or members of WebDataset tars (`tars.read_tars`)."""
     suffixes = {PurePosixPath(name).suffix.lower() for name, _ in walk(folder)} if folder.is_dir() else set()
     if ".tar" not in suffixes:
         return read_folder(folder)
-    if suffixes & SUFFIXES:
-        raise InputError(
-            f"{folder}: holds tars and also images ({', '.join(sorted(suffixes & SUFFIXES))}); keep one kind in a folder"
-        )
+    if images := ", ".join(sorted(suffixes & SUFFIXES)):
+        raise InputError(f"{folder}: holds tars and also images ({images}); keep one kind in a folder")
     return read_tars(folder)
 
 
@@ -101,42 +94,36 @@ def write_shards(
     folder: Path,
     out: Path,
     *,
-    image_size: int,
-    channels: int,
-    resize_filter: str,
     val_fraction: float,
     test_fraction: float,
     shard_size: int,
     max_bad_fraction: float,
-    fit: str = "cover",
-    background: str = "#ffffff",
-    margin: int = 0,
     min_side: int = 1,
     max_pixels: int = MAX_PIXELS,
     workers: int = 1,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
+    **preprocessing: Any,
 ) -> dict[str, Any]:
     """Write the images of `folder` (see `read_collection`) as shards to `out`, all or nothing, and return the index.
 
-    A shard holds images of one split and one top-level subfolder, so that a new subfolder leaves every other
-    shard as it is. Every image found is either in a shard or in `quarantine.csv` with the reason. `workers` processes
-    share the work; `progress(what, done, total)` is told how many images are hashed, then written.
+    A shard holds images of one split and one top-level subfolder, so a new subfolder changes no other shard. Every image is
+    either in a shard or in `quarantine.csv`. `workers` processes hash, then encode; `progress` is told how many images are
+    done. `preprocessing` has the fields of `images.Preprocessing`.
 
-    Raises `InputError` for bad folders and captions, for a split with fewer than `SMALLEST_SPLIT` images, and
-    `TooManyUnreadable` for more than `max_bad_fraction` unreadable ones; `out` is untouched then.
+    Raises `InputError` for bad folders and captions and for a split with fewer than `SMALLEST_SPLIT` images, and
+    `TooManyUnreadable` if more than `max_bad_fraction` of the images are unreadable.
     """
     collection = read_collection(folder)
-    prompts = _prompts(folder, collection.table)
-    preprocessing = Preprocessing(image_size, channels, resize_filter, fit, background, margin)
-    found = len(collection.places) + len(collection.refused)
-    workers = min(workers, len(collection.places) // IMAGES_PER_WORKER)
-    with replacing(out) as partial, processes(workers) as run:
+    prompts = _find_prompts(folder, collection.table)
+    recipe = Preprocessing(**preprocessing)
+    bad, total, done = list(collection.refused.items()), len(collection.places), 0  # bad: file name and reason
+    found = total + len(bad)
+    with replacing(out) as partial, processes(min(workers, total // IMAGES_PER_WORKER)) as run:
         digests = _digests(collection.places, run, progress)
-        groups, unread = _group(collection, digests, val_fraction, test_fraction)
-        planned = list(_planned(groups, shard_size))
-        encode = partial_function(_encode_all, preprocessing=preprocessing, limits=_Limits(min_side, max_pixels))
-        encoded = chain.from_iterable(run(encode, _chunks([member for _, _, members in planned for member in members])))
-        bad, done, total = [*collection.refused.items(), *unread], 0, len(collection.places)
+        planned = _plan(_group(collection, digests, bad, val_fraction, test_fraction), shard_size)
+        encode = functools.partial(_encode_all, preprocessing=recipe, limits={"min_side": min_side, "max_pixels": max_pixels})
+        chunks = _chunks([member for _, _, members in planned for member in members], ENCODED_AT_ONCE)
+        encoded = chain.from_iterable(run(encode, chunks))
         shards = []
         progress("write", done, total)
         for name, split, members in planned:
@@ -148,18 +135,18 @@ def write_shards(
             done += len(members)
             progress("write", done, total)
         quarantined = pd.DataFrame(sorted(bad), columns=["file_name", "reason"])
-        _refuse_if_too_many(folder, quarantined, found, max_bad_fraction)
+        _refuse_too_many(folder, quarantined, found, max_bad_fraction)
         sizes = {split: sum(len(shard.members) for shard in shards if shard.split == split) for split in SPLITS}
         _refuse_small_splits(folder, found, sizes)
         if prompts:
             shutil.copyfile(prompts, partial / PROMPTS)
         quarantined.to_csv(partial / "quarantine.csv", index=False, errors="backslashreplace")
         counts = {"found": found, "quarantined": len(quarantined), "ignored": collection.ignored}
-        return _write_index(partial, shards, sizes, {"preprocessing": asdict(preprocessing), **counts})
+        return _write_index(partial, shards, sizes, {"preprocessing": asdict(recipe), **counts})
 
 
 def _write_index(out: Path, shards: list[_Shard], sizes: dict[str, int], facts: dict[str, Any]) -> dict[str, Any]:
-    """Offsets, duplicates, and `index.json`, which names every other file with its hash."""
+    """Write offsets, duplicates and `index.json`."""
     np.save(out / "offsets.npy", np.concatenate([np.insert(s.offsets, 0, number, axis=1) for number, s in enumerate(shards)]))
     duplicates = _duplicates(shards)
     duplicates.to_csv(out / "duplicates.csv", index=False)
@@ -177,40 +164,33 @@ def _write_index(out: Path, shards: list[_Shard], sizes: dict[str, int], facts: 
     return index
 
 
-Groups = dict[tuple[str, str], list[_Member]]  # by split and top-level folder
-
-
 def _group(
-    collection: Collection, digests: list[tuple[str, str]], val_fraction: float, test_fraction: float
-) -> tuple[Groups, list[tuple[str, str]]]:
-    """Images by (split, top-level folder), and those that cannot even be read, with the reason."""
-    groups: Groups = {}
-    unread = []
+    collection: Collection, digests: list[tuple[str, str]], bad: list[tuple[str, str]], val_fraction: float, test_fraction: float
+) -> dict[tuple[str, str], list[_Member]]:
+    """Images by split and top-level folder. Those without a hash go to `bad`."""
+    groups: dict[tuple[str, str], list[_Member]] = {}
     for row, place, (digest, reason) in zip(collection.table.to_dict("records"), collection.places, digests, strict=True):
         name = row["file_name"]
         if reason:
-            unread.append((name, reason))
+            bad.append((name, reason))
             continue
         top = name.split("/")[0] if "/" in name else ""
         member = _Member({str(column): value for column, value in row.items()}, place, digest)
         groups.setdefault((split_of(digest, val_fraction, test_fraction), top), []).append(member)
-    return groups, unread
+    return groups
 
 
-def _digests(
-    places: list[Place], run: Callable[..., Iterator[Any]], progress: Callable[[str, int, int], None]
-) -> list[tuple[str, str]]:
-    chunks = [places[start : start + HASHED_AT_ONCE] for start in range(0, len(places), HASHED_AT_ONCE)]
+def _digests(places: list[Place], run: Run, progress: Progress) -> list[tuple[str, str]]:
     digests: list[tuple[str, str]] = []
     progress("hash", 0, len(places))
-    for chunk in run(_hash, chunks):
+    for chunk in run(_hash, _chunks(places, HASHED_AT_ONCE)):
         digests += chunk
         progress("hash", len(digests), len(places))
     return digests
 
 
 def _hash(places: list[Place]) -> list[tuple[str, str]]:
-    """Content hash of each file, or why it cannot be read."""
+    """Content hash of each file, and why it cannot be read if so."""
     results = []
     for place in places:
         try:
@@ -220,21 +200,22 @@ def _hash(places: list[Place]) -> list[tuple[str, str]]:
     return results
 
 
-def _planned(groups: Groups, shard_size: int) -> Iterator[tuple[str, str, list[_Member]]]:
+def _plan(groups: dict[tuple[str, str], list[_Member]], shard_size: int) -> list[tuple[str, str, list[_Member]]]:
     """Name, split and members of each shard."""
-    for split, top in sorted(groups, key=lambda group: (SPLITS.index(group[0]), group[1])):
-        members = groups[split, top]
-        for number, start in enumerate(range(0, len(members), shard_size)):
-            yield f"{split}-{_plain(top)}{number:05d}.tar", split, members[start : start + shard_size]
+    return [
+        (f"{split}-{_plain(top)}{number:05d}.tar", split, members)
+        for split, top in sorted(groups, key=lambda group: (SPLITS.index(group[0]), group[1]))
+        for number, members in enumerate(_chunks(groups[split, top], shard_size))
+    ]
 
 
-def _chunks(members: list[_Member]) -> list[list[_Member]]:
-    return [members[start : start + ENCODED_AT_ONCE] for start in range(0, len(members), ENCODED_AT_ONCE)]
+def _chunks(items: list[T], size: int) -> list[list[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _plain(top: str) -> str:
-    """A folder's name as part of a shard's: what shells, URLs and WebDataset's brace notation treat specially is replaced."""
-    # A name that ends as ours do might be that of another folder.
+    """A folder's name as a part of a shard's, without what shells, URLs and WebDataset's brace notation treat specially."""
+    # A folder's name that ends like the names made here is replaced too: it might be that of another folder.
     if not top or (re.fullmatch(r"[\w.-]{1,100}", top, re.ASCII) and not re.search(r"-[0-9a-f]{8}$", top)):
         return top and f"{top}-"
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', top)[:80]}-{content_hash(top.encode())[:8]}-"
@@ -243,9 +224,9 @@ def _plain(top: str) -> str:
 def _write_shard(
     path: Path, split: str, members: list[_Member], encoded: Iterator[_Encoded | str], bad: list[tuple[str, str]]
 ) -> _Shard:
-    """Write one tar from as many of `encoded` as it has members; unreadable ones go to `bad` with the reason."""
+    """Write one tar from the next of `encoded`, one for each member; unreadable images go to `bad`."""
     kept: list[_Member] = []
-    looks: list[bytes] = []
+    thumbnails: list[bytes] = []
 
     def samples() -> Iterator[dict[str, Any]]:
         for member, found in zip(members, islice(encoded, len(members)), strict=True):
@@ -253,15 +234,15 @@ def _write_shard(
                 bad.append((member.row["file_name"], found))
                 continue
             kept.append(member)
-            looks.append(found.look)
+            thumbnails.append(found.thumbnail)
             yield found.sample
 
     offsets = _write_tar(path, samples())
-    return _Shard(path.name, split, kept, looks, offsets, {"sha256": file_hash(path), "bytes": path.stat().st_size})
+    return _Shard(path.name, split, kept, thumbnails, offsets, {"sha256": file_hash(path), "bytes": path.stat().st_size})
 
 
-def _encode_all(members: list[_Member], *, preprocessing: Preprocessing, limits: _Limits) -> list[_Encoded | str]:
-    """What becomes of each image: its sample, or why it cannot be read."""
+def _encode_all(members: list[_Member], *, preprocessing: Preprocessing, limits: dict[str, int]) -> list[_Encoded | str]:
+    """Each image as a sample, or why it cannot be read."""
     results: list[_Encoded | str] = []
     for member in members:
         try:
@@ -271,22 +252,21 @@ def _encode_all(members: list[_Member], *, preprocessing: Preprocessing, limits:
     return results
 
 
-def _encode(member: _Member, preprocessing: Preprocessing, limits: _Limits) -> _Encoded:
+def _encode(member: _Member, preprocessing: Preprocessing, limits: dict[str, int]) -> _Encoded:
     blob = member.place.read()
     if content_hash(blob) != member.digest:
         raise InputError(f"{member.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
-    image = preprocessing.read(blob, min_side=limits.min_side, max_pixels=limits.max_pixels)
+    image = preprocessing.read(blob, **limits)
     stored = {"jpg": blob} if preprocessing.is_stored(blob) else {"png": to_png(image)}
-    # Equal files may stand under several names, so the key needs both: content first, then name.
+    # Equal files may have several names, so the key is made of both: content first, then name.
     key = member.digest[:16] + content_hash(member.row["file_name"].encode(errors="backslashreplace"))[:8]
-    meta = {name: value for name, value in member.row.items() if name != "text" and value == value}  # NaN: it has no such column
+    meta = {name: value for name, value in member.row.items() if name != "text" and value == value}  # NaN: the row has no value
     try:
         json.dumps(meta, allow_nan=False)
         sample = {"__key__": key, **stored, "txt": member.row["text"].encode(), "json": canonical_json(meta).encode()}
     except ValueError as error:
-        raise InputError(
-            f"{member.row['file_name']!r}: caption and columns cannot be written as UTF-8 and JSON: {error}"
-        ) from None
+        name = member.row["file_name"]
+        raise InputError(f"{name!r}: caption and columns cannot be written as UTF-8 and JSON: {error}") from None
     return _Encoded(sample, thumbnail(image))
 
 
@@ -306,7 +286,7 @@ def _write_tar(path: Path, samples: Iterator[dict[str, Any]]) -> np.ndarray:
     return np.array(table, dtype=np.int64).reshape(-1, 2 * len(PARTS))
 
 
-def _refuse_if_too_many(folder: Path, quarantined: pd.DataFrame, found: int, max_bad_fraction: float) -> None:
+def _refuse_too_many(folder: Path, quarantined: pd.DataFrame, found: int, max_bad_fraction: float) -> None:
     if len(quarantined) > max_bad_fraction * found:
         first = quarantined.iloc[0]
         raise TooManyUnreadable(
@@ -317,43 +297,40 @@ def _refuse_if_too_many(folder: Path, quarantined: pd.DataFrame, found: int, max
 
 
 def _refuse_small_splits(folder: Path, found: int, sizes: dict[str, int]) -> None:
-    small = [split for split in SPLITS if sizes[split] < SMALLEST_SPLIT]
-    if small:
+    if small := " and ".join(split for split in SPLITS if sizes[split] < SMALLEST_SPLIT):
         raise InputError(
-            f"{folder}: its {found} images leave fewer than {SMALLEST_SPLIT} for the {' and '.join(small)} split; "
+            f"{folder}: its {found} images leave fewer than {SMALLEST_SPLIT} for the {small} split; "
             "add images or raise data.val_fraction or data.test_fraction"
         )
 
 
-def _duplicates(shards: Sequence[_Shard]) -> pd.DataFrame:
-    """Images that repeat (`exact`: same bytes) or resemble (`near`: see `ldm.data.duplicates`) one that comes before."""
-    names = [member.row["file_name"] for shard in shards for member in shard.members]
-    digests = [member.digest for shard in shards for member in shard.members]
-    splits = [shard.split for shard in shards for _ in shard.members]
-    looks = np.frombuffer(b"".join(look for shard in shards for look in shard.looks), dtype=np.uint8)
+def _duplicates(shards: list[_Shard]) -> pd.DataFrame:
+    """Images that repeat (`exact`: same bytes) or resemble (`near`: see `ldm.data.duplicates`) an earlier one."""
+    members = [(member.row["file_name"], member.digest, shard.split) for shard in shards for member in shard.members]
+    thumbnails = np.frombuffer(b"".join(blob for shard in shards for blob in shard.thumbnails), dtype=np.uint8)
+    near = dict(near_duplicates(thumbnails.reshape(-1, SIDE, SIDE, 3)))
     first: dict[str, int] = {}
-    near = dict(near_duplicates(looks.reshape(-1, SIDE, SIDE, 3)))
     pairs = []
-    for i, digest in enumerate(digests):
+    for i, (name, digest, split) in enumerate(members):
         exact = first.setdefault(digest, i)
         j = exact if exact < i else near.get(i)
         if j is not None:
-            pairs.append((names[i], names[j], "exact" if exact < i else "near", splits[i], splits[j]))
+            pairs.append((name, members[j][0], "exact" if exact < i else "near", split, members[j][2]))
     return pd.DataFrame(pairs, columns=["file_name", "of", "kind", "split", "split_of"])
 
 
-def _prompts(folder: Path, table: pd.DataFrame) -> Path | None:
-    """The source's optional `prompts.csv` (`text,label`: prompts to evaluate that no caption contains)."""
-    source = folder / PROMPTS
-    if not source.is_file():
+def _find_prompts(folder: Path, table: pd.DataFrame) -> Path | None:
+    """The folder's optional `prompts.csv` (`text,label`: prompts for evaluation that no caption contains), checked."""
+    path = folder / PROMPTS
+    if not path.is_file():
         return None
     try:
-        prompts = pd.read_csv(source, dtype=str, keep_default_na=False)
+        prompts = pd.read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as error:
-        raise InputError(f"{source}: not readable as a table: {error}") from None
+        raise InputError(f"{path}: not readable as a table: {error}") from None
     if not {"text", "label"} <= set(prompts.columns):
-        raise InputError(f"{source}: expected columns text,label; found {', '.join(prompts.columns)}")
+        raise InputError(f"{path}: expected columns text,label; found {', '.join(prompts.columns)}")
     unknown = sorted(set(prompts.label) - set(table.get("label", [])))
     if unknown:
-        raise InputError(f"{source}: label {unknown[0]!r} is no image's label; mend it, or label the images")
-    return source
+        raise InputError(f"{path}: label {unknown[0]!r} is no image's label; mend it, or label the images")
+    return path

@@ -12,16 +12,18 @@ from ldm.base.errors import InputError
 from ldm.data.folders import Collection, Place, walk
 from ldm.data.images import SUFFIXES
 
-PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}  # what loaders are known to unpickle
+PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}  # suffixes that loaders are known to unpickle
 TEXTS = ("txt", "caption")
 MAX_TEXT = 2**20  # bytes of a caption or of JSON
+
+Parts = dict[str, tarfile.TarInfo]  # the files of a sample by extension
 
 
 def read_tars(folder: Path) -> Collection:
     """The images of every `*.tar` below `folder`, by WebDataset's convention: files of one name are one sample.
 
-    A sample is an image with its caption in `.txt` or `.caption`, or in the JSON's `text` or `caption`, and optionally
-    `.json` (an object: further columns) and `.cls` (its label). `file_name` is `TAR/KEY.SUFFIX`.
+    A sample is an image with a caption in `.txt` or `.caption`, or as `text` or `caption` in its JSON, and optionally `.json`
+    (an object: further columns) and `.cls` (its label). `file_name` is `TAR/KEY.SUFFIX`.
 
     Raises `InputError`, naming tar and member, for damaged tars, members that lead out of the tar (absolute paths, `..`,
     links, devices), pickles, samples without a caption, and names that occur twice.
@@ -44,9 +46,8 @@ def read_tars(folder: Path) -> Collection:
                 ignored[f"(samples without an image in {name})"] += 1
                 continue
             (image,) = images
-            member = parts[image]
             rows.append({"file_name": f"{name}/{key}.{image}", **_caption(path, key, parts)})
-            places.append(Place(path, member.offset_data, member.size))
+            places.append(Place(path, parts[image].offset_data, parts[image].size))
     if not rows:
         raise InputError(f"{folder}: its tars hold no images ({', '.join(sorted(SUFFIXES))})")
     table = pd.DataFrame(rows)
@@ -56,33 +57,27 @@ def read_tars(folder: Path) -> Collection:
     return Collection(table.iloc[order].reset_index(drop=True), [places[i] for i in order], {}, dict(sorted(ignored.items())))
 
 
-def _samples(path: Path, ignored: Counter[str]) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Members by sample and extension, all of them checked."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+def _samples(path: Path, ignored: Counter[str]) -> dict[str, Parts]:
+    """The parts of each sample of a tar, by its key. Counts members that are no part of a sample in `ignored`."""
+    samples: dict[str, Parts] = {}
     try:
         with tarfile.open(path, "r:") as tar:  # plain tars only: a compressed one has no random access
             for member in tar:
                 if member.isdir():
                     continue
-                pure = PurePosixPath(member.name)
-                if pure.is_absolute() or ".." in pure.parts:
-                    raise InputError(f"{path}: member {member.name!r} leads out of the tar; write it again with plain names")
-                if not member.isreg() or member.issparse():
-                    raise InputError(f"{path}: member {member.name!r} is a link, a device or sparse; only plain files are read")
-                stem, _, extension = pure.name.lower().partition(".")
-                if extension.rpartition(".")[2] in PICKLES:
-                    raise InputError(f"{path}: member {member.name!r} is a pickle, which can run any program; remove it")
-                if not stem or (f".{extension}" not in SUFFIXES and extension not in (*TEXTS, "json", "cls")):
+                name, extension = _check(path, member)
+                part = f".{extension}" in SUFFIXES or extension in (*TEXTS, "json", "cls")
+                if not name.name.partition(".")[0] or not part:
                     ignored[f".{extension}"] += 1
                     continue
-                key = str(pure.with_name(pure.name.partition(".")[0]))
+                key = str(name.with_name(name.name.partition(".")[0]))
                 if extension in samples.setdefault(key, {}):
                     raise InputError(f"{path}: member {member.name!r} is there twice; keep one")
                 if f".{extension}" not in SUFFIXES and member.size > MAX_TEXT:
                     raise InputError(f"{path}: member {member.name!r} has {member.size:,} bytes; at most {MAX_TEXT:,} are read")
                 samples[key][extension] = member
             end = tar.offset
-        with path.open("rb") as file:  # a damaged header ends a tar as far as tarfile is concerned
+        with path.open("rb") as file:  # tarfile takes a damaged header for the end of a tar
             file.seek(end)
             if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
                 raise InputError(f"{path}: damaged or cut short at byte {end} of {path.stat().st_size}; restore it")
@@ -91,8 +86,21 @@ def _samples(path: Path, ignored: Counter[str]) -> dict[str, dict[str, tarfile.T
     return samples
 
 
-def _caption(path: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
-    """`text`, `label` where there is one, and the columns of the sample's JSON."""
+def _check(path: Path, member: tarfile.TarInfo) -> tuple[PurePosixPath, str]:
+    """The name of a member and its extension; raises `InputError` for a member that could do harm."""
+    name = PurePosixPath(member.name)
+    extension = name.name.lower().partition(".")[2]
+    if name.is_absolute() or ".." in name.parts:
+        raise InputError(f"{path}: member {member.name!r} leads out of the tar; write it again with plain names")
+    if not member.isreg() or member.issparse():
+        raise InputError(f"{path}: member {member.name!r} is a link, a device or sparse; only plain files are read")
+    if extension.rpartition(".")[2] in PICKLES:
+        raise InputError(f"{path}: member {member.name!r} is a pickle, which can run any program; remove it")
+    return name, extension
+
+
+def _caption(path: Path, key: str, parts: Parts) -> dict[str, Any]:
+    """`text`, `label` if there is one, and the columns of the sample's JSON."""
 
     def text(part: str) -> str:
         try:
