@@ -23,8 +23,8 @@ from ldm.base.errors import InputError
 from ldm.base.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
 from ldm.config import load_settings
 from ldm.data.store import prune_store
-from ldm.registry import lineage, tracking
-from ldm.registry import versions as registry
+from ldm.registry import lineage, promotion, registration, tracking, versions
+from ldm.registry.records import Records
 from ldm.versioning.graph import Node, ancestors, check_data, descendants, read_graph
 from ldm.versioning.reproduce import Status
 
@@ -41,7 +41,7 @@ def _mendable(_task: Any, _run: Any, state: Any) -> bool:
     """Whether a retry may help: not where the input is bad."""
     error = state.result(raise_on_failure=False)
     bad_input = isinstance(error, supervise.StageFailed) and error.bad_input
-    return isinstance(error, registry.Unreachable) or not (bad_input or isinstance(error, InputError))
+    return isinstance(error, versions.Unreachable) or not (bad_input or isinstance(error, InputError))
 
 
 @task(cache_policy=NO_CACHE)
@@ -72,13 +72,13 @@ def check_drift(root: str, batch: str) -> str:
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=_mendable, retry_delay_seconds=2)
-def run_stage(root: str, stage: Node, parent_run: str | None, status: Status, records: tracking.Records) -> supervise.Outcome:
+def run_stage(root: str, stage: Node, parent_run: str | None, status: Status, records: Records) -> supervise.Outcome:
     """One stage of dvc.yaml as a child process; its lines are this task's log."""
     logger = get_run_logger()
     limit = os.environ.get("LDM_STAGE_TIMEOUT")
     parent = {"LDM_PARENT_RUN": parent_run} if parent_run else {}
     try:
-        with records.following():
+        with records.delivering():
             return supervise.run_stage(
                 Path(root),
                 stage.name,
@@ -94,15 +94,15 @@ def run_stage(root: str, stage: Node, parent_run: str | None, status: Status, re
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=_mendable)
-def register(root: str, parent_run: str | None) -> registry.Registered:
+def register(root: str, parent_run: str | None) -> registration.Registered:
     """The model in the registry, once for each content."""
-    return registry.register(Path(root), parent_run)
+    return registration.register(Path(root), parent_run)
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=_mendable)
 def gate(root: str, version: int) -> "Decision":
-    """Champion or not: see `ldm.registry.gate_and_promote`."""
-    return registry.gate_and_promote(Path(root), version)
+    """Champion or not: see `ldm.registry.promotion`."""
+    return promotion.gate_and_promote(Path(root), version)
 
 
 @flow(name="ldm-pipeline", validate_parameters=False)
@@ -124,7 +124,7 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
             if batch and (folder / POSTERIOR).is_dir():  # of the last run
                 notes.append(("new images", check_drift(str(folder), batch)))
             check_data(folder, settings.data.path)
-        common = (run.id, Status(folder), tracking.Records(folder / TRACKING))
+        common = (run.id, Status(folder), Records(folder / TRACKING))
         steps += _run_stages(folder, stages, *common)
         if (folder / LATENTS / "manifest.json").is_file():
             prune_store(folder / LATENT_STORE, folder / LATENTS)
@@ -136,8 +136,8 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
         decision = gate(str(folder), registered.version)
         steps.append(Step("gate", "executed" if decision.n else "cached", time.monotonic() - start))
         steps += _run_stages(folder, others, *common)  # last: what fails here keeps no model from its place
-    champions = [v for v in registry.find({}, settings.registry.name) if "champion" in v.aliases]
-    champion = champions[0].version if champions else None  # none, where the first model's bound is not finite
+    found = versions.by_alias(settings.registry.name, "champion")
+    champion = found.version if found else None  # none, where the first model's bound is not finite
     summary = summarise(folder, settings, steps, others, registered, decision, champion, notes)
     create_markdown_artifact(markdown(summary, folder), key="ldm-pipeline-summary")
     for what, value in summary.results:
@@ -162,9 +162,7 @@ def _alone(root: Path) -> Iterator[None]:
         yield
 
 
-def _run_stages(
-    root: Path, stages: tuple[Node, ...], parent_run: str | None, status: Status, records: tracking.Records
-) -> list[Step]:
+def _run_stages(root: Path, stages: tuple[Node, ...], parent_run: str | None, status: Status, records: Records) -> list[Step]:
     """Each stage after those it depends on, in this thread, so that a signal reaches the child that is running."""
     outcomes: dict[str, supervise.Outcome] = {}
     retries = int(os.environ.get("LDM_STAGE_RETRIES", "1"))

@@ -51,14 +51,14 @@ def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None
 
     from flows import pipeline
     from flows.summary import show
-    from ldm.registry import tracking
+    from ldm.registry import mlflow_run, tracking
 
     if temporary and PREFECT_API_URL.value():  # a profile names one
         temporary.stop()
         temporary = None
     tracking.use_default_store(root)
-    with contextlib.suppress(Exception), tracking.short_patience():  # the run itself says what is wrong
-        tracking.experiment_id(tracking.mlflow_client())
+    with contextlib.suppress(Exception), mlflow_run.short_patience():  # the run itself says what is wrong
+        mlflow_run.experiment_id(mlflow_run.mlflow_client())
     if temporary:
         temporary.wait()
     url = {PREFECT_API_URL: temporary.url} if temporary else {}

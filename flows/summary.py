@@ -13,7 +13,7 @@ from ldm.versioning.graph import Node
 
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
-    from ldm.registry import Registered
+    from ldm.registry.registration import Registered
 
 
 @dataclass(frozen=True)

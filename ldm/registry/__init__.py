@@ -1,16 +1,17 @@
-"""What was made and where it came from: MLflow runs, lineage, the model registry, serving."""
+"""MLflow: runs, the lineage of results, registered versions, serving."""
 
 from ldm.base.lazy import exports
 
 __getattr__, __all__ = exports(
     __name__,
     {
-        "compare": "versions",
+        "compare": "promotion",
         "find": "versions",
+        "gate_and_promote": "promotion",
         "load": "versions",
         "lookup": "versions",
-        "promote": "versions",
-        "register": "versions",
-        "rollback": "versions",
+        "promote": "promotion",
+        "register": "registration",
+        "rollback": "promotion",
     },
 )

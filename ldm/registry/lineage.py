@@ -1,9 +1,9 @@
-"""Where a project's outs come from, and what its pipeline made: tags for the registry, the MLflow run above its stages'."""
+"""Lineage: where the outs of a project come from, as tags of its MLflow run and of a registered version."""
 
-import contextlib
 import json
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,13 @@ from ldm.base.hashing import file_hash
 from ldm.base.paths import METRICS, PLOTS, REPORT, SAMPLES, SHARDS
 from ldm.registry.tracking import Run, open_run
 
-ADOPTED = "adopted.json"  # in an out whose weights are from more than one state of the code
+ADOPTED = "adopted.json"  # in an out that several states of the code have trained
 
 
-@contextlib.contextmanager
-def pipeline_run(root: Path, params: Mapping[str, Any], name: str = "pipeline") -> Iterator[Run]:
-    """The run of a whole pipeline, parent of its stages' runs; stages that died without a word are marked KILLED."""
+def pipeline_run(root: Path, params: Mapping[str, Any], name: str = "pipeline") -> AbstractContextManager[Run]:
+    """The run of a whole pipeline, parent of its stages' runs."""
     commit = {key: value for key, value in lineage(root).items() if key.startswith("ldm.git")}
-    with open_run({"ldm.stage": name, **commit}, params, None) as run:
-        try:
-            yield run
-        finally:
-            _close_children(run)
+    return open_run({"ldm.stage": name, **commit}, params)
 
 
 def log_results(run: Run, root: Path) -> None:
@@ -47,7 +42,7 @@ def lineage(root: Path) -> dict[str, str]:
     tags = {}
     commit = _git(root, "rev-parse", "HEAD")
     if commit:
-        # what a run itself rewrites does not make the code another one
+        # a run itself rewrites dvc.lock and reports
         dirty = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
         tags = {"ldm.git_commit": commit, "ldm.git_dirty": str(bool(dirty)).lower()}
     for tag, path in (("ldm.dvc_lock", root / "dvc.lock"), ("ldm.data_index", root / SHARDS / "index.json")):
@@ -63,7 +58,7 @@ def numbers(path: Path) -> dict[str, float]:
 
 
 def adopted(out: Path) -> str | None:
-    """In one line, which states of the code made an out together; None: one."""
+    """The states of the code that trained an out, in one line; None where it was one."""
     if not (out / ADOPTED).is_file():
         return None
     found = json.loads((out / ADOPTED).read_text(encoding="utf-8"))
@@ -74,17 +69,6 @@ def described(stage: str, steps: Iterable[dict[str, Any]]) -> str:
     """Adopted checkpoints as one line for people."""
     parts = [f"up to {step['reached']:,} by code {step['code'][:8]}, then {', '.join(step['changed'])} changed" for step in steps]
     return f"{stage}: {'; '.join(parts)}"
-
-
-def _close_children(run: Run) -> None:
-    def close() -> None:
-        experiment = run._client.get_run(run.id).info.experiment_id
-        query = f"tags.`mlflow.parentRunId` = '{run.id}' and attributes.status = 'RUNNING'"
-        for child in run._client.search_runs([experiment], query):
-            run._client.set_terminated(child.info.run_id, "KILLED")
-
-    if run._client is not None:
-        run._attempt("its stages' statuses were not stored", close)
 
 
 def _git(root: Path, *arguments: str) -> str | None:

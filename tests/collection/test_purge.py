@@ -33,7 +33,8 @@ from ldm.data.images import to_png
 from ldm.data.latents import write_latents
 from ldm.data.reader import open_shards
 from ldm.data.shards import split_of, write_shards
-from ldm.registry import versions as registry
+from ldm.registry import registration
+from ldm.registry.versions import find
 from ldm.stages import code
 
 MINE = "data/raw/mine"
@@ -112,7 +113,7 @@ def register(root: Path, number: int) -> None:
     (root / "reports/bounds.csv").write_text("key,nats\na,-1.5\n")
     (root / "reports/metrics.json").write_text(json.dumps({"bits_per_dim": 3.0, "image": "8x8x1, box"}))
     (root / "reports/report.html").write_text("<p>report</p>")
-    assert registry.register(root).version == number
+    assert registration.register(root).version == number
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def check_workspace() -> None:
 
 
 def tags() -> dict[int, str | None]:
-    return {found.version: found.tags.get(TAG) for found in registry.find({})}
+    return {found.version: found.tags.get(TAG) for found in find({})}
 
 
 def test_by_its_name_in_all_its_copies_and_nothing_else(history: History, folder: Path) -> None:

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from ldm.registry import tracking
-from ldm.registry import versions as registry
+from ldm.registry import mlflow_run
+from ldm.registry.versions import find, lookup
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 def statuses() -> list[str]:
     """Of every pipeline's run in MLflow, newest first."""
-    client = tracking.mlflow_client()
-    return [run.info.status for run in client.search_runs([tracking.experiment_id(client)], "tags.`ldm.stage` = 'pipeline'")]
+    client = mlflow_run.mlflow_client()
+    return [run.info.status for run in client.search_runs([mlflow_run.experiment_id(client)], "tags.`ldm.stage` = 'pipeline'")]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-        tracking.mlflow_client().search_experiments()
+        mlflow_run.mlflow_client().search_experiments()
     return path
 
 
@@ -61,14 +61,14 @@ def test_a_run_registers_a_champion_and_the_next_one_has_nothing_to_do(main: Cal
     for expected in ("1.2500 ± 0.0100", "2 test images of 32x32x1, lanczos", "97.5%", "models:/ldm/1 (new)", "no champion yet"):
         assert expected in out
     assert 'ldm sample --model models:/ldm@champion --prompt "a handwritten seven"' in out
-    assert registry.lookup("models:/ldm@champion").version == 1
+    assert lookup("models:/ldm@champion").version == 1
     assert statuses() == ["FINISHED"]
     check_prefects_record()
 
     assert main() == 0
     out = capfd.readouterr().out
     assert "starts" not in out and "models:/ldm/1 (registered before)" in out
-    assert len(registry.versions()) == 1
+    assert len(find({})) == 1
 
 
 def check_prefects_record() -> None:
@@ -149,7 +149,7 @@ def test_a_stage_that_fails_ends_the_run_with_its_own_words(
         assert f"exit code {code}" in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
     assert statuses() == ["FAILED"]
-    assert registry.versions().empty
+    assert find({}) == []
 
 
 def test_bad_settings_stop_everything_before_it_starts(project: Path, main: Callable[[], int], capfd: Any) -> None:

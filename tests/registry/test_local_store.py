@@ -11,8 +11,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from ldm.base.errors import InputError
 from ldm.registry import local_store
-from ldm.registry import versions as registry
+from ldm.registry.versions import find, lookup
 
 NAMES = ("ldm", 'it\'s 50 % "größer"', "モデル", "a.b-c_d")
 
@@ -68,13 +69,17 @@ def store(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_a_model_is_what_mlflow_says(store: Path, name: str) -> None:
     client, model = MlflowClient(), local_store.read_model(name)
     assert model is not None
-    found = [registry._version(version, model.aliases) for version in model.versions]
-    page = client.search_model_versions(f"name = '{name}'") if "'" not in name else []  # its query language has no such name
-    numbers = {int(version.version) for version in page} or {version.version for version in found}
-    assert [version.version for version in found] == sorted(numbers, reverse=True)
-    assert model.aliases == {alias: str(number) for alias, number in registry._aliases(client, name).items()}
-    assert found == [registry._get(client, name, version.version) for version in found]
-    assert (name in NAMES) == bool(found)
+    query = f'name = "{name}"' if "'" in name else f"name = '{name}'"
+    page = client.search_model_versions(query) if query.count('"') < 3 else []  # its query language has no such name
+    numbers = {int(version.version) for version in page} or {version.version for version in model.versions}
+    assert [version.version for version in model.versions] == sorted(numbers, reverse=True)
+    known = {found.name: found.aliases for found in client.search_registered_models()}
+    assert model.aliases == {alias: str(number) for alias, number in known.get(name, {}).items()}
+    for found in model.versions:
+        theirs = client.get_model_version(name, str(found.version))
+        expected = (theirs.name, theirs.creation_timestamp, theirs.run_id, theirs.tags)
+        assert (found.name, found.creation_timestamp, found.run_id, found.tags) == expected
+    assert (name in NAMES) == bool(model.versions)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,13 +94,13 @@ def test_folders_are_where_mlflow_reads_them(store: Path, name: str) -> None:
 
 def test_the_registry_answers_alike_through_mlflow(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answers() -> list[object]:
-        known = [registry.lookup(f"models:/ldm{which}") for which in ("@champion", "@Ärger-1", "/3", "/007")]
-        known += [*registry.find({}), *registry.find({"größe": "ü", "only 5": "x" * 5000}), *registry.find({"größe": "no"})]
-        known += registry.find({}, "never made")
+        known = [lookup(f"models:/ldm{which}") for which in ("@champion", "@Ärger-1", "/3", "/007")]
+        known += [*find({}), *find({"größe": "ü", "only 5": "x" * 5000}), *find({"größe": "no"})]
+        known += find({}, "never made")
         refusals = []
         for uri in ("models:/ldm@lost", "models:/ldm@champions", "models:/ldm/2"):
-            with pytest.raises(registry.InputError) as refused:
-                registry.lookup(uri)
+            with pytest.raises(InputError) as refused:
+                lookup(uri)
             refusals.append(str(refused.value))
         return [replace(version, folder=None) for version in known] + refusals
 

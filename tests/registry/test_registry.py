@@ -30,7 +30,9 @@ from ldm.nets.autoencoder import AutoencoderKL, VQModel
 from ldm.nets.text import TextEncoder
 from ldm.nets.unet import UNet
 from ldm.registry import local_store
-from ldm.registry import versions as registry
+from ldm.registry.promotion import gate_and_promote, promote, rollback
+from ldm.registry.registration import Registered, register
+from ldm.registry.versions import Unreachable, connect, downloaded, find, kept, load, lookup
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = 4
@@ -97,8 +99,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "reports").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
-        with registry._registry("ldm", create=True):
-            pass
+        connect(create=True)
     return root
 
 
@@ -112,66 +113,65 @@ def root(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def aliases(root: Path) -> dict[str, int]:
-    return {alias: found.version for found in registry.find({}) for alias in found.aliases}
+    return {alias: found.version for found in find({}) for alias in found.aliases}
 
 
 def test_the_same_files_are_registered_once(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["poor"])
-    first = registry.register(root)
-    assert first == registry.Registered(1, created=True)
+    first = register(root)
+    assert first == Registered(1, created=True)
     (root / "dvc.lock").write_text("schema: '2.0'  # another commit, the same weights")
-    assert registry.register(root) == registry.Registered(1, created=False)
+    assert register(root) == Registered(1, created=False)
     write_outs(root, models["good"])
-    assert registry.register(root) == registry.Registered(2, created=True)
+    assert register(root) == Registered(2, created=True)
     assert aliases(root) == {"challenger": 2}
 
-    version = registry.lookup("models:/ldm/1")
+    version = lookup("models:/ldm/1")
     assert {"ldm.model", "ldm.dvc_lock", "ldm.data_index", "ldm.evaluation", "ldm.image"} <= version.tags.keys()
     assert json.loads(version.tags["ldm.evaluation"])["bound_levels"] == LEVELS
-    assert [found.version for found in registry.find({"ldm.model": version.tags["ldm.model"]})] == [1]
-    table = registry.versions()
-    assert list(table.version) == [2, 1] and list(table.image) == ["8x8x1, box"] * 2
+    assert [found.version for found in find({"ldm.model": version.tags["ldm.model"]})] == [1]
+    assert [(found.version, found.tags["ldm.image"]) for found in find({})] == [(2, "8x8x1, box"), (1, "8x8x1, box")]
     import mlflow.artifacts
 
-    kept = mlflow.artifacts.list_artifacts("models:/ldm/1/lineage")
-    assert {Path(file.path).name for file in kept} == {"dvc.lock", "params.yaml", "metrics.json", "report.html"}
+    files = mlflow.artifacts.list_artifacts("models:/ldm/1/lineage")
+    assert {Path(file.path).name for file in files} == {"dvc.lock", "params.yaml", "metrics.json", "report.html"}
 
 
 def test_the_gate_lets_the_better_model_through_and_decides_once(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["poor"])
-    registry.register(root)
-    decision = registry.gate_and_promote(root, 1)
+    register(root)
+    decision = gate_and_promote(root, 1)
     assert decision.promote and decision.reason == "no champion yet"
-    assert "already" in registry.gate_and_promote(root, 1).reason
+    assert "already" in gate_and_promote(root, 1).reason
 
     write_outs(root, models["good"])
-    registry.register(root)
-    decision = registry.gate_and_promote(root, 2)
+    register(root)
+    decision = gate_and_promote(root, 2)
     assert decision.promote and decision.lower > 0
     assert aliases(root) == {"champion": 2, "previous": 1, "challenger": 2}
     assert "version 2" in (root / "reports/decision.html").read_text()
     expected = pd.read_csv(root / "reports/bounds.csv").nats.mean() - _bounds(root, models["poor"]).nats.mean()
     assert decision.mean == pytest.approx(expected, rel=1e-5)
 
-    assert registry.rollback() == 1
+    assert rollback() == 1
     assert aliases(root) == {"champion": 1, "previous": 2, "challenger": 2}
-    again = registry.gate_and_promote(root, 2)  # the next night, nothing changed: what was rolled back stays so
+    again = gate_and_promote(root, 2)  # the next night, nothing changed: what was rolled back stays so
     assert not again.promote and "was champion before" in again.reason
     assert aliases(root)["champion"] == 1
 
 
 def test_the_gate_keeps_a_worse_model_out_until_someone_says_so(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["good"])
-    registry.register(root)
-    registry.gate_and_promote(root, 1)
+    register(root)
+    gate_and_promote(root, 1)
     write_outs(root, models["poor"])
-    registry.register(root)
-    decision = registry.gate_and_promote(root, 2)
+    register(root)
+    decision = gate_and_promote(root, 2)
     assert not decision.promote and decision.mean < 0
     assert aliases(root) == {"champion": 1, "challenger": 2}
-    registry.promote(2)
+    promote(2)
     assert aliases(root) == {"champion": 2, "previous": 1, "challenger": 2}
-    registry.promote(2)  # again changes nothing: previous stays
+    promote(2)  # again changes nothing: previous stays
     assert aliases(root)["previous"] == 1
 
 
@@ -186,13 +186,13 @@ def test_what_changed_since_the_last_repro_is_not_registered(root: Path, models:
     settings["train_unet"]["lr"] *= 2
     (root / "params.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(InputError, match=r"params\.yaml: train_unet\.lr changed since stage evaluate ran"):
-        registry.register(root)
+        register(root)
     settings["train_unet"]["lr"] /= 2
     (root / "params.yaml").write_text(yaml.safe_dump(settings))
     metrics.write_text(metrics.read_text() + " ")
     with pytest.raises(InputError, match=r"metrics\.json: changed since stage evaluate wrote it"):
-        registry.register(root)
-    assert registry.versions().empty
+        register(root)
+    assert find({}) == []
 
 
 def test_small_numbers_are_numbers_as_dvc_writes_them(root: Path, models: dict[str, LatentDiffusion]) -> None:
@@ -203,10 +203,10 @@ def test_small_numbers_are_numbers_as_dvc_writes_them(root: Path, models: dict[s
     lock.write_text(
         "stages:\n  train_vae:\n    params:\n      params.yaml:\n        train_vae.lr: 1e-07\n    outs:\n    - path: models/ldm\n"
     )
-    assert registry.register(root).created
+    assert register(root).created
     lock.write_text(lock.read_text().replace("1e-07", "2e-07"))
     with pytest.raises(InputError, match=r"train_vae\.lr changed"):
-        registry.register(root)
+        register(root)
 
 
 def test_a_posterior_that_is_no_longer_asked_for_stops_nothing(root: Path, models: dict[str, LatentDiffusion]) -> None:
@@ -215,7 +215,7 @@ def test_a_posterior_that_is_no_longer_asked_for_stops_nothing(root: Path, model
     outs, deps = [{"path": "models/posterior/sgld"}], [{"path": "models/ldm"}]
     stage = {"params": {"params.yaml": {"seed": -1, "posterior": {"draws": 3}}}, "outs": outs, "deps": deps}
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"sample_posterior@sgld": stage}}))
-    assert registry.register(root).created
+    assert register(root).created
 
 
 def test_a_version_names_the_checkpoint_that_was_adopted(root: Path, models: dict[str, LatentDiffusion]) -> None:
@@ -223,39 +223,39 @@ def test_a_version_names_the_checkpoint_that_was_adopted(root: Path, models: dic
     (root / "models/unet").mkdir(parents=True, exist_ok=True)
     step = {"reached": 1200, "code": "abcdef0123", "changed": ["ldm.training.fit"]}
     (root / "models/unet/adopted.json").write_text(json.dumps({"stage": "train_unet", "adopted": [step]}))
-    made = registry.lookup(f"models:/ldm/{registry.register(root).version}")
+    made = lookup(f"models:/ldm/{register(root).version}")
     assert made.tags["ldm.adopted"] == "train_unet: up to 1,200 by code abcdef01, then ldm.training.fit changed"
 
 
 def test_an_alias_lost_to_a_kill_is_set_by_the_next_run(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["poor"])
-    registry.register(root)
+    register(root)
     from mlflow.tracking import MlflowClient
 
     MlflowClient().delete_registered_model_alias("ldm", "challenger")
     assert aliases(root) == {}
-    registry.register(root)
+    register(root)
     assert aliases(root) == {"challenger": 1}
 
 
 def test_a_champion_that_someone_replaced_does_not_come_back_by_itself(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["poor"])
-    registry.gate_and_promote(root, registry.register(root).version)
+    gate_and_promote(root, register(root).version)
     write_outs(root, models["good"])
-    assert registry.gate_and_promote(root, registry.register(root).version).promote
-    registry.promote(1)
-    again = registry.gate_and_promote(root, registry.register(root).version)
+    assert gate_and_promote(root, register(root).version).promote
+    promote(1)
+    again = gate_and_promote(root, register(root).version)
     assert not again.promote and "was champion before version 1" in again.reason
     assert aliases(root)["champion"] == 1
 
 
 def test_models_of_other_images_are_not_compared(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["poor"])
-    registry.register(root)
-    registry.gate_and_promote(root, 1)
+    register(root)
+    gate_and_promote(root, 1)
     write_outs(root, models["good"], image="16x16x3, lanczos")
-    registry.register(root)
-    decision = registry.gate_and_promote(root, 2)
+    register(root)
+    decision = gate_and_promote(root, 2)
     assert not decision.promote
     assert "16x16x3, lanczos" in decision.reason and "8x8x1, box" in decision.reason
     assert aliases(root)["champion"] == 1
@@ -266,17 +266,17 @@ def test_a_vq_model_is_promoted_by_hand_alone(root: Path, models: dict[str, Late
     good = models["good"]
     codes = VQModel(1, 1, 4, [8, 8], norm_num_groups=4, mid_block_add_attention=False)
     write_outs(root, LatentDiffusion(codes, good.likelihood, good.unet, good.recipe))
-    registry.register(root)
-    decision = registry.gate_and_promote(root, 1)
+    register(root)
+    decision = gate_and_promote(root, 1)
     assert not decision.promote and "not comparable: version 1 has a VQ autoencoder" in decision.reason
     assert "`ldm registry promote 1`" in decision.reason and decision.reason in (root / "reports/decision.html").read_text()
     assert aliases(root) == {"challenger": 1}
 
-    registry.promote(1)
-    assert isinstance(registry.load("models:/ldm@champion").autoencoder, VQModel)
+    promote(1)
+    assert isinstance(load("models:/ldm@champion").autoencoder, VQModel)
     write_outs(root, good)
-    registry.register(root)
-    decision = registry.gate_and_promote(root, 2)
+    register(root)
+    decision = gate_and_promote(root, 2)
     assert not decision.promote and "version 1 has a VQ autoencoder" in decision.reason
     assert aliases(root) == {"champion": 1, "challenger": 2}
 
@@ -291,16 +291,16 @@ def test_a_bound_that_is_no_number_is_none_of_a_vq_model(root: Path, models: dic
     bounds, metrics = pd.read_csv(root / "reports/bounds.csv"), json.loads((root / "reports/metrics.json").read_text())
     bounds.assign(nats=float("nan")).to_csv(root / "reports/bounds.csv", index=False)
     (root / "reports/metrics.json").write_text(json.dumps(metrics | {"bits_per_dim": float("nan")}))
-    registry.register(root)
-    decision = registry.gate_and_promote(root, 1)
+    register(root)
+    decision = gate_and_promote(root, 1)
     assert not decision.promote and "VQ" not in decision.reason and "finite" in decision.reason
 
 
 def test_what_is_loaded_is_what_was_registered(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["good"])
-    registry.register(root)
-    registry.promote(1)
-    loaded = registry.load("models:/ldm@champion")
+    register(root)
+    promote(1)
+    loaded = load("models:/ldm@champion")
     prompts = ["noise", "more noise"]
     torch.testing.assert_close(loaded.sample(prompts, seed=3), models["good"].sample(prompts, seed=3), rtol=0, atol=0)
 
@@ -309,27 +309,27 @@ def test_files_on_this_machine_are_read_where_they_lie(
     root: Path, models: dict[str, LatentDiffusion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_outs(root, models["good"])
-    registry.register(root)
-    version = registry.lookup("models:/ldm/1")
-    with registry.downloaded(version.uri) as folder:
+    register(root)
+    version = lookup("models:/ldm/1")
+    with downloaded(version.uri) as folder:
         assert folder.is_relative_to(root / "mlruns")
         known = folder_hash(folder)
     assert known == folder_hash(root / "models/ldm") and folder.is_dir()
-    lock = registry.kept(version, "dvc.lock")
+    lock = kept(version, "dvc.lock")
     assert lock == (root / "dvc.lock").read_text()
 
     monkeypatch.setattr(local_store, "REVISION", "of another MLflow")  # so that MLflow is asked
-    version = registry.lookup("models:/ldm/1")
-    assert version.folder is None and registry.kept(version, "dvc.lock") == lock and registry.kept(version, "lost") is None
-    with registry.downloaded(version.uri) as copy:
+    version = lookup("models:/ldm/1")
+    assert version.folder is None and kept(version, "dvc.lock") == lock and kept(version, "lost") is None
+    with downloaded(version.uri) as copy:
         assert not copy.is_relative_to(root) and folder_hash(copy) == known
     assert not copy.exists()
 
 
 def test_the_command_line_draws_from_the_champion_without_mlflow(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["good"])
-    registry.register(root)
-    registry.promote(1)
+    register(root)
+    promote(1)
     (root / "dvc.yaml").touch()  # so that this is a project
     arguments = ["sample", "--prompt", "noise", "-n", "2", "--out", "two"]
     code = f"import sys; from ldm.cli import app; app({arguments}, standalone_mode=False); print(*sys.modules)"
@@ -346,8 +346,8 @@ def test_the_served_model_gives_pngs_and_the_same_bytes_for_a_seed(
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     write_outs(root, models["good"])
-    registry.register(root)
-    registry.promote(1)
+    register(root)
+    promote(1)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow's own default, in the project's folder
     import mlflow.pyfunc
 
@@ -369,38 +369,38 @@ def test_the_served_model_gives_pngs_and_the_same_bytes_for_a_seed(
 
 def test_what_is_not_there_is_named_with_what_to_do(root: Path, models: dict[str, LatentDiffusion]) -> None:
     for call, says in (
-        (lambda: registry.load("models:/ldm@champion"), "alias 'champion'; `ldm run`"),
-        (lambda: registry.lookup("models:/ldm@best"), "alias 'best'; `ldm registry list`"),
-        (lambda: registry.lookup("models:/ldm/7"), "no version 7"),
-        (lambda: registry.lookup("ldm@champion"), "not a model: write models:/NAME@ALIAS"),
-        (lambda: registry.promote(7), "no version 7"),
-        (registry.rollback, "nothing to roll back to"),
-        (lambda: registry.register(root), r"models/ldm: not found; `dvc repro`"),
+        (lambda: load("models:/ldm@champion"), "alias 'champion'; `ldm run`"),
+        (lambda: lookup("models:/ldm@best"), "alias 'best'; `ldm registry list`"),
+        (lambda: lookup("models:/ldm/7"), "no version 7"),
+        (lambda: lookup("ldm@champion"), "not a model: write models:/NAME@ALIAS"),
+        (lambda: promote(7), "no version 7"),
+        (rollback, "nothing to roll back to"),
+        (lambda: register(root), r"models/ldm: not found; `dvc repro`"),
     ):
         with pytest.raises(InputError, match=says):
             call()
-    assert registry.versions().empty
+    assert find({}) == []
 
 
 def test_a_model_that_is_none_of_ours_is_named(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["good"])
-    registry.register(root)
+    register(root)
     shutil.rmtree(next((root / "mlruns").rglob("artifacts/ldm")))
-    with pytest.raises(InputError, match="models:/ldm/1: the registry gives no model that `ldm run` registered"):
-        registry.load("models:/ldm/1")
+    with pytest.raises(InputError, match="models:/ldm/1: the registry has no artifacts/ldm of it, which `ldm run` stores"):
+        load("models:/ldm/1")
 
 
 def test_a_store_that_is_not_there_is_not_made_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(InputError, match="no registry there yet"):
-        registry.lookup("models:/ldm@champion")
+        lookup("models:/ldm@champion")
     assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(registry.Unreachable, match=r"http://127.0.0.1:9"):
-        registry.lookup("models:/ldm@champion")
+    with pytest.raises(Unreachable, match=r"http://127.0.0.1:9"):
+        lookup("models:/ldm@champion")
 
 
 def _bounds(root: Path, model: LatentDiffusion) -> pd.DataFrame:

