@@ -1,4 +1,4 @@
-"""Several chains of a sampler side by side, and the draws that they leave."""
+"""Several chains of a sampler side by side, the draws they keep, and control variates for their gradients."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -14,16 +14,16 @@ from torch import Tensor
 from ldm.base.errors import InputError
 from ldm.langevin.sgld import Sampler
 
-Loss = Callable[..., Tensor]  # a chain's weights (name -> tensor) and its minibatch's tensors, to the mean loss
+Loss = Callable[..., Tensor]  # from the weights of a chain (name -> tensor) and the tensors of its minibatch to the mean loss
 MakeSampler = Callable[[list[Tensor]], Sampler]  # such as functools.partial(SGLD, lr=…, num_data=…)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Samples of weights, (chains, draws, …) by name, and how much each draw counts in an average, (draws,)."""
+    """Samples of weights and how much each counts in an average."""
 
-    values: dict[str, Tensor]
-    weights: Tensor  # the step sizes they were drawn with (Welling & Teh 2011, equation 11)
+    values: dict[str, Tensor]  # by name, (chains, draws, …)
+    weights: Tensor  # (draws,), the step sizes of the draws (Welling & Teh 2011, equation 11)
 
     @property
     def chains(self) -> int:
@@ -31,42 +31,42 @@ class Draws:
 
     @property
     def count(self) -> int:
-        """Of all chains together."""
+        """Draws of all chains together."""
         return self.chains * len(self.weights)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Draw after draw, chain after chain: name -> weights."""
+        """The weights of each draw, name -> tensor, chain after chain."""
         for chain in range(self.chains):
             for draw in range(len(self.weights)):
                 yield {name: value[chain, draw] for name, value in self.values.items()}
 
     def save(self, path: Path, about: dict[str, Any] | None = None) -> None:
-        """As safetensors; `about` is JSON that travels along. Equal draws give equal bytes."""
+        """Write safetensors with `about` as JSON in the header. Equal draws give equal bytes."""
         tensors = {**{f"draws.{name}": value.contiguous() for name, value in self.values.items()}, "weights": self.weights}
         save_file(tensors, path, metadata={"about": json.dumps(about or {}, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> tuple["Draws", dict[str, Any]]:
-        """What `save` wrote, and its `about`; `InputError` where it is not that."""
+        """Read the draws and `about` that `save` wrote; `InputError` if the file holds something else."""
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["about"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             weights = tensors.pop("weights")
             if not tensors or any(value.shape[1:2] != weights.shape for value in tensors.values()):
-                raise ValueError("no draws for its weights")
+                raise ValueError("the numbers of draws and weights differ")
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; the stage sample_posterior writes it") from None
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: holds no posterior samples ({error}); run its stage again") from None
+            raise InputError(f"{path}: holds no posterior samples ({error}); run the stage sample_posterior again") from None
         return cls({name.removeprefix("draws."): value for name, value in tensors.items()}, weights), about
 
 
 def control_variates(loss: Loss, centre: dict[str, Tensor], batches: Iterable[tuple[Tensor, ...]]) -> Loss:
-    """The same mean loss with far less noise in its gradient near the weights `centre` (Baker et al. 2019, equation 4).
+    """The same mean loss with far less gradient noise near the weights `centre` (Baker et al. 2019, equation 4).
 
-    From a minibatch's gradient that at `centre` is taken away, and added the one of all data, which `batches` go through once,
-    here. A step then costs two gradients, and their noise falls with the distance from `centre`, a good one being an optimum.
+    A minibatch's gradient at `centre` is subtracted and the gradient of all data there is added. `batches` go once through all
+    data, now. A step then costs two gradients, whose noise falls with the distance from `centre`, best an optimum.
     """
     gradient, centre = torch.func.grad(loss), {name: value.detach() for name, value in centre.items()}
     count, total = 0, {name: torch.zeros_like(value) for name, value in centre.items()}
@@ -86,11 +86,11 @@ def control_variates(loss: Loss, centre: dict[str, Tensor], batches: Iterable[tu
 
 
 class Chains:
-    """Chains of a sampler on the same loss, each with its own minibatches and noise.
+    """Chains of a sampler on one loss, each with its own minibatches and noise.
 
-    Their weights are stacked, (chains, …), and one optimizer steps them all; `vectorized` computes their losses in one pass
-    (torch.func.vmap), which a model's operations have to allow, else one after the other: the same but for rounding.
-    A draw is kept of every `thin`-th step after the first `burn_in`, where `keep(step)` says so too.
+    Their weights are stacked, (chains, …), and one optimizer steps them all. `vectorized` computes their losses in one pass
+    (torch.func.vmap), which the model's operations must allow; otherwise one after the other, equal but for rounding.
+    After the first `burn_in` steps, every `thin`-th step is kept as a draw if `keep(step)` is true.
     """
 
     def __init__(
@@ -104,20 +104,20 @@ class Chains:
         keep: Callable[[int], bool] = lambda step: True,
         vectorized: bool = True,
     ) -> None:
-        """`start`: the weights that each chain starts from, (chains, …) by name; R-hat means most where they differ."""
+        """`start`: the first weights of each chain, (chains, …) by name. R-hat says most where they differ."""
         if burn_in < 0 or thin < 1:
             raise InputError(f"burn_in {burn_in}, thin {thin}: give 0 or more, and 1 or more")
         if len({len(value) for value in start.values()}) != 1:
-            raise InputError("start: give the weights of as many chains (the first dimension) under every name")
+            raise InputError("start: give the weights of equally many chains (the first dimension) under every name")
         self.parameters = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
         self.optimizer = sampler(list(self.parameters.values()))
         self.burn_in, self.thin, self.keep = burn_in, thin, keep
         self._loss, self._vectorized = loss, vectorized
         self.done = 0  # steps
-        self._draws: list[tuple[dict[str, Tensor], float]] = []
+        self._draws: list[tuple[dict[str, Tensor], float]] = []  # weights and step size
 
     def step(self, *batch: Tensor) -> Tensor:
-        """One step of every chain on its minibatch, tensors (chains, …); the mean losses before it, (chains,)."""
+        """One step of every chain on its minibatch, tensors (chains, …); returns the mean losses before it, (chains,)."""
         self.optimizer.zero_grad(set_to_none=True)
         if self._vectorized:
             losses = torch.func.vmap(self._loss)(self.parameters, *batch)
@@ -125,8 +125,8 @@ class Chains:
             each = zip(*(tensor.unbind() for tensor in (*self.parameters.values(), *batch)), strict=True)
             size = len(self.parameters)
             losses = torch.stack([self._loss(dict(zip(self.parameters, one[:size], strict=True)), *one[size:]) for one in each])
-        losses.sum().backward()  # a chain's loss has no gradient but in its own weights
-        lr = self.optimizer.step_size(0)
+        losses.sum().backward()  # the loss of a chain depends on its own weights only
+        lr = self.optimizer.step_size()
         self.optimizer.step()
         if self.done >= self.burn_in and (self.done - self.burn_in + 1) % self.thin == 0 and self.keep(self.done):
             self._draws.append(({n: value.detach().to("cpu", copy=True) for n, value in self.parameters.items()}, lr))
@@ -134,7 +134,7 @@ class Chains:
         return losses.detach()
 
     def draws(self) -> Draws:
-        """What was kept so far."""
+        """The draws kept so far."""
         if not self._draws:
             raise InputError(
                 f"no draws after {self.done} steps of which {self.burn_in} are burn-in, thinned by {self.thin}: take more"
@@ -145,10 +145,15 @@ class Chains:
         return Draws(values, torch.tensor([lr for _, lr in self._draws], dtype=torch.float64))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights and draws of the `done` steps; the optimizer's state is its own."""
-        kept = {f"draws.{name}": value for name, value in self.draws().values.items()} if self._draws else {}
-        lrs = torch.tensor([lr for _, lr in self._draws], dtype=torch.float64)
-        return {**{f"parameters.{name}": value.detach() for name, value in self.parameters.items()}, **kept, "lrs": lrs}
+        """Weights, draws and the sampler's state; `load_state_dict` also needs `done`."""
+        kept = self.draws().values if self._draws else {}
+        sampler = self.optimizer.state_dict()["state"]
+        return {
+            **{f"parameters.{name}": value.detach() for name, value in self.parameters.items()},
+            **{f"draws.{name}": value for name, value in kept.items()},
+            **{f"optimizer.{index}.{name}": value for index, entry in sampler.items() for name, value in entry.items()},
+            "lrs": torch.tensor([lr for _, lr in self._draws], dtype=torch.float64),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor], done: int) -> None:
         with torch.no_grad():
@@ -156,3 +161,8 @@ class Chains:
                 value.copy_(state[f"parameters.{name}"])
         kept = [{name: state[f"draws.{name}"][:, i] for name in self.parameters} for i in range(len(state["lrs"]))]
         self._draws, self.done = list(zip(kept, state["lrs"].tolist(), strict=True)), done
+        sampler: dict[int, dict[str, Tensor]] = {}
+        for key in (key for key in state if key.startswith("optimizer.")):
+            _, index, name = key.split(".")
+            sampler.setdefault(int(index), {})[name] = state[key]
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": sampler})

@@ -3,14 +3,14 @@
 import numpy as np
 from pandas import DataFrame
 
-RHAT, ESS = 1.01, 400.0  # what Vehtari et al. 2021 ask for
+RHAT, ESS = 1.01, 400.0  # thresholds of Vehtari et al. 2021
 
 
 def convergence(values: np.ndarray) -> DataFrame:
     """Rank-normalised split R-hat and bulk effective sample size of each quantity in `values` (chains, draws, quantities).
 
-    (Vehtari et al. 2021.) Columns `rhat`, `ess`. Quantities that are functions of a model's outputs say more than weights, which
-    networks have many equivalent settings of. Fewer than 4 draws a chain give NaN.
+    (Vehtari et al. 2021.) Columns `rhat`, `ess`; NaN for fewer than 4 draws a chain. Give functions of a model's outputs rather
+    than weights: different weights of a network can be the same function.
     """
     import arviz  # here: it takes a second, and most stages need none of it
 

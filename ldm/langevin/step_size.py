@@ -1,8 +1,9 @@
-"""How large a step of Langevin dynamics may be: the curvature it meets, and its gradients' own noise."""
+"""How large a step of Langevin dynamics may be, from the curvature of the potential and the noise of its gradients."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,27 +12,27 @@ from ldm.base.errors import InputError
 from ldm.base.randomness import fill_normal
 from ldm.langevin.sgld import shaped
 
-TOLERANCE = 0.05  # of a posterior variance
+TOLERANCE = 0.05  # relative error of a posterior variance
 ITERATIONS = 20  # of the power method at most
 CONVERGED = 1e-4  # relative change of the eigenvalue
-CURVATURE_MINIBATCHES = 4  # a curvature varies less between minibatches than gradients do, and costs more
+CURVATURE_MINIBATCHES = 4  # curvatures vary less between minibatches than gradients do, and cost more
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """What limits ε at some weights (U as in `ldm.langevin.sgld`), along the direction of largest curvature."""
+    """What limits the step size ε at some weights (U as in `ldm.langevin.sgld`), along the direction of largest curvature."""
 
     curvature: float  # a
     gradient_noise: float  # V, variance of the gradient of U over minibatches
-    mean_gradient_noise: float  # the same, of the average parameter
+    mean_gradient_noise: float  # the same, averaged over the parameters
     friction: float = 1.0  # α of SGHMC; 1 is SGLD
     temperature: float = 1.0  # T
-    direction: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)  # of unit length, as the parameters
+    direction: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)  # unit vector, shaped like the parameters
 
     def contraction(self, lr: float) -> float:
-        """What the drift leaves of a deviation in one step, 1 - εa/2: below -1 the chain diverges.
+        """The factor 1 - εa/2 by which the drift of one step shrinks a deviation; below -1 the chain diverges.
 
-        With momentum, the eigenvalue of largest size of the map (θ, v) to (θ', v'); of a pair of complex ones, that size.
+        With momentum, the eigenvalue of largest modulus of the map (θ, v) to (θ', v'); for a complex pair, the modulus.
         """
         kept = 1 - self.friction
         half = (1 + kept - lr * self.curvature / 2) / 2
@@ -40,25 +41,25 @@ class StepSize:
         return half + math.copysign(math.sqrt(half**2 - kept), half)
 
     def noise_ratio(self, lr: float) -> float:
-        """Variance of a step's injected noise over that of its gradient noise, 4αT/(εV), which should be far above 1."""
+        """Variance of the injected noise of a step over that of its gradient noise, 4αT/(εV); it should be far above 1."""
         noise = max(self.gradient_noise, self.mean_gradient_noise)
         return math.inf if noise == 0 else 4 * self.friction * self.temperature / (lr * noise)
 
     def inflation(self, lr: float) -> float:
-        """Stationary variance over T/a, (1 + εV/(4αT)) / (1 - εa/(4(2 - α))); infinite where the chain diverges."""
+        """Stationary variance over T/a, (1 + εV/(4αT)) / (1 - εa/(4(2 - α))); infinite if the chain diverges."""
         shrink = 1 - lr * self.curvature / (4 * (2 - self.friction))
         return math.inf if shrink <= 0 else (1 + 1 / self.noise_ratio(lr)) / shrink
 
     def recommended(self, tolerance: float = TOLERANCE) -> float:
-        """The largest ε whose `inflation` is 1 + tolerance at most."""
-        b = 1 / self.noise_ratio(1.0)  # both small: 1 + εb = (1 + tolerance) (1 - εc)
+        """The largest ε whose `inflation` is at most 1 + tolerance."""
+        b = 1 / self.noise_ratio(1.0)  # solves 1 + εb = (1 + tolerance) (1 - εc)
         c = self.curvature / (4 * (2 - self.friction))
         if b + c == 0:
             raise InputError("the loss has neither curvature nor gradient noise here: it does not depend on these weights")
         return tolerance / (b + (1 + tolerance) * c)
 
     def warnings(self, lr: float, tolerance: float = TOLERANCE) -> list[str]:
-        """Why samples drawn with step size `lr` would not be the posterior's, a sentence each."""
+        """Why samples drawn with step size `lr` would not follow the posterior, a sentence each."""
         found = []
         if not math.isfinite(self.inflation(lr)):
             found.append(f"step size {lr:.3g} diverges: a step leaves {self.contraction(lr):.3g} of a deviation")
@@ -73,6 +74,17 @@ class StepSize:
                 f"temperature {self.temperature:g}: samples are of the posterior to the power of {1 / self.temperature:g}"
             )
         return found
+
+    def metrics(self, lr: float) -> dict[str, Any]:
+        """What step size `lr` does, by name."""
+        return {
+            "lr": lr,
+            "lr_recommended": self.recommended(),
+            "contraction": self.contraction(lr),
+            "noise_ratio": self.noise_ratio(lr),
+            "inflation": self.inflation(lr),
+            "step_size_warnings": self.warnings(lr),
+        }
 
 
 def find_step_size(
@@ -89,9 +101,9 @@ def find_step_size(
 ) -> StepSize:
     """Measure curvature and gradient noise at the present weights. `loss(i)` is the mean loss of minibatch i.
 
-    The curvature is the Hessian's eigenvalue of largest size over the first minibatches together, and the noise the variance of
-    all their gradients along its eigenvector. A Laplace prior bends nowhere. What was measured `nearby` saves the curvature, and
-    only the noise is measured anew.
+    The curvature is the eigenvalue of largest modulus of the Hessian over the first minibatches together. The noise is the
+    variance of all their gradients along its eigenvector. A Laplace prior adds no curvature. `nearby`, measured at other weights,
+    provides the curvature: only the noise is measured anew.
     """
     if minibatches < 2:
         raise InputError(f"minibatches {minibatches}: a variance takes 2 or more")
@@ -101,8 +113,7 @@ def find_step_size(
     def gradient(i: int, graph: bool = False) -> list[Tensor]:
         return [g * num_data for g in torch.autograd.grad(loss(i), params, create_graph=graph, materialize_grads=True)]
 
-    def bend(direction: list[Tensor]) -> list[Tensor]:
-        """The Hessian of U times a vector."""
+    def hessian_times(direction: list[Tensor]) -> list[Tensor]:
         product, few = [prior_precision * d for d in direction], min(CURVATURE_MINIBATCHES, minibatches)
         for i in range(few):
             slope = _dot(gradient(i, graph=True), direction)
@@ -110,17 +121,16 @@ def find_step_size(
                 torch._foreach_add_(product, torch.autograd.grad(slope, params, materialize_grads=True), alpha=1 / few)
         return product
 
-    curvature, unit = (nearby.curvature, list(nearby.direction)) if nearby else _largest(bend, params, seed)
+    curvature, unit = (nearby.curvature, list(nearby.direction)) if nearby else _largest(hessian_times, params, seed)
     gradients = [gradient(i) for i in range(minibatches)]
     along = torch.stack([_dot(g, unit) for g in gradients]).var()
     each = torch.stack([torch.stack(parts).double().var(0).sum() for parts in zip(*gradients, strict=True)]).sum()
-    return StepSize(
-        abs(curvature), float(along), float(each) / sum(p.numel() for p in params), friction, temperature, tuple(unit)
-    )
+    mean = float(each) / sum(p.numel() for p in params)
+    return StepSize(abs(curvature), float(along), mean, friction, temperature, tuple(unit))
 
 
-def _largest(bend: Callable[[list[Tensor]], list[Tensor]], params: list[Tensor], seed: int) -> tuple[float, list[Tensor]]:
-    """The eigenvalue of largest size of the symmetric matrix that `bend` multiplies by, and its eigenvector (power method)."""
+def _largest(times: Callable[[list[Tensor]], list[Tensor]], params: list[Tensor], seed: int) -> tuple[float, list[Tensor]]:
+    """Eigenvalue of largest modulus and its eigenvector (power method), of the symmetric matrix that `times` multiplies by."""
     flat = fill_normal(torch.empty(sum(p.numel() for p in params), device=params[0].device), seed, "step size")
     vector = shaped(flat, params)
     found = 0.0
@@ -129,7 +139,7 @@ def _largest(bend: Callable[[list[Tensor]], list[Tensor]], params: list[Tensor],
         if norm == 0:
             break
         unit = [v / norm for v in vector]
-        vector = bend(unit)
+        vector = times(unit)
         before, found = found, float(_dot(vector, unit))
         if abs(found - before) <= CONVERGED * abs(found):
             break

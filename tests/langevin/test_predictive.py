@@ -7,7 +7,9 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from ldm.base.errors import InputError
-from ldm.bayes.likelihoods import make_likelihood
+from ldm.base.pixels import to_float
+from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
+from ldm.langevin import predictive
 from ldm.langevin.chains import Draws
 from ldm.langevin.predictive import DecoderPosterior
 from ldm.nets.autoencoder import AutoencoderKL
@@ -31,12 +33,16 @@ def some_draws(steps: list[float]) -> Draws:
 
 @pytest.fixture(params=[[0.5, 0.5, 0.5], [4.0, 1.0, 2.0]], ids=["equal weights", "weighted"])
 def posterior(request) -> DecoderPosterior:
-    return DecoderPosterior(net(), make_likelihood("discretized_logistic", log_scale=-1.0), some_draws(request.param))
+    return DecoderPosterior(net(), DiscretizedLogistic(log_scale=-1.0).build(), some_draws(request.param))
+
+
+def pixels() -> Tensor:
+    return torch.randint(0, 256, (5, 1, 8, 8), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
 
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randint(0, 256, (5, 1, 8, 8), generator=torch.Generator().manual_seed(2)) / 127.5 - 1
+    return to_float(pixels())
 
 
 def shares(posterior: DecoderPosterior) -> np.ndarray:
@@ -85,12 +91,12 @@ def weighted(values: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndar
     return mean, np.average((values - mean) ** 2, axis=0, weights=share) / (1 - (share**2).sum())
 
 
-def test_spread_and_score(posterior, images):
+def test_spread_and_scores(posterior, images):
     z = posterior.autoencoder.encode(images).mean
     values = nats(posterior, images, z)
     expected = np.sqrt(weighted(values, shares(posterior))[1])
     np.testing.assert_allclose(posterior.spread(torch.from_numpy(values)), expected, rtol=1e-10)
-    np.testing.assert_allclose(posterior.score(images), expected, rtol=1e-3)
+    np.testing.assert_allclose(posterior.scores(pixels()), expected, rtol=1e-3)
     if len(set(posterior.draws.weights.tolist())) == 1:
         np.testing.assert_allclose(expected, values.std(0, ddof=1))
 
@@ -112,9 +118,16 @@ def test_uncertainty_of_every_pixel(posterior):
     assert mean.shape == std.shape == (5, 1, 8, 8)
 
 
+def test_uncertainty_of_reconstructions(posterior, images, monkeypatch):
+    """In parts, as at once."""
+    monkeypatch.setattr(predictive, "BATCH", 2)
+    found, expected = posterior.reconstructions(pixels()), posterior.uncertainty(posterior.autoencoder.encode(images).mean)
+    torch.testing.assert_close(found, expected)
+
+
 def test_one_draw_has_no_spread():
     one = Draws({name: value[:1, :1] for name, value in some_draws([1.0]).values.items()}, torch.ones(1))
-    posterior = DecoderPosterior(net(), make_likelihood("discretized_logistic"), one)
+    posterior = DecoderPosterior(net(), DiscretizedLogistic().build(), one)
     with pytest.raises(InputError, match="2 or more posterior samples"):
         posterior.spread(torch.zeros(1, 3))
 
@@ -130,4 +143,4 @@ def test_one_draw_has_no_spread():
 def test_samples_of_another_decoder_are_refused(name, shape, message):
     draws = Draws({name: torch.zeros(CHAINS, DRAWS, *shape)}, torch.ones(DRAWS))
     with pytest.raises(InputError, match=message):
-        DecoderPosterior(net(), make_likelihood("discretized_logistic"), draws)
+        DecoderPosterior(net(), DiscretizedLogistic().build(), draws)

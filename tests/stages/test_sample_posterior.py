@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +27,16 @@ from ldm.base.pixels import to_float
 from ldm.config import load_settings
 from ldm.data.reader import ShardReader, open_shards
 from ldm.evaluation.gate import Decision
+from ldm.evaluation.posterior import average_bound
 from ldm.langevin.chains import Draws
+from ldm.langevin.decoder import CHECKPOINT_STEPS
 from ldm.langevin.predictive import DecoderPosterior
 from ldm.model import LatentDiffusion
-from ldm.nets.blocks import network_hash
-from ldm.registry import Registered
+from ldm.nets.diffusers import network_hash
+from ldm.registry.registration import Registered
 from ldm.stages import sample_posterior
-from ldm.stages.sample_posterior import CHECKPOINT_STEPS, averaged, chosen
 from ldm.stages.stage import NAMES
-from ldm.versioning import Node, ancestors, descendants, read_graph
+from ldm.versioning.graph import Node, ancestors, descendants, read_graph
 
 PLOTS = ("reconstructions", "samples", "scores", "traces")
 
@@ -90,20 +92,6 @@ def test_draws_are_of_the_last_block_and_the_output(sampled, loaded):
         assert len(torch.unique(value.flatten(0, 1), dim=0)) == 8, name
 
 
-def test_which_weights_a_part_names(loaded):
-    decoder = loaded[0].autoencoder.decoder
-    assert chosen(decoder, ("conv_out",)).keys() == {"conv_out.weight", "conv_out.bias"}
-    assert chosen(decoder, ("conv_norm_out", "up_blocks.0.resnets.1")).keys() == {
-        name for name, _ in decoder.named_parameters() if name.startswith(("conv_norm_out.", "up_blocks.0.resnets.1."))
-    }
-    with pytest.raises(
-        InputError, match=r"posterior\.part: the decoder has no 'conv_ou'; it has conv_in, conv_norm_out, conv_out"
-    ):
-        chosen(decoder, ("conv_out", "conv_ou"))
-    with pytest.raises(InputError, match=r"posterior\.part: mid_block\.downsamplers of the decoder holds no weights"):
-        chosen(decoder, ("mid_block.downsamplers",))
-
-
 def by_hand(root: Path, model: LatentDiffusion, test: ShardReader) -> np.ndarray:
     """log p(x | z, θ) of the test images under the trained weights and then each draw, in a decoder that has them as its own."""
     images = torch.from_numpy(test.images(range(len(test))))
@@ -137,11 +125,10 @@ def test_bounds_that_belong_to_something_else_are_refused(how, sampled, loaded, 
         bounds["reconstruction"] += 5.0  # nats, of about a thousand
     else:
         bounds = bounds[1:]
-    (tmp_path / "reports").mkdir()
-    bounds.to_csv(tmp_path / "reports/bounds.csv", index=False)
-    posterior = DecoderPosterior(loaded[0].autoencoder, loaded[0].likelihood, draws(sampled)[0])
+    model, test = loaded
+    posterior = DecoderPosterior(model.autoencoder, model.likelihood, draws(sampled)[0])
     with pytest.raises(InputError, match=r"bounds\.csv: is not of this model and these test images; run `dvc repro evaluate`"):
-        averaged(tmp_path, loaded[0], posterior, loaded[1], 0, tmp_path)
+        average_bound(posterior, bounds, test, partial(model.bound_latents, seed=0), tmp_path)
 
 
 def test_chains_that_diverge_are_bad_input(sampled, tmp_path):

@@ -1,0 +1,105 @@
+"""What averages over posterior samples of the decoder tell: bits per dimension, uncertainty of pixels, images unlike the data."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from ldm.base.errors import InputError
+from ldm.base.paths import BOUNDS
+from ldm.base.pixels import BIN, to_float, to_uint8
+from ldm.base.randomness import generator
+from ldm.data.reader import ShardReader
+from ldm.langevin.convergence import convergence, warnings
+from ldm.langevin.predictive import BATCH, DecoderPosterior
+from ldm.report.grid import image_grid
+from ldm.report.plots import histograms, traces
+
+TRACED = 4  # held-out images whose log-likelihood is drawn against the draws
+SHOWN = 8  # images in a row
+TINY = 1e-12  # nats
+
+Metrics = dict[str, Any]
+Latents = Callable[[Tensor, list[str]], Tensor]  # from uint8 images and their keys to draws from q(z | x)
+
+
+def average_bound(posterior: DecoderPosterior, bounds: pd.DataFrame, test: ShardReader, latents: Latents, plots: Path) -> Metrics:
+    """Bits/dim of the whole system on the test images, as trained and averaged over the samples; convergence of the chains.
+
+    `bounds` are those of the evaluation, with the same latents. Of their terms only the reconstruction depends on the decoder.
+    """
+    trained, draws = [], []
+    for rows in np.split(np.arange(len(test)), range(BATCH, len(test), BATCH)):
+        images = torch.from_numpy(test.images(rows))
+        z = latents(images, test.captions.key.iloc[rows].tolist())
+        x = to_float(images).to(posterior.device)
+        with torch.no_grad():
+            output = posterior.autoencoder.decode(z)
+            trained.append(posterior.likelihood.log_prob(x, output).double().flatten(1).sum(1).cpu())
+        draws.append(posterior.log_prob(x, z))
+    single, each = torch.cat(trained).numpy(), torch.cat(draws, 1)
+    if bounds.key.tolist() != test.captions.key.tolist() or not np.allclose(bounds.reconstruction, single, rtol=1e-4, atol=0.1):
+        raise InputError(f"{BOUNDS}: is not of this model and these test images; run `dvc repro evaluate`")
+    gain, to_bits = posterior.average(each).numpy() - single, 1 / (bounds.dims * np.log(2))
+    values = each.view(posterior.draws.chains, -1, each.shape[1]).numpy()
+    found = convergence(values)
+    names = [f"image {key}" for key in bounds.key[:TRACED]]
+    shown = values[..., : len(names)]
+    traces(shown, plots / "traces.png", title="log p(x | z, θ) of held-out images", names=names, y_label="nats")
+    return {
+        "bits_per_dim": float((-bounds.nats * to_bits).mean()),
+        "average_bits_per_dim": float((-(bounds.nats + gain) * to_bits).mean()),
+        "draw_bits_per_dim": float((-(bounds.nats + each.mean(0).numpy() - single) * to_bits).mean()),
+        "gain_nats": float(gain.mean()),
+        "gain_nats_se": float(gain.std(ddof=1) / np.sqrt(len(gain))),
+        "draws": posterior.draws.count,
+        "rhat": float(found.rhat.max()),
+        "ess": float(found.ess.min()),
+        "convergence_warnings": warnings(found),
+    }
+
+
+def uncertainty_maps(posterior: DecoderPosterior, pixels: Tensor, sampled: Tensor, plots: Path) -> Metrics:
+    """Maps of every pixel's uncertainty, and how it goes along with squared errors.
+
+    Of reconstructions of `pixels`, uint8 (N, C, H, W), and of images decoded from the latents `sampled` (M, c, h, w).
+    """
+    mean, std = posterior.reconstructions(pixels)
+    error = (mean - to_float(pixels)).square()
+    images = {"real": pixels[:SHOWN], "given back, mean": to_uint8(mean[:SHOWN])}
+    _show(images, {"its deviation": std[:SHOWN], "error": error[:SHOWN].sqrt()}, plots / "reconstructions.png")
+    drawn, spread = posterior.uncertainty(sampled)
+    _show({"mean": to_uint8(drawn)}, {"its deviation": spread}, plots / "samples.png")
+    return {"uncertainty_error_rank_correlation": float(spearmanr(std.flatten(), error.flatten()).statistic)}
+
+
+def _show(images: dict[str, Tensor], maps: dict[str, Tensor], path: Path) -> None:
+    """A row for each of the uint8 images (N, C, H, W) and of the non-negative maps, in which the top percent is white."""
+    rows = dict(images)
+    for name, values in maps.items():
+        white = max(float(np.quantile(values.cpu(), 0.99)), TINY)
+        scaled = (values / white * 255).round().clamp(max=255).to(torch.uint8)
+        rows[f"{name}, white: {white / BIN:.2g} of 255 or more"] = scaled
+    pictures = torch.cat([row.cpu() for row in rows.values()]).numpy()
+    image_grid(pictures, len(pictures) // len(rows), path, row_labels=list(rows))
+
+
+def unlike_images(posterior: DecoderPosterior, pixels: Tensor, seed: int, plots: Path) -> tuple[np.ndarray, Metrics]:
+    """Scores (N,) of test images `pixels`, uint8 (N, C, H, W), and how well scores tell unlike images from them (AUROC).
+
+    The unlike images are the same ones turned, inverted, and noise.
+    """
+    noise = torch.randint(0, 256, pixels.shape, generator=generator(seed, "posterior noise")).to(torch.uint8)
+    others = {"rotated": pixels.rot90(1, (2, 3)), "inverted": 255 - pixels, "noise": noise}
+    scores = {name: posterior.scores(images).numpy() for name, images in {"held out": pixels, **others}.items()}
+    histograms({name: np.maximum(values, TINY) for name, values in scores.items()}, plots / "scores.png",
+               title="Spread of the bound over posterior samples", x_label="nats")  # fmt: skip
+    labels = np.repeat([0, 1], len(pixels))
+    areas = {f"ood_auroc_{name}": float(roc_auc_score(labels, np.append(scores["held out"], scores[name]))) for name in others}
+    return scores["held out"], areas

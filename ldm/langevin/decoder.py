@@ -1,0 +1,175 @@
+"""Sample the posterior of decoder weights given the training images and one draw of latents from q(z | x) for each.
+
+All other weights stay as trained: U(θ) = -log prior(θ) - Σ log p(x | z, θ). Chains start from the trained weights, which are also
+the centre of the control variates. Without those, gradient noise would only allow steps too small to get anywhere.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.base.errors import InputError
+from ldm.base.pixels import to_float
+from ldm.base.progress import Progress
+from ldm.base.randomness import generator, seed_for
+from ldm.bayes.likelihoods.likelihood import Likelihood
+from ldm.langevin.chains import Chains, control_variates
+from ldm.langevin.sgld import SAMPLERS, check_deterministic
+from ldm.langevin.step_size import StepSize, find_step_size
+from ldm.nets.autoencoder import Autoencoder
+
+CHECKPOINT_STEPS = 50
+MINIBATCHES = 16  # whose gradients' variance limits the step size
+GROWTH = 2.0  # by which gradient noise may still grow after the burn-in, when the step size is set
+
+Images = Callable[[list[int]], Any]  # from numbers of images to uint8 (N, C, H, W), numpy or torch
+Part = tuple[str, ...] | None  # names of modules of the decoder; None: its last block and all that follows it
+Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and JSON
+Stoppable = Callable[[], AbstractContextManager[Callable[[], bool]]]  # yields a function: whether a stop was asked for
+
+
+class DecoderLoss:
+    """The mean -log p(x | z, θ) of minibatches of images in nats, a function of the weights θ of a part of the decoder."""
+
+    def __init__(
+        self, autoencoder: Autoencoder, likelihood: Likelihood, images: Images, count: int, part: Part, seed: int
+    ) -> None:
+        """`images` are `count` training images."""
+        # GroupNorm's backward in channels-last crashes (torch 2.13) unless all its gradients are asked for. Weights are cloned,
+        # because `to` keeps the strides of dimensions of size 1, from which convolutions infer the memory format.
+        for weight in autoencoder.parameters():
+            weight.data = weight.detach().clone(memory_format=torch.contiguous_format)
+        check_deterministic(autoencoder)
+        self.autoencoder, self.likelihood, self.images, self.count, self.seed = autoencoder, likelihood, images, count, seed
+        self.device = likelihood.log_scale.device
+        self.start = part_of(autoencoder.decoder, part)
+
+    def __call__(self, weights: dict[str, Tensor], h: Tensor, x: Tensor) -> Tensor:
+        output = torch.func.functional_call(self.autoencoder.decoder, weights, (h,))
+        return -self.likelihood.log_prob(x, output).flatten(1).sum(1).mean()
+
+    def data(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """The decoder's inputs and the images (N, C, H, W) it is to reconstruct; an image always has the same latents."""
+        x = to_float(self.images(numbers)).to(self.device)
+        with torch.no_grad():
+            posterior = self.autoencoder.encode(x)
+            rngs = [generator(self.seed, "posterior latents", number) for number in numbers]
+            noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=rng) for rng in rngs])
+            h = self.autoencoder.post_quant_conv(posterior.sample(noise.to(self.device)))
+        return h.clone(memory_format=torch.contiguous_format), x
+
+    def minibatches(self, purpose: str, step: int, chains: int, size: int) -> tuple[Tensor, Tensor]:
+        """For each chain `data` of images drawn with replacement, (chains, size, …) each."""
+        drawn = torch.randint(self.count, (chains, size), generator=generator(self.seed, purpose, step))
+        h, x = zip(*(self.data(numbers) for numbers in drawn.tolist()), strict=True)
+        return torch.stack(h), torch.stack(x)
+
+
+def part_of(decoder: nn.Module, part: Part) -> dict[str, Tensor]:
+    """The weights of a part of the decoder, by name."""
+    modules = [name for name, _ in decoder.named_modules() if name]
+    last = max(name for name in modules if name.startswith("up_blocks.") and name.count(".") == 1)
+    names = part or (last, "conv_norm_out", "conv_out")
+    for name in names:
+        if name not in modules:
+            known = sorted({module for module in modules if module.count(".") < 2})
+            raise InputError(f"posterior.part: the decoder has no {name!r}; it has {', '.join(known)}, and their submodules")
+    prefixes = tuple(f"{name}." for name in names)
+    weights = {key: value.detach() for key, value in decoder.named_parameters() if key.startswith(prefixes)}
+    if not weights:
+        raise InputError(f"posterior.part: {', '.join(names)} of the decoder holds no weights; name a part that does")
+    return weights
+
+
+class DecoderChains(Chains):
+    """Chains of the sampler "sgld" or "sghmc" under control variates. Options are the keys of `posterior` in params.yaml.
+
+    `lr` None: the step size that `find_step_size` recommends, lowered after the burn-in to what gradient noise allows there.
+    """
+
+    def __init__(
+        self,
+        loss: DecoderLoss,
+        sampler: str,
+        *,
+        lr: float | None,
+        friction: float,
+        prior_precision: float,
+        temperature: float,
+        chains: int,
+        batch_size: int,
+        burn_in: int,
+        thin: int,
+        draws: int,
+    ) -> None:
+        self.label, self.steps, self.adapts = f"sample_posterior: {sampler}", burn_in + thin * draws, lr is None
+        self.options: dict[str, Any] = {"num_data": loss.count, "prior_precision": prior_precision, "temperature": temperature}
+        self.options |= {"friction": friction} if sampler == "sghmc" else {}
+        with Progress(f"{self.label}: the gradient of all {loss.count:,} images"):
+            data = (loss.data(part.tolist()) for part in torch.arange(loss.count).split(batch_size))
+            corrected = control_variates(loss, loss.start, data)
+        super().__init__(
+            corrected,
+            {name: value.expand(chains, *value.shape) for name, value in loss.start.items()},
+            partial(SAMPLERS[sampler], lr=lr or 0.0, seed=seed_for(loss.seed, "posterior", sampler), **self.options),
+            burn_in=burn_in,
+            thin=thin,
+            vectorized=loss.device.type != "cpu",  # vmap makes grouped convolutions, which are slow on a CPU
+        )
+        self.minibatch = partial(loss.minibatches, "posterior", chains=chains, size=batch_size)
+        self.measured_on = [loss.minibatches("step size", i, 1, batch_size) for i in range(MINIBATCHES)]
+        self.seed, self.at_start = loss.seed, None
+        self.at_start = self.limits()
+        self.lr = lr or self.at_start.recommended()
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.step_size()
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = value
+
+    def limits(self) -> StepSize:
+        """What limits the step size at the first chain's weights; of these, only gradient noise is measured after the start."""
+        weights = {name: value[0].detach().clone().requires_grad_() for name, value in self.parameters.items()}
+        loss = lambda i: self._loss(weights, *(tensor[0] for tensor in self.measured_on[i]))  # noqa: E731
+        options = {**self.options, "minibatches": MINIBATCHES, "seed": self.seed, "nearby": self.at_start}
+        with Progress(f"{self.label}: the curvature"):
+            return find_step_size(loss, list(weights.values()), **options)
+
+    def run(self, saved: Checkpoint | None, save: Callable[..., None], stoppable: Stoppable) -> None:
+        """Take all steps, from a checkpoint on if there is one.
+
+        Raises `KeyboardInterrupt` after a checkpoint when a stop was asked for, `InputError` when the chains diverge.
+        """
+        if saved:
+            tensors, state = saved
+            self.load_state_dict(tensors, state["images_seen"])
+            self.lr = state["lr"]
+        if self.done < self.burn_in:
+            self._advance(self.burn_in, f"{self.label}, burn-in", save, stoppable)
+        if self.done == self.burn_in and self.adapts:
+            now = self.limits()  # noisier than at the start
+            noises = {name: GROWTH * getattr(now, name) for name in ("gradient_noise", "mean_gradient_noise")}
+            self.lr = min(self.lr, replace(now, **noises).recommended())
+        self._advance(self.steps, self.label, save, stoppable)
+
+    def _advance(self, steps: int, label: str, save: Callable[..., None], stoppable: Stoppable) -> None:
+        with Progress(label, steps, "steps") as progress, stoppable() as should_stop:
+            progress(self.done)
+            while self.done < steps:
+                losses = self.step(*self.minibatch(self.done))
+                if not torch.isfinite(losses).all():
+                    raise InputError(f"{label}: the chains diverged by step {self.done}; set a smaller posterior.lr, or null")
+                stop = should_stop()
+                if stop or self.done % CHECKPOINT_STEPS == 0:
+                    save(self.state_dict(), {"images_seen": self.done, "lr": self.lr})
+                if stop:
+                    raise KeyboardInterrupt(f"stopped at a checkpoint after {self.done} steps")
+                progress(self.done, {"loss": float(losses.mean())})
