@@ -14,20 +14,21 @@ from torch import Tensor
 from ldm.base.errors import InputError
 from ldm.base.files import replacing
 from ldm.base.hashing import canonical_json
+from ldm.base.options import chosen
 from ldm.base.pixels import to_float, to_uint8
 from ldm.base.randomness import generator
 from ldm.bayes.bound import Bound, whole_bound
-from ldm.bayes.likelihoods import Likelihood, load_likelihood
-from ldm.config import Sampling
-from ldm.diffusion.defaults import changed_sampling
+from ldm.bayes.likelihoods.likelihood import Likelihood, load_likelihood
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, autoguidance, classifier_free
-from ldm.diffusion.noise import noise_levels
-from ldm.diffusion.samplers import SAMPLERS, DenoiseFn
+from ldm.diffusion.options import Diffusion, Sampling, changed_sampling
+from ldm.diffusion.samplers.sampler import DenoiseFn
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian, VQModel, load_autoencoder
-from ldm.nets.text import TextEncoder, trim
+from ldm.nets.backbones.backbone import load_backbone
+from ldm.nets.diffusers import Pretrained
+from ldm.nets.text.encoder import TextEncoder, trim
+from ldm.nets.text.options import Text
 from ldm.nets.tiling import decode_tiled, encode_tiled
-from ldm.nets.unet import UNet
 
 BATCH = 128  # images at a time
 SMALLEST_TILE = 8  # latents: with fewer, a tile is mostly edge
@@ -37,26 +38,45 @@ SMALLEST_TILE = 8  # latents: with fewer, a tile is mostly edge
 class Recipe:
     """What the weights alone do not say; `model.json` of a saved system."""
 
-    kind: str  # parameterisation, see `ldm.diffusion.denoiser`
-    noise: str  # training noise levels, see `ldm.diffusion.noise`
-    sigma_max: float
+    diffusion: dict[str, Any]  # `ldm.diffusion.options.Diffusion`
     autoencoder: str  # hash of the autoencoder whose latents the U-Net was trained on
     preprocessing: dict[str, Any]  # of ldm.data.images.Preprocessing
     latent_mean: list[float]  # per channel; standardises the latents
     latent_std: list[float]
-    text: dict[str, Any]  # encoder, max_tokens, sha256
-    sampling: dict[str, Any]  # defaults of `ldm.config.Sampling`
-    shift: float = 1.0  # of the noise levels
-    zero_terminal_snr: bool = False
+    text: dict[str, Any]  # options of the text encoder, and sha256 of its files
+    sampling: dict[str, Any]  # defaults, `ldm.diffusion.options.Sampling`
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Recipe":
+        """The values of a `model.json`, also of one that was saved before choices had options of their own."""
+        return cls(**(values if "diffusion" in values else _from_flat(values)))
+
+
+def _from_flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Today's form of the first `model.json`: options of all choices side by side, some of them added later than others."""
+    kept = {name: values[name] for name in ("autoencoder", "preprocessing", "latent_mean", "latent_std")}
+    noise = {"kind": values["noise"], "sigma_max": values["sigma_max"]}
+    noise |= {name: values[name] for name in ("shift", "zero_terminal_snr") if values.get(name, 1.0) not in (1.0, False)}
+    encoder, max_tokens = values["text"]["encoder"], values["text"]["max_tokens"]
+    text = {"kind": "minilm"} if encoder == "minilm" else {"kind": "transformers", "model": encoder}
+    flat = {"schedule": "karras", "guidance_interval": None, "guidance_rescale": 0.0} | values["sampling"]
+    eta, churn, sampler = flat.pop("eta", 0.0), flat.pop("churn", 0.0), {"kind": flat.pop("sampler")}
+    sampler |= {"ddim": {"eta": eta}, "heun": {"churn": churn}}.get(sampler["kind"], {})
+    return kept | {
+        "diffusion": {"prediction": values["kind"], "noise": noise},
+        "text": {"options": {**text, "max_tokens": max_tokens}, "sha256": values["text"]["sha256"]},
+        "sampling": {"sampler": sampler, **flat},
+    }
 
 
 class LatentDiffusion:
     """A trained latent diffusion model (Rombach et al. 2022). Images cross its edges as uint8 (N, C, H, W)."""
 
-    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, unet: UNet, recipe: Recipe):
+    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, unet: Pretrained, recipe: Recipe):
         self.autoencoder, self.likelihood, self.unet, self.recipe = autoencoder, likelihood, unet, recipe
-        self.levels = noise_levels(recipe.noise, recipe.sigma_max, recipe.shift, recipe.zero_terminal_snr)
-        self.denoiser = Denoiser(unet, recipe.kind, self.levels)
+        diffusion = Diffusion.model_validate(recipe.diffusion)
+        self.levels = diffusion.noise.build()
+        self.denoiser = Denoiser(unet, diffusion.prediction, self.levels)
         for module in (autoencoder, likelihood, unet):
             module.eval().requires_grad_(False)
 
@@ -65,17 +85,17 @@ class LatentDiffusion:
         """Read a folder that `save` wrote; `InputError` where it is not one."""
         folder = Path(folder)
         try:
-            recipe = Recipe(**json.loads((folder / "model.json").read_text()))
+            recipe = Recipe.read(json.loads((folder / "model.json").read_text()))
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"{folder}: holds no model.json; give a folder that evaluate or LatentDiffusion.save wrote"
             ) from None
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / 'model.json'}: not a model of this version: {error}") from None
         return cls(
             load_autoencoder(folder / "autoencoder").place(device),
             load_likelihood(folder / "autoencoder").to(device),
-            UNet.from_pretrained(folder / "unet").place(device),
+            load_backbone(folder / "unet").place(device),
             recipe,
         )
 
@@ -109,9 +129,7 @@ class LatentDiffusion:
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """The text encoder the model was trained with, checked by hash."""
-        return TextEncoder.from_pretrained(
-            self.recipe.text["encoder"], self.recipe.text["max_tokens"], self.recipe.text["sha256"]
-        )
+        return chosen(Text, self.recipe.text["options"]).build(self.recipe.text["sha256"])
 
     @torch.inference_mode()
     def encode(self, images: Tensor, tile: int | None = None) -> DiagonalGaussian:
@@ -181,7 +199,7 @@ class LatentDiffusion:
         first: int = 0,
         **sampling: Any,
     ) -> Tensor:
-        """One image a prompt, uint8 (N, C, H, W); `sampling` (keys of `ldm.config.Sampling`) changes the model's defaults.
+        """One image a prompt, uint8 (N, C, H, W); `sampling` (`ldm.diffusion.options.Sampling`) changes the model's defaults.
 
         Guidance leads away from the prompt `negative`, or, where `guide` is given, from that weaker model of the same latents.
         Images are numbered, from `first` on: each depends on (seed, number) and its prompt alone, whatever is drawn beside it,
@@ -311,20 +329,19 @@ class LatentDiffusion:
         """
         sigmas = self.levels.grid(options.schedule, options.steps)
         guidance = Guidance(options.guidance, options.guidance_interval, options.guidance_rescale)
-        churn_max = self.levels.sigma_max / math.sqrt(2)  # churned levels are trained ones still
-        more = {"ddim": {"eta": options.eta}, "heun": {"churn": options.churn, "churn_max": churn_max}}.get(options.sampler, {})
+        sampler = options.sampler.build(self.levels.sigma_max)
         deviation = math.sqrt(1 + float(sigmas[0]) ** 2)  # of standardised latents under that much noise; as in the bound
         latents = []
         for start in range(0, len(numbers), BATCH):
             part = slice(start, min(start + BATCH, len(numbers)))
-            text, its = (context[part], mask[part]), numbers[part]
+            text, numbers_part = (context[part], mask[part]), numbers[part]
             if weaker:
-                other, *its_text = weaker
-                guided = autoguidance(self._under(*text), other._under(*(t[part] for t in its_text)), guidance)
+                other, *other_text = weaker
+                guided = autoguidance(self._under(*text), other._under(*(t[part] for t in other_text)), guidance)
             else:
                 guided = classifier_free(self.denoiser, guidance, *text, context[-1], mask[-1])
-            x = (self._noise(seed, its) * deviation).contiguous(memory_format=torch.channels_last)
-            latents.append(SAMPLERS[options.sampler](guided, x, sigmas, partial(self._noise, seed, its), **more))
+            x = (self._noise(seed, numbers_part) * deviation).contiguous(memory_format=torch.channels_last)
+            latents.append(sampler(guided, x, sigmas, partial(self._noise, seed, numbers_part)))
         shift, scale = self._affine
         return torch.cat(latents) * scale + shift
 

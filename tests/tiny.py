@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 TINY: dict[str, dict[str, Any]] = {
     "autoencoder": {"block_out_channels": [8, 8, 16]},
     "train_vae": {"images": 512, "batch_size": 32, "checkpoint_images": 256},
-    "unet": {"block_out_channels": [16, 16], "num_heads": 2},
+    "backbone": {"block_out_channels": [16, 16], "num_heads": 2},
     "train_unet": {"images": 512, "batch_size": 64, "checkpoint_images": 256},
     "sampling": {"steps": 2},
     "evaluate": {"samples": 40, "unseen_samples": 40, "features": 8, "bound_levels": 2, "importance_samples": 2},

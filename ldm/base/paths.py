@@ -6,7 +6,6 @@ LATENTS = "data/latents"
 PRETRAINED = "models/pretrained"
 AUTOENCODER = "models/autoencoder"
 UNET = "models/unet"
-UNET_RAW = "models/unet_raw"
 MODEL = "models/ldm"
 POSTERIOR = "models/posterior"
 

@@ -16,3 +16,8 @@ def to_float(pixels: Any) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Images in [-1, 1] to the nearest 8-bit values."""
     return ((x + 1) / BIN).round().clamp(0, 255).to(torch.uint8)
+
+
+def centred_levels(x: Tensor) -> Tensor:
+    """The 8-bit value of x counted from the middle of the range: -127.5, -126.5, …, 127.5, exact in float32."""
+    return (x / BIN + 127.5).round() - 127.5

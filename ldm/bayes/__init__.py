@@ -10,8 +10,6 @@ __getattr__, __all__ = exports(
         "diagnose": "diagnostics",
         "elbo": "elbo",
         "importance_bound": "elbo",
-        "load_likelihood": "likelihoods",
-        "make_likelihood": "likelihoods",
         "whole_bound": "bound",
     },
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.base.errors import InputError
 from ldm.bayes.elbo import Autoencoder, LowerBound
-from ldm.bayes.likelihoods import Likelihood
+from ldm.bayes.likelihoods.likelihood import Likelihood
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.base.errors import InputError
-from ldm.bayes.likelihoods import Likelihood
+from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.nets.autoencoder import DiagonalGaussian
 
 LOG_2PI = math.log(2 * math.pi)

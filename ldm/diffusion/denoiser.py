@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.noise import NoiseLevels
+from ldm.diffusion.noise.levels import NoiseLevels
 
 
 @dataclass(frozen=True)

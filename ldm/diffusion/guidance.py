@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.samplers import DenoiseFn
+from ldm.diffusion.samplers.sampler import DenoiseFn
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 from ldm.base.pixels import to_float
 from ldm.base.randomness import generator
 from ldm.bayes.elbo import Elbo, elbo, importance_bound
-from ldm.bayes.likelihoods import Likelihood, make_likelihood
+from ldm.bayes.likelihoods.likelihood import Likelihood
+from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
 from ldm.data.reader import ShardReader
 from ldm.nets.autoencoder import Autoencoder
 
@@ -64,7 +65,7 @@ def fit_scale(autoencoder: Autoencoder, reader: ShardReader, seed: int) -> Likel
     for start, x in _images(autoencoder, reader, SCALE_IMAGES):
         noise = autoencoder.latent_noise(x, generator(seed, "scale", start))
         pairs.append((x.cpu(), autoencoder.decode(autoencoder.encode(x).sample(noise)).cpu()))
-    likelihood = make_likelihood("discretized_logistic").to(device)
+    likelihood = DiscretizedLogistic().build().to(device)
 
     def negative(log_scale: float) -> float:
         likelihood.log_scale.fill_(log_scale)

@@ -6,7 +6,7 @@ __getattr__, __all__ = exports(
     __name__,
     {
         "AutoencoderKL": "autoencoder",
-        "TextEncoder": "text",
+        "TextEncoder": "text.encoder",
         "UNet": "unet",
         "UnconditionalUNet": "unet",
         "VQModel": "autoencoder",

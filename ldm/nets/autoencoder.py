@@ -11,19 +11,17 @@ from torch import Tensor, nn
 
 from ldm.base.errors import InputError
 from ldm.nets.blocks import (
-    CONFIG,
+    Block,
     Downsample,
     ImageAttention,
-    Pretrained,
     Resnet,
-    Stage,
     Upsample,
     check_levels,
     check_multiples,
     full_precision,
     norm_silu,
-    read_config,
 )
+from ldm.nets.diffusers import CONFIG, Pretrained, read_config, registered
 
 EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -35,7 +33,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 @dataclass(frozen=True, eq=False)
 class DiagonalGaussian:
-    """N(mean, exp(logvar)), every dimension by itself: sums over dimensions are the caller's."""
+    """N(mean, exp(logvar)); every method works elementwise, and the caller sums over dimensions."""
 
     mean: Tensor
     logvar: Tensor
@@ -60,7 +58,7 @@ class DiagonalGaussian:
 
 @dataclass(frozen=True)
 class Shape:
-    """What encoder and decoder have in common; lists are level by level, at full resolution first."""
+    """What encoder and decoder share; sequences are by level, at full resolution first."""
 
     channels: Sequence[int]
     attention: Sequence[bool]
@@ -73,13 +71,13 @@ def _attentions(count: int, channels: int, groups: int, attends: bool) -> list[I
     return [ImageAttention(channels, groups, EPS) for _ in range(count if attends else 0)]
 
 
-def _middle(channels: int, groups: int, attends: bool) -> Stage:
+def _middle(channels: int, groups: int, attends: bool) -> Block:
     resnets = (Resnet(channels, channels, groups, EPS) for _ in range(2))
-    return Stage(resnets, _attentions(1, channels, groups, attends))
+    return Block(resnets, _attentions(1, channels, groups, attends))
 
 
 class Encoder(nn.Module):
-    """Images to moments (AutoencoderKL) or features (VQModel); `shape` is what encoder and decoder have in common."""
+    """Images (B, C, H, W) to moments (AutoencoderKL) or features (VQModel)."""
 
     def __init__(self, inputs: int, outputs: int, shape: Shape) -> None:
         super().__init__()
@@ -91,15 +89,15 @@ class Encoder(nn.Module):
             resnets = (Resnet(before if i == 0 else width, width, groups, EPS) for i in range(shape.layers))
             attentions = _attentions(shape.layers, width, groups, shape.attention[level])
             last = level == len(channels) - 1
-            self.down_blocks.append(Stage(resnets, attentions, down=None if last else Downsample(width, symmetric=False)))
+            self.down_blocks.append(Block(resnets, attentions, down=None if last else Downsample(width, symmetric=False)))
         self.mid_block = _middle(channels[-1], groups, shape.middle_attention)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for stage in (*self.down_blocks, self.mid_block):
-            x, _ = stage(x)
+        for block in (*self.down_blocks, self.mid_block):
+            x, _ = block(x)
         return full_precision(self.conv_out, norm_silu(self.conv_norm_out, x))
 
 
@@ -114,14 +112,14 @@ class Decoder(nn.Module):
             before = channels[min(level + 1, len(channels) - 1)]
             resnets = (Resnet(before if i == 0 else width, width, groups, EPS) for i in range(shape.layers + 1))
             attentions = _attentions(shape.layers + 1, width, groups, shape.attention[level])
-            self.up_blocks.append(Stage(resnets, attentions, up=None if level == 0 else Upsample(width)))
+            self.up_blocks.append(Block(resnets, attentions, up=None if level == 0 else Upsample(width)))
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], outputs, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
-        for stage in (self.mid_block, *self.up_blocks):
-            x, _ = stage(x)
+        for block in (self.mid_block, *self.up_blocks):
+            x, _ = block(x)
         return full_precision(self.conv_out, norm_silu(self.conv_norm_out, x))
 
 
@@ -148,9 +146,8 @@ class Autoencoder(Pretrained):
     quant_conv: nn.Module
     post_quant_conv: nn.Module
 
-    def __init__(self, scope: dict[str, Any], encoded: int, latents: int) -> None:
-        """`scope` as for `Pretrained`; channels of the encoder's output and of the latents."""
-        super().__init__(scope)
+    def _build(self, encoded: int, latents: int) -> None:
+        """Make encoder and decoder; `encoded` and `latents` are the channels of the encoder's output and of the latents."""
         config, channels = self.config, self.config["block_out_channels"]
         groups, attention = config["norm_num_groups"], config["attention"] or [False] * len(channels)
         check_levels(attention, channels, "attention (down_block_types)")
@@ -202,6 +199,7 @@ class AutoencoderKL(Autoencoder):
     DEFAULTS = Autoencoder.DEFAULTS | {"latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True}
     CARRIED = (*Autoencoder.CARRIED, "shift_factor", "latents_mean", "latents_std")
 
+    @registered
     def __init__(
         self,
         in_channels: int,
@@ -215,7 +213,7 @@ class AutoencoderKL(Autoencoder):
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
     ) -> None:
-        super().__init__(locals(), encoded=2 * latent_channels, latents=latent_channels)
+        self._build(encoded=2 * latent_channels, latents=latent_channels)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else nn.Identity()
 
@@ -240,10 +238,7 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
 
     def forward(self, h: Tensor) -> Quantized:
-        """`commitment` is the second and third term of equation 3, as means over an image's latents:
-
-        ‖sg[h] − e‖² draws the codes to the latents, and 0.25·‖h − sg[e]‖² the latents to their codes.
-        """
+        """`commitment` is ‖sg[h] − e‖² + 0.25·‖h − sg[e]‖² (equation 3, last two terms), a mean over an image's latents."""
         indices = self.nearest(h)
         codes = self.embedding(indices).permute(0, 3, 1, 2)  # (B, C, H, W)
         commitment = (h.detach() - codes).square() + BETA * (h - codes.detach()).square()
@@ -276,6 +271,7 @@ class VQModel(Autoencoder):
     FIXED = Autoencoder.FIXED | {"norm_type": "group"}
     CARRIED = (*Autoencoder.CARRIED, "lookup_from_codebook")
 
+    @registered
     def __init__(
         self,
         in_channels: int,
@@ -289,16 +285,15 @@ class VQModel(Autoencoder):
         num_vq_embeddings: int = 256,
         vq_embed_dim: int | None = None,
     ) -> None:
-        super().__init__(locals(), encoded=latent_channels, latents=vq_embed_dim or latent_channels)
+        self._build(encoded=latent_channels, latents=vq_embed_dim or latent_channels)
         self.quant_conv = nn.Conv2d(latent_channels, self.latent_channels, 1)
         self.quantize = Codebook(num_vq_embeddings, self.latent_channels)
         self.post_quant_conv = nn.Conv2d(self.latent_channels, latent_channels, 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """The latents before quantisation, as the mean of a Gaussian that is as good as a point.
+        """The latents before quantisation, as the mean of a Gaussian with a standard deviation of 3e-7.
 
-        Its logvar is the lowest of an AutoencoderKL's (a standard deviation of 3e-7), so that what caches, samples and
-        decodes latents need not know which of the two they are of. Its KL and entropy mean nothing.
+        So caching, sampling and decoding treat both autoencoders alike. Its KL and entropy mean nothing.
         """
         h = full_precision(self.quant_conv, self.encoder(x))
         return DiagonalGaussian(h, torch.full_like(h, LOGVAR_RANGE[0]))

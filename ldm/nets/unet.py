@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from ldm.base.errors import InputError
 from ldm.nets.blocks import (
+    Block,
     Downsample,
     ImageAttention,
-    Pretrained,
     Resnet,
-    Stage,
     Transformer,
     Upsample,
     check_levels,
@@ -22,6 +21,7 @@ from ldm.nets.blocks import (
     norm_silu,
     per_level,
 )
+from ldm.nets.diffusers import Pretrained, registered
 
 EPS = 1e-5
 MASKED = -1e4  # diffusers' bias of a masked token; finite, so that a context masked throughout still gives numbers
@@ -102,6 +102,7 @@ class UNet(Pretrained):
     }
     CARRIED: ClassVar[tuple[str, ...]] = ("sample_size", "upcast_attention", "addition_embed_type_num_heads")
 
+    @registered
     def __init__(
         self,
         in_channels: int,
@@ -117,7 +118,6 @@ class UNet(Pretrained):
         num_class_embeds: int | None = None,
         qk_norm: bool = False,
     ) -> None:
-        super().__init__(locals())
         channels, levels, groups = list(block_out_channels), len(block_out_channels), norm_num_groups
         heads = per_level(num_heads, channels, "num_heads")
         depths = per_level(transformer_layers_per_block, channels, "transformer_layers_per_block")
@@ -145,15 +145,15 @@ class UNet(Pretrained):
         for level, kind in enumerate(attention):
             inputs = [skips[-1], *[channels[level]] * (layers_per_block - 1)]
             down = Downsample(channels[level], symmetric=True) if level < levels - 1 else None
-            self.down_blocks.append(Stage(resnets(inputs, level), attentions(len(inputs), level, kind), down=down))
+            self.down_blocks.append(Block(resnets(inputs, level), attentions(len(inputs), level, kind), down=down))
             skips += [channels[level]] * (layers_per_block + (down is not None))
         last = levels - 1
-        self.mid_block = Stage(resnets([channels[last]] * 2, last), attentions(1, last, self.MIDDLE))
+        self.mid_block = Block(resnets([channels[last]] * 2, last), attentions(1, last, self.MIDDLE))
         before = channels[last]
         for level, kind in reversed(list(enumerate(attention))):
             inputs = [count + skips.pop() for count in [before, *[channels[level]] * layers_per_block]]
             up, before = Upsample(channels[level]) if level else None, channels[level]
-            self.up_blocks.append(Stage(resnets(inputs, level), attentions(len(inputs), level, kind), up=up))
+            self.up_blocks.append(Block(resnets(inputs, level), attentions(len(inputs), level, kind), up=up))
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
@@ -201,14 +201,14 @@ class UNet(Pretrained):
             mask = F.pad(mask, (0, -mask.shape[-1] % KEYS), value=-math.inf)
         x = self.conv_in(x)
         skips = [x]
-        for stage in self.down_blocks:
-            x, outputs = stage(x, time, context, mask)
+        for block in self.down_blocks:
+            x, outputs = block(x, time, context, mask)
             skips += outputs
         x, _ = self.mid_block(x, time, context, mask)
-        for stage in self.up_blocks:
+        for block in self.up_blocks:
             taken, skips = skips[-self.layers - 1 :], skips[: -self.layers - 1]
             size = skips[-1].shape[2:] if skips else None
-            x, _ = stage(x, time, context, mask, skips=taken, size=size)
+            x, _ = block(x, time, context, mask, skips=taken, size=size)
         return self.conv_out(norm_silu(self.conv_norm_out, x))
 
     @staticmethod

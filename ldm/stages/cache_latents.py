@@ -15,8 +15,8 @@ from ldm.bayes.diagnostics import diagnose
 from ldm.config import load_settings
 from ldm.data.latents import open_latents, write_latents
 from ldm.nets.autoencoder import VQModel, load_autoencoder
-from ldm.nets.blocks import network_hash
-from ldm.nets.text import TextEncoder
+from ldm.nets.diffusers import network_hash
+from ldm.nets.text.encoder import TextEncoder
 from ldm.registry.tracking import stage_run
 from ldm.stages.inputs import stage_shards
 from ldm.stages.runtime import stage_main
@@ -28,7 +28,7 @@ def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
     autoencoder = load_autoencoder(root / AUTOENCODER).place(device)
-    encoder = TextEncoder.from_pretrained(settings.text.encoder, settings.text.max_tokens)
+    encoder = TextEncoder(settings.text)
     digest = network_hash(root / AUTOENCODER)
     identity = {
         "autoencoder": digest,

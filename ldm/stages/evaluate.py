@@ -34,7 +34,7 @@ from ldm.base.progress import Progress
 from ldm.base.randomness import seed_for
 from ldm.bayes.diagnostics import COLLAPSED, diagnose
 from ldm.bayes.elbo import Elbo
-from ldm.bayes.likelihoods import LIKELIHOODS, load_likelihood
+from ldm.bayes.likelihoods.likelihood import load_likelihood
 from ldm.config import Settings, load_settings
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
@@ -45,8 +45,8 @@ from ldm.evaluation.fidelity import Judge, psnr, variance_ratio
 from ldm.evaluation.frechet import frechet_distance, kernel_distance
 from ldm.model import LatentDiffusion, Recipe
 from ldm.nets.autoencoder import VQModel, load_autoencoder
-from ldm.nets.blocks import network_hash
-from ldm.nets.unet import UNet
+from ldm.nets.diffusers import network_hash
+from ldm.nets.backbones.backbone import load_backbone
 from ldm.registry.tracking import stage_run
 from ldm.report.grid import image_grid
 from ldm.report.page import Figure, write_report
@@ -97,7 +97,7 @@ def assemble(root: Path, settings: Settings) -> None:
         raise InputError(
             f"{unet}: was trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on"
         )
-    LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), UNet.from_pretrained(unet), recipe).save(root / MODEL)
+    LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), load_backbone(unet), recipe).save(root / MODEL)
 
 
 def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: ShardReader) -> tuple[Metrics, list[Figure]]:
@@ -138,7 +138,7 @@ def bound_metrics(root: Path, settings: Settings, model: LatentDiffusion, test: 
 def rate_and_distortion(root: Path, settings: Settings, own: Elbo) -> list[Figure]:
     """What latents and pixels cost on the test images, beside the training images quarter by quarter of the training."""
     curve, rate = pd.read_csv(root / VAE_CURVE), float(own.kl.mean())
-    if curve.empty or not LIKELIHOODS[settings.train_vae.likelihood].discrete:  # a density's nats are no code length
+    if curve.empty or not settings.train_vae.likelihood.discrete:  # a density's nats are no code length
         return []
     terms = curve.assign(rate=curve.get("kl_nats", rate))[["rate", "distortion_nats"]].to_numpy()  # of codes always the same
     quarters = np.array_split(terms, min(4, len(terms)))

@@ -33,8 +33,8 @@ def _from_hub(name: str) -> Path:
     """In the hub's own cache, which answers for a commit without a network."""
     from huggingface_hub import snapshot_download
 
-    from ldm.bayes.likelihoods import FILE
-    from ldm.nets.blocks import CONFIG, WEIGHTS
+    from ldm.bayes.likelihoods.likelihood import FILE
+    from ldm.nets.diffusers import CONFIG, WEIGHTS
 
     repository, _, place = name.partition("@")
     commit, _, within = place.partition("/")
@@ -51,7 +51,7 @@ def run(root: Path) -> None:
     with stage_run(STAGE.name, STAGE.params(settings)), replacing(root / PRETRAINED) as partial:
         (partial / "source.txt").write_text(f"{name or 'none'}\n")
         if name:
-            from ldm.bayes.likelihoods import FILE
+            from ldm.bayes.likelihoods.likelihood import FILE
             from ldm.nets.autoencoder import load_autoencoder
 
             try:

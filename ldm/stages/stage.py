@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.config import Settings, value_at
+from ldm.base.options import value_at
+from ldm.config import Settings
 
 NAMES = (  # every stage, each after those it depends on
     "code", "source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet", "evaluate", "sample_posterior",

@@ -18,14 +18,14 @@ from ldm.base import distributed
 from ldm.base.errors import InputError
 from ldm.base.paths import WORK
 from ldm.base.progress import Progress
-from ldm.config import Optimizer, Settings
-from ldm.nets.blocks import Pretrained
+from ldm.config import Settings
+from ldm.nets.diffusers import Pretrained
 from ldm.registry.tracking import Run, stage_run
 from ldm.stages.runtime import INTERRUPTED, stop_at_checkpoint
 from ldm.stages.stage import Stage
 from ldm.stages.work import Work, identify, opened
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.fit import Execution, Fitted, Langevin, Objective, fit
+from ldm.training.fit import Execution, Fitted, Objective, Schedule, fit
 
 GRACE = 5.0  # seconds in which a process notices by itself that another one failed
 
@@ -34,7 +34,7 @@ GRACE = 5.0  # seconds in which a process notices by itself that another one fai
 class Training:
     """A training stage under way."""
 
-    fit: Callable[..., Fitted]  # of an objective, and of a `Langevin` or None
+    fit: Callable[..., Fitted]  # of an objective, and of the number of data if the optimizer samples a posterior
     tracker: Run
     first: bool  # of the processes: the one that writes
     work: Work | None  # the first one's folder
@@ -47,7 +47,7 @@ class Training:
 
 @contextlib.contextmanager
 def training(
-    root: Path, stage: Stage, settings: Settings, options: Optimizer, inputs: dict[str, str], device: torch.device
+    root: Path, stage: Stage, settings: Settings, options: Schedule, inputs: dict[str, str], device: torch.device
 ) -> Iterator[Training]:
     """Within, `LDM_PROCESSES` processes run the stage; at its end the checkpoints of the first one are dropped.
 
@@ -73,16 +73,16 @@ def training(
             tracker = held.enter_context(stage_run(stage.name, params | layout, identity.key, work.tags()))
         store = CheckpointStore(root / WORK / stage.name / identity.key / "checkpoint")
 
-        def run(objective: Objective, langevin: Langevin | None = None) -> Fitted:
+        def run(objective: Objective, num_data: int = 0) -> Fitted:
             for net in objective.module.modules():
                 if isinstance(net, Pretrained):
-                    net.gradient_checkpointing = checkpointing
+                    net.set_gradient_checkpointing(checkpointing)
             bar = Progress(stage.name, options.images) if first else contextlib.nullcontext(lambda done, row: None)
             try:
                 with bar as progress, stop_at_checkpoint() as should_stop:
                     return fit(
-                        objective, options, seed=settings.seed, journal=tracker, store=store, progress=progress,
-                        should_stop=should_stop, execution=execution, langevin=langevin,
+                        objective, options, seed=settings.seed, tracker=tracker, store=store, progress=progress,
+                        should_stop=should_stop, execution=execution, num_data=num_data,
                     )  # fmt: skip
             except FloatingPointError as error:  # the same would come again: no retry helps
                 raise InputError(str(error)) from None

@@ -22,8 +22,9 @@ from typing import IO, Any
 from ldm.base.errors import InputError
 from ldm.base.files import write_text
 from ldm.base.hashing import canonical_json, content_hash
+from ldm.base.options import value_at
 from ldm.base.paths import WORK
-from ldm.config import Settings, value_at
+from ldm.config import Settings
 from ldm.registry.lineage import ADOPTED, described
 from ldm.stages.fingerprint import counted, fingerprint
 from ldm.stages.stage import NAMES

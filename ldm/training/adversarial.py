@@ -8,18 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.base import distributed
-from ldm.bayes.likelihoods import Likelihood
+from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.data.batches import Batches
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import Autoencoder
-from ldm.training.vae import Rate, VaeObjective
+from ldm.nets.regulariser import Regulariser
+from ldm.training.vae import VaeObjective
 
 LARGEST_WEIGHT, SMALL = 1e4, 1e-4  # of the adaptive weight, and in its denominator
 
 
 @dataclass(frozen=True)
 class Adversary:
-    """What joins the absolute error: a perceptual distance, and a discriminator from an image count on."""
+    """What is added to the absolute error: a perceptual distance and, from an image count on, a discriminator."""
 
     perceptual: Perceptual
     perceptual_weight: float
@@ -32,19 +33,20 @@ class AdversarialObjective(VaeObjective):
     """(|x − x̂| + w_p · perceptual) / b + ln b + λ · w_d · (−D(x̂)) + rate, and the discriminator's own hinge loss.
 
     The scale b is learned: the likelihood is Laplace, and is in the optimizer. λ = |∇ nll| / (|∇ −D(x̂)| + 1e-4), gradients
-    with respect to the decoder's last layer. Both players take their step at once, from one pass through the decoder, where
-    the paper's code lets them take turns; the discriminator's weights are constants in the decoder's loss, and the image a
-    constant in the discriminator's.
+    with respect to the decoder's last layer. Autoencoder and discriminator step at once, from one pass through the decoder (the
+    paper's code alternates): the discriminator's weights are constants in the decoder's loss, the image in the discriminator's.
     """
 
-    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, rate: Rate, adversary: Adversary):
-        super().__init__(autoencoder, likelihood, batches, rate)
+    def __init__(
+        self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, regulariser: Regulariser, adversary: Adversary
+    ):
+        super().__init__(autoencoder, likelihood, batches, regulariser)
         self.adversary = adversary
         self.module["discriminator"] = adversary.discriminator
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        its = list(self.adversary.discriminator.parameters())
-        return [*super().parameter_groups(lr), {"params": its, "player": 1, "betas": (0.5, 0.9)}]
+        discriminator = list(self.adversary.discriminator.parameters())
+        return [*super().parameter_groups(lr), {"params": discriminator, "clip_group": 1, "betas": (0.5, 0.9)}]
 
     def compile(self) -> None:
         import torch._functorch.config as functorch
@@ -53,24 +55,24 @@ class AdversarialObjective(VaeObjective):
         super().compile()
 
     def _distortion(self, x: Tensor, output: Tensor, images_seen: int) -> tuple[Tensor, dict[str, Tensor]]:
-        ours = self.adversary
+        adversary = self.adversary
         likelihood = -self.likelihood.log_prob(x, output).mean()
         mean = self.likelihood.mean(output)
-        perceptual = ours.perceptual(x, mean).mean()
-        negative = likelihood + ours.perceptual_weight * perceptual * torch.exp(-self.likelihood.log_scale)
+        perceptual = adversary.perceptual(x, mean).mean()
+        negative = likelihood + adversary.perceptual_weight * perceptual * torch.exp(-self.likelihood.log_scale)
         metrics = {"distortion_nats": likelihood * x[0].numel(), "perceptual": perceptual, "l1": (x - mean).abs().mean()}
-        if images_seen < ours.discriminator_start or not ours.discriminator_weight:
-            # every parameter takes part in every loss: processes wait for each other's gradients
-            idle = sum(0.0 * p.sum() for p in ours.discriminator.parameters())
+        if images_seen < adversary.discriminator_start or not adversary.discriminator_weight:
+            # DDP waits for the gradients of every parameter: let each take part in every loss
+            idle = sum(0.0 * p.sum() for p in adversary.discriminator.parameters())
             nothing = torch.zeros((), device=x.device)
             return negative + idle, metrics | dict.fromkeys(("adversarial_weight", "real_logits", "fake_logits"), nothing)
-        constant = {name: p.detach() for name, p in ours.discriminator.named_parameters()}
-        fooling = -torch.func.functional_call(ours.discriminator, constant, (mean,)).float().mean()
-        weight = ours.discriminator_weight * adaptive_weight(negative, fooling, last_layer(self.autoencoder))
-        real, fake = (ours.discriminator(images).float() for images in (x, mean.detach()))
-        judging = 0.5 * (F.relu(1 - real) + F.relu(1 + fake)).mean()
+        constant = {name: p.detach() for name, p in adversary.discriminator.named_parameters()}
+        fooling = -torch.func.functional_call(adversary.discriminator, constant, (mean,)).float().mean()
+        weight = adversary.discriminator_weight * adaptive_weight(negative, fooling, last_layer(self.autoencoder))
+        real, fake = (adversary.discriminator(images).float() for images in (x, mean.detach()))
+        hinge = 0.5 * (F.relu(1 - real) + F.relu(1 + fake)).mean()
         metrics |= {"adversarial_weight": weight, "real_logits": real.mean(), "fake_logits": fake.mean()}
-        return negative + weight * fooling + judging, metrics
+        return negative + weight * fooling + hinge, metrics
 
 
 def last_layer(autoencoder: Autoencoder) -> Tensor:
@@ -78,7 +80,7 @@ def last_layer(autoencoder: Autoencoder) -> Tensor:
 
 
 def adaptive_weight(negative: Tensor, fooling: Tensor, layer: Tensor) -> Tensor:
-    """λ of Esser et al. 2021, equation 7, a constant for autograd: of one part of the batch, over all processes."""
+    """λ of Esser et al. 2021, equation 7, detached: of one part of the batch, over all ranks."""
     norms = [
         distributed.mean(torch.autograd.grad(loss, layer, retain_graph=True)[0].float()).norm() for loss in (negative, fooling)
     ]

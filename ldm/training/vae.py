@@ -1,24 +1,17 @@
-"""The autoencoder's objective: the negative evidence lower bound, its KL term weighted where asked."""
+"""The autoencoder's objective: the negative evidence lower bound, its KL term weighted if asked for."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.base.pixels import to_float
-from ldm.bayes.likelihoods import Likelihood
+from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.data.batches import Batches
 from ldm.nets.autoencoder import Autoencoder, VQModel
+from ldm.nets.regulariser import Kl, Regulariser
 
 SCALE_LR = 10.0  # the likelihood's one scale has far to go and Adam moves every parameter by about lr a step
-
-
-class Rate(Protocol):
-    """The part of the settings that weighs the rate; see `ldm.config.TrainVae`."""
-
-    beta: float
-    beta_warmup_images: int
-    free_bits: float
 
 
 class VaeObjective:
@@ -26,21 +19,20 @@ class VaeObjective:
 
     The KL term is weighted by beta (Higgins et al. 2017; 1 is the bound itself), which rises linearly from 0 over
     `beta_warmup_images` (Bowman et al. 2016), and each channel of an image costs `free_bits` nats at least: Kingma et al. 2016,
-    but for each image, not for a batch's mean, so that a batch may be parted.
-    What is reported is the bound itself.
+    but for each image, not for a batch's mean, so that a batch may be divided. The metrics are of the bound itself.
     """
 
-    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, rate: Rate):
+    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, regulariser: Regulariser):
         self.module = nn.ModuleDict({"autoencoder": autoencoder, "likelihood": likelihood})
-        self.autoencoder, self.likelihood, self.batches, self.rate = autoencoder, likelihood, batches, rate
-        self._held: tuple[int, Tensor] | None = None  # the batch that is being parted
+        self.autoencoder, self.likelihood, self.batches, self.regulariser = autoencoder, likelihood, batches, regulariser
+        self._held: tuple[int, Tensor] | None = None  # the batch that is being divided
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         scale = [{"params": [p], "lr_multiplier": SCALE_LR} for p in self.likelihood.parameters()]
         return [{"params": list(self.autoencoder.parameters())}, *scale]
 
     def batch(self, images_seen: int, batch_size: int) -> dict[str, Tensor]:
-        """This process's share of the batch at a position, uint8 (N, C, H, W)."""
+        """This rank's share of the batch at a position, uint8 (N, C, H, W)."""
         if self._held is None or self._held[0] != images_seen:
             self._held = images_seen, self.batches.at(images_seen, batch_size)
         return {"images": self._held[1]}
@@ -69,12 +61,14 @@ class VaeObjective:
         return distortion + rate, metrics | more
 
     def _weighted(self, kl: Tensor, images_seen: int) -> Tensor:
-        """What the objective counts of KL terms (B, c, h, w), nats per image."""
-        warm = min(1.0, images_seen / self.rate.beta_warmup_images) if self.rate.beta_warmup_images else 1.0
+        """The weighted KL term in nats per image, from KL values (B, c, h, w)."""
+        options = self.regulariser
+        assert isinstance(options, Kl)
+        warm = min(1.0, images_seen / options.beta_warmup_images) if options.beta_warmup_images else 1.0
         channels = kl.sum((2, 3))
-        if self.rate.free_bits:
-            channels = channels.clamp(min=self.rate.free_bits)
-        return self.rate.beta * warm * channels.sum(1).mean()
+        if options.free_bits:
+            channels = channels.clamp(min=options.free_bits)
+        return options.beta * warm * channels.sum(1).mean()
 
     def _distortion(self, x: Tensor, output: Tensor, images_seen: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative log-likelihood in nats per value."""

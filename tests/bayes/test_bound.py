@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ldm.base.errors import InputError
+from ldm.base.options import kinds
 from ldm.bayes.bound import Bound, diffusion_bound, whole_bound
-from ldm.bayes.likelihoods import make_likelihood
+from ldm.bayes.likelihoods.family import Family
 from ldm.nets.autoencoder import DiagonalGaussian
 
 SHAPE = (1, 4, 4)
@@ -243,7 +244,7 @@ def test_what_has_no_such_bound_is_refused():
 
 @pytest.mark.parametrize("kind", ["discretized_gaussian", "discretized_logistic", "bernoulli"])
 def test_any_likelihood_of_8_bit_values_will_do(kind):
-    model, likelihood = Linear(), make_likelihood(kind).double()
+    model, likelihood = Linear(), kinds(Family)[kind]().build().double()
     x = torch.where(normal(3, *SHAPE) > 0, 1.0, -1.0).double()
     noise = normal(*x.shape, seed=1)
     found = whole_bound(

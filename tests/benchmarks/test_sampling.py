@@ -20,7 +20,7 @@ from benchmarks.timing import LAYOUTS, interleaved, times_faster
 from torch import Tensor, nn
 
 from ldm.base.device import default_device, reuse_freed_memory
-from ldm.bayes.likelihoods import make_likelihood
+from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
 from ldm.model import LatentDiffusion, Recipe
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
@@ -53,7 +53,7 @@ def ours(folder: Path, texts: Texts) -> LatentDiffusion:
         kind="v", noise="scaled_linear", sigma_max=80.0, autoencoder="", preprocessing={"image_size": SIDE}, text={},
         latent_mean=[0.0] * count, latent_std=[1.0] * count, sampling=test_autoencoder.SETTINGS.sampling.model_dump(),
     )  # fmt: skip
-    model = LatentDiffusion(autoencoder, make_likelihood("discretized_logistic").to(default_device()), unet, recipe)
+    model = LatentDiffusion(autoencoder, DiscretizedLogistic().build().to(default_device()), unet, recipe)
     model.text_encoder = texts
     return model
 

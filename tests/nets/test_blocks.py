@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import pytest
+from ldm.nets.blocks import Block
 import torch
 from torch import Tensor
 
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
-from ldm.nets.blocks import Pretrained, Stage
+from ldm.nets.diffusers import Pretrained
 from ldm.nets.unet import UNet
 
 SHAPE = {"in_channels": 2, "out_channels": 2, "block_out_channels": [8, 12, 16], "layers_per_block": 2, "norm_num_groups": 4}
@@ -44,8 +45,8 @@ def train(net: Pretrained, function: Callable[[Tensor], Tensor]) -> tuple[list[T
                 alive.append(hold(value))
 
     alive: list[Tensor] = []  # so that no address is used twice
-    stages = [module for module in net.modules() if isinstance(module, Stage)]
-    hooks = [stage.register_forward_pre_hook(hold_inputs, with_kwargs=True) for stage in stages]
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    hooks = [block.register_forward_pre_hook(hold_inputs, with_kwargs=True) for block in blocks]
     for parameter in net.parameters():
         parameter.grad = None
     x = X.clone().requires_grad_()
@@ -63,15 +64,15 @@ def train(net: Pretrained, function: Callable[[Tensor], Tensor]) -> tuple[list[T
 def test_checkpointing_changes_no_bit_and_holds_less(make: Callable[[], tuple[Pretrained, Callable[[Tensor], Tensor]]]) -> None:
     torch.manual_seed(0)
     net, function = make()
-    assert net.gradient_checkpointing is False
+    assert not any(block.recompute for block in net.blocks())
     plain, everything = train(net, function)
-    net.gradient_checkpointing = True
-    assert net.gradient_checkpointing is True
+    net.set_gradient_checkpointing(True)
+    assert all(block.recompute for block in net.blocks())
     twice, inputs = train(net, function)
     assert len(plain) == len(twice) > 100
     assert all(torch.equal(a, b) for a, b in zip(plain, twice, strict=True))
     assert inputs < everything / 4
-    net.gradient_checkpointing = False
+    net.set_gradient_checkpointing(False)
     assert train(net, function)[1] == everything
 
 
@@ -79,9 +80,9 @@ def test_checkpointing_changes_no_bit_and_holds_less(make: Callable[[], tuple[Pr
 def test_checkpointing_computes_nothing_twice_without_gradients(make: Callable[[], tuple]) -> None:
     net, function = make()
     calls: list[int] = []
-    stages = [module for module in net.modules() if isinstance(module, Stage)]
-    stages[0].resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
-    net.gradient_checkpointing = True
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    blocks[0].resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    net.set_gradient_checkpointing(True)
     with torch.no_grad():
         function(X)
     assert len(calls) == 1

@@ -342,7 +342,8 @@ def test_checkpointing_gives_the_same_gradients_with_every_option() -> None:
     config = TINY | {"attention": ["self", "cross"], "in_channels": 6, "num_class_embeds": 3, "qk_norm": True}
     net, given = UNet(**config), inputs(config, (6, 5))
     gradients = []
-    for net.gradient_checkpointing in (False, True):
+    for checkpointing in (False, True):
+        net.set_gradient_checkpointing(checkpointing)
         net.zero_grad()
         net(**given).square().mean().backward()
         gradients.append({name: value.grad for name, value in net.named_parameters()})

@@ -18,12 +18,12 @@ from tiny import set_params
 from flows.summary import Step, markdown, summarise
 from ldm.base.errors import InputError
 from ldm.bayes.elbo import Elbo
-from ldm.bayes.likelihoods import load_likelihood
+from ldm.bayes.likelihoods.likelihood import load_likelihood
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
 from ldm.evaluation.gate import Decision
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel, load_autoencoder
-from ldm.registry import Registered
+from ldm.registry.registration import Registered
 from ldm.stages import evaluate, train_vae, training
 from ldm.stages.train_vae import measured
 from ldm.training.fit import Langevin, learning_rate

@@ -21,11 +21,12 @@ from scipy import stats
 from tiny import environment, set_params
 
 from ldm.base.errors import InputError
-from ldm.bayes.likelihoods import DiscretizedLogistic, load_likelihood
+from ldm.bayes.likelihoods.likelihood import load_likelihood
+from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
-from ldm.registry import versions as registry
+from ldm.registry.registration import register
 from ldm.stages.train_vae import build, check_same, start
 
 WEIGHTS, CURVE = "diffusion_pytorch_model.safetensors", "reports/curves/train_vae.csv"
@@ -156,7 +157,7 @@ def test_a_registered_version_gives_the_same_latents_so_that_only_new_images_are
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(root)
     (root / "dvc.lock").write_text("schema: '2.0'")
-    assert registry.register(root).version == 1
+    assert register(root).version == 1
     before = json.loads((root / "data/latents/manifest.json").read_text())
 
     draw_blobs(root / "images/second", 40, seed=1)

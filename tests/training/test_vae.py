@@ -18,7 +18,8 @@ from ldm.base import distributed
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
 from ldm.bayes.elbo import elbo
-from ldm.bayes.likelihoods import make_likelihood
+from ldm.bayes.likelihoods.laplace import Laplace
+from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
 from ldm.evaluation.autoencoder import fit_scale
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
@@ -55,14 +56,14 @@ def autoencoder() -> AutoencoderKL:
 
 
 def elbo_objective(**rate: float) -> VaeObjective:
-    return VaeObjective(autoencoder(), make_likelihood("discretized_logistic"), Images(), Rate(**rate))
+    return VaeObjective(autoencoder(), DiscretizedLogistic().build(), Images(), Rate(**rate))
 
 
 def adversarial(*, start: int = 0, weight: float = 0.5, perceptual: float = 1.0, images: Images | None = None, **rate: float):
     net = autoencoder()
     torch.manual_seed(3)
     adversary = Adversary(Perceptual(), perceptual, PatchDiscriminator(3, 8, 1), weight, start)
-    return AdversarialObjective(net, make_likelihood("laplace", log_scale=-0.5), images or Images(), Rate(**rate), adversary)
+    return AdversarialObjective(net, Laplace(log_scale=-0.5).build(), images or Images(), Rate(**rate), adversary)
 
 
 def loss_of(objective: VaeObjective, images_seen: int = 0) -> Tensor:
@@ -120,7 +121,7 @@ def test_parts_of_a_batch_see_their_own_images_and_noise():
 def test_a_vq_model_pays_for_pixels_and_for_the_distance_to_its_codes():
     torch.manual_seed(0)
     net = VQModel(3, 3, 2, [8, 16], norm_num_groups=4, num_vq_embeddings=8)
-    likelihood = make_likelihood("discretized_logistic")
+    likelihood = DiscretizedLogistic().build()
     objective = VaeObjective(net, likelihood, Images(), Rate())
     loss = loss_of(objective)
     x = to_float(PIXELS)

@@ -1,0 +1,105 @@
+"""The likelihood p(x | z) of images given the decoder's output, as a module that holds the scale."""
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm.base.errors import InputError
+from ldm.base.options import kinds
+from ldm.base.pixels import to_float, to_uint8
+from ldm.bayes.likelihoods.family import Family
+
+FILE = "likelihood.safetensors"
+LOG_SCALES = (-7.0, 2.0)  # of a pixel: from a ninth of a bin, where one value has it all, to several times the whole range
+
+
+class Likelihood(nn.Module):
+    """p(x | z), factorised over the values of an image; `output` is what the decoder made of z.
+
+    `log_scale` is the fixed scale, the initial one where it is learned, and per pixel the one for an output of 0.
+    """
+
+    log_scale: Tensor
+
+    def __init__(self, family: Family):
+        super().__init__()
+        self.family, self.kind, self.scale, self.discrete = family, family.kind, family.scale, family.discrete
+        value = torch.tensor(float(family.log_scale))
+        if self.scale == "learned":
+            self.log_scale = nn.Parameter(value)
+        else:
+            self.register_buffer("log_scale", value)
+
+    def outputs(self, channels: int) -> int:
+        """Channels that the decoder must have for images of `channels` channels."""
+        return 2 * channels if self.scale == "per_pixel" else channels
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        """Log-probability (discrete families) or log-density in nats of every value of x (B, C, H, W); like x."""
+        return self.family.log_prob(x, *self._location_scale(output.to(x.dtype)))
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[x | z], (B, C, H, W) in [-1, 1]; see `Family.mean`."""
+        return self.family.mean(self._location_scale(output)[0])
+
+    @torch.no_grad()
+    def sample(self, output: Tensor, rng: torch.Generator) -> Tensor:
+        """x ~ p(x | z), (B, C, H, W); discrete families give 8-bit values, coded in [-1, 1]."""
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        x = self.family.sample(*self._location_scale(output), rng)
+        return to_float(to_uint8(x)).to(x) if self.discrete else x
+
+    def _location_scale(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Location (B, C, H, W) and log-scale, () or like it."""
+        if self.scale != "per_pixel":
+            return output, self.log_scale
+        location, raw = output.chunk(2, dim=1)
+        low, high = LOG_SCALES
+        middle, half = (low + high) / 2, (high - low) / 2
+        # bounded softly, about the identity in the middle: a pixel at an end still has a gradient to leave it
+        return location, middle + half * torch.tanh((self.log_scale + raw - middle) / half)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write kind and scale beside the autoencoder's weights."""
+        settings = json.dumps({"kind": self.kind, "scale": self.scale})  # one entry: safetensors writes several in any order
+        save_file(self.state_dict(), folder / FILE, metadata={"likelihood": settings})
+
+
+def load_likelihood(folder: Path) -> Likelihood:
+    """What `save_pretrained` wrote. A file that does not say its kind is a discretised logistic with a learned scale."""
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{path} is missing: expected an autoencoder that train_vae wrote, likelihood and all")
+    try:
+        with safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {}).get("likelihood", "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): run train_vae again") from None
+    if list(state) != ["log_scale"]:
+        raise InputError(f"{path} holds {', '.join(sorted(state)) or 'nothing'}: expected log_scale alone")
+    known, kind = kinds(Family), settings.get("kind", "discretized_logistic")
+    if kind not in known:
+        raise InputError(f"{path}: likelihood {kind!r}: expected one of {', '.join(known)}")
+    options = {"scale": settings.get("scale", "learned")} if "scale" in known[kind].model_fields else {}
+    try:
+        likelihood = known[kind](**options).build()
+    except ValidationError:
+        raise InputError(f"{path}: likelihood {kind} has no scale {options['scale']!r}") from None
+    likelihood.load_state_dict(state)
+    return likelihood
+
+
+def as_discrete(likelihood: Likelihood) -> Likelihood | None:
+    """The same distribution integrated over 8-bit values: itself, of per-pixel Gaussians the discretised ones, else None."""
+    if likelihood.discrete:
+        return likelihood
+    if likelihood.scale != "per_pixel":
+        return None
+    family = kinds(Family)[f"discretized_{likelihood.kind}"]
+    return family(scale="per_pixel", log_scale=float(likelihood.log_scale)).build().to(likelihood.log_scale.device)

@@ -1,0 +1,1 @@
+"""The groups of commands of `ldm`, a module each."""

@@ -1,0 +1,123 @@
+"""`ldm data …`: images and shards."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm.base.errors import InputError
+from ldm.commands.shared import check_out, new_group, project, table
+
+app = new_group()
+
+
+@app.command()
+def check(path: Annotated[Path, typer.Argument(help="A folder of shards.")] = Path("data/shards")) -> None:
+    """Verify every hash and offset of a shard folder, and decode every image. Exit code 1 if something is wrong.
+
+    Example: `ldm data check data/shards`
+    """
+    from ldm.data.inspect import check_shards
+
+    problems = 0
+    for problem in check_shards(path):
+        print(problem)
+        problems += 1
+    if problems:
+        print(f"problems: {problems}; copy the shards again, or write them anew (dvc repro --force shard)", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"{path}: every hash, offset and image is as the index says")
+
+
+@app.command()
+def stats(
+    path: Annotated[Path, typer.Argument(help="A folder of shards, of images or of tars.")] = Path("data/shards"),
+    sheet: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("contact_sheet.png"),
+) -> None:
+    """Counts, sizes and caption lengths of a collection, before or after sharding, and a contact sheet of some images.
+
+    Example: `ldm data stats data/raw/source`
+    """
+    check_out(sheet, "--sheet")
+    from ldm.config import load_settings
+    from ldm.data.inspect import inspect
+    from ldm.report.grid import image_grid
+
+    try:
+        limits = load_settings(project()).data.model_dump(include={"min_side", "max_pixels"})
+    except InputError:  # outside of a project there are none
+        limits = {}
+    found = inspect(path, **limits)
+    for name, value in found.summary():
+        print(f"{name:<12}{value}")
+    if len(found.sheet):
+        image_grid(found.sheet, min(8, len(found.sheet)), sheet)
+        print(f"{'sheet':<12}{sheet}")
+
+
+@app.command()
+def drift(
+    folder: Annotated[Path, typer.Argument(help="Images, with captions or without.")],
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="Whose posterior samples score them: sgld or sghmc; the first of `sample_posterior` otherwise."),
+    ] = None,
+) -> None:
+    """Are new images like those that the model was trained on? Exit code 1 if not.
+
+    Each is scored by how much its bound varies over posterior samples of the decoder's weights, beside the test images. It takes
+    several unlike images to be sure that images are unlike; those beyond the limit are named in any case.
+    The samples are those of the stage sample_posterior: set `sample_posterior: [sgld]` in params.yaml and run the pipeline.
+
+    Example: `ldm data drift ~/inbox`
+    """
+    from ldm.collection.drift import drift
+
+    found = drift(project(), folder, sampler)
+    for line in found.lines():
+        print(line)
+    if found.drifted:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ingest(
+    folder: Annotated[Path, typer.Argument(help="Images, with a metadata.csv or metadata.jsonl, or a .txt beside each.")],
+    settle: Annotated[float, typer.Option(min=0, help="Seconds without a change after which a file counts as complete.")] = 10,
+) -> None:
+    """Move what is new in a watched folder into a dated batch of the collection `data.path`, versioned by DVC.
+
+    Images that are in the collection already, have no caption yet or are still being written stay where they are. A call
+    that is killed loses nothing; the next one goes on. `ldm run --ingest FOLDER` does this first and then runs the pipeline.
+
+    Example: `ldm data ingest ~/inbox`
+    """
+    from ldm.collection.ingest import ingest
+
+    for line in ingest(project(), folder, settle=settle).lines():
+        print(line)
+
+
+@app.command()
+def purge(
+    image: Annotated[str, typer.Argument(help="Its file_name in the collection, or the sha256 of its file.")],
+    remote: Annotated[str | None, typer.Option(help="A DVC remote; the default one otherwise.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what there is.")] = False,
+) -> None:
+    """Delete the old copies of an image that was removed from the collection, and list the models that saw it.
+
+    First delete it from the collection and run the pipeline: it then is in nothing that is current. This deletes its file
+    and every shard and latents file made of it from DVC's cache and remote; such a shard holds other images too, so that old
+    commits can no longer be checked out whole. The versions that saw it get a tag, `ldm.purged`.
+
+    Example: `ldm data purge 2025-03-01/0042.png --dry-run`
+    """
+    from ldm.collection.purge import UNTOUCHED, purge
+
+    purged = purge(project(), image, remote=remote, dry_run=dry_run)
+    for line in (*purged.lines(), *purged.notes):
+        print(line)
+    if len(purged.versions):
+        table(list(purged.versions.columns), purged.versions.astype(str).to_numpy().tolist())
+    print("dry run: nothing was deleted" if dry_run else "deleted", f"not touched: {UNTOUCHED}", sep="; ")

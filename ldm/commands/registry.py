@@ -1,0 +1,70 @@
+"""`ldm registry …`: registered models."""
+
+from typing import Annotated
+
+import typer
+
+from ldm.base.errors import InputError
+from ldm.commands.shared import Name, champion, model_name, new_group, table, tracked_project
+
+app = new_group()
+
+
+@app.command("list")
+def list_versions(name: Name = None) -> None:
+    """Registered versions, newest first, with their aliases, bits per dimension and what the gate said."""
+    from ldm.registry.versions import find, overview
+
+    name = model_name(name)
+    rows = [overview(version) for version in find({}, name)]
+    if not rows:
+        raise InputError(f"model {name!r} has no versions; `ldm run` registers one")
+    table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+@app.command()
+def show(
+    model: Annotated[
+        str | None, typer.Argument(help="A version number, models:/NAME@ALIAS or models:/NAME/VERSION; else the champion.")
+    ] = None,
+) -> None:
+    """One version: aliases, where it came from, how it was evaluated, why it was promoted or not."""
+    from ldm.registry.versions import describe, lookup
+
+    tracked_project()
+    uri = f"models:/{model_name()}/{model}" if model and model.isdecimal() else model or champion()
+    for key, value in describe(lookup(uri)).items():
+        print(f"{key:<16}{value}")
+
+
+@app.command()
+def register() -> None:
+    """Register the model of the project folder and let the gate decide, after a plain `dvc repro`.
+
+    The same files are never registered twice. `ldm run` does this by itself.
+    """
+    from ldm.registry.promotion import gate_and_promote
+    from ldm.registry.registration import register
+
+    root = tracked_project()
+    registered = register(root)
+    decision = gate_and_promote(root, registered.version)
+    print(f"version {registered.version} ({'new' if registered.created else 'registered before'})")
+    print(f"gate: {'promoted: ' if decision.promote else ''}{decision.reason}")
+
+
+@app.command()
+def promote(version: Annotated[int, typer.Argument(help="Version number.")], name: Name = None) -> None:
+    """Make a version champion by hand, whatever the gate said; the champion so far becomes `previous`."""
+    from ldm.registry.promotion import promote
+
+    promote(version, model_name(name))
+    print(f"version {version} is champion")
+
+
+@app.command()
+def rollback(name: Name = None) -> None:
+    """Swap `champion` and `previous`."""
+    from ldm.registry.promotion import rollback
+
+    print(f"version {rollback(model_name(name))} is champion")

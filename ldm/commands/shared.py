@@ -1,0 +1,179 @@
+"""What commands share: options, the project, loading a model, reading and writing images, tables."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ldm.base.errors import InputError
+from ldm.base.options import assigned, keys
+from ldm.diffusion.options import Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.model import LatentDiffusion
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="`models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the folder of a saved model. The champion otherwise."),
+]
+Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
+Name = Annotated[str | None, typer.Option(help="Registered model; `registry.name` of params.yaml otherwise.")]
+
+
+def _described(section: Any) -> str:
+    """The keys of a section with their values, or the kinds that have them."""
+    parts = []
+    for key in keys(section):
+        about = "|".join(map(str, key.values)) or (f"of {', '.join(key.kinds)}" if key.kinds else "")
+        parts.append(f"`{key.name}`" + (f" ({about})" if about else ""))
+    return ", ".join(parts)
+
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help=f"Change a sampling setting. Keys: {_described(Sampling)}.",
+    ),
+]
+
+
+def new_group() -> typer.Typer:
+    return typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+
+
+def project() -> Path:
+    from ldm.config import find_root
+
+    return find_root()
+
+
+def tracked_project() -> Path:
+    """The project folder, with its own MLflow store as the default."""
+    from ldm.registry.tracking import use_default_store
+
+    root = project()
+    use_default_store(root)
+    return root
+
+
+def model_name(name: str | None = None) -> str:
+    from ldm.config import load_settings
+
+    root = tracked_project()
+    return name or load_settings(root).registry.name
+
+
+def champion() -> str:
+    return f"models:/{model_name()}@champion"
+
+
+def load_model(model: str | None) -> "LatentDiffusion":
+    model = model or champion()
+    say(f"loading {model} …")
+    if model.startswith("models:"):
+        from ldm.registry.versions import downloaded
+
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            tracked_project()
+        place: contextlib.AbstractContextManager[Path] = downloaded(model)
+    elif (Path(model) / "model.json").is_file():
+        place = contextlib.nullcontext(Path(model))
+    else:
+        raise InputError(f"{model}: holds no model.json; give models:/NAME@ALIAS, models:/NAME/VERSION or a saved model's folder")
+    with place as folder:
+        # OpenMP's threads sleep while they wait for work; by default they spin, which on a busy machine takes most of the time.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        from ldm.base.device import default_device
+        from ldm.model import LatentDiffusion
+
+        return LatentDiffusion.load(folder, default_device())
+
+
+def changed(model: "LatentDiffusion", assignments: list[str] | None) -> dict[str, Any]:
+    """The model's sampling settings with those of `--set`."""
+    return assigned(model.recipe.sampling, assignments or [])
+
+
+def read_image(path: Path, model: "LatentDiffusion", whole: bool = False) -> "Tensor":
+    """An image prepared as for training, uint8 (C, H, W); if `whole`, in its own size rounded down to whole latents."""
+    import torch
+
+    from ldm.data import images
+
+    prepared = images.Preprocessing(**model.recipe.preprocessing)
+    try:
+        blob = path.read_bytes()
+        if not whole:
+            return torch.tensor(prepared.as_seen(blob))
+        pixels = images.to_array(images.decode(blob, channels=prepared.channels, background=prepared.background))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give the file of an image") from None
+    except images.UnreadableImage as error:
+        raise InputError(f"{path}: not a readable image ({error})") from None
+    factor = model.autoencoder.factor
+    if min(pixels.shape[1:]) < factor:
+        raise InputError(f"{path}: its shorter side is less than the {factor} pixels of one latent")
+    height, width = (side // factor * factor for side in pixels.shape[1:])
+    return torch.tensor(pixels[:, :height, :width])
+
+
+def check_out(out: Path, option: str = "--out") -> None:
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{option} {out}: the folder {out.parent} does not exist")
+    if out.suffix not in ("", ".png"):
+        raise InputError(f"{option} {out}: write a .png, or a folder (a name without a suffix)")
+    if out.suffix and out.is_dir():
+        raise InputError(f"{option} {out}: is a folder; give a file name, or a folder without a suffix")
+
+
+def write_images(images: Any, out: Path, rows: list[str] | None = None, columns: list[str] | None = None) -> None:
+    """Write uint8 images (C, H, W) as a folder of PNGs, one PNG, or a sheet with labelled rows and columns."""
+    from ldm.data.images import from_array, to_png
+
+    pixels = [image.numpy() for image in images]
+    if out.suffix != ".png":
+        out.mkdir(exist_ok=True)
+        for i, image in enumerate(pixels):
+            (out / f"{i:04d}.png").write_bytes(to_png(from_array(image)))
+    elif len(pixels) == 1:
+        out.write_bytes(to_png(from_array(pixels[0])))
+    else:
+        import numpy as np
+
+        from ldm.report.grid import image_grid
+
+        width = len(columns) if columns else len(pixels) // len(rows) if rows else min(8, len(pixels))
+        image_grid(np.stack(pixels), width, out, row_labels=rows, column_labels=columns)
+    print(f"{counted(len(pixels))} written to {out}")
+
+
+def counted(count: int) -> str:
+    return f"{count} {'image' if count == 1 else 'images'}"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> None:
+    """Left-aligned columns; a table on a terminal, plain lines elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        pretty = Table(*columns, box=None, pad_edge=False)
+        for row in rows:
+            pretty.add_row(*row)
+        Console().print(pretty)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def say(what: str) -> None:
+    """What is being done, on stderr: stdout is for results."""
+    print(what, file=sys.stderr, flush=True)

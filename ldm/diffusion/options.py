@@ -1,0 +1,54 @@
+"""The sections `diffusion` and `sampling` of the settings."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ldm.base.errors import InputError
+from ldm.base.options import NonNegative, OneOf, Positive, Section, explained
+from ldm.diffusion.noise.distribution import Noise, Schedule
+from ldm.diffusion.samplers.sampler import Sampler
+
+Prediction = Literal["eps", "x0", "v", "edm", "flow"]  # what the network predicts; see ldm/diffusion/denoiser.py
+
+
+class Diffusion(Section):
+    prediction: Prediction
+    noise: Annotated[Noise, OneOf()]  # levels of training
+
+    @model_validator(mode="after")
+    def _eps_sees_the_image(self) -> "Diffusion":
+        if self.prediction == "eps" and getattr(self.noise, "zero_terminal_snr", False):
+            raise ValueError("zero_terminal_snr: prediction eps has nothing to learn from noise alone; take another prediction")
+        return self
+
+
+class Sampling(Section):
+    """Defaults of the registered model, which calls may change."""
+
+    sampler: Annotated[Sampler, OneOf()]
+    schedule: Schedule  # how the noise levels of the steps are spaced
+    steps: Positive
+    guidance: NonNegative  # 1 is none
+    guidance_interval: tuple[NonNegative, NonNegative] | None  # noise levels with guidance; null: all
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)]  # how far guided estimates get back the unguided ones' deviation
+
+    @model_validator(mode="after")
+    def _interval_ascends(self) -> "Sampling":
+        if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is {list(self.guidance_interval)}; give the lower noise level first, or null")
+        return self
+
+
+def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampling:
+    """A model's sampling defaults with some of them changed; None changes nothing.
+
+    `sampler` is a kind, a dictionary with options, or a `Sampler`. Raises `InputError` for what the schema refuses.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    if isinstance(given.get("sampler"), str):
+        given["sampler"] = {"kind": given["sampler"]}
+    try:
+        return Sampling.model_validate({**defaults, **given})
+    except ValidationError as error:
+        raise InputError(explained(error, Sampling, "sampling")) from None

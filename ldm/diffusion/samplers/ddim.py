@@ -1,0 +1,54 @@
+"""The first-order samplers: DDIM, and its ends DDPM and Euler."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, draw, level
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def ddim(denoiser: DenoiseFn, x: "Tensor", sigmas: "Tensor", noise: Noise | None = None, *, eta: float = 0.0) -> "Tensor":
+    """Song et al. 2021, equations 12 and 16, divided by the square root of alpha_bar.
+
+    `eta` from 0, deterministic, to 1, where each step draws from the posterior of the noising Markov chain.
+    """
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        fresh = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)  # standard deviation of the noise that is new
+        x0 = denoiser(x, level(x, sigma))
+        x = x0 + math.sqrt(sigma_next**2 - fresh**2) / sigma * (x - x0)
+        if fresh:
+            x = x + fresh * draw(noise, i, x)
+    return x
+
+
+class Ddim(Sampler):
+    kind: Literal["ddim"] = "ddim"
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0  # 0 is deterministic, 1 is ddpm
+
+    def build(self, sigma_max: float) -> Callable[..., Any]:
+        return partial(ddim, eta=self.eta)
+
+
+class Ddpm(Sampler):
+    """Ancestral sampling with the posterior's variance (Ho et al. 2020, equations 6 and 7): `ddim` with eta 1."""
+
+    kind: Literal["ddpm"] = "ddpm"
+
+    def build(self, sigma_max: float) -> Callable[..., Any]:
+        return partial(ddim, eta=1.0)
+
+
+class Euler(Sampler):
+    """Euler's method in sigma: `ddim` with eta 0."""
+
+    kind: Literal["euler"] = "euler"
+
+    def build(self, sigma_max: float) -> Callable[..., Any]:
+        return ddim

@@ -1,0 +1,37 @@
+"""What all samplers share: plain functions `(denoiser, x, sigmas, noise) -> x0`, with `x` at noise level `sigmas[0]`.
+
+`denoiser(x, sigma (B,))` estimates x0; `sigmas` descends and may end in 0; `noise(i)` is the i-th standard normal draw, like x
+(fresh from torch's generator if None). The deterministic ones follow the probability-flow ODE
+dx/dsigma = (x - D(x; sigma)) / sigma, the others a stochastic equation with the same marginals (Karras et al. 2022,
+equations 3 and 6).
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ldm.base.options import Choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DenoiseFn = Callable[["Tensor", "Tensor"], "Tensor"]
+Noise = Callable[[int], "Tensor"]
+
+
+class Sampler(Choice):
+    """The options of one sampler."""
+
+    def build(self, sigma_max: float) -> Callable[..., Any]:
+        """The function, with these options; `sigma_max` is the highest noise level of training."""
+        raise NotImplementedError
+
+
+def level(x: "Tensor", sigma: float) -> "Tensor":
+    """The noise level of every image of x, (B,)."""
+    return x.new_full((len(x),), sigma)
+
+
+def draw(noise: "Noise | None", i: int, x: "Tensor") -> "Tensor":
+    import torch
+
+    return torch.randn_like(x) if noise is None else noise(i).to(x)

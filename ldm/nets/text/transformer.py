@@ -1,0 +1,68 @@
+"""Any text model that `transformers` loads, from a folder or the hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ldm.base.errors import InputError
+from ldm.nets.text.options import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Transformer(Text):
+    kind: Literal["transformers"] = "transformers"
+    model: str  # a folder, or ID@COMMIT on the hub
+
+    def check(self, root: Path) -> None:
+        if "@" not in self.model and not (root / self.model).is_dir():
+            raise ValueError(f"text.model: found {self.model!r}, neither a folder nor ID@COMMIT on the hub")
+
+    def locate(self) -> Path:
+        if Path(self.model).is_dir():
+            return Path(self.model)
+        repository, _, commit = self.model.partition("@")
+        if not commit:  # a hub id alone names something else tomorrow
+            raise InputError(f"text.model {self.model!r}: neither a folder here nor a hub id with a commit, written ID@COMMIT")
+        from huggingface_hub import snapshot_download
+
+        try:
+            files = ["*.json", "*.safetensors", "*.txt", "*.model"]
+            return Path(snapshot_download(repository, revision=commit, allow_patterns=files))
+        except Exception as error:  # the hub's client raises many kinds; each means that the name leads nowhere
+            reason = str(error).splitlines()[0]
+            raise InputError(f"text.model {self.model!r}: neither a folder here nor loadable from the hub ({reason})") from None
+
+    def network(self, folder: Path) -> "Network":
+        try:
+            return Network(folder, self.max_tokens)
+        except InputError:
+            raise
+        except Exception as error:  # transformers raises many kinds; each means that the folder is not a whole model
+            raise InputError(f"text.model {self.model!r}: {folder} does not load as a transformers model: {error}") from error
+
+
+class Network:
+    """The text model of a folder; `InputError` if weights are missing."""
+
+    def __init__(self, folder: Path, max_tokens: int):
+        import torch
+        from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.max_tokens = max_tokens
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+        encodes = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_TEXT_ENCODING_MAPPING  # T5: its encoder alone
+        loader = AutoModelForTextEncoding if encodes else AutoModel
+        model, report = loader.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a pooler's output is not used
+        if missing:  # transformers would draw them at random
+            raise InputError(f"text.model: {folder} lacks weights, the first {missing[0]}; fetch the whole model")
+        self._model = getattr(model, "text_model", model)  # CLIP and its like have an image tower beside it
+        self._model.eval().requires_grad_(False)
+        self.width = int(self._model.config.hidden_size)
+
+    def __call__(self, texts: list[str]) -> tuple["Tensor", "Tensor"]:
+        tokens = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        return self._model(**tokens).last_hidden_state, tokens["attention_mask"].bool()

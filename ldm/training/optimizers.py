@@ -1,0 +1,47 @@
+"""The optimizers that a training section can name."""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ldm.base.options import Choice, NonNegative
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Optimizer(Choice):
+    clips: ClassVar[bool] = True  # whether gradients may be clipped
+
+    def build(self, groups: list[dict[str, Any]], lr: float, seed: int, num_data: int) -> "torch.optim.Optimizer":
+        """For parameter groups; `num_data`: that the loss would be a mean of if it were of all data."""
+        raise NotImplementedError
+
+
+class AdamW(Optimizer):
+    """Loshchilov & Hutter 2019."""
+
+    kind: Literal["adamw"] = "adamw"
+    weight_decay: NonNegative = 0.0
+
+    def build(self, groups: list[dict[str, Any]], lr: float, seed: int, num_data: int) -> "torch.optim.Optimizer":
+        import torch
+
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=True)
+
+
+class Sgld(Optimizer):
+    """Stochastic gradient Langevin dynamics: the last weights are a draw from the posterior; see `ldm/langevin/README.md`.
+
+    The learning rate is the step size, and gradients are not clipped.
+    """
+
+    kind: Literal["sgld"] = "sgld"
+    clips: ClassVar[bool] = False
+    prior_precision: NonNegative = 1.0  # of a Gaussian prior of the weights; 0 is flat
+    temperature: NonNegative = 1.0  # 1 is the posterior
+
+    def build(self, groups: list[dict[str, Any]], lr: float, seed: int, num_data: int) -> "torch.optim.Optimizer":
+        from ldm.base.randomness import seed_for
+        from ldm.langevin.sgld import SGLD
+
+        options = self.model_dump(exclude={"kind"})
+        return SGLD(groups, lr, num_data=num_data, **options, seed=seed_for(seed, "langevin"))

@@ -1,0 +1,42 @@
+"""The sections `train_vae` and `train_unet` of the settings."""
+
+from typing import Annotated, Literal
+
+from pydantic import model_validator
+
+from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section
+from ldm.bayes.likelihoods.family import Family
+from ldm.training.objectives import VaeChoice
+from ldm.training.optimizers import AdamW, Optimizer
+from ldm.training.weighting import LossWeight
+
+
+class Training(Section):
+    """Linear warm-up and cosine decay, all counted in images."""
+
+    images: Count  # images seen in training
+    batch_size: Positive
+    lr: Rate
+    warmup_images: Count
+    ema_halflife_images: Count  # 0 switches the average off
+    checkpoint_images: Positive  # images between checkpoints (and metric deliveries)
+
+
+class TrainVae(Training):
+    optimizer: Annotated[Optimizer, OneOf()]
+    objective: Annotated[VaeChoice, OneOf()]
+    likelihood: Annotated[Family, OneOf()]
+    flip: bool  # half of the images are mirrored, at random
+    shuffle: Literal["global", "shard"]  # "shard" reads shard by shard, for shards that do not fit on this disk
+
+
+class TrainUnet(Training):
+    optimizer: AdamW
+    caption_dropout: Fraction  # share of captions replaced by the empty one, for classifier-free guidance
+    loss_weight: Annotated[LossWeight, OneOf()]  # of noise levels
+
+    @model_validator(mode="after")
+    def _some_images(self) -> "TrainUnet":
+        if not self.images:
+            raise ValueError("train_unet.images is 0; a U-Net is trained for some images")
+        return self

@@ -1,0 +1,58 @@
+"""How the denoising loss weighs noise levels: what `train_unet.loss_weight` can name."""
+
+from typing import TYPE_CHECKING, Literal
+
+from ldm.base.options import Choice, Rate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ldm.diffusion.denoiser import Denoiser
+
+
+class LossWeight(Choice):
+    """What is minimised of the standard losses (B,) at noise levels sigma (B,)."""
+
+    def module(self) -> "nn.Module | None":
+        """What is trained with the network, if anything."""
+        return None
+
+    def weighted(self, losses: "Tensor", sigma: "Tensor", denoiser: "Denoiser", module: "nn.Module | None") -> "Tensor":
+        raise NotImplementedError
+
+
+class Standard(LossWeight):
+    """The standard loss of the prediction."""
+
+    kind: Literal["standard"] = "standard"
+
+    def weighted(self, losses: "Tensor", sigma: "Tensor", denoiser: "Denoiser", module: "nn.Module | None") -> "Tensor":
+        return losses
+
+
+class MinSnr(LossWeight):
+    """min(1 / sigma², gamma) times the squared error of x0, for every prediction (Hang et al. 2023, section 3.4).
+
+    The signal-to-noise ratio is 1 / sigma², and the error of x0 is c_out times that of the network's output.
+    """
+
+    kind: Literal["min_snr"] = "min_snr"
+    gamma: Rate = 5.0
+
+    def weighted(self, losses: "Tensor", sigma: "Tensor", denoiser: "Denoiser", module: "nn.Module | None") -> "Tensor":
+        return denoiser.scalings(sigma).out.square() * (1 / sigma**2).clamp(max=self.gamma) * losses
+
+
+class Learned(LossWeight):
+    """Weighted by an uncertainty for each noise level, which is trained too (Karras et al. 2024, EDM2)."""
+
+    kind: Literal["learned"] = "learned"
+
+    def module(self) -> "nn.Module":
+        from ldm.training.uncertainty import Uncertainty
+
+        return Uncertainty()
+
+    def weighted(self, losses: "Tensor", sigma: "Tensor", denoiser: "Denoiser", module: "nn.Module | None") -> "Tensor":
+        assert module is not None
+        return module(losses, sigma)
