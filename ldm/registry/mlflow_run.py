@@ -4,12 +4,10 @@ import contextlib
 import json
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 EXPERIMENT = "ldm"
 BATCH = {"metrics": 1000, "params": 100}  # MLflow's limits for one request
@@ -97,7 +95,6 @@ class MlflowRun:
 
     def _open(self, tags: Mapping[str, str], params: Mapping[str, str], key: str | None, start: int) -> None:
         """Begin, or continue an earlier run with the same key or record; `start` in ms."""
-        _check_listening(os.environ["MLFLOW_TRACKING_URI"])
         self._client = client = mlflow_client()
         experiment = experiment_id(client)
         run_id = _earlier_run(client, experiment, tags, key)
@@ -142,14 +139,6 @@ def _entities() -> Any:
     import mlflow.entities
 
     return mlflow.entities
-
-
-def _check_listening(uri: str) -> None:
-    """Raise OSError at once where nothing listens: MLflow's own attempts take many seconds, its import some too."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https") and parts.hostname:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname, port), timeout=4).close()
 
 
 def _earlier_run(client: Any, experiment: str, tags: Mapping[str, str], key: str | None) -> str | None:

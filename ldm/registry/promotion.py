@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,10 @@ def gate_and_promote(root: Path, version: int) -> "Decision":
     name, level = settings.registry.name, settings.registry.level
     challenger, champion = lookup(f"models:/{name}/{version}"), by_alias(name, "champion")
     earlier = json.loads(challenger.tags.get(GATE, "{}"))
-    reason = _settled(challenger, champion, earlier, level)
-    if reason:
-        decision = _undecided(level, reason)
-        was_promoted, is_champion = earlier.get("promote"), champion is not None and champion.version == version
-        if was_promoted != is_champion or not _fetch_page(challenger, root):
-            _write_page(root, decision, None, challenger, champion)
+    if reason := _settled(challenger, champion, earlier, level):
+        decision, is_champion = _undecided(level, reason), "champion" in challenger.aliases
+        if earlier.get("promote") != is_champion or not _fetch_page(challenger, root):
+            _write_page(root, replace(decision, promote=is_champion), None, challenger, champion)
         return decision
     decision, frame = _decide(root, challenger, champion, level)
     _write_page(root, decision, frame, challenger, champion)

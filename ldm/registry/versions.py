@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SYSTEM, LINEAGE = "artifacts/ldm", "lineage"  # folders of a version's files
 HASH, IMAGE, GATE, BITS = "ldm.model", "ldm.image", "ldm.gate", "ldm.bits_per_dim"  # tags
 NO_BOUND = "none"  # `BITS` of a VQ model
+MOST = 200_000  # versions in one answer of MLflow, its limit
 
 
 class Unreachable(InputError):
@@ -189,14 +190,10 @@ def connect(*, create: bool = False) -> Any:
 
 def _search(client: Any, name: str) -> list[Version]:
     """All versions of a model, newest first, through MLflow's client."""
-    query, found, token = f"name = '{name}'", [], None
+    query = f"name = '{name}'"
     models = client.search_registered_models(query)
-    while True:
-        page = client.search_model_versions(query, order_by=["version_number DESC"], page_token=token)
-        found += [_version(version, models[0].aliases) for version in page]
-        token = page.token
-        if not token:
-            return found
+    found = client.search_model_versions(query, MOST, order_by=["version_number DESC"])
+    return [_version(version, models[0].aliases) for version in found]
 
 
 def _version(found: Any, aliases: Mapping[str, str], folder: Path | None = None) -> Version:

@@ -32,7 +32,7 @@ from ldm.nets.unet import UNet
 from ldm.registry import local_store
 from ldm.registry.promotion import gate_and_promote, promote, rollback
 from ldm.registry.registration import Registered, register
-from ldm.registry.versions import Unreachable, connect, downloaded, find, kept, load, lookup
+from ldm.registry.versions import Unreachable, connect, describe, downloaded, find, kept, load, lookup, overview
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = 4
@@ -116,6 +116,10 @@ def aliases(root: Path) -> dict[str, int]:
     return {alias: found.version for found in find({}) for alias in found.aliases}
 
 
+def page(root: Path) -> str:
+    return (root / "reports/decision.html").read_text()
+
+
 def test_the_same_files_are_registered_once(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["poor"])
     first = register(root)
@@ -149,7 +153,7 @@ def test_the_gate_lets_the_better_model_through_and_decides_once(root: Path, mod
     decision = gate_and_promote(root, 2)
     assert decision.promote and decision.lower > 0
     assert aliases(root) == {"champion": 2, "previous": 1, "challenger": 2}
-    assert "version 2" in (root / "reports/decision.html").read_text()
+    assert "version 2" in page(root)
     expected = pd.read_csv(root / "reports/bounds.csv").nats.mean() - _bounds(root, models["poor"]).nats.mean()
     assert decision.mean == pytest.approx(expected, rel=1e-5)
 
@@ -158,6 +162,9 @@ def test_the_gate_lets_the_better_model_through_and_decides_once(root: Path, mod
     again = gate_and_promote(root, 2)  # the next night, nothing changed: what was rolled back stays so
     assert not again.promote and "was champion before" in again.reason
     assert aliases(root)["champion"] == 1
+    assert "ldm version 2 stays a challenger: version 2 was champion before version 1" in page(root)
+    gate_and_promote(root, 1)
+    assert "ldm version 1 becomes champion" in page(root) and "no champion yet" in page(root)
 
 
 def test_the_gate_keeps_a_worse_model_out_until_someone_says_so(root: Path, models: dict[str, LatentDiffusion]) -> None:
@@ -169,10 +176,56 @@ def test_the_gate_keeps_a_worse_model_out_until_someone_says_so(root: Path, mode
     decision = gate_and_promote(root, 2)
     assert not decision.promote and decision.mean < 0
     assert aliases(root) == {"champion": 1, "challenger": 2}
+    known = page(root)
+    assert "ldm version 2 does not become champion" in known and "Image by image" in known
+    (root / "reports/decision.html").write_text("of another version")
+    assert "decided before against version 1" in gate_and_promote(root, 2).reason
+    assert page(root) == known
     promote(2)
+    gate_and_promote(root, 2)
+    assert "ldm version 2 becomes champion: version 2 is the champion already" in page(root)
     assert aliases(root) == {"champion": 2, "previous": 1, "challenger": 2}
     promote(2)  # again changes nothing: previous stays
     assert aliases(root)["previous"] == 1
+
+
+def test_why_a_version_was_promoted_or_not_can_be_read(
+    root: Path, models: dict[str, LatentDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_outs(root, models["good"])
+    register(root)
+    assert overview(lookup("models:/ldm/1"))["gate"] == "" and describe(lookup("models:/ldm/1"))["gate"] == "no decision yet"
+    gate_and_promote(root, 1)
+    write_outs(root, models["poor"])
+    register(root)
+    decision = gate_and_promote(root, 2)
+    write_outs(root, tiny_model(2, 0.0), image="16x16x3, lanczos")
+    register(root)
+    gate_and_promote(root, 3)
+
+    gain = f"{decision.mean:+.3g} ± {decision.se:.2g} nats"
+    rejected = f"rejected: {gain} against version 1"
+    outcomes = ["rejected: not comparable", rejected, "promoted: no champion yet"]
+    assert [overview(version)["gate"] for version in find({})] == outcomes
+    facts = describe(lookup("models:/ldm/2"))
+    assert facts["gate"] == f"rejected: {decision.reason}"
+    assert facts["improvement"] == f"{gain} per image over models:/ldm/1, on {decision.n} test images"
+    assert "ldm version 2 does not become champion" in Path(facts["decision page"]).read_text()
+    assert describe(lookup("models:/ldm/3"))["gate"].startswith("rejected: not comparable: its images are 16x16x3")
+
+    monkeypatch.setattr(local_store, "REVISION", "of another MLflow")  # so that nothing is known to lie on this machine
+    place = describe(lookup("models:/ldm/2"))["decision page"]
+    command, artifact = place.strip("`").rsplit(" ", 1)
+    assert command == "mlflow artifacts download --artifact-uri"
+    import mlflow.artifacts
+
+    assert "ldm version 2" in Path(mlflow.artifacts.download_artifacts(artifact)).read_text()
+
+    (root / "dvc.yaml").touch()  # so that this is a project
+    shown = CliRunner().invoke(app, ["registry", "show", "2"], catch_exceptions=False).output.splitlines()
+    assert f"gate            rejected: {decision.reason}" in shown
+    listed = CliRunner().invoke(app, ["registry", "list"], catch_exceptions=False).output.splitlines()
+    assert "gate" in listed[0].split() and rejected in listed[2]
 
 
 def test_what_changed_since_the_last_repro_is_not_registered(root: Path, models: dict[str, LatentDiffusion]) -> None:
@@ -269,7 +322,7 @@ def test_a_vq_model_is_promoted_by_hand_alone(root: Path, models: dict[str, Late
     register(root)
     decision = gate_and_promote(root, 1)
     assert not decision.promote and "not comparable: version 1 has a VQ autoencoder" in decision.reason
-    assert "`ldm registry promote 1`" in decision.reason and decision.reason in (root / "reports/decision.html").read_text()
+    assert "`ldm registry promote 1`" in decision.reason and decision.reason in page(root)
     assert aliases(root) == {"challenger": 1}
 
     promote(1)
