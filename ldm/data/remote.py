@@ -15,32 +15,32 @@ from urllib.parse import quote
 from ldm.base.errors import InputError
 
 CHUNK = 8 << 20  # bytes held in memory, and of one request to object storage
-PAUSES = (0.2, 1.0)  # seconds between the attempts
+PAUSES = (0.2, 1.0)  # seconds between attempts
 CONNECT, STALL = 5.0, 20.0  # seconds without a connection, or without a further byte, that end an attempt
 SHA256 = re.compile("[0-9a-f]{64}")
-PART = ".part"  # suffix of a file that is on its way
+PART = ".part"  # suffix of a file that is being fetched
 
 T = TypeVar("T")
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether `place` has a scheme, as s3://bucket/folder and file:///folder have; a plain path has none."""
+    """Whether `place` has a scheme, as in s3://bucket/folder or file:///folder."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
 
 
 class ShardCache:
-    """Files below a URL, kept in `folder` under their sha256: at most `max_bytes`, those opened longest ago go first.
+    """Files below a URL, kept in `folder` under their sha256, `max_bytes` at most; the least recently opened are evicted.
 
-    Threads and processes may share the folder, and a fork or a pickle this object: each file is fetched by the first that
-    wants it. Where the storage is and how to sign in is read from the environment, as fsspec and the scheme's package do.
-    Raises `InputError` for files that are absent, refused, out of reach, larger than `max_bytes` or not what was expected.
+    Threads and processes may share the folder, and this object may be forked or pickled; each file is fetched once. fsspec
+    and the scheme's package read from the environment where the storage is and how to sign in.
+    Raises `InputError` for files that are absent, refused, out of reach, too large or damaged.
     """
 
     def __init__(self, url: str, folder: Path, max_bytes: int):
         self.url, self.folder, self.max_bytes = url.rstrip("/"), folder, max_bytes
 
     def text(self, name: str) -> str | None:
-        """A small file as it stands there now, never from the folder; None where there is none."""
+        """The text of a small file at the URL, never from the folder; None if there is no such file."""
 
         def read(filesystem: Any, url: str) -> str | None:
             try:
@@ -51,7 +51,7 @@ class ShardCache:
         return self._attempt(name, read)
 
     def open(self, name: str, sha256: str, size: int) -> int:
-        """A read-only descriptor of the local copy, which the caller closes; until then it is readable though evicted."""
+        """A read-only descriptor of the local copy, readable even after the copy was evicted. The caller closes it."""
         if not SHA256.fullmatch(sha256):  # it becomes a file name here
             raise InputError(f"{self.url}/{name}: its sha256 is {sha256!r}; upload the shard folder again")
         if size > self.max_bytes:
@@ -64,15 +64,15 @@ class ShardCache:
             file = self._kept(sha256, size)
             if file is None:
                 with _held(self.folder / f"{sha256}{PART}") as part:
-                    file = self._kept(sha256, size)  # whoever held the part before may have completed it
+                    file = self._kept(sha256, size)  # another process may have fetched it meanwhile
                     if file is None:
                         file = self._fetch(name, sha256, size, part)
             return file
-        except OSError as error:  # the server's have become InputErrors
+        except OSError as error:  # of this disk: `_attempt` turns the server's into InputErrors
             raise InputError(f"{self.folder}: {error}; shards of {self.url} are kept there, make it writable") from None
 
     def _kept(self, sha256: str, size: int) -> int | None:
-        """The kept file, now the one opened last. Its hash was verified on arrival: here its size must do."""
+        """A descriptor of the local copy, if it has its full size. Its hash was verified when it arrived."""
         with contextlib.suppress(FileNotFoundError):
             file = os.open(self.folder / sha256, os.O_RDONLY)
             if os.fstat(file).st_size == size:
@@ -84,7 +84,7 @@ class ShardCache:
     def _fetch(self, name: str, sha256: str, size: int, part: IO[bytes]) -> int:
         self._make_room(part, size)
         self._attempt(name, lambda filesystem, url: _download(filesystem, url, sha256, size, part))
-        os.fsync(part.fileno())  # its length stood before its bytes did: after a power cut the size would prove nothing
+        os.fsync(part.fileno())  # it had its full size before its bytes: after a power cut the size would prove nothing
         path = self.folder / sha256
         file = os.open(f"{path}{PART}", os.O_RDONLY)
         with _locked(self.folder):  # a listing during a rename may show neither name
@@ -92,7 +92,7 @@ class ShardCache:
         return file
 
     def _make_room(self, part: IO[bytes], size: int) -> None:
-        """Evict until `size` bytes fit and claim them as the length of `part`; wait while other parts leave too few."""
+        """Evict files until `size` bytes fit, and claim these as the length of `part`; wait for other parts if need be."""
         while True:
             with _locked(self.folder):
                 names = os.listdir(self.folder)
@@ -110,7 +110,7 @@ class ShardCache:
             time.sleep(0.1)
 
     def _attempt(self, name: str, read: Callable[[Any, str], T]) -> T:
-        """`read(filesystem, url)` of a file, tried again after errors that may pass."""
+        """`read(filesystem, url)` of a file, again after errors that may pass."""
         url = f"{self.url}/{quote(name) if _is_http(self.url) else name}"
         for pause in (*PAUSES, None):
             try:
@@ -121,7 +121,7 @@ class ShardCache:
                 raise InputError(f"{url}: not found; check the URL, or upload the shard folder again") from None
             except _WrongBytes as error:
                 problem = f"found {error}; it was changed or damaged there, upload the shard folder again"
-            except Exception as error:  # every filesystem brings exceptions of its own
+            except Exception as error:  # every filesystem has its own exceptions
                 cause = f"{type(error).__name__} {' '.join(str(error).split())}".strip()
                 if isinstance(error, PermissionError | ValueError) or "Credentials" in type(error).__name__:
                     raise InputError(f"{url}: not readable ({cause}); check the URL and the credentials") from None
@@ -132,11 +132,11 @@ class ShardCache:
 
 
 class _WrongBytes(Exception):
-    """What arrived is not what was expected."""
+    """A file has another size or hash than expected."""
 
 
 def _download(filesystem: Any, url: str, sha256: str, size: int, part: IO[bytes]) -> None:
-    # Over http, fsspec's look at the size calls every failure an absent file, and its reads in ranges need a server with them.
+    # Over http, fsspec takes any failure to find the size for an absent file, and its ranges need a server that has them.
     stream = {"block_size": 0, "size": size} if _is_http(url) else {"cache_type": "none"}
     digest, found = hashlib.sha256(), 0
     part.seek(0)
@@ -158,10 +158,10 @@ def _is_http(url: str) -> bool:
 
 @cache
 def _filesystem(url: str, pid: int) -> Any:
-    """The fsspec filesystem of `url` in the process `pid`; `InputError` where a package for it is missing.
+    """The fsspec filesystem of `url` for the process `pid`; raises `InputError` if a package for it is missing.
 
-    One per process, since its thread does not survive a fork. It is never dropped: a child that closed the one it
-    inherited would take the parent's sockets out of the epoll that both share.
+    Each process has its own, since a filesystem's thread does not survive a fork. None is ever closed: a child that closed
+    its parent's would take the parent's sockets out of the epoll that both share.
     """
     options: dict[str, dict[str, Any]] = {}
     scheme = url.partition("://")[0]
@@ -175,13 +175,13 @@ def _filesystem(url: str, pid: int) -> Any:
             from aiohttp import ClientTimeout
 
             options = {"client_kwargs": {"timeout": ClientTimeout(connect=CONNECT, sock_read=STALL)}}
-        theirs = fsspec.config.conf.get(scheme, {})  # FSSPEC_S3_… and the like, which an argument replaces as a whole
+        theirs = fsspec.config.conf.get(scheme, {})  # FSSPEC_S3_… and the like, which an argument would replace
         options = {key: ours | theirs.get(key, {}) for key, ours in options.items()}
         filesystem, _ = fsspec.url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:
         raise InputError(f"{url}: {error}; for s3:// and https://, pip install ldm-pipeline[s3]") from None
     if scheme == "s3":
-        filesystem.retries = 1  # its 5 would be multiplied with each other and with ours
+        filesystem.retries = 1  # its 5 retries would multiply with ours
     return filesystem
 
 
@@ -191,7 +191,7 @@ def _flock(file: IO[Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it to a child forked meanwhile
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a child that was forked meanwhile would keep the lock
 
 
 @contextlib.contextmanager
@@ -202,21 +202,21 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[IO[bytes]]:
-    """An empty file at `path` that is the caller's alone: removed at the end, unless renamed before."""
+    """An empty locked file at `path`, removed at the end unless it was renamed."""
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file, _flock(file):
-            if not _lies_at(file, path):
-                continue  # who held it has renamed or removed it while we waited
+            if not _is_at(file, path):
+                continue  # its holder renamed or removed it while we waited
             try:
                 file.truncate(0)
                 yield file
             finally:
-                if _lies_at(file, path):
+                if _is_at(file, path):
                     path.unlink()
             return
 
 
-def _lies_at(file: IO[bytes], path: Path) -> bool:
+def _is_at(file: IO[bytes], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -224,7 +224,7 @@ def _lies_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _claimed(part: Path) -> int:
-    """Length of a part that a live process holds; one that a dead process left is removed."""
+    """The length of a part that a live process holds. A part of a dead process is removed."""
     with contextlib.suppress(FileNotFoundError), part.open("r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
