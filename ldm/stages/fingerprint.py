@@ -1,14 +1,16 @@
-"""What code a stage computes with, as a fingerprint of every module that it imports, in which only the meaning counts.
+"""A fingerprint of the code that a stage computes with: every module that it imports, by meaning.
 
 A module counts by its syntax tree without comments, docstrings, formatting, type-checking imports, printed lines and the
-texts of `InputError`s, and by content, not by name: a module that only moves changes no fingerprint. Modules in `UNCOUNTED`
-decide nothing about a stage's outs. The stage `code` writes the fingerprints to `.ldm/code.yaml`, where `dvc.yaml` reads them
-as parameters, so DVC runs a stage again only if its own fingerprint changed.
+texts of `InputError`s, and by content, not by name: a module that only moves changes no fingerprint. To import a module of a
+package of choices is to import all of them, as Python does. Modules in `UNCOUNTED` decide nothing about a stage's outs. The
+stage `code` writes the fingerprints to `.ldm/code.yaml`, where `dvc.yaml` reads them as parameters, so DVC runs a stage again
+only if its own fingerprint changed.
 """
 
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,7 @@ from ldm.base.errors import InputError
 PACKAGE = Path(__file__).parents[1]
 UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/test_fingerprint.py holds the modules to it
     "ldm.base.lazy": "public names; the stages import from the modules themselves",
+    "ldm.base.options": "checks settings and returns the file's own values, which DVC compares",
     "ldm.config": "checks settings and returns the file's own values, which DVC compares",
     "ldm.base.errors": "ends a run",
     "ldm.registry.lineage": "describes a run",
@@ -77,7 +80,16 @@ def _text(module: str) -> str:
 
 
 def _file(module: str) -> Path:
-    return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    place = PACKAGE.joinpath(*module.split(".")[1:])
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+
+
+@cache
+def _choices(module: str) -> tuple[str, ...]:
+    """The packages around a module that import all their modules: packages of choices."""
+    parts = module.split(".")
+    packages = (".".join(parts[:depth]) for depth in range(2, len(parts)))
+    return tuple(package for package in packages if re.search(rf"^from {package}\.", _text(package), re.MULTILINE))
 
 
 @cache
@@ -125,7 +137,7 @@ class _Reduced(ast.NodeTransformer):
         names = []
         for alias in node.names:
             module = f"{node.module}.{alias.name}"
-            is_module = _file(module).is_file()
+            is_module = _file(module).is_file() and _file(module).name != "__init__.py"
             number = self._follow(module if is_module else str(node.module))
             names.append(ast.alias(f"{number}.{'' if is_module else alias.name}", alias.asname or alias.name))
         return ast.ImportFrom("ldm", names, 0)  # a number instead of the module's name: what it is, its own hash says
@@ -134,10 +146,9 @@ class _Reduced(ast.NodeTransformer):
         """Its number among the modules that count; -1 where it does not."""
         if module.partition(".")[0] != "ldm" or module in UNCOUNTED:
             return -1
-        if not _file(module).is_file():  # a package's public name, or one that is put together at run time
+        if not _file(module).is_file() or _file(module).name == "__init__.py":  # a public name, or one made at run time
             raise ValueError(f"import from the module itself: {module} has no file of its own")
-        if module not in self.targets:
-            self.targets.append(module)
+        self.targets += [name for name in (module, *_choices(module)) if name not in self.targets]
         return self.targets.index(module)
 
 

@@ -7,30 +7,48 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import grimp
 import pytest
 import yaml
+from pydantic import BaseModel
 from tiny import REPOSITORY, TINY, environment, set_params
 
 from ldm.base.errors import InputError
-from ldm.config import load_settings
+from ldm.base.options import Choice, kinds
+from ldm.config import Settings, load_settings
 from ldm.stages import code
 from ldm.stages.fingerprint import UNCOUNTED, check_recorded, counted, fingerprint
 from ldm.stages.stage import NAMES
 
 STAGES = [name for name in NAMES if name != "code"]
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_of_choices(path: Path) -> bool:
+    """Whether importing a module of this package imports all of them."""
+    return path.parent.name != "ldm" and f"from {dotted(path)}." in path.read_text()
+
+
 MODULES = {
-    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path.read_text()
+    dotted(path): path.read_text()
     for path in sorted((REPOSITORY / "ldm").rglob("*.py"))
-    if path.name != "__init__.py"
+    if path.name != "__init__.py" or is_of_choices(path)
 }
 # what modules that count may use of those that do not: names that neither compute nor choose anything
 USED = {
     "ldm.config": "settings as the file has them",
     "ldm.base.errors": "InputError",
+    "ldm.base.options": (
+        "Choice Count Fraction NonNegative OneOf Positive Rate Section chosen explained keys kinds value_at"  # classes by kind
+    ),
     "ldm.base.paths": "constants that dvc.yaml repeats",
     "ldm.base.progress": "Progress",
     "ldm.registry.versions": "downloaded",
@@ -150,7 +168,8 @@ def reached(*modules: str, without: Collection[str] = ()) -> set[str]:
     while pending:
         module = pending.pop()
         found.add(module)
-        pending |= imports().find_modules_directly_imported_by(module) & MODULES.keys() - found - set(without)
+        parents = {module.rsplit(".", depth)[0] for depth in range(1, module.count("."))}  # of choices, if in MODULES
+        pending |= (imports().find_modules_directly_imported_by(module) | parents) & MODULES.keys() - found - set(without)
     return found
 
 
@@ -180,6 +199,9 @@ def test_packages_own_files_hold_public_names_and_nothing_that_computes():
     """They do not count, so nothing that counts may be there, or be imported from there."""
     for path in (REPOSITORY / "ldm").rglob("__init__.py"):
         body = [node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.Expr)]
+        if is_of_choices(path):
+            assert {type(node) for node in body} == {ast.ImportFrom}, path
+            continue
         assert [type(node) for node in body] in ([], [ast.ImportFrom, ast.Assign]), path
         assert not body or "exports(__name__" in ast.unparse(body[1]), path
     for name, text in MODULES.items():
@@ -203,7 +225,7 @@ def test_what_does_not_count_is_there_and_used_only_for_what_computes_nothing():
                 for alias in node.names:
                     whole = f"{node.module}.{alias.name}"
                     module = whole if whole in MODULES else str(node.module)
-                    if module in UNCOUNTED and module not in ("ldm.config", "ldm.base.paths"):
+                    if module in UNCOUNTED and name not in UNCOUNTED and module not in ("ldm.config", "ldm.base.paths"):
                         assert module == whole or alias.name in USED[module].split(), f"{name} uses {whole}"
 
 
@@ -213,13 +235,49 @@ def test_settings_are_the_values_of_the_file_which_dvc_compares(tmp_path):
         shutil.copy(REPOSITORY / "params.yaml", tmp_path)
         set_params(tmp_path, changes)
         values = yaml.safe_load((tmp_path / "params.yaml").read_text())
-        assert yaml.safe_load(yaml.safe_dump(plain(load_settings(tmp_path).model_dump()))) == values
+        assert without_defaults(plain(load_settings(tmp_path).model_dump()), values) == values
     section = ast.parse(MODULES["ldm.config"])
     functions = [node for node in ast.walk(section) if isinstance(node, ast.ClassDef) for node in node.body
                  if isinstance(node, ast.FunctionDef)]  # fmt: skip
     assert {ast.unparse(node.decorator_list[0]) for node in functions} <= {"model_validator(mode='after')", "property"}
     for node in functions:  # a validator changes nothing
         assert "property" in ast.unparse(node.decorator_list[0]) or ast.unparse(node.body[-1]) == "return self"
+
+
+def without_defaults(found: Any, given: Any) -> Any:
+    """What the file gives; the rest are defaults of choices, which count with the code of the choice."""
+    if isinstance(found, dict) and isinstance(given, dict):
+        assert found.keys() == given.keys() or "kind" in given
+        return {key: without_defaults(found[key], given[key]) for key in given}
+    if isinstance(found, list) and isinstance(given, list):
+        return [without_defaults(*pair) for pair in zip(found, given, strict=True)]
+    return float(found) if isinstance(given, str) and isinstance(found, float) else found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_counts_the_code_of_all_that_its_settings_can_choose(stage):
+    modules = set()
+    for key in importlib.import_module(f"ldm.stages.{stage}").STAGE.settings:
+        field, section = key.split(".")[0], Settings
+        for part in key.split("."):
+            field = section.model_fields[part]
+            section = next(models(field.annotation), section)
+        modules |= {choice.__module__ for choice in models(field.annotation) if issubclass(choice, Choice)}
+    if stage == "shard":  # reads all of `data` but this
+        modules = {module for module in modules if not module.startswith("ldm.data.sources")}
+    assert modules - {"ldm.base.options"} <= counted(stage).keys()
+    assert modules or not {"text", "backbone", "sampling"} & set(importlib.import_module(f"ldm.stages.{stage}").STAGE.settings)
+
+
+def models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Every section and choice that a field can hold, at whatever depth."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for model in (annotation, *(kinds(annotation).values() if issubclass(annotation, Choice) else ())):
+            yield model
+            for field in model.model_fields.values():
+                yield from models(field.annotation)
+    for part in getattr(annotation, "__args__", ()):
+        yield from models(part)
 
 
 def plain(value: object) -> object:
