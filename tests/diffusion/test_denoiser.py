@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise import noise_levels
+from ldm.diffusion.noise.tables import Cosine, Linear
 
 KINDS = ("eps", "x0", "v", "edm", "flow")
 SIGMA_DATA = 0.7
@@ -53,7 +53,7 @@ def draws() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def make(kind: str, net: Recorder) -> Denoiser:
-    return Denoiser(net, kind, noise_levels("linear", 1e3), SIGMA_DATA)
+    return Denoiser(net, kind, Linear(sigma_max=1e3).build(), SIGMA_DATA)
 
 
 def wide(coefficient: np.ndarray) -> np.ndarray:
@@ -127,4 +127,4 @@ def test_samples_of_a_batch_do_not_mix(kind, draws):
 
 def test_a_networks_parameters_are_the_denoisers():
     net = torch.nn.Conv2d(2, 2, 1)
-    assert [p is q for p, q in zip(Denoiser(net, "v", noise_levels("cosine", 80.0)).parameters(), net.parameters(), strict=True)]
+    assert [p is q for p, q in zip(Denoiser(net, "v", Cosine().build()).parameters(), net.parameters(), strict=True)]

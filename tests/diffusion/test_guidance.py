@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import Guidance, autoguidance, classifier_free
-from ldm.diffusion.samplers import euler
+from ldm.diffusion.samplers.ddim import ddim
 
 
 class Linear:
@@ -72,7 +72,7 @@ def test_one_evaluation_of_a_doubled_batch_and_none_for_scale_one(inputs):
 def test_a_guided_denoiser_is_a_denoiser_to_samplers(inputs):
     text, empty = apart(inputs)
     sigmas = torch.tensor([4.0, 0.0], dtype=torch.float64)
-    found = euler(guided(Linear(), 2.0, inputs), inputs["x"], sigmas)  # one step to 0 is the denoiser's estimate
+    found = ddim(guided(Linear(), 2.0, inputs), inputs["x"], sigmas)  # one step to 0 is the denoiser's estimate
     shrunk = inputs["x"] / 5 - inputs["x"] / (1 + inputs["sigma"].view(-1, 1, 1, 1))
     torch.testing.assert_close(found, empty + 2 * (text - empty) + shrunk)
 

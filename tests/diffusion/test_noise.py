@@ -1,23 +1,36 @@
 """Noise levels against diffusers' schedulers and the distributions they are named after."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from pydantic import ValidationError
 from scipy import stats
 
 from ldm.base.errors import InputError
-from ldm.diffusion.noise import karras_sigmas, noise_levels
+from ldm.base.options import kinds
+from ldm.diffusion.noise.continuous import LogNormal, Uniform
+from ldm.diffusion.noise.distribution import Noise
+from ldm.diffusion.noise.levels import NoiseLevels
+from ldm.diffusion.noise.tables import ScaledLinear
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}  # the last is not read
 
 
-def draws(noise: str, count: int, sigma_max: float = 80.0) -> np.ndarray:
+every_kind = pytest.mark.parametrize("noise", kinds(Noise))
+
+
+def make(noise: str, **options: Any) -> NoiseLevels:
+    return kinds(Noise)[noise](**options).build()
+
+
+def draws(noise: str, count: int, **options: Any) -> np.ndarray:
     """Independent sigmas, each the first of a batch of its own."""
-    levels, random = noise_levels(noise, sigma_max), torch.Generator().manual_seed(0)
+    levels, random = make(noise, **options), torch.Generator().manual_seed(0)
     return np.array([float(levels.draw(4, random)[0]) for _ in range(count)], dtype=np.float64)
 
 
@@ -25,7 +38,7 @@ def draws(noise: str, count: int, sigma_max: float = 80.0) -> np.ndarray:
 def test_table_is_diffusers_schedule(noise):
     start, end = ENDS[noise]
     theirs = DDPMScheduler(1000, beta_start=start, beta_end=end, beta_schedule=SCHEDULES[noise])
-    table = noise_levels(noise, 1e9).table
+    table = make(noise, sigma_max=1e9).table
     alpha_bar = 1 / (1 + table**2)
     np.testing.assert_allclose(alpha_bar, theirs.alphas_cumprod, rtol=2e-5)
     betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
@@ -34,7 +47,7 @@ def test_table_is_diffusers_schedule(noise):
 
 @pytest.mark.parametrize("noise", SCHEDULES)
 def test_table_stops_at_sigma_max_without_moving_the_rest(noise):
-    whole, cut = noise_levels(noise, 1e9).table, noise_levels(noise, 10.0).table
+    whole, cut = make(noise, sigma_max=1e9).table, make(noise, sigma_max=10.0).table
     assert cut[-1] <= 10.0 < whole[len(cut)]
     assert torch.equal(cut, whole[: len(cut)])
     assert (whole.diff() > 0).all()
@@ -45,20 +58,20 @@ def test_zero_terminal_snr_is_diffusers(noise):
     start, end = ENDS[noise]
     theirs = DDIMScheduler(1000, start, end, SCHEDULES[noise], rescale_betas_zero_snr=True)
     alpha_bar = theirs.alphas_cumprod.double()
-    table = noise_levels(noise, 80.0, zero_terminal_snr=True).table
+    table = make(noise, zero_terminal_snr=True).table
     assert table[-1] <= 80.0
     np.testing.assert_allclose(1 / (1 + table**2), alpha_bar[: len(table)], rtol=2e-3, atol=2e-7)  # theirs is float32
     beyond = alpha_bar[len(table) :].numpy()
     assert len(beyond)  # the levels between sigma_max and infinity
     assert (beyond < 1 / (1 + 80.0**2) + 1e-6).all()
-    finer = noise_levels(noise, 1e9, zero_terminal_snr=True).table
+    finer = make(noise, sigma_max=1e9, zero_terminal_snr=True).table
     assert len(finer) == 999  # all but the last, where nothing is left of the image
-    assert finer[0] == pytest.approx(float(noise_levels(noise, 80.0).table[0]), rel=1e-12)  # and the first stays
+    assert finer[0] == pytest.approx(float(make(noise).table[0]), rel=1e-12)  # and the first stays
 
 
 @pytest.mark.parametrize("noise", ["linear", "cosine"])
 def test_shift_multiplies_the_table(noise):
-    plain, shifted = noise_levels(noise, 1e9), noise_levels(noise, 1e9, shift=3.0)
+    plain, shifted = make(noise, sigma_max=1e9), make(noise, sigma_max=1e9, shift=3.0)
     torch.testing.assert_close(shifted.table[:-1], 3 * plain.table[: len(shifted.table) - 1])
     torch.testing.assert_close(shifted.timesteps(3 * plain.table[:900]), plain.timesteps(plain.table[:900]))
 
@@ -67,25 +80,34 @@ def test_shift_is_that_of_flow_matching():
     """Esser et al. 2024, equation 23, as diffusers' flow schedulers apply it: t' = s t / (1 + (s - 1) t)."""
     t = np.linspace(0.01, 0.9, 50)
     shifted = 3 * t / (1 + 2 * t)
-    levels = noise_levels("uniform", 1e6, shift=3.0)
+    levels = Uniform(sigma_max=1e6, shift=3.0).build()
     found = levels.quantile(torch.from_numpy(t)).numpy()
     np.testing.assert_allclose(found / (1 + found), shifted, atol=2.5e-3)  # sigma_min leaves out a little of [0, 1]
 
 
-def test_a_shift_beyond_sigma_max_is_refused():
-    with pytest.raises(InputError, match=r"cosine, shifted by 100000\.0, has no two levels below sigma_max 80\.0"):
-        noise_levels("cosine", 80.0, shift=1e5)
+@pytest.mark.parametrize("noise", SCHEDULES)
+def test_a_shift_leaves_levels_below_sigma_max(noise):
+    assert len(make(noise, sigma_max=1.0, shift=16.0).table) > 1  # the smallest sigma_max and the largest shift
+    with pytest.raises(ValidationError, match=r"shift\n.*less than or equal to 16"):
+        make(noise, shift=1e5)
+    with pytest.raises(ValidationError, match=r"sigma_max\n.*greater than or equal to 1"):
+        make(noise, sigma_max=0.5)
+
+
+def test_a_log_uniform_distribution_has_no_shift():
+    with pytest.raises(ValidationError, match=r"shift\n.*Extra inputs are not permitted"):
+        make("loguniform", shift=2.0)
 
 
 @pytest.mark.parametrize("noise", ["lognormal", "uniform"])
 def test_continuous_levels_reach_both_ends(noise):
-    levels = noise_levels(noise, 80.0)
+    levels = make(noise)
     assert (levels.sigma_min, levels.sigma_max) == pytest.approx((0.002, 80.0), rel=1e-12)
 
 
 @pytest.mark.parametrize("noise", [*SCHEDULES, "lognormal", "uniform"])
 def test_timesteps_are_exact_at_the_tables_entries_and_interpolate_in_log_sigma(noise):
-    levels = noise_levels(noise, 80.0)
+    levels = make(noise)
     table = levels.table
     count = np.arange(len(table), dtype=np.float64)
     np.testing.assert_allclose(levels.timesteps(table), count, atol=1e-9)
@@ -102,13 +124,13 @@ def test_timesteps_are_those_of_diffusers_euler_scheduler():
     alpha_bar = theirs.alphas_cumprod.double().numpy()
     log_sigmas = 0.5 * np.log((1 - alpha_bar) / alpha_bar)
     sigmas = np.array([0.03, 0.5, 3.3, 14.0])
-    ours = noise_levels("scaled_linear", 80.0).timesteps(torch.from_numpy(sigmas))
+    ours = ScaledLinear().build().timesteps(torch.from_numpy(sigmas))
     np.testing.assert_allclose(ours, theirs._sigma_to_t(sigmas, log_sigmas), atol=1e-3)  # its table is float32
 
 
 @pytest.mark.parametrize("noise", SCHEDULES)
 def test_timesteps_are_drawn_uniformly(noise):
-    levels = noise_levels(noise, 80.0)
+    levels = make(noise)
     sigmas = draws(noise, 3000)
     entries = levels.table.float().double().numpy()
     index = np.searchsorted(entries, sigmas)
@@ -120,18 +142,14 @@ def test_timesteps_are_drawn_uniformly(noise):
 def test_continuous_levels_have_their_distributions(shift):
     """Of ln sigma or of the flow's time, each within [0.002, 80]."""
 
-    def sigmas(noise: str) -> np.ndarray:
-        levels, random = noise_levels(noise, 80.0, shift), torch.Generator().manual_seed(0)
-        return np.array([float(levels.draw(4, random)[0]) for _ in range(3000)], dtype=np.float64)
-
-    unshifted = sigmas("uniform") / shift
+    unshifted = draws("uniform", 3000, shift=shift) / shift
     low, high = (s / (1 + s) for s in (0.002 / shift, 80 / shift))
     assert stats.kstest(unshifted / (1 + unshifted), stats.uniform(low, high - low).cdf).pvalue > 0.001
     for noise, mean, std in (("lognormal", -1.2, 1.2), ("logitnormal", 0.0, 1.0)):
         ends = [(math.log(s / shift) - mean) / std for s in (0.002, 80)]
         expected = stats.truncnorm(*ends, loc=mean + math.log(shift), scale=std)
-        assert stats.kstest(np.log(sigmas(noise)), expected.cdf).pvalue > 0.001
-    log = np.log(sigmas("loguniform"))
+        assert stats.kstest(np.log(draws(noise, 3000, shift=shift)), expected.cdf).pvalue > 0.001
+    log = np.log(draws("loguniform", 3000))
     assert stats.kstest(log, stats.uniform(math.log(0.002), math.log(40_000)).cdf).pvalue > 0.001
 
 
@@ -141,18 +159,18 @@ def test_logit_normal_is_normal_in_the_logit_of_flow_time():
     assert stats.kstest(np.log(t / (1 - t)), stats.norm(0, 1).cdf).pvalue > 0.001
 
 
-@pytest.mark.parametrize("noise", [*SCHEDULES, "lognormal", "logitnormal", "loguniform", "uniform"])
+@every_kind
 def test_quantiles_are_those_of_the_draws(noise):
-    levels = noise_levels(noise, 80.0)
+    levels = make(noise)
     drawn = levels.draw(8192, torch.Generator().manual_seed(1)).double()
     for share in (0.1, 0.25, 0.5, 0.9):
         below = float((drawn < levels.quantile(torch.tensor([share], dtype=torch.float64))).double().mean())
         assert below == pytest.approx(share, abs=2e-3)
 
 
-@pytest.mark.parametrize("noise", [*SCHEDULES, "lognormal", "logitnormal", "loguniform", "uniform"])
+@every_kind
 def test_draws_repeat_with_their_generator_and_stay_in_range(noise):
-    levels = noise_levels(noise, 5.0)
+    levels = make(noise, sigma_max=5.0)
     first, again, other = (levels.draw(512, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert first.dtype == torch.float32
     assert first.shape == (512,)
@@ -165,14 +183,14 @@ def test_draws_repeat_with_their_generator_and_stay_in_range(noise):
 
 def test_grids_in_closed_form():
     """Evenly apart in ln sigma; in the flow's time, its shift undone; in timesteps as diffusers spaces "trailing" ones."""
-    levels = noise_levels("uniform", 80.0, shift=2.0)
+    levels = Uniform(shift=2.0).build()
     np.testing.assert_allclose(levels.grid("exponential", 5), [*np.geomspace(80, 0.002, 5), 0], rtol=1e-10)
     t = 40 / 41 * np.array([1, 0.75, 0.5, 0.25])
     np.testing.assert_allclose(levels.grid("uniform", 4), [*(2 * t / (1 - t)), 0], rtol=1e-12)
-    np.testing.assert_allclose(levels.grid("karras", 7), karras_sigmas(7, 0.002, 80.0), rtol=1e-12)
+    np.testing.assert_allclose(levels.grid("karras", 7), [*np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 7) ** 7, 0], rtol=1e-12)
     theirs = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", timestep_spacing="trailing")
     theirs.set_timesteps(20)
-    table = noise_levels("scaled_linear", 80.0)
+    table = ScaledLinear().build()
     np.testing.assert_allclose(table.grid("uniform", 20)[:-1], table.table[theirs.timesteps], rtol=1e-12)
     between = table.grid("uniform", 30)  # 1000 / 30 is no whole number
     assert (between.diff() < 0).all()
@@ -181,21 +199,14 @@ def test_grids_in_closed_form():
     assert (finest.diff() < 0).all() and finest[-1] == 0
 
 
-@pytest.mark.parametrize(
-    ("schedule", "steps", "message"),
-    [
-        ("karras", 0, "steps 0: a sampler takes at least one"),
-        ("linear", 5, "schedule 'linear' is unknown; choose one of karras, exponential, uniform"),
-    ],
-)
-def test_grids_that_cannot_be(schedule, steps, message):
-    with pytest.raises(InputError, match=message):
-        noise_levels("scaled_linear", 80.0).grid(schedule, steps)
+def test_a_grid_has_a_step():
+    with pytest.raises(InputError, match="steps 0: a sampler takes at least one"):
+        ScaledLinear().build().grid("karras", 0)
 
 
 def test_a_batch_is_stratified():
     """Each of `count` equal parts of flow time holds exactly one draw."""
-    levels = noise_levels("uniform", 80.0)
+    levels = Uniform().build()
     sigma = levels.draw(64, torch.Generator().manual_seed(3)).double()
     low, high = 0.002 / 1.002, 80 / 81
     position = (sigma / (1 + sigma) - low) / (high - low)
@@ -207,14 +218,14 @@ def test_a_batch_is_stratified():
 def test_karras_grid_is_diffusers(steps):
     theirs = EulerDiscreteScheduler(1000, use_karras_sigmas=True)
     grid = theirs._convert_to_karras(torch.tensor([80.0, 0.002]), num_inference_steps=steps)
-    ours = karras_sigmas(steps, 0.002, 80.0)
+    ours = LogNormal().build().grid("karras", steps)
     assert ours.dtype == torch.float64
     assert ours[-1] == 0
     np.testing.assert_allclose(ours[:-1], grid, rtol=1e-6)
 
 
 def test_karras_grid_in_closed_form():
-    ours = karras_sigmas(3, 0.01, 40.0, rho=3.0)
-    middle = (math.cbrt(40.0) / 2 + math.cbrt(0.01) / 2) ** 3
-    np.testing.assert_allclose(ours, [40.0, middle, 0.01, 0.0], rtol=1e-12)
-    assert karras_sigmas(1, 0.01, 40.0).tolist() == pytest.approx([40.0, 0.0])
+    levels = NoiseLevels(LogNormal(), torch.tensor([0.01, 40.0], dtype=torch.float64))
+    middle = (40.0 ** (1 / 7) / 2 + 0.01 ** (1 / 7) / 2) ** 7
+    np.testing.assert_allclose(levels.grid("karras", 3), [40.0, middle, 0.01, 0.0], rtol=1e-12)
+    assert levels.grid("karras", 1).tolist() == pytest.approx([40.0, 0.0])

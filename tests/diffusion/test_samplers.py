@@ -1,6 +1,8 @@
 """Samplers against exact solutions of the probability-flow ODE and diffusers' schedulers."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,15 +12,32 @@ from scipy import stats
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from ldm.base.options import kinds
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise import karras_sigmas, noise_levels
-from ldm.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, euler, heun, langevin
+from ldm.diffusion.noise.levels import NoiseLevels
+from ldm.diffusion.noise.tables import ScaledLinear
+from ldm.diffusion.samplers.ddim import ddim
+from ldm.diffusion.samplers.dpmpp_2m import dpmpp_2m
+from ldm.diffusion.samplers.heun import heun
+from ldm.diffusion.samplers.langevin import langevin
+from ldm.diffusion.samplers.sampler import Sampler
 
 ORDERS = {"euler": 1, "heun": 2, "dpmpp_2m": 2}
 SIGMA_MIN, SIGMA_MAX = 0.05, 20.0
+every_kind = pytest.mark.parametrize("name", kinds(Sampler))
+
+
+def make(kind: str, **options: float) -> Callable[..., Tensor]:
+    return kinds(Sampler)[kind](**options).build(math.inf)
+
+
+def karras(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    return NoiseLevels(ScaledLinear(), torch.tensor([sigma_min, sigma_max], dtype=torch.float64)).grid("karras", steps)
+
+
 GRIDS: dict[str, Callable[[int], Tensor]] = {
     "exponential": lambda steps: torch.from_numpy(np.geomspace(SIGMA_MAX, SIGMA_MIN, steps + 1)),
-    "karras": lambda steps: karras_sigmas(steps + 1, SIGMA_MIN, SIGMA_MAX)[:-1],
+    "karras": lambda steps: karras(steps + 1, SIGMA_MIN, SIGMA_MAX)[:-1],
 }
 
 
@@ -63,7 +82,7 @@ def test_convergence_to_the_closed_form_of_a_gaussian(name, grid):
     exact = mean + (x - mean) * ((std**2 + SIGMA_MIN**2) / (std**2 + SIGMA_MAX**2)) ** 0.5
 
     def error(steps: int) -> float:
-        return float((SAMPLERS[name](gaussian(mean, std), x, GRIDS[grid](steps)) - exact).abs().max())
+        return float((make(name)(gaussian(mean, std), x, GRIDS[grid](steps)) - exact).abs().max())
 
     assert error(320) < {1: 0.1, 2: 2e-3}[ORDERS[name]]
     assert order(error) == pytest.approx(ORDERS[name], abs=0.12)
@@ -81,7 +100,7 @@ def test_convergence_to_an_ode_solver_on_a_mixture(name):
     exact = torch.from_numpy(solved.y[:, -1]).view_as(x)
 
     def error(steps: int) -> float:
-        return float((SAMPLERS[name](mixture, x, GRIDS["exponential"](steps)) - exact).abs().mean())
+        return float((make(name)(mixture, x, GRIDS["exponential"](steps)) - exact).abs().mean())
 
     assert order(error) == pytest.approx(ORDERS[name], abs=0.2)
 
@@ -95,24 +114,24 @@ def mixture_cdf(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "options"),
+    ("sample", "steps"),
     [
-        ("ddpm", 300, {}),
-        ("ddim", 300, {"eta": 0.5}),
-        ("euler", 200, {}),
-        ("heun", 60, {}),
-        ("heun", 60, {"churn": 20.0}),
-        ("heun", 60, {"churn": 20.0, "churn_min": 0.1, "churn_max": 10.0}),
-        ("dpmpp_2m", 60, {}),
-        ("langevin", 150, {"step": 0.2}),
-        ("langevin", 60, {"step": 0.2, "corrections": 4}),
+        (make("ddpm"), 300),
+        (make("ddim", eta=0.5), 300),
+        (make("euler"), 200),
+        (make("heun"), 60),
+        (make("heun", churn=20.0), 60),
+        (partial(heun, churn=20.0, churn_min=0.1, churn_max=10.0), 60),
+        (make("dpmpp_2m"), 60),
+        (make("langevin", step=0.2), 150),
+        (make("langevin", step=0.2, corrections=4), 60),
     ],
 )
-def test_samples_of_a_mixture_are_distributed_as_it_is(name, steps, options):
+def test_samples_of_a_mixture_are_distributed_as_it_is(sample, steps):
     count = 4000
     shape = (count, 1, 1, 1)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    drawn = SAMPLERS[name](mixture, 80 * noise, karras_sigmas(steps, 0.002, 80.0), noises(shape), **options)
+    drawn = sample(mixture, 80 * noise, karras(steps, 0.002, 80.0), noises(shape))
     samples = drawn.flatten().numpy()
     assert stats.kstest(samples, mixture_cdf).pvalue > 0.01
     left = samples < -0.2  # 3 and 6 standard deviations from the components
@@ -139,8 +158,8 @@ def test_langevin_steps_settle_where_their_discretisation_says(step):
 def test_churn_is_algorithm_2_of_karras_et_al():
     """Written again in numpy, from the paper."""
     shape, churn, low, high, scale = (4, 1, 1, 1), 6.0, 0.3, 8.0, 1.007
-    sigmas = karras_sigmas(10, 0.05, 20.0)
-    noise, t = noises(shape), karras_sigmas(10, 0.05, 20.0).numpy()
+    sigmas = karras(10, 0.05, 20.0)
+    noise, t = noises(shape), karras(10, 0.05, 20.0).numpy()
 
     def denoise(x: np.ndarray, level: float) -> np.ndarray:
         return mixture(torch.from_numpy(x), torch.full((4,), level, dtype=torch.float64)).numpy()
@@ -159,25 +178,32 @@ def test_churn_is_algorithm_2_of_karras_et_al():
     np.testing.assert_allclose(found, x, rtol=1e-10)
 
 
+def test_heun_churns_levels_only_that_training_reaches():
+    x, sigmas, noise = start(), karras(10, 0.05, 20.0), noises((5, 1, 2, 3))
+    found = kinds(Sampler)["heun"](churn=6.0).build(15.0)(mixture, x, sigmas, noise)
+    assert torch.equal(found, heun(mixture, x, sigmas, noise, churn=6.0, churn_max=15 / math.sqrt(2)))
+    assert not torch.equal(found, make("heun", churn=6.0)(mixture, x, sigmas, noise))
+
+
 def test_stochastic_samplers_draw_by_themselves_where_no_noise_is_given():
-    x, sigmas = start(), karras_sigmas(5, 0.05, SIGMA_MAX)
+    x, sigmas = start(), karras(5, 0.05, SIGMA_MAX)
     for name in ("ddpm", "langevin"):
         torch.manual_seed(3)
-        first, second = (SAMPLERS[name](mixture, x, sigmas) for _ in range(2))
+        first, second = (make(name)(mixture, x, sigmas) for _ in range(2))
         assert not torch.equal(first, second)
         torch.manual_seed(3)
-        assert torch.equal(first, SAMPLERS[name](mixture, x, sigmas))
+        assert torch.equal(first, make(name)(mixture, x, sigmas))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@every_kind
 def test_the_last_step_to_zero_is_the_denoisers_estimate(name):
     """And nothing divides by the final 0."""
     x, sigmas = start(), torch.tensor([3.0, 0.0], dtype=torch.float64)
     expected = gaussian(0.7, 0.5)(x, torch.full((len(x),), 3.0, dtype=torch.float64))
-    torch.testing.assert_close(SAMPLERS[name](gaussian(0.7, 0.5), x, sigmas), expected)
+    torch.testing.assert_close(make(name)(gaussian(0.7, 0.5), x, sigmas), expected)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@every_kind
 def test_evaluations_and_dtype(name):
     seen: list[Tensor] = []
 
@@ -185,7 +211,7 @@ def test_evaluations_and_dtype(name):
         seen.append(sigma)
         return gaussian(0.0, 1.0)(x, sigma)
 
-    out = SAMPLERS[name](denoise, start().float(), karras_sigmas(8, 0.01, 20.0))
+    out = make(name)(denoise, start().float(), karras(8, 0.01, 20.0))
     assert out.dtype == torch.float32
     assert all(sigma.shape == (5,) and sigma.dtype == torch.float32 for sigma in seen)
     assert len(seen) == (15 if name in ("heun", "langevin") else 8)
@@ -221,16 +247,16 @@ def test_ddim_is_diffusers_ddim(spacing, eta):
     counter = iter(range(25))
     theirs.step = lambda out, t, x: step(out, t, x, eta=eta, variance_noise=noise(next(counter)) if eta else None)
     states, sigmas = scheduler_steps(theirs, begun)
-    denoiser = Denoiser(network, "eps", noise_levels("scaled_linear", 80.0))
+    denoiser = Denoiser(network, "eps", ScaledLinear().build())
     for i, state in enumerate(states[:-1]):
         one = ddim(denoiser, state, sigmas[i : i + 2], lambda _, i=i: noise(i), eta=eta)
         torch.testing.assert_close(one, states[i + 1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ddim(denoiser, states[0], sigmas, noise, eta=eta), states[-1], rtol=1e-4, atol=1e-4)
     if spacing == "trailing":  # the grid is theirs too
-        grid = noise_levels("scaled_linear", 80.0).grid("uniform", 25)
+        grid = ScaledLinear().build().grid("uniform", 25)
         torch.testing.assert_close(grid, sigmas, rtol=1e-5, atol=0)
     if not eta:
-        assert torch.equal(euler(denoiser, states[0], sigmas), ddim(denoiser, states[0], sigmas))
+        assert torch.equal(make("euler")(denoiser, states[0], sigmas), ddim(denoiser, states[0], sigmas))
 
 
 def test_ddpm_is_diffusers_ddpm():
@@ -241,12 +267,12 @@ def test_ddpm_is_diffusers_ddpm():
     step = theirs.step
     theirs.step = lambda out, t, x: step(out, t, x, generator=torch.Generator().manual_seed(int(t)))
     states, sigmas = scheduler_steps(theirs, begun)
-    levels = noise_levels("scaled_linear", 80.0)
+    levels = ScaledLinear().build()
 
     def noise(i: int) -> Tensor:
         return torch.randn(begun.shape, generator=torch.Generator().manual_seed(int(theirs.timesteps[i])), dtype=torch.float64)
 
-    found = SAMPLERS["ddpm"](Denoiser(network, "eps", levels), states[0], sigmas, noise)
+    found = make("ddpm")(Denoiser(network, "eps", levels), states[0], sigmas, noise)
     torch.testing.assert_close(found, states[-1], rtol=1e-4, atol=1e-4)
 
 
@@ -254,6 +280,6 @@ def test_dpmpp_2m_is_diffusers_dpm_solver():
     theirs = DPMSolverMultistepScheduler(1000, 0.00085, 0.012, "scaled_linear", timestep_spacing="trailing")
     theirs.set_timesteps(25)
     states, sigmas = scheduler_steps(theirs, start() / SIGMA_MAX)
-    denoiser = Denoiser(network, "eps", noise_levels("scaled_linear", 80.0))
+    denoiser = Denoiser(network, "eps", ScaledLinear().build())
     for i in range(1, len(states)):
         torch.testing.assert_close(dpmpp_2m(denoiser, states[0], sigmas[: i + 1]), states[i], rtol=1e-4, atol=1e-4)
