@@ -89,7 +89,7 @@ def compare(root: Path, champion: int) -> "pd.DataFrame":
 
 
 def _settled(challenger: Version, champion: Version | None, earlier: dict[str, Any], level: float) -> str | None:
-    """Why no new decision is made, with the `earlier` one in mind; None where one is due."""
+    """Why there is no new decision about the challenger after the `earlier` one; None if one is due."""
     if champion is None:
         return None
     if champion.version == challenger.version:

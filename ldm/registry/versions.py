@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 SYSTEM, LINEAGE = "artifacts/ldm", "lineage"  # folders of a version's files
 HASH, IMAGE, GATE, BITS = "ldm.model", "ldm.image", "ldm.gate", "ldm.bits_per_dim"  # tags
 NO_BOUND = "none"  # `BITS` of a VQ model
-MOST = 200_000  # versions in one answer of MLflow, its limit
 
 
 class Unreachable(InputError):
@@ -149,7 +148,7 @@ def _gate(version: Version) -> dict[str, str]:
     if GATE not in version.tags:
         return {}
     gate = json.loads(version.tags[GATE])
-    outcome = "promoted" if gate["promote"] else "rejected"
+    outcome = "promoted" if gate["promote"] else "not promoted"
     words = {"gate": f"{outcome}: {gate['reason']}", "in short": f"{outcome}: {re.split('[:;]', gate['reason'])[0]}"}
     if math.isfinite(gate["mean"]):
         gain = f"{gate['mean']:+.3g} ± {gate['se']:.2g} nats"
@@ -164,9 +163,9 @@ def _decision_page(version: Version) -> str:
     """Its file, where MLflow keeps it on this machine beside the version's files; else how to download it."""
     name = Path(DECISION).name
     if version.folder:  # EXPERIMENT/models/MODEL/artifacts; a run's are in EXPERIMENT/RUN/artifacts
-        page = version.folder.parents[2] / str(version.run_id) / "artifacts" / name
+        page = version.folder / f"../../../{version.run_id}/artifacts/{name}"
         if page.is_file():
-            return str(page)
+            return str(page.resolve())
     return f"`mlflow artifacts download --artifact-uri runs:/{version.run_id}/{name}`"
 
 
@@ -189,10 +188,10 @@ def connect(*, create: bool = False) -> Any:
 
 
 def _search(client: Any, name: str) -> list[Version]:
-    """All versions of a model, newest first, through MLflow's client."""
+    """The versions of a model, newest first, through MLflow's client; at most 10,000."""
     query = f"name = '{name}'"
     models = client.search_registered_models(query)
-    found = client.search_model_versions(query, MOST, order_by=["version_number DESC"])
+    found = client.search_model_versions(query, order_by=["version_number DESC"])
     return [_version(version, models[0].aliases) for version in found]
 
 

@@ -12,6 +12,7 @@ from ldm.base.paths import PRETRAINED
 from ldm.base.progress import Progress
 from ldm.config import HUB, load_settings
 from ldm.registry.tracking import stage_run, use_default_store
+from ldm.registry.versions import downloaded
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
 
@@ -20,10 +21,8 @@ from ldm.stages.stage import Stage
 def located(root: Path, name: str) -> Iterator[Path]:
     """The folder that a setting names, fetched from the registry or the hub where it is not on this disk."""
     if name.startswith("models:/"):
-        from ldm.registry import versions as registry
-
         use_default_store(root)
-        with registry.downloaded(name) as model:
+        with downloaded(name) as model:
             yield model / "autoencoder"
     else:
         yield _from_hub(name) if re.fullmatch(HUB, name) else root / name

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from ldm.base.errors import InputError
 from ldm.base.hashing import folder_hash
-from ldm.bayes.likelihoods import DiscretizedLogistic
+from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
 from ldm.cli import app
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
@@ -27,7 +27,7 @@ from ldm.data.shards import write_shards
 from ldm.evaluation.bounds import image_bounds
 from ldm.model import LatentDiffusion, Recipe
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
-from ldm.nets.text import TextEncoder
+from ldm.nets.text.minilm import MiniLM
 from ldm.nets.unet import UNet
 from ldm.registry import local_store
 from ldm.registry.promotion import gate_and_promote, promote, rollback
@@ -36,26 +36,29 @@ from ldm.registry.versions import Unreachable, connect, describe, downloaded, fi
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = 4
+SAMPLING = {
+    "sampler": {"kind": "euler"}, "schedule": "karras", "steps": 2, "guidance": 1.0, "guidance_interval": None,
+    "guidance_rescale": 0.0,
+}  # fmt: skip
 
 
 def tiny_model(seed: int, log_scale: float) -> LatentDiffusion:
     """An untrained system for 8x8 grey images; its bound depends mostly on the likelihood's scale."""
     torch.manual_seed(seed)
-    text = TextEncoder.from_pretrained("minilm", 8)
+    text = MiniLM(max_tokens=8)
+    encoder = text.build()
     autoencoder = AutoencoderKL(1, 1, 4, [8, 8], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False)
-    unet = UNet(4, 4, [8, 8], 1, ["none", "cross"], text.width, 2, norm_num_groups=4)
+    unet = UNet(4, 4, [8, 8], 1, ["none", "cross"], encoder.width, 2, norm_num_groups=4)
     recipe = Recipe(
-        kind="v",
-        noise="cosine",
-        sigma_max=80.0,
+        diffusion={"prediction": "v", "noise": {"kind": "cosine"}},
         autoencoder="untrained",
         preprocessing={"image_size": 8, "channels": 1, "resize_filter": "box", "fit": "cover"},
         latent_mean=[0.0] * 4,
         latent_std=[1.0] * 4,
-        text={"encoder": "minilm", "max_tokens": 8, "sha256": text.sha256},
-        sampling={"sampler": "euler", "steps": 2, "guidance": 1.0},
+        text={"options": text.model_dump(), "sha256": encoder.sha256},
+        sampling=SAMPLING,
     )
-    return LatentDiffusion(autoencoder, DiscretizedLogistic(log_scale), unet, recipe)
+    return LatentDiffusion(autoencoder, DiscretizedLogistic(log_scale=log_scale).build(), unet, recipe)
 
 
 def write_outs(root: Path, model: LatentDiffusion, image: str = "8x8x1, box") -> None:
@@ -204,14 +207,14 @@ def test_why_a_version_was_promoted_or_not_can_be_read(
     gate_and_promote(root, 3)
 
     gain = f"{decision.mean:+.3g} ± {decision.se:.2g} nats"
-    rejected = f"rejected: {gain} against version 1"
-    outcomes = ["rejected: not comparable", rejected, "promoted: no champion yet"]
+    rejected = f"not promoted: {gain} against version 1"
+    outcomes = ["not promoted: not comparable", rejected, "promoted: no champion yet"]
     assert [overview(version)["gate"] for version in find({})] == outcomes
     facts = describe(lookup("models:/ldm/2"))
-    assert facts["gate"] == f"rejected: {decision.reason}"
+    assert facts["gate"] == f"not promoted: {decision.reason}"
     assert facts["improvement"] == f"{gain} per image over models:/ldm/1, on {decision.n} test images"
     assert "ldm version 2 does not become champion" in Path(facts["decision page"]).read_text()
-    assert describe(lookup("models:/ldm/3"))["gate"].startswith("rejected: not comparable: its images are 16x16x3")
+    assert describe(lookup("models:/ldm/3"))["gate"].startswith("not promoted: not comparable: its images are 16x16x3")
 
     monkeypatch.setattr(local_store, "REVISION", "of another MLflow")  # so that nothing is known to lie on this machine
     place = describe(lookup("models:/ldm/2"))["decision page"]
@@ -223,7 +226,7 @@ def test_why_a_version_was_promoted_or_not_can_be_read(
 
     (root / "dvc.yaml").touch()  # so that this is a project
     shown = CliRunner().invoke(app, ["registry", "show", "2"], catch_exceptions=False).output.splitlines()
-    assert f"gate            rejected: {decision.reason}" in shown
+    assert f"gate            not promoted: {decision.reason}" in shown
     listed = CliRunner().invoke(app, ["registry", "list"], catch_exceptions=False).output.splitlines()
     assert "gate" in listed[0].split() and rejected in listed[2]
 
@@ -412,7 +415,7 @@ def test_the_served_model_gives_pngs_and_the_same_bytes_for_a_seed(
         assert Image.open(io.BytesIO(blob)).size == (8, 8)
     assert list(served.predict(prompts).png) == list(images.png)
     assert list(served.predict(prompts, params={"seed": 1}).png) != list(images.png)
-    assert list(served.predict(prompts, params={"steps": 3, "guidance": 2.0, "sampler": "heun"}).png) != list(images.png)
+    assert list(served.predict(prompts, params={"steps": 3, "guidance": 2.0, "sampler.kind": "heun"}).png) != list(images.png)
 
     seeded = pd.DataFrame({"prompt": ["noise"] * 3, "seed": [5, 6, 5]})
     several = served.predict(seeded)
