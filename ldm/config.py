@@ -196,7 +196,8 @@ def change_settings(root: Path, assignments: list[str]) -> list[str]:
 
     before = load_settings(root).model_dump()
     path, document = root / "params.yaml", YAML()
-    document.preserve_quotes, document.width = True, 1000
+    document.preserve_quotes, document.width, document.default_flow_style = True, 1000, None  # new lists in one line
+    document.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
     values = document.load(path.read_text(encoding="utf-8"))
     for assignment in assignments:
         assign(values, assignment)
@@ -205,7 +206,8 @@ def change_settings(root: Path, assignments: list[str]) -> list[str]:
     document.dump(values, text)
     write_text(path, text.getvalue())
     names = dict.fromkeys(assignment.partition("=")[0].removesuffix(".kind") for assignment in assignments)
-    return [f"{name}: {value_at(before, name, None)}, now {value_at(after, name, None)}" for name in names]
+    changes = ((name, value_at(before, name, None), value_at(after, name, None)) for name in names)
+    return [f"{name}: {old}, now {new}" for name, old, new in changes if old != new]
 
 
 def validated(values: dict[str, Any], root: Path) -> Settings:

@@ -124,6 +124,10 @@ def assign(values: Any, assignment: str) -> None:
     Another `kind` takes the place of a choice and all its options. `InputError` if the assignment or its key is wrong.
     """
     key, equals, text = assignment.partition("=")
+    try:
+        value = _parsed(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {assignment}: not readable as YAML: {' '.join(str(error).split())}") from None
     *path, last = key.split(".")
     if not equals or not last:
         raise InputError(f"--set {assignment!r}: write KEY=VALUE, such as train_unet.lr=1e-3")
@@ -134,11 +138,9 @@ def assign(values: Any, assignment: str) -> None:
             raise InputError(f"--set {assignment}: there is no {part} in {key}") from None
     if not isinstance(values, dict):
         raise InputError(f"--set {assignment}: {'.'.join(path)} has no keys of its own")
-    if last == "kind" and values.get("kind") != (kind := _parsed(text)):
+    if last == "kind" and values.get("kind") != value:
         values.clear()
-        values["kind"] = kind
-    else:
-        values[last] = _parsed(text)
+    values[last] = value
 
 
 def _parsed(text: str) -> Any:
