@@ -2,7 +2,8 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 
 def exports(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
@@ -19,3 +20,16 @@ def exports(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], 
         return module if homes[name] == name else getattr(module, name)
 
     return __getattr__, sorted(homes)
+
+
+class _Module(ModuleType):
+    """A module that is imported when one of its names is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+if TYPE_CHECKING:
+    import torch as torch
+else:
+    torch = _Module("torch")

@@ -1,11 +1,14 @@
 """What the autoencoder is trained for: what `train_vae.objective` can name."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from ldm.base.errors import InputError
+from ldm.base.lazy import torch
 from ldm.base.options import Choice, Count, NonNegative, Positive
 from ldm.bayes.likelihoods.family import Family
 
@@ -20,17 +23,17 @@ if TYPE_CHECKING:
 class Parts(NamedTuple):
     """What every objective trains with."""
 
-    autoencoder: "Autoencoder"
-    likelihood: "Likelihood"
-    batches: "Batches"
-    regulariser: "Regulariser"
+    autoencoder: Autoencoder
+    likelihood: Likelihood
+    batches: Batches
+    regulariser: Regulariser
 
 
 class VaeChoice(Choice):
     def check(self, root: Path, likelihood: Family) -> None:
         """Raise a `ValueError` if its files are not there, or it needs another likelihood."""
 
-    def build(self, parts: Parts, root: Path, seed: int, image: tuple[int, int, int]) -> "VaeObjective":
+    def build(self, parts: Parts, root: Path, seed: int, image: tuple[int, int, int]) -> VaeObjective:
         """`seed` initialises further networks; `image` is the shape (C, H, W) of an image."""
         raise NotImplementedError
 
@@ -40,7 +43,7 @@ class ElboChoice(VaeChoice):
 
     kind: Literal["elbo"] = "elbo"
 
-    def build(self, parts: Parts, root: Path, seed: int, image: tuple[int, int, int]) -> "VaeObjective":
+    def build(self, parts: Parts, root: Path, seed: int, image: tuple[int, int, int]) -> VaeObjective:
         from ldm.training.vae import VaeObjective
 
         return VaeObjective(*parts)
@@ -59,7 +62,7 @@ class LdmChoice(VaeChoice):
     discriminator_layers: Positive = 2
 
     @model_validator(mode="after")
-    def _a_file_has_a_hash(self) -> "LdmChoice":
+    def _a_file_has_a_hash(self) -> LdmChoice:
         if (self.perceptual == "random") != (self.perceptual_sha256 is None):
             raise ValueError("perceptual_sha256 is the sha256 of the file that perceptual names, and null for `random`")
         return self
@@ -70,9 +73,7 @@ class LdmChoice(VaeChoice):
         if self.perceptual != "random" and not (root / self.perceptual).is_file():
             raise ValueError(f"train_vae.objective.perceptual: found {self.perceptual!r}, neither random nor a file")
 
-    def build(self, parts: Parts, root: Path, seed: int, image: tuple[int, int, int]) -> "VaeObjective":
-        import torch
-
+    def build(self, parts: Parts, root: Path, seed: int, image: tuple[int, int, int]) -> VaeObjective:
         from ldm.nets.adversary import PatchDiscriminator, Perceptual
         from ldm.training.adversarial import AdversarialObjective, Adversary
 

@@ -1,17 +1,17 @@
 """The optimizers that a training section can name."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from __future__ import annotations
 
+from typing import Any, ClassVar, Literal
+
+from ldm.base.lazy import torch
 from ldm.base.options import Choice, NonNegative
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Optimizer(Choice):
     clips: ClassVar[bool] = True  # whether gradients may be clipped
 
-    def build(self, groups: list[dict[str, Any]], lr: float, seed: int, num_data: int) -> "torch.optim.Optimizer":
+    def build(self, groups: list[dict[str, Any]], lr: float, seed: int, num_data: int) -> torch.optim.Optimizer:
         """For parameter groups; `num_data`: that the loss would be a mean of if it were of all data."""
         raise NotImplementedError
 
@@ -22,9 +22,7 @@ class AdamW(Optimizer):
     kind: Literal["adamw"] = "adamw"
     weight_decay: NonNegative = 0.0
 
-    def build(self, groups: list[dict[str, Any]], lr: float, seed: int, num_data: int) -> "torch.optim.Optimizer":
-        import torch
-
+    def build(self, groups: list[dict[str, Any]], lr: float, seed: int, num_data: int) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=True)
 
 
@@ -39,7 +37,7 @@ class Sgld(Optimizer):
     prior_precision: NonNegative = 1.0  # of a Gaussian prior of the weights; 0 is flat
     temperature: NonNegative = 1.0  # 1 is the posterior
 
-    def build(self, groups: list[dict[str, Any]], lr: float, seed: int, num_data: int) -> "torch.optim.Optimizer":
+    def build(self, groups: list[dict[str, Any]], lr: float, seed: int, num_data: int) -> torch.optim.Optimizer:
         from ldm.base.randomness import seed_for
         from ldm.langevin.sgld import SGLD
 

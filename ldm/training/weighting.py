@@ -1,23 +1,26 @@
 """How the denoising loss weighs noise levels: what `train_unet.loss_weight` can name."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Literal
 
+from ldm.base.lazy import torch
 from ldm.base.options import Choice, Rate
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from ldm.diffusion.denoiser import Denoiser
 
 
 class LossWeight(Choice):
     """What is minimised of the standard losses (B,) at noise levels sigma (B,)."""
 
-    def module(self) -> "nn.Module | None":
+    def module(self) -> torch.nn.Module | None:
         """What is trained with the network, if anything."""
         return None
 
-    def weighted(self, losses: "Tensor", sigma: "Tensor", denoiser: "Denoiser", module: "nn.Module | None") -> "Tensor":
+    def weighted(
+        self, losses: torch.Tensor, sigma: torch.Tensor, denoiser: Denoiser, module: torch.nn.Module | None
+    ) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -26,7 +29,9 @@ class Standard(LossWeight):
 
     kind: Literal["standard"] = "standard"
 
-    def weighted(self, losses: "Tensor", sigma: "Tensor", denoiser: "Denoiser", module: "nn.Module | None") -> "Tensor":
+    def weighted(
+        self, losses: torch.Tensor, sigma: torch.Tensor, denoiser: Denoiser, module: torch.nn.Module | None
+    ) -> torch.Tensor:
         return losses
 
 
@@ -39,7 +44,9 @@ class MinSnr(LossWeight):
     kind: Literal["min_snr"] = "min_snr"
     gamma: Rate = 5.0
 
-    def weighted(self, losses: "Tensor", sigma: "Tensor", denoiser: "Denoiser", module: "nn.Module | None") -> "Tensor":
+    def weighted(
+        self, losses: torch.Tensor, sigma: torch.Tensor, denoiser: Denoiser, module: torch.nn.Module | None
+    ) -> torch.Tensor:
         return denoiser.scalings(sigma).out.square() * (1 / sigma**2).clamp(max=self.gamma) * losses
 
 
@@ -48,11 +55,13 @@ class Learned(LossWeight):
 
     kind: Literal["learned"] = "learned"
 
-    def module(self) -> "nn.Module":
+    def module(self) -> torch.nn.Module:
         from ldm.training.uncertainty import Uncertainty
 
         return Uncertainty()
 
-    def weighted(self, losses: "Tensor", sigma: "Tensor", denoiser: "Denoiser", module: "nn.Module | None") -> "Tensor":
+    def weighted(
+        self, losses: torch.Tensor, sigma: torch.Tensor, denoiser: Denoiser, module: torch.nn.Module | None
+    ) -> torch.Tensor:
         assert module is not None
         return module(losses, sigma)

@@ -1,13 +1,12 @@
 """The Bernoulli likelihood of binary images."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from __future__ import annotations
+
+from typing import ClassVar, Literal
 
 from ldm.base.errors import InputError
+from ldm.base.lazy import torch
 from ldm.bayes.likelihoods.family import Family
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 class Bernoulli(Family):
@@ -18,9 +17,7 @@ class Bernoulli(Family):
     scale: ClassVar = "fixed"  # type: ignore[misc]  # no option: the scale is not used
     log_scale: ClassVar = 0.0  # type: ignore[misc]
 
-    def log_prob(self, x: "Tensor", location: "Tensor", log_scale: "Tensor") -> "Tensor":
-        import torch.nn.functional as F
-
+    def log_prob(self, x: torch.Tensor, location: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
         from ldm.base.pixels import to_uint8
 
         if bool((grey := x.abs() != 1).any()):
@@ -28,13 +25,11 @@ class Bernoulli(Family):
                 f"train_vae.likelihood bernoulli needs images of 0 and 255 only, found {int(to_uint8(x[grey][0]))}: "
                 "threshold them at data.image_size, or choose a discretized likelihood"
             )
-        return F.logsigmoid(x * location)
+        return torch.nn.functional.logsigmoid(x * location)
 
-    def mean(self, location: "Tensor") -> "Tensor":
+    def mean(self, location: torch.Tensor) -> torch.Tensor:
         return (location / 2).tanh()
 
-    def sample(self, location: "Tensor", log_scale: "Tensor", rng: "torch.Generator") -> "Tensor":
-        import torch
-
+    def sample(self, location: torch.Tensor, log_scale: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         uniform = torch.rand(location.shape, generator=rng, device=rng.device).to(location)
         return torch.where(uniform < torch.sigmoid(location), 1.0, -1.0).to(location)

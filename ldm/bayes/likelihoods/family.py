@@ -1,13 +1,13 @@
 """What a likelihood p(x | z) is made of: a family of distributions, and how its scale is chosen."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ldm.base.lazy import torch
 from ldm.base.options import Choice
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from ldm.bayes.likelihoods.likelihood import Likelihood
 
 
@@ -23,26 +23,26 @@ class Family(Choice):
     scale: Literal["learned", "fixed", "per_pixel"] = "learned"
     log_scale: float = -3.0
 
-    def build(self) -> "Likelihood":
+    def build(self) -> Likelihood:
         from ldm.bayes.likelihoods.likelihood import Likelihood
 
         return Likelihood(self)
 
-    def log_prob(self, x: "Tensor", location: "Tensor", log_scale: "Tensor") -> "Tensor":
+    def log_prob(self, x: torch.Tensor, location: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
         """In nats, of every value of x (B, C, H, W)."""
         raise NotImplementedError
 
-    def noise(self, shape: "torch.Size", rng: "torch.Generator") -> "Tensor":
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
         """Draws at location 0 and scale 1."""
         raise NotImplementedError
 
-    def mean(self, location: "Tensor") -> "Tensor":
+    def mean(self, location: torch.Tensor) -> torch.Tensor:
         """The mean image; of a discretised family the mean before discretisation, which is within half a bin of it.
 
         (Except where the range ends within the tails: all that lies beyond counts as the last value.)
         """
         return location
 
-    def sample(self, location: "Tensor", log_scale: "Tensor", rng: "torch.Generator") -> "Tensor":
+    def sample(self, location: torch.Tensor, log_scale: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         """x ~ p(x | z), not yet rounded to 8-bit values."""
         return location + log_scale.exp() * self.noise(location.shape, rng).to(location)

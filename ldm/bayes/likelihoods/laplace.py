@@ -1,13 +1,12 @@
 """The Laplace likelihood, whose negative logarithm is the absolute error."""
 
+from __future__ import annotations
+
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from ldm.base.lazy import torch
 from ldm.bayes.likelihoods.family import Family
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 class Laplace(Family):
@@ -16,11 +15,9 @@ class Laplace(Family):
     kind: Literal["laplace"] = "laplace"
     scale: Literal["learned", "fixed"] = "learned"  # fewer than the base class has
 
-    def log_prob(self, x: "Tensor", location: "Tensor", log_scale: "Tensor") -> "Tensor":
+    def log_prob(self, x: torch.Tensor, location: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
         return -(x - location).abs() * (-log_scale).exp() - (log_scale + math.log(2))
 
-    def noise(self, shape: "torch.Size", rng: "torch.Generator") -> "Tensor":
-        import torch
-
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
         first, second = torch.empty((2, *shape), device=rng.device).exponential_(generator=rng)
         return first - second

@@ -1,12 +1,11 @@
 """The discretised logistic likelihood."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from __future__ import annotations
 
+from typing import ClassVar, Literal
+
+from ldm.base.lazy import torch
 from ldm.bayes.likelihoods.family import Family
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 class DiscretizedLogistic(Family):
@@ -19,10 +18,7 @@ class DiscretizedLogistic(Family):
     kind: Literal["discretized_logistic"] = "discretized_logistic"
     discrete: ClassVar[bool] = True
 
-    def log_prob(self, x: "Tensor", location: "Tensor", log_scale: "Tensor") -> "Tensor":
-        import torch
-        import torch.nn.functional as F
-
+    def log_prob(self, x: torch.Tensor, location: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
         from ldm.base.pixels import BIN, centred_levels
 
         width = BIN * torch.exp(-log_scale)  # of a bin, in scales
@@ -30,11 +26,9 @@ class DiscretizedLogistic(Family):
         distance = torch.sub(centred_levels(x), location, alpha=1 / BIN)
         upper, lower = (distance + 0.5) * width, (distance - 0.5) * width
         # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), exact in every tail
-        below, above = F.logsigmoid(upper), F.logsigmoid(-lower)
+        below, above = torch.nn.functional.logsigmoid(upper), torch.nn.functional.logsigmoid(-lower)
         inner = below + above + torch.log(-torch.expm1(-width))
         return torch.where(x < -1 + BIN / 2, below, torch.where(x > 1 - BIN / 2, above, inner))
 
-    def noise(self, shape: "torch.Size", rng: "torch.Generator") -> "Tensor":
-        import torch
-
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
         return torch.rand(shape, generator=rng, device=rng.device, dtype=torch.float64).logit(eps=1e-16)

@@ -1,14 +1,15 @@
 """What a distribution of training noise levels has to say of itself."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from ldm.base.lazy import torch
 from ldm.base.options import Choice
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ldm.diffusion.noise.levels import NoiseLevels
 
 TIMESTEPS = 1000
@@ -25,20 +26,20 @@ class Noise(Choice):
     sigma_max: Annotated[float, Field(ge=1)] = 80.0  # noise levels stop here
     shift: Annotated[float, Field(ge=1 / 16, le=16)] = 1.0  # side of the latents over the side the schedule was made for
 
-    def build(self) -> "NoiseLevels":
+    def build(self) -> NoiseLevels:
         """Raises `InputError` if no two levels are left below `sigma_max`."""
         from ldm.diffusion.noise.levels import NoiseLevels
 
         return NoiseLevels(self, self.table())
 
-    def table(self) -> "Tensor":
+    def table(self) -> torch.Tensor:
         """The sigmas of the training timesteps, ascending, float64 (T,)."""
         raise NotImplementedError
 
-    def quantile(self, u: "Tensor", table: "Tensor") -> "Tensor":
+    def quantile(self, u: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """The sigma below which a share u in [0, 1) of the draws lies, elementwise."""
         raise NotImplementedError
 
-    def uniform_grid(self, t: "Tensor", table: "Tensor") -> "Tensor":
+    def uniform_grid(self, t: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """The sigmas at times t, descending from 1 to above 0, uniform in this distribution's own time."""
         raise NotImplementedError

@@ -3,14 +3,14 @@
 The cumulative product `alpha_bar` of 1 - beta gives sigma = sqrt((1 - alpha_bar) / alpha_bar) (Karras et al. 2022, appendix C).
 """
 
+from __future__ import annotations
+
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from ldm.base.errors import InputError
+from ldm.base.lazy import torch
 from ldm.diffusion.noise.distribution import TIMESTEPS, Noise
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Table(Noise):
@@ -21,13 +21,11 @@ class Table(Noise):
 
     zero_terminal_snr: bool = False
 
-    def betas(self) -> "Tensor":
+    def betas(self) -> torch.Tensor:
         """float64 (TIMESTEPS,)."""
         raise NotImplementedError
 
-    def table(self) -> "Tensor":
-        import torch
-
+    def table(self) -> torch.Tensor:
         alpha = torch.cumprod(1 - self.betas(), 0).sqrt()
         if self.zero_terminal_snr:
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
@@ -39,12 +37,10 @@ class Table(Noise):
             )
         return table
 
-    def quantile(self, u: "Tensor", table: "Tensor") -> "Tensor":
+    def quantile(self, u: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return table[(u * len(table)).long()].to(u)
 
-    def uniform_grid(self, t: "Tensor", table: "Tensor") -> "Tensor":
-        import torch
-
+    def uniform_grid(self, t: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         position = t * len(table) - 1
         lower = position.floor().long().clamp(0, len(table) - 2)
         return torch.lerp(table[lower].log(), table[lower + 1].log(), position - lower).exp()
@@ -57,9 +53,7 @@ class _Linear(Table):
     last: ClassVar[float]
     power: ClassVar[float]
 
-    def betas(self) -> "Tensor":
-        import torch
-
+    def betas(self) -> torch.Tensor:
         ends = self.first**self.power, self.last**self.power
         return torch.linspace(*ends, TIMESTEPS, dtype=torch.float64) ** (1 / self.power)
 
@@ -87,9 +81,7 @@ class Cosine(Table):
 
     kind: Literal["cosine"] = "cosine"
 
-    def betas(self) -> "Tensor":
-        import torch
-
+    def betas(self) -> torch.Tensor:
         t = torch.linspace(0, 1, TIMESTEPS + 1, dtype=torch.float64)
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - f[1:] / f[:-1]).clamp(max=0.999)

@@ -1,20 +1,22 @@
 """The first-order samplers: DDIM, and its ends DDPM and Euler."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ldm.base.lazy import torch
 from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, draw, level
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def ddim(denoiser: DenoiseFn, x: "Tensor", sigmas: "Tensor", noise: Noise | None = None, *, eta: float = 0.0) -> "Tensor":
+def ddim(
+    denoiser: DenoiseFn, x: torch.Tensor, sigmas: torch.Tensor, noise: Noise | None = None, *, eta: float = 0.0
+) -> torch.Tensor:
     """Song et al. 2021, equations 12 and 16, divided by the square root of alpha_bar.
 
     `eta` from 0, deterministic, to 1, where each step draws from the posterior of the noising Markov chain.

@@ -1,18 +1,18 @@
 """DPM-Solver++ 2M."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from ldm.base.lazy import torch
 from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, level
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def dpmpp_2m(denoiser: DenoiseFn, x: "Tensor", sigmas: "Tensor", noise: Noise | None = None) -> "Tensor":
+def dpmpp_2m(denoiser: DenoiseFn, x: torch.Tensor, sigmas: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
     """Second order, one evaluation a step (Lu et al. 2022, algorithm 2)."""
-    previous: Tensor | None = None
+    previous: torch.Tensor | None = None
     logs = sigmas.log().neg().tolist()  # lambda = -ln sigma
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = denoiser(x, level(x, sigma))

@@ -1,29 +1,29 @@
 """Heun's method, with churn if asked for."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from ldm.base.lazy import torch
 from ldm.base.options import NonNegative
 from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, draw, level
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def heun(
     denoiser: DenoiseFn,
-    x: "Tensor",
-    sigmas: "Tensor",
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
     noise: Noise | None = None,
     *,
     churn: float = 0.0,
     churn_min: float = 0.0,
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
-) -> "Tensor":
+) -> torch.Tensor:
     """Second order, two evaluations a step (Karras et al. 2022, algorithms 1 and 2).
 
     With `churn` (their S_churn), each step from a level within [churn_min, churn_max] first adds noise of standard deviation

@@ -1,20 +1,26 @@
 """Annealed Langevin dynamics as a corrector."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from ldm.base.lazy import torch
 from ldm.base.options import Count, Rate
 from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, draw, level
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def langevin(
-    denoiser: DenoiseFn, x: "Tensor", sigmas: "Tensor", noise: Noise | None = None, *, corrections: int = 1, step: float = 0.3
-) -> "Tensor":
+    denoiser: DenoiseFn,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    noise: Noise | None = None,
+    *,
+    corrections: int = 1,
+    step: float = 0.3,
+) -> torch.Tensor:
     """Predictor and corrector (Song et al. 2021, "Score-based generative modeling", algorithm 1).
 
     An Euler step to the next level, and there `corrections` steps of Langevin dynamics, annealed as the level falls (Song &

@@ -6,16 +6,16 @@ dx/dsigma = (x - D(x; sigma)) / sigma, the others a stochastic equation with the
 equations 3 and 6).
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from ldm.base.lazy import torch
 from ldm.base.options import Choice
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-DenoiseFn = Callable[["Tensor", "Tensor"], "Tensor"]
-Noise = Callable[[int], "Tensor"]
+DenoiseFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Noise = Callable[[int], torch.Tensor]
 
 
 class Sampler(Choice):
@@ -26,12 +26,10 @@ class Sampler(Choice):
         raise NotImplementedError
 
 
-def level(x: "Tensor", sigma: float) -> "Tensor":
+def level(x: torch.Tensor, sigma: float) -> torch.Tensor:
     """The noise level of every image of x, (B,)."""
     return x.new_full((len(x),), sigma)
 
 
-def draw(noise: "Noise | None", i: int, x: "Tensor") -> "Tensor":
-    import torch
-
+def draw(noise: Noise | None, i: int, x: torch.Tensor) -> torch.Tensor:
     return torch.randn_like(x) if noise is None else noise(i).to(x)

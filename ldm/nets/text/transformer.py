@@ -1,13 +1,13 @@
 """Any text model that `transformers` loads, from a folder or the hub."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ldm.base.errors import InputError
+from ldm.base.lazy import torch
 from ldm.nets.text.options import Text
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Transformer(Text):
@@ -33,7 +33,7 @@ class Transformer(Text):
             reason = str(error).splitlines()[0]
             raise InputError(f"text.model {self.model!r}: neither a folder here nor loadable from the hub ({reason})") from None
 
-    def network(self, folder: Path) -> "Network":
+    def network(self, folder: Path) -> Network:
         try:
             return Network(folder, self.max_tokens)
         except InputError:
@@ -46,7 +46,6 @@ class Network:
     """The text model of a folder; `InputError` if weights are missing."""
 
     def __init__(self, folder: Path, max_tokens: int):
-        import torch
         from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         from transformers.utils import logging
 
@@ -63,6 +62,6 @@ class Network:
         self._model.eval().requires_grad_(False)
         self.width = int(self._model.config.hidden_size)
 
-    def __call__(self, texts: list[str]) -> tuple["Tensor", "Tensor"]:
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt")
         return self._model(**tokens).last_hidden_state, tokens["attention_mask"].bool()
