@@ -1,13 +1,11 @@
 """One number for the whole system: an evidence lower bound of autoencoder and diffusion model together.
 
-log p(x) >= E_q[log p(x | z)] - E_q[log q(z | x)] + E_q[log p_diffusion(z)], the last term bounded below by
--log p(z) <= KL(N(z, sigma_max²) || N(0, sigma_max² + 1))
-             + (ln sigma_max - ln sigma_min) E_u[|z - D(z + sigma n; sigma)|² / sigma²]
-             + (d / 2) (1 + ln 2 pi sigma_min²),    u = ln sigma uniform on [ln sigma_min, ln sigma_max]
-(Kingma et al. 2021, "Variational diffusion models", in the variance-exploding form). Everything is computed in the
-space of standardised latents, entropy included, so no Jacobian is missing. With prompts it bounds log p(x | prompt).
-It needs a likelihood of 8-bit values, not a density, and latents with a density, which the codes of a VQ autoencoder
-have not: report rate and distortion for those.
+log p(x) >= E_q[log p(x | z)] - E_q[log q(z | x)] + E_q[log p_diffusion(z)], where the diffusion model gives the bound
+-log p_diffusion(z) <= KL(N(z, sigma_max²) || N(0, sigma_max² + 1))
+                       + (ln sigma_max - ln sigma_min) E_u[|z - D(z + sigma n; sigma)|² / sigma²]
+                       + (d / 2) (1 + ln 2 pi sigma_min²),    u = ln sigma uniform on [ln sigma_min, ln sigma_max]
+(Kingma et al. 2021, "Variational diffusion models", in the variance-exploding form). All terms are computed in standardised
+latents, so no Jacobian is missing. With prompts it bounds log p(x | prompt).
 """
 
 import math
@@ -18,31 +16,32 @@ import torch
 from torch import Tensor
 
 from ldm.base.errors import InputError
-from ldm.bayes.elbo import Autoencoder, LowerBound
+from ldm.bayes.elbo import LowerBound
 from ldm.bayes.likelihoods.likelihood import Likelihood
+from ldm.nets.autoencoder import Autoencoder
+
+Denoise = Callable[[Tensor, Tensor], Tensor]  # from x at noise level sigma (B,) to the denoised latents, without guidance
 
 
 @dataclass(frozen=True)
 class Bound(LowerBound):
-    """A lower bound on log p(x | prompt); every term in nats per image (B,), `dims` the values in an image."""
+    """A lower bound on log p(x | prompt); every term in nats per image (B,)."""
 
     reconstruction: Tensor  # E_q[log p(x | z)]
     entropy: Tensor  # -E_q[log q(z | x)]
     prior: Tensor  # lower bound of E_q[log p_diffusion(z)]
-    dims: int
+    dims: int  # values in an image
 
     @property
     def nats(self) -> Tensor:
         return self.reconstruction + self.entropy + self.prior
 
 
-def diffusion_bound(
-    denoise: Callable[[Tensor, Tensor], Tensor], z: Tensor, sigma_min: float, sigma_max: float, u: Tensor, noise: Tensor
-) -> Tensor:
+def diffusion_bound(denoise: Denoise, z: Tensor, sigma_min: float, sigma_max: float, u: Tensor, noise: Tensor) -> Tensor:
     """A lower bound on log p(z) for standardised latents z (B, C, H, W), in nats, (B,).
 
-    `u` (L, B) are positions in [0, 1) uniform over ln sigma and `noise` (L, B, C, H, W) standard normal: the
-    expectation over noise levels is their mean over L. `denoise(x, sigma)` must be without guidance.
+    The expectation over noise levels is the mean over L draws: `u` (L, B) uniform in [0, 1), a position between ln sigma_min and
+    ln sigma_max, and `noise` (L, B, C, H, W) standard normal.
     """
     d = z[0].numel()
     span = math.log(sigma_max / sigma_min)
@@ -60,7 +59,7 @@ def diffusion_bound(
 def whole_bound(
     autoencoder: Autoencoder,
     likelihood: Likelihood,
-    denoise: Callable[[Tensor, Tensor], Tensor],
+    denoise: Denoise,
     x: Tensor,
     *,
     latent_mean: Tensor,
@@ -71,10 +70,11 @@ def whole_bound(
     u: Tensor,
     noise: Tensor,
 ) -> Bound:
-    """The bound for images x (B, C, H, W), 8-bit values in [-1, 1], with one posterior sample an image.
+    """The bound for images x (B, C, H, W), 8-bit values in [-1, 1], with one sample of q(z | x) an image.
 
-    `latent_mean` and `latent_std` (1, C, 1, 1) standardise the latents; `latent_noise` (B, c, h, w) draws the
-    posterior sample; `u` and `noise` as in `diffusion_bound`.
+    `latent_noise` (B, c, h, w) makes that sample, `latent_mean` and `latent_std` (1, c, 1, 1) standardise it. `u` and `noise` are
+    those of `diffusion_bound`. Raises `InputError` for a VQ autoencoder, whose latents have no density, and for a likelihood that
+    is a density itself.
     """
     if hasattr(autoencoder, "quantize"):
         raise InputError("the whole system's bound is undefined for a VQ autoencoder: report rate and distortion instead")

@@ -1,8 +1,7 @@
-"""What the latents of a split carry: active units, the KL term taken apart, posterior collapse (`README.md`).
+"""What the latents of a split carry: active units, the two parts of the KL term, posterior collapse (`README.md`).
 
-The KL term is what a code for z costs beyond the prior, and it pays for two things (Hoffman & Johnson 2016, "ELBO
-surgery"): E_x KL(q(z | x) || p(z)) = I(x; z) + KL(q(z) || p(z)), information about x, and the distance of the aggregate
-posterior q(z) = E_x q(z | x) from the prior, which ancestral sampling suffers from.
+E_x KL(q(z | x) || p(z)) = I(x; z) + KL(q(z) || p(z)): information about x, and the distance between the prior and the aggregate
+posterior q(z) = E_x q(z | x), from which ancestral sampling suffers (Hoffman & Johnson 2016, "ELBO surgery").
 """
 
 import math
@@ -16,29 +15,30 @@ from ldm.base.randomness import generator
 from ldm.nets.autoencoder import DiagonalGaussian
 
 ACTIVE = 0.01  # variance of E[z | x] over x (Burda et al. 2016, section 4.2)
-# Nats a position. A latent that shares 0.1 nats with its image has a squared correlation with it of 1 - exp(-0.2) = 18 %:
-# the diffusion model would mostly learn noise. Channels in use have 0.5 to 5 nats.
+# Nats a position. A latent that shares 0.1 nats with its image has a squared correlation of 1 - exp(-0.2) = 18 % with it, so the
+# diffusion model would mostly learn noise. Channels in use have 0.5 to 5 nats.
 COLLAPSED = 0.1
 VALUES = 2048  # posteriors in the mixture of a channel's marginal
 IMAGES = 1024  # images in the mixture of whole latents
 CHUNK = 1 << 22  # numbers worked on at a time
+STANDARD_NORMAL = DiagonalGaussian(torch.zeros(()), torch.zeros(()))
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Of the posteriors of `images` images; information in nats, per channel (c,) where not said otherwise."""
+    """Of the posteriors of `images` images; information in nats; tensors per channel (c,)."""
 
     images: int
     positions: int  # h w
-    active_units: int  # of the c h w latents, those whose posterior mean varies by more than ACTIVE
+    active_units: int  # latents, of c h w, whose posterior mean has a variance above ACTIVE
     kl: Tensor  # E KL(q(z | x) || N(0, I)), per image
     mean: Tensor  # of the aggregate posterior, over images and positions
-    std: Tensor  # of the same: the mean of the variances and the variance of the means
-    aggregate_kl: Tensor  # KL(q(z) || N(0, 1)) of one value, whatever its position
+    std: Tensor  # of the aggregate posterior
+    aggregate_kl: Tensor  # KL(q(z) || N(0, 1)) of one value, regardless of its position
     value_information: Tensor  # I(image and position; z) of one value: kl / positions - aggregate_kl
-    value_ceiling: float  # the most that the estimate of value_information can be, but for noise: near it, it says "at least"
+    value_ceiling: float  # largest estimate of value_information, but for noise
     mutual_information: float  # I(x; z) of whole latents, per image
-    ceiling: float  # the most that the estimate of mutual_information can be
+    ceiling: float  # largest estimate of mutual_information
 
     @property
     def units(self) -> int:
@@ -50,7 +50,7 @@ class Diagnostics:
         return torch.nonzero(self.kl / self.positions < COLLAPSED).flatten().tolist()
 
     def warning(self) -> str | None:
-        """Which channels the decoder does without, and what to change; None if all are in use."""
+        """Which channels have collapsed and what to change; None if all are in use."""
         if not (found := self.collapsed):
             return None
         total = len(self.kl)
@@ -62,7 +62,7 @@ class Diagnostics:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Flat names for a tracker."""
+        """Names and numbers for a tracker."""
         channels = {
             "kl_nats": self.kl,
             "latent_mean": self.mean,
@@ -83,25 +83,24 @@ class Diagnostics:
 
 @torch.no_grad()
 def diagnose(mean: Tensor, logvar: Tensor, seed: int = 0) -> Diagnostics:
-    """Of the posteriors N(mean, exp(logvar)) of a split's images, each (N, c, h, w), prior N(0, I).
+    """Diagnostics of the posteriors N(mean, exp(logvar)) of a split's images, each (N, c, h, w); the prior is N(0, I).
 
-    Moments, active units and KL are over all of them, in pieces. The rest are Monte-Carlo estimates with one draw from each
-    posterior of a subsample, which `seed` decides, and the mixture of that subsample in the place of q(z):
-    2048 values (image and position) for a channel's one-dimensional marginal, 1024 images for whole latents.
-    As every draw's own posterior is in its mixture of M, information saturates at ln M (Poole et al. 2019, equation 12): near
-    there it is underestimated and aggregate_kl overestimated, so read it together with its ceiling. Whole latents of real
-    images mostly sit at it, every image being told from 1023 others. An aggregate_kl of nearly 0 can come out below 0.
+    Moments, active units and KL use all images. The information terms are Monte-Carlo estimates, with one draw from each
+    posterior of a subsample (by `seed`) whose mixture stands for q(z): 2048 values (image and position) for the marginal of a
+    channel, 1024 images for whole latents. As each draw's own posterior is one of the M in the mixture, information saturates at
+    ln M (Poole et al. 2019, equation 12): near that ceiling it is underestimated, and aggregate_kl overestimated. Whole latents
+    of real images are mostly at the ceiling: each image is told from 1023 others. An aggregate_kl of nearly 0 can be estimated
+    below 0.
     """
     if mean.shape != logvar.shape or mean.ndim != 4:
         raise ValueError(f"expected mean and logvar (N, c, h, w), found {tuple(mean.shape)} and {tuple(logvar.shape)}")
     if len(mean) < 2:
         raise InputError(f"diagnostics compare posteriors of different images: found {len(mean)}, give 2 or more")
-    rng = generator(seed, "diagnostics")
-    count, positions = len(mean), mean.shape[2] * mean.shape[3]
+    rng, positions = generator(seed, "diagnostics"), mean.shape[2] * mean.shape[3]
     active, kl, centre, std = _moments(mean, logvar)
     aggregate = torch.stack([_aggregate_kl(mean[:, c], logvar[:, c], rng) for c in range(mean.shape[1])])
     return Diagnostics(
-        images=count,
+        images=len(mean),
         positions=positions,
         active_units=active,
         kl=kl,
@@ -109,28 +108,27 @@ def diagnose(mean: Tensor, logvar: Tensor, seed: int = 0) -> Diagnostics:
         std=std,
         aggregate_kl=aggregate,
         value_information=kl / positions - aggregate,
-        value_ceiling=math.log(min(count * positions, VALUES)),
+        value_ceiling=math.log(min(len(mean) * positions, VALUES)),
         mutual_information=_mutual_information(mean, logvar, rng),
-        ceiling=math.log(min(count, IMAGES)),
+        ceiling=math.log(min(len(mean), IMAGES)),
     )
 
 
 def _moments(mean: Tensor, logvar: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Active units; KL an image, mean and standard deviation of the aggregate posterior, each (c,) in float64."""
+    """Active units; KL per image, mean and standard deviation of the aggregate posterior, each (c,) in float64."""
     sums = torch.zeros((4, *mean.shape[1:]), dtype=torch.float64, device=mean.device)  # (4, c, h, w)
     rows = max(1, CHUNK // mean[0].numel())
     for m, v in zip(mean.split(rows), logvar.split(rows), strict=True):
         m, v = m.double(), v.double()
-        kl = DiagonalGaussian(m, v).kl()
-        sums += torch.stack([part.sum(0) for part in (m, m.square(), v.exp(), kl)])
+        sums += torch.stack([part.sum(0) for part in (m, m.square(), v.exp(), DiagonalGaussian(m, v).kl())])
     centre, square, variance, kl = sums.cpu() / len(mean)
-    spread = (square - centre.square()) * len(mean) / (len(mean) - 1)  # of E[z | x] over x, unbiased
+    spread = (square - centre.square()) * len(mean) / (len(mean) - 1)  # unbiased variance of E[z | x] over x
     total = square.mean((1, 2)) - centre.mean((1, 2)).square() + variance.mean((1, 2))
     return int((spread > ACTIVE).sum()), kl.sum((1, 2)), centre.mean((1, 2)), total.sqrt()
 
 
 def _aggregate_kl(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> Tensor:
-    """KL of the marginal of one channel (N, h, w), over images and positions, from N(0, 1)."""
+    """KL between the marginal of one channel (N, h, w), over images and positions, and N(0, 1)."""
     _, h, w = mean.shape
     at = _spread_out(mean.numel(), VALUES, rng).to(mean.device)
     chosen = (at // (h * w), at // w % h, at % w)  # `torch.unravel_index` imports sympy
@@ -139,8 +137,7 @@ def _aggregate_kl(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> Tensor:
     z = q.sample(noise)[:, None]  # (M, 1)
     pairs = q.log_prob(z)  # (M, M): of draw i under posterior j
     pairs.diagonal().copy_(_own(q, noise))
-    prior = DiagonalGaussian(torch.zeros(()), torch.zeros(())).log_prob(z[:, 0])
-    return (pairs.logsumexp(1) - math.log(len(z)) - prior).mean()
+    return (pairs.logsumexp(1) - math.log(len(z)) - STANDARD_NORMAL.log_prob(z[:, 0])).mean()
 
 
 def _mutual_information(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> float:
@@ -148,14 +145,14 @@ def _mutual_information(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> f
     chosen = _spread_out(len(mean), IMAGES, rng)
     pairs = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
     own = torch.zeros(len(chosen), dtype=torch.float64)
-    for channel in range(mean.shape[1]):  # one at a time, for the memory
+    for channel in range(mean.shape[1]):  # one at a time, to save memory
         rows = chosen.to(mean.device)
         q = DiagonalGaussian(*(t[rows, channel].double().cpu().flatten(1) for t in (mean, logvar)))  # (M, h w)
         noise = torch.randn(q.mean.shape, generator=rng, dtype=torch.float64)
         z, precision = q.sample(noise), torch.exp(-q.logvar)
-        # log q(z_i | x_j), its square multiplied out into matrix products
+        # log q(z_i | x_j): the square expanded into matrix products, and the terms without z, which are log q(0 | x_j)
         pairs += z @ (q.mean * precision).T - 0.5 * z.square() @ precision.T
-        pairs += q.log_prob(torch.zeros(())).sum(1)  # at 0: all that has no z in it
+        pairs += q.log_prob(torch.zeros(())).sum(1)
         own += _own(q, noise).sum(1)
     pairs.diagonal().copy_(own)
     return float((own - pairs.logsumexp(1)).mean()) + math.log(len(chosen))
@@ -163,10 +160,10 @@ def _mutual_information(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> f
 
 def _own(q: DiagonalGaussian, noise: Tensor) -> Tensor:
     """log q of the draw that `noise` makes, exact however narrow q is."""
-    return DiagonalGaussian(torch.zeros(()), torch.zeros(())).log_prob(noise) - 0.5 * q.logvar
+    return STANDARD_NORMAL.log_prob(noise) - 0.5 * q.logvar
 
 
 def _spread_out(count: int, most: int, rng: torch.Generator) -> Tensor:
-    """At most `most` of `count` indices, one drawn from each of as many equal parts; all of them if they are no more."""
+    """At most `most` of `count` indices, one from each of as many equal parts; all of them if there are no more."""
     edges = torch.arange(min(count, most) + 1) * count // min(count, most)
     return edges[:-1] + (torch.rand(len(edges) - 1, generator=rng, dtype=torch.float64) * edges.diff()).long()

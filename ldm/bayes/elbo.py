@@ -3,31 +3,20 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.base.errors import InputError
 from ldm.bayes.likelihoods.likelihood import Likelihood
-from ldm.nets.autoencoder import DiagonalGaussian
+from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian
 
 LOG_2PI = math.log(2 * math.pi)
-LogPrior = Callable[[Tensor], Tensor]  # latents (B, c, h, w) to log p(z) in nats (B,)
-
-
-class Autoencoder(Protocol):
-    """What the bounds need of one; a VQ autoencoder has a `quantize` besides."""
-
-    config: dict[str, Any]
-
-    def encode(self, x: Tensor) -> DiagonalGaussian: ...
-
-    def decode(self, z: Tensor) -> Tensor: ...
+LogPrior = Callable[[Tensor], Tensor]  # from latents (B, c, h, w) to log p(z) in nats (B,)
 
 
 class LowerBound:
-    """A lower bound on log p(x): `nats` (B,) of images with `dims` values each."""
+    """A lower bound on log p(x): `nats` per image (B,), of images with `dims` values."""
 
     dims: int
 
@@ -48,10 +37,10 @@ class LowerBound:
 
 @dataclass(frozen=True)
 class Elbo(LowerBound):
-    """log p(x) >= reconstruction - kl, each in nats per image (B,); `dims` is the number of values in an image."""
+    """log p(x) >= reconstruction - kl."""
 
-    reconstruction: Tensor  # E_q[log p(x | z)]
-    kl: Tensor  # KL(q(z | x) || p(z))
+    reconstruction: Tensor  # E_q[log p(x | z)], nats per image (B,)
+    kl: Tensor  # KL(q(z | x) || p(z)), nats per image (B,)
     dims: int
     kl_per_dim: Tensor | None = None  # (B, c, h, w), sums to kl; None for a prior without closed form
 
@@ -63,16 +52,16 @@ class Elbo(LowerBound):
 def elbo(autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noise: Tensor, log_prior: LogPrior | None = None) -> Elbo:
     """One-sample estimate for images x (B, C, H, W) in [-1, 1]; `noise` ~ N(0, I) has the latents' shape.
 
-    (Kingma & Welling 2014, equation 7; Rezende et al. 2014.) The prior is N(0, I), the KL term exact; with `log_prior` it
-    is the sample's log q(z | x) - log p(z). A VQ autoencoder (one with a `quantize`) has discrete latents, a uniform prior
-    over its K codes and an encoder that is sure of one: ln K nats a position (van den Oord et al. 2017), kl_per_dim
-    (B, 1, h, w), and no sampling: `noise` goes unused.
+    (Kingma & Welling 2014, equation 7; Rezende et al. 2014.) The prior is N(0, I) and the KL term exact; with `log_prior` it is
+    estimated as log q(z | x) - log p(z) of the sample. A VQ autoencoder (one with `quantize`) has a uniform prior over K codes
+    and a deterministic encoder: the KL term is ln K nats a position (van den Oord et al. 2017), kl_per_dim is (B, 1, h, w), and
+    `noise` is unused.
     """
     posterior = autoencoder.encode(x)
     vq = hasattr(autoencoder, "quantize")
     if vq and log_prior is not None:
         raise InputError("a VQ autoencoder's prior is uniform over its codes: call elbo without log_prior")
-    z = posterior.mean if vq else posterior.sample(noise)  # VQ's decode begins with the quantisation
+    z = posterior.mean if vq else posterior.sample(noise)  # the decoder of a VQ autoencoder quantises first
     reconstruction = _total(likelihood.log_prob(x, autoencoder.decode(z)))
     if log_prior is not None:
         return Elbo(reconstruction, _log_q(posterior, noise) - log_prior(z), x[0].numel())
@@ -84,15 +73,13 @@ def elbo(autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noise: Ten
 def importance_bound(
     autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noises: Iterable[Tensor], log_prior: LogPrior | None = None
 ) -> Tensor:
-    """log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x) of images x (B, C, H, W), in nats (B,), float64.
+    """log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x) of images x (B, C, H, W), in nats (B,), float64; no gradients.
 
-    (Burda et al. 2016, equation 8.) Its mean rises from the ELBO at K = 1 to log p(x). K is how many `noises` there are,
-    each ~ N(0, I) of the latents' shape; one is held at a time, so that K can be anything. Not for training: no gradients.
+    (Burda et al. 2016, equation 8.) Its mean rises from the ELBO at K = 1 to log p(x). `noises` are K draws from N(0, I) of the
+    latents' shape; one is held at a time.
     """
     if hasattr(autoencoder, "quantize"):
-        raise InputError(
-            "importance_bound has nothing to weigh for a VQ autoencoder, whose posterior is a single code: report its elbo"
-        )
+        raise InputError("importance_bound has nothing to weigh: a VQ autoencoder's posterior is a single code; report its elbo")
     posterior = autoencoder.encode(x)
     total, count = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device), 0
     for count, noise in enumerate(noises, start=1):  # noqa: B007 (count is K in the end)
@@ -106,15 +93,15 @@ def importance_bound(
 
 
 def standard_normal(z: Tensor) -> Tensor:
-    """log N(z; 0, 1), every dimension by itself."""
+    """log N(z; 0, 1) of every dimension."""
     return -0.5 * (LOG_2PI + z.square())
 
 
 def _log_q(posterior: DiagonalGaussian, noise: Tensor) -> Tensor:
-    """log q(z | x) (B,) of the sample that `noise` makes: from z itself, a narrow posterior would lose its digits."""
+    """log q(z | x) (B,) of the sample that `noise` makes. Computing it from z would lose precision if the posterior is narrow."""
     return _total(standard_normal(noise) - 0.5 * posterior.logvar)
 
 
 def _total(values: Tensor) -> Tensor:
-    """Sum over everything but the batch."""
+    """Sum over all dimensions but the batch."""
     return values.flatten(1).sum(1)

@@ -16,7 +16,8 @@ from torch.distributions import Normal, kl_divergence
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
 from ldm.bayes.elbo import Elbo, elbo, importance_bound, standard_normal
-from ldm.bayes.likelihoods import DiscretizedLogistic, Gaussian
+from ldm.bayes.likelihoods.gaussian import Gaussian
+from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
 
 
@@ -53,7 +54,7 @@ class PPCA:
 
     @property
     def likelihood(self) -> Gaussian:
-        return Gaussian(math.log(self.noise), "fixed").double()
+        return Gaussian(log_scale=math.log(self.noise), scale="fixed").build().double()
 
     def images(self, count: int, seed: int = 5) -> Tensor:
         dims, latents = self.loadings.shape
@@ -239,7 +240,7 @@ class Quantised:
 
 
 def test_a_vq_autoencoder_pays_for_the_choice_of_a_code_at_every_position():
-    model, likelihood = Quantised(), Gaussian(-2.25, "fixed").double()
+    model, likelihood = Quantised(), Gaussian(log_scale=-2.25, scale="fixed").build().double()
     x = normal(200, 1, 1, 2, seed=1) / 2
     found = elbo(model, likelihood, x, torch.full((200, 1, 1, 2), math.nan))
     torch.testing.assert_close(found.kl_per_dim, torch.full((200, 1, 1, 2), math.log(4), dtype=torch.float64))
@@ -273,7 +274,7 @@ def tiny() -> AutoencoderKL:
 def test_terms_of_the_real_networks(tiny):
     x = to_float(torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8))
     noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(2))
-    likelihood = DiscretizedLogistic(-2.0)
+    likelihood = DiscretizedLogistic(log_scale=-2.0).build()
     found = elbo(tiny, likelihood, x, noise)
     mean, logvar = tiny.quant_conv(tiny.encoder(x)).chunk(2, dim=1)
     posterior = Normal(mean, (logvar / 2).exp())
@@ -290,8 +291,9 @@ def test_an_image_is_bounded_by_itself(tiny):
     """A batch's other images change nothing."""
     x = to_float(torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8))
     noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(2))
-    whole = elbo(tiny, DiscretizedLogistic(), x, noise).nats
-    alone = torch.cat([elbo(tiny, DiscretizedLogistic(), x[i : i + 1], noise[i : i + 1]).nats for i in range(4)])
+    likelihood = DiscretizedLogistic().build()
+    whole = elbo(tiny, likelihood, x, noise).nats
+    alone = torch.cat([elbo(tiny, likelihood, x[i : i + 1], noise[i : i + 1]).nats for i in range(4)])
     torch.testing.assert_close(whole, alone, rtol=1e-4, atol=0)
 
 
@@ -306,7 +308,7 @@ def test_uniform_pixels_cost_eight_bits():
             return torch.zeros_like(z)
 
     x = torch.full((1, 1, 8, 8), 1 / 255, dtype=torch.float64)
-    found = elbo(Blank(), DiscretizedLogistic(math.log(0.5)).double(), x, torch.zeros_like(x))
+    found = elbo(Blank(), DiscretizedLogistic(log_scale=math.log(0.5)).build().double(), x, torch.zeros_like(x))
     assert found.kl.item() == 0
     # the logistic density at its centre is 1 / (4 scale); a bin is 2 / 255 wide
     assert found.bits_per_dim.item() == pytest.approx(-math.log2(2 / 255 / (4 * 0.5)), abs=1e-3)
