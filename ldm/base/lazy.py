@@ -31,5 +31,7 @@ class _Module(ModuleType):
 
 if TYPE_CHECKING:
     import torch as torch
+    from torch import Tensor as Tensor
 else:
     torch = _Module("torch")
+    Tensor = Any  # for annotations

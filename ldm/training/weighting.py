@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Choice, Rate
 
 if TYPE_CHECKING:
@@ -18,9 +18,7 @@ class LossWeight(Choice):
         """What is trained with the network, if anything."""
         return None
 
-    def weighted(
-        self, losses: torch.Tensor, sigma: torch.Tensor, denoiser: Denoiser, module: torch.nn.Module | None
-    ) -> torch.Tensor:
+    def weighted(self, losses: Tensor, sigma: Tensor, denoiser: Denoiser, module: torch.nn.Module | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -29,9 +27,7 @@ class Standard(LossWeight):
 
     kind: Literal["standard"] = "standard"
 
-    def weighted(
-        self, losses: torch.Tensor, sigma: torch.Tensor, denoiser: Denoiser, module: torch.nn.Module | None
-    ) -> torch.Tensor:
+    def weighted(self, losses: Tensor, sigma: Tensor, denoiser: Denoiser, module: torch.nn.Module | None) -> Tensor:
         return losses
 
 
@@ -44,9 +40,7 @@ class MinSnr(LossWeight):
     kind: Literal["min_snr"] = "min_snr"
     gamma: Rate = 5.0
 
-    def weighted(
-        self, losses: torch.Tensor, sigma: torch.Tensor, denoiser: Denoiser, module: torch.nn.Module | None
-    ) -> torch.Tensor:
+    def weighted(self, losses: Tensor, sigma: Tensor, denoiser: Denoiser, module: torch.nn.Module | None) -> Tensor:
         return denoiser.scalings(sigma).out.square() * (1 / sigma**2).clamp(max=self.gamma) * losses
 
 
@@ -60,8 +54,6 @@ class Learned(LossWeight):
 
         return Uncertainty()
 
-    def weighted(
-        self, losses: torch.Tensor, sigma: torch.Tensor, denoiser: Denoiser, module: torch.nn.Module | None
-    ) -> torch.Tensor:
+    def weighted(self, losses: Tensor, sigma: Tensor, denoiser: Denoiser, module: torch.nn.Module | None) -> Tensor:
         assert module is not None
         return module(losses, sigma)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from ldm.base.errors import InputError
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.bayes.likelihoods.family import Family
 
 
@@ -17,7 +17,7 @@ class Bernoulli(Family):
     scale: ClassVar = "fixed"  # type: ignore[misc]  # no option: the scale is not used
     log_scale: ClassVar = 0.0  # type: ignore[misc]
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         from ldm.base.pixels import to_uint8
 
         if bool((grey := x.abs() != 1).any()):
@@ -27,9 +27,9 @@ class Bernoulli(Family):
             )
         return torch.nn.functional.logsigmoid(x * location)
 
-    def mean(self, location: torch.Tensor) -> torch.Tensor:
+    def mean(self, location: Tensor) -> Tensor:
         return (location / 2).tanh()
 
-    def sample(self, location: torch.Tensor, log_scale: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    def sample(self, location: Tensor, log_scale: Tensor, rng: torch.Generator) -> Tensor:
         uniform = torch.rand(location.shape, generator=rng, device=rng.device).to(location)
         return torch.where(uniform < torch.sigmoid(location), 1.0, -1.0).to(location)

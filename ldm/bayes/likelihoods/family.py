@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Choice
 
 if TYPE_CHECKING:
@@ -28,21 +28,21 @@ class Family(Choice):
 
         return Likelihood(self)
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         """In nats, of every value of x (B, C, H, W)."""
         raise NotImplementedError
 
-    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> Tensor:
         """Draws at location 0 and scale 1."""
         raise NotImplementedError
 
-    def mean(self, location: torch.Tensor) -> torch.Tensor:
+    def mean(self, location: Tensor) -> Tensor:
         """The mean image; of a discretised family the mean before discretisation, which is within half a bin of it.
 
         (Except where the range ends within the tails: all that lies beyond counts as the last value.)
         """
         return location
 
-    def sample(self, location: torch.Tensor, log_scale: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    def sample(self, location: Tensor, log_scale: Tensor, rng: torch.Generator) -> Tensor:
         """x ~ p(x | z), not yet rounded to 8-bit values."""
         return location + log_scale.exp() * self.noise(location.shape, rng).to(location)

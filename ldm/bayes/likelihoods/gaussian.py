@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.bayes.likelihoods.family import Family
 
 
-def _noise(shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+def _noise(shape: torch.Size, rng: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=rng, device=rng.device)
 
 
@@ -18,10 +18,10 @@ class Gaussian(Family):
 
     kind: Literal["gaussian"] = "gaussian"
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         return -0.5 * ((x - location) * (-log_scale).exp()).square() - (log_scale + 0.5 * math.log(2 * math.pi))
 
-    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> Tensor:
         return _noise(shape, rng)
 
 
@@ -34,7 +34,7 @@ class DiscretizedGaussian(Family):
     kind: Literal["discretized_gaussian"] = "discretized_gaussian"
     discrete: ClassVar[bool] = True
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         from ldm.base.pixels import BIN, centred_levels
 
         # In float64 whatever x is: a narrow bin's mass is a difference of two nearly equal numbers.
@@ -49,11 +49,11 @@ class DiscretizedGaussian(Family):
         rest = torch.log(-torch.expm1(_log_cdf(far) - log_near))
         return torch.where(outermost, log_near, log_near + rest).to(x.dtype)
 
-    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> Tensor:
         return _noise(shape, rng)
 
 
-def _log_cdf(x: torch.Tensor) -> torch.Tensor:
+def _log_cdf(x: Tensor) -> Tensor:
     """ln Phi(x) whose gradient holds in the far tail (torch's log_ndtr is 1 % off at -1e7 and wrong at -1e9)."""
     tail, rest = x.clamp(max=-1.0), x.clamp(min=-1.0)
     below = torch.log(torch.special.erfcx(-tail * math.sqrt(0.5)) / 2) - 0.5 * tail.square()

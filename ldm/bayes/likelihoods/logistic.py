@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.bayes.likelihoods.family import Family
 
 
@@ -18,7 +18,7 @@ class DiscretizedLogistic(Family):
     kind: Literal["discretized_logistic"] = "discretized_logistic"
     discrete: ClassVar[bool] = True
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         from ldm.base.pixels import BIN, centred_levels
 
         width = BIN * torch.exp(-log_scale)  # of a bin, in scales
@@ -30,5 +30,5 @@ class DiscretizedLogistic(Family):
         inner = below + above + torch.log(-torch.expm1(-width))
         return torch.where(x < -1 + BIN / 2, below, torch.where(x > 1 - BIN / 2, above, inner))
 
-    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> Tensor:
         return torch.rand(shape, generator=rng, device=rng.device, dtype=torch.float64).logit(eps=1e-16)

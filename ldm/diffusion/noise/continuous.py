@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.diffusion.noise.distribution import TIMESTEPS, Noise
 
 SIGMA_MIN = 0.002  # Karras et al. 2022
 
 
 class Continuous(Noise):
-    def table(self) -> torch.Tensor:
+    def table(self) -> Tensor:
         return torch.logspace(math.log10(SIGMA_MIN), math.log10(self.sigma_max), TIMESTEPS, dtype=torch.float64)
 
-    def uniform_grid(self, t: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def uniform_grid(self, t: Tensor, table: Tensor) -> Tensor:
         t = t * _time(float(table[-1]) / self.shift)
         return self.shift * t / (1 - t)
 
@@ -30,7 +30,7 @@ class _Normal(Continuous):
     mean: ClassVar[float]
     std: ClassVar[float]
 
-    def quantile(self, u: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def quantile(self, u: Tensor, table: Tensor) -> Tensor:
         ends = torch.tensor([float(table[0]), float(table[-1])], dtype=u.dtype)
         low, high = torch.special.ndtr((ends.div(self.shift).log() - self.mean) / self.std)
         return self.shift * (self.mean + self.std * torch.special.ndtri(low + u * (high - low))).exp()
@@ -58,7 +58,7 @@ class LogUniform(Continuous):
     kind: Literal["loguniform"] = "loguniform"
     shift: ClassVar[float] = 1.0  # type: ignore[misc]
 
-    def quantile(self, u: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def quantile(self, u: Tensor, table: Tensor) -> Tensor:
         low, high = float(table[0]), float(table[-1])
         return low * (u * math.log(high / low)).exp()
 
@@ -68,7 +68,7 @@ class Uniform(Continuous):
 
     kind: Literal["uniform"] = "uniform"
 
-    def quantile(self, u: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def quantile(self, u: Tensor, table: Tensor) -> Tensor:
         low, high = (_time(float(sigma) / self.shift) for sigma in (table[0], table[-1]))
         t = low + u * (high - low)
         return self.shift * t / (1 - t)

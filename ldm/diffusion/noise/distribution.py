@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor
 from ldm.base.options import Choice
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ class Noise(Choice):
 
         return NoiseLevels(self, self.table())
 
-    def table(self) -> torch.Tensor:
+    def table(self) -> Tensor:
         """The sigmas of the training timesteps, ascending, float64 (T,)."""
         raise NotImplementedError
 
-    def quantile(self, u: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def quantile(self, u: Tensor, table: Tensor) -> Tensor:
         """The sigma below which a share u in [0, 1) of the draws lies, elementwise."""
         raise NotImplementedError
 
-    def uniform_grid(self, t: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def uniform_grid(self, t: Tensor, table: Tensor) -> Tensor:
         """The sigmas at times t, descending from 1 to above 0, uniform in this distribution's own time."""
         raise NotImplementedError

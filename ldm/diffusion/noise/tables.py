@@ -9,7 +9,7 @@ import math
 from typing import ClassVar, Literal
 
 from ldm.base.errors import InputError
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.diffusion.noise.distribution import TIMESTEPS, Noise
 
 
@@ -21,11 +21,11 @@ class Table(Noise):
 
     zero_terminal_snr: bool = False
 
-    def betas(self) -> torch.Tensor:
+    def betas(self) -> Tensor:
         """float64 (TIMESTEPS,)."""
         raise NotImplementedError
 
-    def table(self) -> torch.Tensor:
+    def table(self) -> Tensor:
         alpha = torch.cumprod(1 - self.betas(), 0).sqrt()
         if self.zero_terminal_snr:
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
@@ -37,10 +37,10 @@ class Table(Noise):
             )
         return table
 
-    def quantile(self, u: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def quantile(self, u: Tensor, table: Tensor) -> Tensor:
         return table[(u * len(table)).long()].to(u)
 
-    def uniform_grid(self, t: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def uniform_grid(self, t: Tensor, table: Tensor) -> Tensor:
         position = t * len(table) - 1
         lower = position.floor().long().clamp(0, len(table) - 2)
         return torch.lerp(table[lower].log(), table[lower + 1].log(), position - lower).exp()
@@ -53,7 +53,7 @@ class _Linear(Table):
     last: ClassVar[float]
     power: ClassVar[float]
 
-    def betas(self) -> torch.Tensor:
+    def betas(self) -> Tensor:
         ends = self.first**self.power, self.last**self.power
         return torch.linspace(*ends, TIMESTEPS, dtype=torch.float64) ** (1 / self.power)
 
@@ -81,7 +81,7 @@ class Cosine(Table):
 
     kind: Literal["cosine"] = "cosine"
 
-    def betas(self) -> torch.Tensor:
+    def betas(self) -> Tensor:
         t = torch.linspace(0, 1, TIMESTEPS + 1, dtype=torch.float64)
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - f[1:] / f[:-1]).clamp(max=0.999)

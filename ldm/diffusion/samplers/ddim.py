@@ -10,13 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor
 from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, draw, level
 
 
-def ddim(
-    denoiser: DenoiseFn, x: torch.Tensor, sigmas: torch.Tensor, noise: Noise | None = None, *, eta: float = 0.0
-) -> torch.Tensor:
+def ddim(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None, *, eta: float = 0.0) -> Tensor:
     """Song et al. 2021, equations 12 and 16, divided by the square root of alpha_bar.
 
     `eta` from 0, deterministic, to 1, where each step draws from the posterior of the noising Markov chain.

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor
 from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, level
 
 
-def dpmpp_2m(denoiser: DenoiseFn, x: torch.Tensor, sigmas: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
+def dpmpp_2m(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None) -> Tensor:
     """Second order, one evaluation a step (Lu et al. 2022, algorithm 2)."""
-    previous: torch.Tensor | None = None
+    previous: Tensor | None = None
     logs = sigmas.log().neg().tolist()  # lambda = -ln sigma
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = denoiser(x, level(x, sigma))

@@ -8,22 +8,22 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor
 from ldm.base.options import NonNegative
 from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, draw, level
 
 
 def heun(
     denoiser: DenoiseFn,
-    x: torch.Tensor,
-    sigmas: torch.Tensor,
+    x: Tensor,
+    sigmas: Tensor,
     noise: Noise | None = None,
     *,
     churn: float = 0.0,
     churn_min: float = 0.0,
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """Second order, two evaluations a step (Karras et al. 2022, algorithms 1 and 2).
 
     With `churn` (their S_churn), each step from a level within [churn_min, churn_max] first adds noise of standard deviation

@@ -7,20 +7,20 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor
 from ldm.base.options import Count, Rate
 from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, draw, level
 
 
 def langevin(
     denoiser: DenoiseFn,
-    x: torch.Tensor,
-    sigmas: torch.Tensor,
+    x: Tensor,
+    sigmas: Tensor,
     noise: Noise | None = None,
     *,
     corrections: int = 1,
     step: float = 0.3,
-) -> torch.Tensor:
+) -> Tensor:
     """Predictor and corrector (Song et al. 2021, "Score-based generative modeling", algorithm 1).
 
     An Euler step to the next level, and there `corrections` steps of Langevin dynamics, annealed as the level falls (Song &

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Choice
 
-DenoiseFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Noise = Callable[[int], torch.Tensor]
+DenoiseFn = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]
 
 
 class Sampler(Choice):
@@ -26,10 +26,10 @@ class Sampler(Choice):
         raise NotImplementedError
 
 
-def level(x: torch.Tensor, sigma: float) -> torch.Tensor:
+def level(x: Tensor, sigma: float) -> Tensor:
     """The noise level of every image of x, (B,)."""
     return x.new_full((len(x),), sigma)
 
 
-def draw(noise: Noise | None, i: int, x: torch.Tensor) -> torch.Tensor:
+def draw(noise: Noise | None, i: int, x: Tensor) -> Tensor:
     return torch.randn_like(x) if noise is None else noise(i).to(x)

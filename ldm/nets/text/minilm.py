@@ -8,7 +8,7 @@ from typing import Literal
 
 from ldm.base.errors import InputError
 from ldm.base.hashing import file_hash
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Positive
 from ldm.nets.text.options import Text
 
@@ -50,12 +50,12 @@ class Bert:
         self._weights = load_file(folder / "model.safetensors")
         self.width = self._weights["embeddings.word_embeddings.weight"].shape[1]
 
-    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         encoded = self._tokenizer.encode_batch(texts)
         mask = torch.tensor([text.attention_mask for text in encoded]).bool()
         return self._forward(torch.tensor([text.ids for text in encoded]), mask), mask
 
-    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         weights, length = self._weights, tokens.shape[1]
         embedding = {name: weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "token_type", "position")}
         x = torch.nn.functional.embedding(tokens, embedding["word"]) + embedding["token_type"][0]  # (N, T, D)
@@ -70,10 +70,10 @@ class Bert:
             x = self._norm(self._linear(hidden, f"{layer}.output.dense") + x, f"{layer}.output.LayerNorm")
         return x
 
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _linear(self, x: Tensor, name: str) -> Tensor:
         return torch.nn.functional.linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
 
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _norm(self, x: Tensor, name: str) -> Tensor:
         return torch.nn.functional.layer_norm(
             x, x.shape[-1:], self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], NORM_EPS
         )

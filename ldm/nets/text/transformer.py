@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ldm.base.errors import InputError
-from ldm.base.lazy import torch
+from ldm.base.lazy import Tensor, torch
 from ldm.nets.text.options import Text
 
 
@@ -62,6 +62,6 @@ class Network:
         self._model.eval().requires_grad_(False)
         self.width = int(self._model.config.hidden_size)
 
-    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         tokens = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt")
         return self._model(**tokens).last_hidden_state, tokens["attention_mask"].bool()
