@@ -43,7 +43,8 @@ class Sampling(Section):
 def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampling:
     """A model's sampling defaults with some of them changed; None changes nothing.
 
-    `sampler` is a dictionary with options, or a kind alone: then with the model's own options, if it is the model's sampler. Raises `InputError` for what the schema refuses.
+    `sampler` is a dictionary with options, or a kind alone: then with the model's own options, if it is the model's sampler.
+    Raises `InputError` for what the schema refuses.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     if isinstance(kind := given.get("sampler"), str):
