@@ -1,6 +1,9 @@
 """params.yaml: what is wrong is said with the file, the key and what to do."""
 
 import copy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +11,13 @@ import pytest
 import yaml
 
 from ldm.base.errors import InputError
-from ldm.config import find_root, load_settings
+from ldm.config import change_settings, find_root, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 VALUES["data"] |= {"image_size": 32}
 VALUES["autoencoder"] |= {"block_out_channels": [32, 64, 64], "norm_num_groups": 8}
-VALUES["unet"] |= {"block_out_channels": [64, 96], "attention": ["none", "cross"], "num_heads": 4, "norm_num_groups": 8}
+VALUES["backbone"] |= {"block_out_channels": [64, 96], "attention": ["none", "cross"], "num_heads": 4, "norm_num_groups": 8}
 GONE = object()
 
 
@@ -44,11 +47,19 @@ def complaint(folder: Path) -> str:
 
 
 def test_the_projects_own_settings_are_read_as_written() -> None:
-    assert load_settings(ROOT).model_dump(mode="json") == yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    def assert_within(written: Any, read: Any) -> None:
+        """Every key that is written; options may also have defaults."""
+        if isinstance(written, dict):
+            for key, value in written.items():
+                assert_within(value, read[key])
+        else:
+            assert written == read
+
+    assert_within(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")), load_settings(ROOT).model_dump(mode="json"))
 
 
 def test_latents_are_halved_after_the_first_level(tmp_path: Path) -> None:
-    assert load_settings(write(tmp_path, {})).latent_size == 8
+    assert load_settings(write(tmp_path, {})).autoencoder.factor == 4
 
 
 def test_settings_are_frozen(tmp_path: Path) -> None:
@@ -68,7 +79,7 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"data.image_sise": 32}, ["unknown key data.image_sise", "did you mean data.image_size?"]),
         ({"evaluat": {}}, ["unknown key evaluat", "did you mean evaluate?"]),
         ({"registry.zzz": 1}, ["unknown key registry.zzz", "known here: name, level"]),
-        ({"unet.num_heads": GONE}, ["missing key unet.num_heads"]),
+        ({"backbone.attention": GONE}, ["missing key backbone.attention"]),
         ({"diffusion": GONE}, ["missing key diffusion"]),
         ({"train_vae.images": "many"}, ["train_vae.images", "found 'many'", "integer"]),
         ({"train_vae.batch_size": 1.5}, ["train_vae.batch_size", "found 1.5", "integer"]),
@@ -77,29 +88,37 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"train_unet.lr": float("nan")}, ["train_unet.lr", "found nan"]),
         ({"data.channels": 4}, ["data.channels", "found 4", "1 or 3"]),
         ({"data.path": 7}, ["data.path", "found 7", "string"]),
-        ({"diffusion.kind": "epsilon"}, ["diffusion.kind", "found 'epsilon'", "'eps'"]),
+        ({"diffusion.prediction": "epsilon"}, ["diffusion.prediction", "found 'epsilon'", "'eps'"]),
         ({"data.val_fraction": 1.0}, ["data.val_fraction", "found 1.0", "less than 1"]),
-        ({"unet": 3}, ["unet", "found 3"]),
-        ({"unet": None}, ["unet", "found None"]),
-        ({"unet.block_out_channels": [64, "x"]}, ["unet.block_out_channels.1", "found 'x'"]),
-        ({"unet.block_out_channels": 64}, ["unet.block_out_channels", "found 64"]),
+        ({"train_unet": 3}, ["train_unet", "found 3"]),
+        ({"backbone": 3}, ["backbone", "found 3"]),
+        ({"backbone": None}, ["backbone", "found None"]),
+        ({"backbone.block_out_channels": [64, "x"]}, ["backbone.block_out_channels.1", "found 'x'"]),
+        ({"backbone.block_out_channels": 64}, ["backbone.block_out_channels", "found 64"]),
         ({"autoencoder.block_out_channels": []}, ["autoencoder.block_out_channels", "at least 1"]),
         # sizes that do not fit each other
         ({"data.image_size": 30}, ["data.image_size 30", "factor 4"]),
-        ({"data.image_size": 36}, ["latents of side 9", "unet.block_out_channels"]),
+        ({"data.image_size": 36}, ["latents of side 9", "halved 1 times by backbone.block_out_channels"]),
         ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, ["data", "val_fraction + test_fraction", "below 1"]),
-        ({"unet.block_out_channels": [64, 96, 96]}, ["unet", "attention", "block_out_channels"]),
-        ({"unet.attention": ["none", "self_attention"]}, ["unet.attention.1", "found 'self_attention'", "'cross'"]),
-        ({"unet.norm_num_groups": 7}, ["unet.block_out_channels has 64", "norm_num_groups 7"]),
-        ({"autoencoder.norm_num_groups": 5}, ["autoencoder.block_out_channels has 32", "norm_num_groups 5"]),
-        ({"unet.num_heads": 5}, ["unet.block_out_channels has 64", "num_heads 5"]),
+        ({"backbone.block_out_channels": [64, 96, 96]}, ["backbone", "attention", "block_out_channels"]),
+        ({"backbone.attention": ["none", "self_attention"]}, ["backbone.attention.1", "found 'self_attention'", "'cross'"]),
+        ({"backbone.norm_num_groups": 7}, ["backbone: block_out_channels has 64", "norm_num_groups 7"]),
+        ({"autoencoder.norm_num_groups": 5}, ["autoencoder: block_out_channels [32, 64, 64]", "norm_num_groups 5"]),
+        ({"backbone.num_heads": 5}, ["backbone: block_out_channels has 64", "num_heads 5"]),
         # the autoencoder: which, and where from
-        ({"autoencoder.regulariser": "gan"}, ["autoencoder.regulariser", "found 'gan'", "'kl' or 'vq'"]),
+        ({"autoencoder.regulariser": {"kind": "gan"}}, ["autoencoder.regulariser.kind", "found 'gan'", "'kl', 'vq'"]),
+        ({"autoencoder.regulariser": "vq"}, ["autoencoder.regulariser: found 'vq'", "write {kind: NAME} and its options"]),
         ({"autoencoder.attention": [0, 3]}, ["attention is [0, 3]", "0 to 2"]),
         ({"autoencoder.attention": [1, 1]}, ["attention is [1, 1]", "once each"]),
-        ({"autoencoder.regulariser": "vq", "train_vae.beta": 2.0}, ["train_vae.beta is 1", "vq"]),
+        (
+            {"autoencoder.regulariser": {"kind": "vq", "beta": 2.0}},
+            ["unknown key autoencoder.regulariser.beta", "known here: kind, num_vq_embeddings"],
+        ),
         ({"autoencoder.attention": [-1]}, ["autoencoder.attention.0", "found -1"]),
-        ({"autoencoder.num_vq_embeddings": 0}, ["autoencoder.num_vq_embeddings", "found 0"]),
+        (
+            {"autoencoder.regulariser": {"kind": "vq", "num_vq_embeddings": 0}},
+            ["autoencoder.regulariser.num_vq_embeddings", "found 0"],
+        ),
         ({"autoencoder.pretrained": ""}, ["autoencoder.pretrained", "found ''"]),
         ({"autoencoder.pretrained": "no/such"}, ["autoencoder.pretrained", "'no/such'", "neither a folder", "ID@COMMIT"]),
         ({"autoencoder.pretrained": "me/vae@main"}, ["autoencoder.pretrained", "'me/vae@main'", "40 hex digits"]),
@@ -109,43 +128,82 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"train_vae.images": 0}, ["train_vae.images is 0", "autoencoder.pretrained"]),
         ({"train_unet.images": 0}, ["train_unet.images is 0"]),
         # how it is trained
-        ({"train_vae.likelihood": "discretised_logistic"}, ["train_vae.likelihood", "'discretized_logistic'"]),
-        ({"train_vae.scale": "per-pixel"}, ["train_vae.scale", "found 'per-pixel'", "'per_pixel'"]),
-        ({"train_vae.likelihood": "laplace", "train_vae.scale": "per_pixel"}, ["scale per_pixel", "found laplace"]),
-        ({"train_vae.log_scale": float("nan")}, ["train_vae.log_scale", "found nan"]),
-        ({"train_vae.beta": -1}, ["train_vae.beta", "found -1"]),
-        ({"train_vae.free_bits": float("inf")}, ["train_vae.free_bits", "found inf"]),
-        ({"train_vae.objective": "ldm"}, ["objective ldm", "likelihood: laplace", "scale: learned"]),
-        ({"train_vae.ldm.discriminator_weigth": 1}, ["did you mean train_vae.ldm.discriminator_weight?"]),
-        ({"train_vae.ldm.perceptual_sha256": "0" * 64}, ["train_vae.ldm", "perceptual_sha256", "null for `random`"]),
-        ({"train_vae.ldm.perceptual": "vgg"}, ["train_vae.ldm", "perceptual_sha256 is the sha256"]),
-        ({"train_vae.ldm.perceptual": "vgg", "train_vae.ldm.perceptual_sha256": "0" * 64},
-         ["train_vae.ldm.perceptual", "found 'vgg'", "neither random nor a file"]),
-        ({"diffusion.kind": "eps", "diffusion.zero_terminal_snr": True}, ["zero_terminal_snr", "kind eps", "take another kind"]),
-        ({"diffusion.noise": "uniform", "diffusion.zero_terminal_snr": True}, ["zero_terminal_snr", "noise uniform has none"]),
-        ({"diffusion.shift": 0}, ["diffusion.shift", "found 0"]),
-        ({"diffusion.shift": 17}, ["diffusion.shift", "found 17"]),
-        ({"diffusion.noise": "loguniform", "diffusion.shift": 2}, ["shift changes nothing for noise loguniform"]),
-        ({"train_unet.loss_weight": "snr"}, ["train_unet.loss_weight", "found 'snr'", "'min_snr'"]),
+        ({"train_vae.likelihood.kind": "discretised_logistic"}, ["train_vae.likelihood.kind", "'discretized_logistic'"]),
+        ({"train_vae.likelihood.scale": "per-pixel"}, ["train_vae.likelihood.scale", "found 'per-pixel'", "'per_pixel'"]),
+        (
+            {"train_vae.likelihood.kind": "laplace", "train_vae.likelihood.scale": "per_pixel"},
+            ["train_vae.likelihood.scale: found 'per_pixel'", "'learned' or 'fixed'"],
+        ),
+        ({"train_vae.likelihood.kind": "bernoulli"}, ["unknown key train_vae.likelihood.scale", "known here: kind"]),
+        ({"train_vae.likelihood.log_scale": float("nan")}, ["train_vae.likelihood.log_scale", "found nan"]),
+        ({"autoencoder.regulariser.beta": -1}, ["autoencoder.regulariser.beta", "found -1"]),
+        ({"autoencoder.regulariser.free_bits": float("inf")}, ["autoencoder.regulariser.free_bits", "found inf"]),
+        ({"train_vae.objective.kind": "ldm"}, ["objective ldm", "set likelihood {kind: laplace}"]),
+        (
+            {"train_vae.objective": {"kind": "elbo", "discriminator_weight": 1}},
+            ["unknown key train_vae.objective.discriminator_weight", "known here: kind"],
+        ),
+        (
+            {"train_vae.objective": {"kind": "ldm", "discriminator_weigth": 1}},
+            ["did you mean train_vae.objective.discriminator_weight?"],
+        ),
+        (
+            {"train_vae.objective": {"kind": "ldm", "perceptual_sha256": "0" * 64}},
+            ["train_vae.objective", "perceptual_sha256", "null for `random`"],
+        ),
+        ({"train_vae.objective": {"kind": "ldm", "perceptual": "vgg"}}, ["train_vae.objective: perceptual_sha256 is"]),
+        (
+            {
+                "train_vae.likelihood": {"kind": "laplace"},
+                "train_vae.objective": {"kind": "ldm", "perceptual": "vgg", "perceptual_sha256": "0" * 64},
+            },
+            ["train_vae.objective.perceptual", "found 'vgg'", "neither random nor a file"],
+        ),
+        (
+            {"diffusion.prediction": "eps", "diffusion.noise.zero_terminal_snr": True},
+            ["diffusion: zero_terminal_snr", "prediction eps", "take another prediction"],
+        ),
+        (
+            {"diffusion.noise": {"kind": "uniform", "zero_terminal_snr": True}},
+            ["unknown key diffusion.noise.zero_terminal_snr", "known here: kind, sigma_max, shift"],
+        ),
+        ({"diffusion.noise.shift": 0}, ["diffusion.noise.shift", "found 0"]),
+        ({"diffusion.noise.shift": 17}, ["diffusion.noise.shift", "found 17"]),
+        (
+            {"diffusion.noise": {"kind": "loguniform", "shift": 2}},
+            ["unknown key diffusion.noise.shift", "known here: kind, sigma_max"],
+        ),
+        ({"train_unet.loss_weight.kind": "snr"}, ["train_unet.loss_weight.kind", "found 'snr'", "'min_snr'"]),
+        ({"train_unet.loss_weight.gamma": 5}, ["unknown key train_unet.loss_weight.gamma", "known here: kind"]),
+        ({"train_unet.optimizer.kind": "sgld"}, ["train_unet.optimizer.kind: found 'sgld'", "'adamw'"]),
+        ({"text": {"kind": "transformers", "model": "no/such", "max_tokens": 4}},
+         ["text.model: found 'no/such'", "neither a folder nor ID@COMMIT"]),
+        ({"text.model": "me/encoder@main"}, ["unknown key text.model", "known here: kind, max_tokens"]),
         # how it is sampled
-        ({"sampling.sampler": "plms"}, ["sampling.sampler", "found 'plms'", "'langevin'"]),
-        ({"sampling.eta": 0.5}, ["eta is an option of ddim", "with sampler dpmpp_2m"]),
-        ({"sampling.churn": 5}, ["churn is an option of heun"]),
+        ({"sampling.sampler.kind": "plms"}, ["sampling.sampler.kind", "found 'plms'", "'langevin'"]),
+        ({"sampling.sampler.eta": 0.5}, ["unknown key sampling.sampler.eta", "known here: kind"]),
+        ({"sampling.sampler": {"kind": "ddim", "churn": 5}}, ["unknown key sampling.sampler.churn", "known here: kind, eta"]),
         ({"sampling.guidance_interval": [3, 2]}, ["guidance_interval is [3.0, 2.0]", "lower noise level first"]),
         ({"sampling.guidance_interval": [3]}, ["sampling.guidance_interval.1"]),
         ({"sampling.guidance_rescale": 1.1}, ["sampling.guidance_rescale", "found 1.1"]),
         ({"precision": "fp16"}, ["precision", "found 'fp16'", "'bf16'"]),
         ({"evaluate.importance_samples": 0}, ["evaluate.importance_samples", "found 0"]),
         # posteriors of weights
-        ({"autoencoder.optimizer": "sgld", "autoencoder.regulariser": "vq"}, ["optimizer sgld", "regulariser kl"]),
+        ({"train_vae.optimizer.kind": "sgld", "autoencoder.regulariser.kind": "vq"}, ["optimizer sgld", "regulariser kl"]),
         (
-            {"autoencoder.optimizer": "sgld", "train_vae.objective": "ldm", "train_vae.likelihood": "laplace"},
+            {"train_vae.optimizer.kind": "sgld", "train_vae.objective.kind": "ldm", "train_vae.likelihood": {"kind": "laplace"}},
             ["optimizer sgld", "objective elbo"],
         ),
-        ({"autoencoder.optimizer": "sgld", "train_vae.weight_decay": 0.1}, ["weight_decay is 0", "sgld.prior_precision"]),
-        ({"autoencoder.optimizer": "sgld", "train_vae.free_bits": 0.5}, ["optimizer sgld", "free_bits 0"]),
-        ({"autoencoder.optimizer": "psgld"}, ["autoencoder.optimizer", "found 'psgld'", "'sgld'"]),
-        ({"sample_posterior": ["sgld"], "autoencoder.regulariser": "vq"}, ["sample_posterior needs", "leave the list empty"]),
+        (
+            {"train_vae.optimizer": {"kind": "sgld", "weight_decay": 0.1}},
+            ["unknown key train_vae.optimizer.weight_decay", "known here: kind, prior_precision, temperature"],
+        ),
+        ({"train_vae.optimizer.kind": "sgld", "autoencoder.regulariser.free_bits": 0.5}, ["optimizer sgld", "free_bits 0"]),
+        ({"train_vae.optimizer.kind": "psgld"}, ["train_vae.optimizer.kind", "found 'psgld'", "'sgld'"]),
+        (
+            {"sample_posterior": ["sgld"], "autoencoder.regulariser.kind": "vq"},
+            ["sample_posterior needs", "leave the list empty"],
+        ),
         ({"sample_posterior": ["sgld", "sgld"]}, ["sample_posterior is ['sgld', 'sgld']", "once"]),
         ({"sample_posterior": ["nuts"]}, ["sample_posterior.0", "found 'nuts'", "'sghmc'"]),
         ({"posterior.chains": 1}, ["posterior.chains", "found 1"]),
@@ -168,13 +226,15 @@ def test_a_pretrained_autoencoder_is_a_folder_a_version_or_a_commit(name: str, t
 
 
 def test_the_ldm_objective_and_per_pixel_scales_have_their_likelihoods(tmp_path: Path) -> None:
-    load_settings(write(tmp_path, {"train_vae.objective": "ldm", "train_vae.likelihood": "laplace"}))
-    load_settings(write(tmp_path, {"train_vae.likelihood": "discretized_gaussian", "train_vae.scale": "per_pixel"}))
+    load_settings(write(tmp_path, {"train_vae.objective.kind": "ldm", "train_vae.likelihood": {"kind": "laplace"}}))
+    load_settings(write(tmp_path, {"train_vae.likelihood": {"kind": "discretized_gaussian", "scale": "per_pixel"}}))
 
 
 def test_every_problem_is_said_at_once(tmp_path: Path) -> None:
-    message = complaint(write(tmp_path, {"seed": -1, "unet.num_heads": GONE, "data.shard_sise": 3}))
-    assert all(words in message for words in ("seed: found -1", "missing key unet.num_heads", "did you mean data.shard_size?"))
+    message = complaint(write(tmp_path, {"seed": -1, "backbone.attention": GONE, "data.shard_sise": 3}))
+    assert all(
+        words in message for words in ("seed: found -1", "missing key backbone.attention", "did you mean data.shard_size?")
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,3 +267,72 @@ def test_the_root_is_found_from_below(tmp_path: Path) -> None:
         find_root(below)
     (tmp_path / "dvc.yaml").touch()
     assert find_root(below) == tmp_path.resolve()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    return tmp_path
+
+
+def changed_lines(project: Path) -> dict[str, str]:
+    """Lines of `params.yaml`, old and new, that differ from the repository's before their comments."""
+    lines = ((folder / "params.yaml").read_text().splitlines() for folder in (ROOT, project))
+    changed = [(old.partition(" #"), new.partition(" #")) for old, new in zip(*lines, strict=True) if old != new]
+    assert all(old[2] == new[2] for old, new in changed)
+    return {old[0].strip(): new[0].strip() for old, new in changed}
+
+
+def test_changing_settings_keeps_comments_and_formatting(project: Path) -> None:
+    changes = change_settings(
+        project,
+        [
+            "train_unet.lr=1e-3",
+            "sampling.sampler.kind=heun",
+            "sampling.sampler.churn=3",
+            "autoencoder.block_out_channels=[16, 32, 48]",
+            "sampling.guidance_interval=[0.1, 3]",
+            "data.background='#000000'",
+            "text.max_tokens=16",
+        ],
+    )
+    assert changed_lines(project) == {
+        "lr: 2.0e-3": "lr: 0.001",
+        "sampler: {kind: dpmpp_2m}": "sampler: {kind: heun, churn: 3}",
+        "block_out_channels: [16, 32, 64]": "block_out_channels: [16, 32, 48]",
+        "guidance_interval: null": "guidance_interval: [0.1, 3]",
+        'background: "#ffffff"': 'background: "#000000"',
+    }
+    assert changes == [
+        "train_unet.lr: 0.002, now 0.001",
+        "sampling.sampler: {'kind': 'dpmpp_2m'}, now {'kind': 'heun', 'churn': 3.0}",
+        "sampling.sampler.churn: None, now 3.0",
+        "autoencoder.block_out_channels: (16, 32, 64), now (16, 32, 48)",
+        "sampling.guidance_interval: None, now (0.1, 3.0)",
+        "data.background: #ffffff, now #000000",
+    ]  # and not text.max_tokens, which was 16
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        (["train_unet.lr=1e-3", "train_unet.images=0"], "params.yaml: train_unet: train_unet.images is 0"),
+        (["train_unet.lr=1e-3", "train_unet.learning_rate=1"], "params.yaml: unknown key train_unet.learning_rate"),
+        (["sampling.sampler=heun"], "params.yaml: sampling.sampler: found 'heun'; write {kind: NAME} and its options"),
+        (["train_unet.lr=[1"], "--set train_unet.lr=[1: not readable as YAML"),
+        (["seed"], "--set 'seed': write KEY=VALUE"),
+    ],
+)
+def test_settings_that_would_not_be_valid_are_not_written(assignments: list[str], expected: str, project: Path) -> None:
+    with pytest.raises(InputError) as error:
+        change_settings(project, assignments)
+    assert expected in str(error.value)
+    assert (project / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def test_reading_settings_waits_for_no_heavy_library() -> None:
+    code = "import pathlib, sys, ldm.config; ldm.config.load_settings(pathlib.Path()); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"torch", "numpy", "pandas", "scipy", "sklearn", "mlflow", "matplotlib", "transformers", "tokenizers", "PIL"}
+    assert "ldm.nets.backbones.unet" in loaded
+    assert not heavy & set(loaded)
