@@ -1,8 +1,8 @@
-"""A watched folder: what people and programs drop there becomes a dated batch of the collection, versioned by DVC.
+"""Ingest: move new images from an inbox into a dated batch of the collection, and version the collection with DVC.
 
-A kill at any moment loses and doubles nothing. Images are copied into a hidden folder, which becomes the batch by one rename;
-with it comes a list of the originals, and only what is on that list, and still has its hash, leaves the inbox. The next
-call finishes what a killed one has begun. `dvc add` comes last, always.
+A kill at any moment loses and doubles nothing. Images are copied to a hidden folder, which one rename makes the batch. The
+batch has a list of the originals with their hashes; only those leave the inbox, if they have not changed. The next call
+finishes what a killed call began. `dvc add` always comes last.
 """
 
 import csv
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,16 +28,17 @@ import pandas as pd
 from ldm.base.errors import InputError
 from ldm.base.hashing import canonical_json, content_hash, file_hash
 from ldm.config import load_settings
-from ldm.data.folders import CAPTION_TABLES, read_table
+from ldm.data.folders import CAPTION_TABLES, check_tables, decode_caption, normal, read_table, sidecar_of
 from ldm.data.images import SUFFIXES
 from ldm.versioning.repository import held, open_repository
 
 SETTLE = 10.0  # seconds without a change after which a file counts as complete
-PARTIAL = ".ingest.partial"  # in the collection; ignored by DVC (.dvcignore) and, as all hidden files, by `read_folder`
+PARTIAL = ".ingest.partial"  # in the collection; DVC (.dvcignore) and `read_folder` ignore it
 ORIGINALS = ".ingest.json"  # in a batch whose originals may still be in the inbox: their hashes by name
-SHOWN = 3  # names in a line of the report
-OWN = "set data.path in params.yaml to a folder of one's own, e.g. data/raw/mine"
+LISTED = 3  # names in a line of the report
+ADVICE = "set data.path in params.yaml to a folder for your own images, e.g. data/raw/mine"
 
+# why a file stays in the inbox
 KNOWN = "already in the collection"
 WAITING = f"changed in the last {SETTLE:.0f} s, so perhaps still being written"
 UNCAPTIONED = "without a caption (a row of the table, or a .txt in UTF-8)"
@@ -49,47 +49,46 @@ NO_IMAGE = "no images"
 NO_FILE = "folders or links, which are not looked into"
 
 Row = dict[str, Any]  # of a caption table: `file_name`, `text`, further columns
-Left = dict[str, list[str]]  # why it stays -> file names
+Left = dict[str, list[str]]  # reason -> names of files that stay in the inbox
+Images = dict[int, list[str]]  # size in bytes -> paths of images in the collection
 
 
 @dataclass(frozen=True)
 class _Image:
-    """An image of the inbox that is complete."""
+    """An image of the inbox that is complete and has a caption."""
 
     name: str
     row: Row
-    sidecar: str | None  # sha256 of the .txt beside it, where that gave the caption
+    sidecar: str | None  # sha256 of the .txt that has the caption
 
 
 @dataclass(frozen=True)
 class Ingested:
-    """What became of the files of an inbox."""
-
     inbox: Path
-    batch: str | None  # the new folder, relative to the project; None where nothing was new
+    batch: str | None  # the new folder, relative to the project; None if nothing was new
     moved: tuple[str, ...]  # names of the images in it
     left: Left
-    pointer: str | None  # the .dvc file, relative to the project; None while there is no collection
+    pointer: str | None  # the collection's .dvc file, relative to the project; None if there is no collection yet
 
     def lines(self) -> list[str]:
         """The report, for people."""
         lines = [f"{len(self.moved)} images moved to {self.batch}" if self.batch else f"nothing moved from {self.inbox}"]
         for reason, names in sorted(self.left.items()):
-            shown = ", ".join(name.encode(errors="backslashreplace").decode() for name in names[:SHOWN])
-            lines.append(f"{len(names)} left, {reason}: {shown}{', …' if len(names) > SHOWN else ''}")
+            listed = ", ".join(name.encode(errors="backslashreplace").decode() for name in names[:LISTED])
+            lines.append(f"{len(names)} left, {reason}: {listed}{', …' if len(names) > LISTED else ''}")
         if self.pointer:
             lines.append(f"versioned by {self.pointer}: commit that to git")
         return [f"ingest: {line}" for line in lines]
 
 
 def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
-    """Move what is new in `inbox` to `data.path/YYYY-MM-DD` (UTC; `-2`, `-3`, … where that exists); `dvc add` the collection.
+    """Move new images from `inbox` to `data.path/YYYY-MM-DD` (UTC; `-2`, `-3`, … if that exists); `dvc add` the collection.
 
-    New is an image, directly in `inbox`, that has a caption (a row of its `metadata.csv` or `metadata.jsonl`, or a `.txt` beside
-    it), no file of equal bytes in the collection, and no change for `settle` seconds, neither of it nor of its caption. The
-    batch gets its own `metadata.csv`; the inbox keeps its table. Equal images count once, the first by name.
+    An image is new if it is directly in `inbox`, has a caption (a row of the `metadata.csv` or `metadata.jsonl` there, or a
+    `.txt` beside it), equals no image of the collection, and neither it nor its caption has changed for `settle` seconds. Of
+    equal images the first by name is taken. The batch gets a `metadata.csv` of its own; the inbox keeps its table.
 
-    Raises `InputError` for a collection that cannot take batches, a damaged table and labels that do not match the collection's.
+    Raises `InputError` for a collection that cannot take batches, a damaged table, and labels that do not match the collection's.
     """
     root, inbox = root.resolve(), inbox.resolve()
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):
@@ -108,52 +107,49 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
                 ready = _labelled(_ready(inbox, settle, left), collection, images, tables, left)
                 batch, taken = None, _copy(ready, inbox, collection / PARTIAL, images, left)
                 if taken:
-                    with held(repo, collection):  # a stage that runs would record the batch as read though it has not seen it
+                    with held(repo, collection):  # a running stage would record the batch as read though it has not seen it
                         batch = _free_name(collection)
                         os.rename(collection / PARTIAL, batch)
                     _sync(collection)
                     _clear(batch / ORIGINALS)
         except OSError as error:
             raise InputError(f"{error.filename or inbox}: {error.strerror}; mend that and run ingest again") from None
-        pointer = _version(root, collection) if collection.is_dir() and any(_files(collection)) else None
+        pointer = _version(root, collection) if any(_files(collection)) else None
     moved = tuple(image.name for image in taken)
     return Ingested(inbox, batch.relative_to(root).as_posix() if batch else None, moved, dict(left), pointer)
 
 
 def _collection(root: Path, inbox: Path, repo: Any) -> Path:
-    """The folder `data.path`: inside the project, made by no stage, versioned by itself, and all of it here."""
+    """The folder `data.path`. It must be inside the project, made by no stage, versioned on its own, and complete here."""
     name = load_settings(root).data.path
     folder = (root / name).resolve()
     if folder == root or not folder.is_relative_to(root):
-        raise InputError(f"data.path {name}: not a folder inside the project; {OWN}")
+        raise InputError(f"data.path {name}: not a folder inside the project; {ADVICE}")
     if inbox.is_relative_to(folder):
         raise InputError(f"{inbox}: lies in the collection data.path {name}; the inbox must be another folder")
-    pointer = folder.with_name(folder.name + ".dvc")
     for out in repo.index.outs:
         path, stage = Path(out.fs_path), out.stage
         if path == folder and not stage.cmd:
             _refuse_incomplete(name, folder, out)
         elif path.is_relative_to(folder) or folder.is_relative_to(path):
             by = f"stage {stage.name} writes" if stage.cmd else f"{stage.path_in_repo} versions"
-            raise InputError(f"data.path {name}: {by} {path.relative_to(root)}; {OWN}")
+            raise InputError(f"data.path {name}: {by} {path.relative_to(root)}; {ADVICE}")
+    pointer = folder.with_name(folder.name + ".dvc")
     above = [f"{parent}/" for parent in pointer.parents if parent != root and parent.is_relative_to(root)]
-    if any(map(repo.scm.is_ignored, [str(pointer), *above])):  # DVC does not even look for it there
-        raise InputError(f"data.path {name}: git ignores {pointer.relative_to(root)}, so it would not be versioned; {OWN}")
+    if any(map(repo.scm.is_ignored, [str(pointer), *above])):  # DVC looks for no .dvc file there
+        raise InputError(f"data.path {name}: git ignores {pointer.relative_to(root)}, so it would not be versioned; {ADVICE}")
     return folder
 
 
 def _refuse_incomplete(name: str, folder: Path, out: Any) -> None:
-    """What is neither here nor in DVC's cache was not removed but never fetched: `dvc add` would drop it from the collection."""
+    """A file that is neither here nor in DVC's cache was never fetched; `dvc add` would drop it from the collection."""
     tree = out.get_obj()
-    here = tree is not None and all(
-        folder.joinpath(*key).exists() or out.cache.exists(identity.value) for key, _, identity in tree
-    )
-    if not here:
+    if tree is None or not all(folder.joinpath(*key).exists() or out.cache.exists(file.value) for key, _, file in tree):
         raise InputError(f"data.path {name}: not all of it is here; `dvc pull`, or `dvc add {name}` where what is here is all")
 
 
-def _survey(collection: Path) -> tuple[dict[int, list[str]], list[str]]:
-    """Images of the collection by their size in bytes, and its caption tables; `InputError` where a batch would not fit in."""
+def _survey(collection: Path) -> tuple[Images, list[str]]:
+    """The images of the collection and its caption tables; raises `InputError` if a batch would not fit in."""
     images, tables, texts = defaultdict(list), [], set()
     for entry in _files(collection):
         stem, suffix = os.path.splitext(entry.path)
@@ -162,11 +158,11 @@ def _survey(collection: Path) -> tuple[dict[int, list[str]], list[str]]:
         elif suffix == ".txt":
             texts.add(stem)
         elif suffix == ".tar":
-            raise InputError(f"{entry.path}: a folder of tars takes no images; {OWN}")
+            raise InputError(f"{entry.path}: a folder of tars takes no images; {ADVICE}")
         elif suffix.lower() in SUFFIXES:
             images[entry.stat().st_size].append(entry.path)
     stems = (os.path.splitext(path)[0] for paths in images.values() for path in paths)
-    if images and not tables and not any(stem in texts for stem in stems):
+    if images and not tables and texts.isdisjoint(stems):
         raise InputError(
             f"{collection}: its captions are the names of its folders, and a dated folder is no class; "
             "write a metadata.csv (file_name,text) there first"
@@ -175,10 +171,8 @@ def _survey(collection: Path) -> tuple[dict[int, list[str]], list[str]]:
 
 
 def _files(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    """Every file below that is not hidden."""
-    if not os.path.isdir(folder):
-        return
-    with os.scandir(folder) as entries:
+    """Every file below a folder that is not hidden; none if there is no such folder."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -189,7 +183,7 @@ def _files(folder: Path | str) -> Iterator[os.DirEntry[str]]:
 
 
 def _ready(inbox: Path, settle: float, left: Left) -> list[_Image]:
-    """Images that are complete and have a caption, by name; why others are not goes to `left`."""
+    """Images that are complete and have a caption, by name."""
     now, files, recent = time.time(), set(), set()
     for entry in sorted(os.scandir(inbox), key=lambda entry: entry.name):
         if entry.name.startswith("."):
@@ -198,56 +192,46 @@ def _ready(inbox: Path, settle: float, left: Left) -> list[_Image]:
             left[NO_FILE].append(entry.name)
             continue
         files.add(entry.name)
-        if abs(now - entry.stat().st_mtime) < settle:  # a time in the future is another machine's clock, not a writer
+        if abs(now - entry.stat().st_mtime) < settle:  # far in the future: another machine's clock, not a writer
             recent.add(entry.name)
-    tables = files & set(CAPTION_TABLES)
-    captions = {} if tables & recent else _captions(inbox, sorted(tables))
+    tables = sorted(files & set(CAPTION_TABLES))
+    captions = {} if recent & set(tables) else _captions(inbox, tables)
     ready = []
-    for name in sorted(files - tables):
-        sidecar = _sidecar(name)
+    for name in sorted(files.difference(tables)):
         if not _is_image(name):
             if not name.endswith(".txt"):
                 left[NO_IMAGE].append(name)
         elif not _is_text(name):
             left[UNNAMED].append(name)
-        elif recent & {name, sidecar, *tables}:
+        elif recent & {name, sidecar_of(name), *tables}:
             left[WAITING].append(name)
+        elif image := _captioned(inbox, name, captions.get(normal(name)), sidecar_of(name) in files):
+            ready.append(image)
         else:
-            image = _captioned(inbox, name, captions.get(_normal(name)), sidecar in files)
-            if image and _is_text(image.row["text"]):
-                ready.append(image)
-            else:
-                left[UNCAPTIONED].append(name)
+            left[UNCAPTIONED].append(name)
     return ready
 
 
 def _captioned(inbox: Path, name: str, row: Row | None, beside: bool) -> _Image | None:
-    """As in a collection, the table comes before the .txt."""
-    if row is not None:
-        return _Image(name, row | {"file_name": name}, None)
-    if beside:
+    """An image with its caption: from the table, else from the .txt beside it. None if a table could not hold the caption."""
+    digest = None
+    if row is None and beside:
         with suppress(OSError, UnicodeDecodeError):
-            blob = (inbox / _sidecar(name)).read_bytes()
-            return _Image(name, {"file_name": name, "text": blob.decode().strip()}, content_hash(blob))
-    return None
+            blob = (inbox / sidecar_of(name)).read_bytes()
+            row, digest = {"text": decode_caption(blob)}, content_hash(blob)
+    return _Image(name, row | {"file_name": name}, digest) if row and _is_text(row["text"]) else None
 
 
 def _captions(inbox: Path, tables: list[str]) -> dict[str, Row]:
-    """Rows of the inbox's table by name; those of images that left long ago are among them."""
-    if len(tables) > 1:
-        raise InputError(f"{inbox / tables[1]}: there is a {tables[0]} beside it; keep one of the two")
+    """Rows of the inbox's table by name, also of images that have left."""
+    check_tables(inbox, tables)
     captions: dict[str, Row] = {}
     for row in (row for name in tables for row in read_table(inbox / name).to_dict("records")):
         columns = {str(column): value for column, value in row.items()}
-        earlier = captions.setdefault(_normal(columns["file_name"]), columns)
+        earlier = captions.setdefault(normal(columns["file_name"]), columns)
         if earlier["text"] != columns["text"] and (inbox / columns["file_name"]).exists():
             raise InputError(f"{inbox / tables[0]}: {columns['file_name']!r} has two captions; keep one")
     return captions
-
-
-def _normal(name: str) -> str:
-    """Without "./", and in one of Unicode's forms (macOS decomposes letters)."""
-    return unicodedata.normalize("NFC", str(PurePosixPath(name)))
 
 
 def _is_image(name: str) -> bool:
@@ -255,33 +239,29 @@ def _is_image(name: str) -> bool:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a table of captions can hold it."""
+    """Whether a caption table can hold a string."""
     with suppress(UnicodeEncodeError):
         return b"\0" not in value.encode()
     return False
 
 
-def _sidecar(name: str) -> str:
-    return PurePosixPath(name).with_suffix(".txt").name
-
-
-def _labelled(ready: list[_Image], collection: Path, images: dict[int, list[str]], tables: list[str], left: Left) -> list[_Image]:
-    """All of a collection's images have labels, or none has; so it must be with the batch."""
-    labelled = any("label" in image.row for image in ready)
-    if not ready or not (labelled or tables):
-        return ready
-    wanted = any("label" in read_table(Path(table)) for table in tables[:1]) if images else labelled
+def _labelled(ready: list[_Image], collection: Path, images: Images, tables: list[str], left: Left) -> list[_Image]:
+    """The images that fit in with the collection, whose images all have a label or all have none."""
+    labelled = [image for image in ready if "label" in image.row]
+    wanted = bool(labelled)
+    if images and ready:
+        wanted = bool(tables) and "label" in read_table(Path(tables[0]))
     if labelled and not wanted:
-        first = next(image.name for image in ready if "label" in image.row)
-        raise InputError(f"{first}: has a label, and the images of {collection} have none; drop the inbox's column label")
+        name = labelled[0].name
+        raise InputError(f"{name}: has a label, and the images of {collection} have none; drop the inbox's column label")
     for image in ready:
         if wanted and "label" not in image.row:
             left[UNLABELLED].append(image.name)
-    return [image for image in ready if not wanted or "label" in image.row]
+    return labelled if wanted else ready
 
 
-def _copy(ready: list[_Image], inbox: Path, partial: Path, known: dict[int, list[str]], left: Left) -> list[_Image]:
-    """Write what is new to `partial`, as it is to stand in the collection; nothing, where nothing is."""
+def _copy(ready: list[_Image], inbox: Path, partial: Path, known: Images, left: Left) -> list[_Image]:
+    """Write the new images to `partial`, a complete batch; there is no such folder if none is new."""
     known_hash = cache(lambda path: file_hash(Path(path)))
     taken: dict[str, _Image] = {}  # by sha256
     for image in ready:
@@ -310,14 +290,14 @@ def _copy(ready: list[_Image], inbox: Path, partial: Path, known: dict[int, list
 
 
 def _complete(taken: dict[str, _Image], inbox: Path, partial: Path) -> None:
-    """Captions, and the list of what then may leave the inbox."""
+    """Write the batch's captions, and the list of files that may then leave the inbox."""
     table = pd.DataFrame([image.row for image in taken.values()])
-    table = table[["file_name", "text", *(column for column in table if column not in ("file_name", "text"))]]
-    # all quoted: csv leaves a lone carriage return bare, which readers take for the end of a row
+    table = table[["file_name", "text", *table.columns.difference(["file_name", "text"], sort=False)]]
+    # Quote everything: csv leaves a lone carriage return bare, which readers take for the end of a row.
     table.to_csv(partial / CAPTION_TABLES[0], index=False, quoting=csv.QUOTE_ALL, errors="backslashreplace")
     originals = {image.name: digest for digest, image in taken.items()}
-    needed = {_sidecar(name) for name in os.listdir(inbox) if _is_image(name) and name not in originals}
-    sidecars = {_sidecar(image.name): image.sidecar for image in taken.values() if image.sidecar}
+    needed = {sidecar_of(name) for name in os.listdir(inbox) if _is_image(name) and name not in originals}
+    sidecars = {sidecar_of(image.name): image.sidecar for image in taken.values() if image.sidecar}
     originals |= {name: digest for name, digest in sidecars.items() if name not in needed}
     (partial / ORIGINALS).write_text(canonical_json({"inbox": str(inbox), "files": originals}), encoding="utf-8")
     for path in (partial / CAPTION_TABLES[0], partial / ORIGINALS, partial):
@@ -331,7 +311,7 @@ def _free_name(collection: Path) -> Path:
 
 
 def _clear(originals: Path) -> None:
-    """Remove from the inbox what is on the list and still is what was copied; then the list."""
+    """Remove the files on the list that have not changed from the inbox, then the list."""
     record = json.loads(originals.read_text(encoding="utf-8"))
     for name, digest in record["files"].items():
         path = Path(record["inbox"], name)
@@ -342,7 +322,7 @@ def _clear(originals: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """To the disk: originals are removed next, and a power cut must not find their copies empty."""
+    """Flush to the disk: originals are removed next, and after a power cut their copies must not be empty."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -351,9 +331,9 @@ def _sync(path: Path) -> None:
 
 
 def _version(root: Path, collection: Path) -> str:
-    """`dvc add`; returns the file that then stands for the collection in git."""
+    """`dvc add` the collection; returns the name of its .dvc file."""
     name = collection.relative_to(root).as_posix()
-    # without relinking, for which DVC removes files that a kill would then leave out of the collection
+    # Without relinking: for that DVC removes files, which a kill would leave out of the collection.
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "add", "--no-relink", name]
     done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
