@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from ldm.base.errors import InputError
-from ldm.config import change_settings, find_root, load_settings
+from ldm.base.options import Key, keys
+from ldm.config import Settings, change_settings, find_root, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -81,6 +82,7 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"registry.zzz": 1}, ["unknown key registry.zzz", "known here: name, level"]),
         ({"backbone.attention": GONE}, ["missing key backbone.attention"]),
         ({"diffusion": GONE}, ["missing key diffusion"]),
+        ({"backbone.num_headz": 3}, ["unknown key backbone.num_headz", "did you mean backbone.num_heads?"]),
         ({"train_vae.images": "many"}, ["train_vae.images", "found 'many'", "integer"]),
         ({"train_vae.batch_size": 1.5}, ["train_vae.batch_size", "found 1.5", "integer"]),
         ({"train_unet.lr": 0}, ["train_unet.lr", "found 0", "greater than 0"]),
@@ -267,6 +269,29 @@ def test_the_root_is_found_from_below(tmp_path: Path) -> None:
         find_root(below)
     (tmp_path / "dvc.yaml").touch()
     assert find_root(below) == tmp_path.resolve()
+
+
+def test_every_key_is_listed(tmp_path: Path) -> None:
+    """The keys of the settings as they are, and of all that is not chosen."""
+
+    def leaves(values: Any, key: str = "") -> set[str]:
+        inside = isinstance(values, dict)
+        return set().union(*(leaves(value, f"{key}.{name}") for name, value in values.items())) if inside else {key[1:]}
+
+    listed = {key.name: key for key in keys(Settings)}
+    assert leaves(load_settings(ROOT).model_dump()) <= set(listed)
+    others = {
+        "autoencoder.regulariser": {"kind": "vq"},
+        "data.source": {"kind": "huggingface", "dataset": "x"},
+        "sampling.sampler": {"kind": "heun"},
+        "text": {"kind": "transformers", "model": f"me/encoder@{'0' * 40}", "max_tokens": 4},
+        "train_vae.likelihood": {"kind": "laplace"},
+        "train_vae.objective": {"kind": "ldm"},
+        "train_unet.loss_weight": {"kind": "min_snr"},
+    }
+    assert leaves(load_settings(write(tmp_path, others)).model_dump()) <= set(listed)
+    assert listed["train_unet.loss_weight.gamma"] == Key("train_unet.loss_weight.gamma", float, (), ("min_snr",))
+    assert listed["precision"].values == ("auto", "fp32", "bf16")
 
 
 @pytest.fixture

@@ -42,12 +42,11 @@ class OneOf:
 
 
 def kinds(base: type[Choice]) -> dict[str, type[Any]]:
-    """The choices below `base` by their `kind`. (Classes between them and `base` have none.)"""
-    found: dict[str, type[Any]] = {}
-    for choice in base.__subclasses__():
-        name = choice.model_fields["kind"].default
-        found |= {name: choice} if isinstance(name, str) else kinds(choice)
-    return found
+    """The choices at or below `base` by their `kind`. (Classes between them and `base` have none.)"""
+    name = base.model_fields["kind"].default
+    if isinstance(name, str):
+        return {name: base}
+    return {name: choice for below in base.__subclasses__() for name, choice in kinds(below).items()}
 
 
 def chosen(base: type[Choice], values: dict[str, Any]) -> Any:
@@ -187,6 +186,8 @@ def _located(location: tuple[Any, ...], section: type[BaseModel]) -> tuple[list[
         path.append(part)
         field = inside.model_fields.get(part)
         inside = _model_in(field.annotation) if field else inside
+        if issubclass(inside, Choice) and len(only := kinds(inside)) == 1:
+            inside = next(iter(only.values()))  # where there is no choice, pydantic adds no kind
     return path, holder
 
 
