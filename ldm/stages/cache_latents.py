@@ -1,4 +1,4 @@
-"""Encode every training and validation image, and embed every caption, once."""
+"""Encode all training and validation images, and embed all captions."""
 
 import sys
 from pathlib import Path
@@ -30,11 +30,7 @@ def run(root: Path) -> None:
     autoencoder = load_autoencoder(root / AUTOENCODER).place(device)
     encoder = TextEncoder(settings.text)
     digest = network_hash(root / AUTOENCODER)
-    identity = {
-        "autoencoder": digest,
-        "text_encoder": encoder.sha256,
-        "text": settings.text.model_dump(),
-    }
+    identity = {"autoencoder": digest, "text_encoder": encoder.sha256, "text": settings.text.model_dump()}
 
     @torch.inference_mode()
     def encode(images: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -46,16 +42,9 @@ def run(root: Path) -> None:
         readers = {split: stage_shards(root, split) for split in ("train", "val")}
         total = sum(map(len, readers.values()))
         progress = Progress("cache_latents", total)
+        store, flip = root / LATENT_STORE, settings.cache_latents.flip
         manifest, reused = write_latents(
-            readers,
-            root / LATENTS,
-            encode,
-            encoder,
-            identity,
-            progress,
-            store=root / LATENT_STORE,
-            code=kernels.key,
-            flip=settings.cache_latents.flip,
+            readers, root / LATENTS, encode, encoder, identity, progress, store=store, code=kernels.key, flip=flip
         )
         val = open_latents(root / LATENTS, "val", autoencoder=digest)
         if not isinstance(autoencoder, VQModel):
@@ -68,11 +57,7 @@ def run(root: Path) -> None:
 
 
 STAGE = Stage(
-    "cache_latents",
-    run,
-    settings=("deterministic", "text", "cache_latents"),
-    inputs=(SHARDS, AUTOENCODER),
-    outs=(LATENTS,),
+    "cache_latents", run, settings=("deterministic", "text", "cache_latents"), inputs=(SHARDS, AUTOENCODER), outs=(LATENTS,)
 )
 
 if __name__ == "__main__":

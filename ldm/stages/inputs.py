@@ -9,19 +9,17 @@ from ldm.base.hashing import canonical_json, content_hash
 from ldm.base.paths import SHARD_CACHE, SHARDS
 from ldm.data.reader import ShardReader, open_shards
 
-CACHE_GB = 50.0
-
 
 def stage_shards(root: Path, split: str) -> ShardReader:
-    """A split of `data/shards`, or of the same shards at the URL `LDM_SHARDS`, which come through `.ldm/shards`.
+    """A split of `data/shards`, or of the same shards at the URL `LDM_SHARDS`.
 
-    That cache holds `LDM_SHARD_CACHE_GB` (default 50) at most. Where the project has an index of its own, the one at the
-    URL must be equal.
+    Shards at a URL come through `.ldm/shards`, which holds `LDM_SHARD_CACHE_GB` (default 50) at most. If `data/shards` has an
+    index, the index at the URL must be equal.
     """
     url, local = os.environ.get("LDM_SHARDS"), root / SHARDS
     if not url:
         return open_shards(local, split)
-    size = os.environ.get("LDM_SHARD_CACHE_GB") or CACHE_GB
+    size = os.environ.get("LDM_SHARD_CACHE_GB") or "50"
     try:
         limit = int(float(size) * 1e9)
     except (ValueError, OverflowError):
@@ -34,5 +32,5 @@ def stage_shards(root: Path, split: str) -> ShardReader:
 
 
 def index_hash(reader: ShardReader) -> str:
-    """Identity of the shards, which are named in the index with their hashes."""
+    """Identity of the shards: the hash of their index, which has the hash of each."""
     return content_hash(canonical_json(reader.index).encode())

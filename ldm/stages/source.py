@@ -1,11 +1,11 @@
-"""The source that `data.source` names -> data/raw/source, a folder of captioned images."""
+"""Write what `data.source` names to data/raw/source, a folder of captioned images."""
 
 from pathlib import Path
-from typing import Any
 
 from ldm.base.paths import SOURCE
 from ldm.base.progress import Progress
 from ldm.config import load_settings
+from ldm.data.sources.source import Source
 from ldm.registry.tracking import stage_run
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
@@ -13,12 +13,7 @@ from ldm.stages.stage import Stage
 
 def run(root: Path) -> None:
     settings = load_settings(root)
-    source: Any = settings.data.source
-    if isinstance(source, str):  # until settings hold the source itself
-        from ldm.data.sources.digits import Digits
-        from ldm.data.sources.huggingface import HuggingFace
-
-        source = Digits() if source == "digits" else HuggingFace(dataset=source.removeprefix("huggingface:"))
+    source: Source = settings.data.source
     with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
         with Progress(f"source: {source.kind}"):
             count = source.write(root, root / SOURCE)
