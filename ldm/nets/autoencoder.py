@@ -132,15 +132,9 @@ class Autoencoder(Pretrained):
     """
 
     DEFAULTS: ClassVar = {
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": [64],
-        "layers_per_block": 1,
-        "norm_num_groups": 32,
-        "mid_block_add_attention": True,
-        "down_block_types": [DOWN[False]],
-        "up_block_types": [UP[False]],
-    }
+        "in_channels": 3, "out_channels": 3, "block_out_channels": [64], "layers_per_block": 1, "norm_num_groups": 32,
+        "mid_block_add_attention": True, "down_block_types": [DOWN[False]], "up_block_types": [UP[False]],
+    }  # fmt: skip
     FIXED: ClassVar = {"act_fn": "silu"}
     CARRIED: ClassVar[tuple[str, ...]] = ("sample_size", "scaling_factor", "force_upcast")
     quant_conv: nn.Module

@@ -65,41 +65,20 @@ class UNet(Pretrained):
     CLASS = "UNet2DConditionModel"
     MIDDLE: ClassVar = "cross"
     DEFAULTS: ClassVar = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2,
-        "cross_attention_dim": 1280,
-        "norm_num_groups": 32,
-        "use_linear_projection": False,
-        "transformer_layers_per_block": 1,
-        "num_class_embeds": None,
-        "attention_head_dim": 8,
+        "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
+        "cross_attention_dim": 1280, "norm_num_groups": 32, "use_linear_projection": False,
+        "transformer_layers_per_block": 1, "num_class_embeds": None, "attention_head_dim": 8,
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    }
+    }  # fmt: skip
     FIXED: ClassVar = {
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "center_input_sample": False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "only_cross_attention": False,
-        "mid_block_only_cross_attention": False,
-        "dual_cross_attention": False,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
-        "dropout": 0.0,
-        "act_fn": "silu",
-        "norm_eps": EPS,
-        "resnet_time_scale_shift": "default",
-        "resnet_skip_time_act": False,
-        "resnet_out_scale_factor": 1.0,
-        "time_embedding_type": "positional",
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-        "attention_type": "default",
+        "mid_block_type": "UNetMidBlock2DCrossAttn", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
+        "only_cross_attention": False, "mid_block_only_cross_attention": False, "dual_cross_attention": False,
+        "downsample_padding": 1, "mid_block_scale_factor": 1, "dropout": 0.0, "act_fn": "silu", "norm_eps": EPS,
+        "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
         "class_embeddings_concat": False,
-    }
+    }  # fmt: skip
     CARRIED: ClassVar[tuple[str, ...]] = ("sample_size", "upcast_attention", "addition_embed_type_num_heads")
 
     @registered
@@ -270,32 +249,17 @@ class UnconditionalUNet(UNet):
     CLASS = "UNet2DModel"
     MIDDLE = "self"
     DEFAULTS: ClassVar = {
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": [224, 448, 672, 896],
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "num_class_embeds": None,
-        "attention_head_dim": 8,
+        "in_channels": 3, "out_channels": 3, "block_out_channels": [224, 448, 672, 896], "layers_per_block": 2,
+        "norm_num_groups": 32, "num_class_embeds": None, "attention_head_dim": 8,
         "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
         "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
-    }
+    }  # fmt: skip
     FIXED: ClassVar = {
-        "mid_block_type": "UNetMidBlock2D",
-        "center_input_sample": False,
-        "time_embedding_type": "positional",
-        "freq_shift": 0,
-        "flip_sin_to_cos": True,
-        "mid_block_scale_factor": 1,
-        "downsample_padding": 1,
-        "downsample_type": "conv",
-        "upsample_type": "conv",
-        "dropout": 0.0,
-        "act_fn": "silu",
-        "norm_eps": EPS,
-        "resnet_time_scale_shift": "default",
+        "mid_block_type": "UNetMidBlock2D", "center_input_sample": False, "time_embedding_type": "positional", "freq_shift": 0,
+        "flip_sin_to_cos": True, "mid_block_scale_factor": 1, "downsample_padding": 1, "downsample_type": "conv",
+        "upsample_type": "conv", "dropout": 0.0, "act_fn": "silu", "norm_eps": EPS, "resnet_time_scale_shift": "default",
         "add_attention": True,
-    }
+    }  # fmt: skip
     CARRIED = ("sample_size", "num_train_timesteps")
 
     @staticmethod
