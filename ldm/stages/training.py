@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -25,7 +26,10 @@ from ldm.stages.runtime import INTERRUPTED, stop_at_checkpoint
 from ldm.stages.stage import Stage
 from ldm.stages.work import Work, identify, opened
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.fit import Execution, Fitted, Objective, Schedule, fit
+from ldm.training.fit import Execution, Fitted, Objective, fit
+
+if TYPE_CHECKING:
+    from ldm.training.options import Training as Schedule
 
 GRACE = 5.0  # seconds in which a process notices by itself that another one failed
 
@@ -47,7 +51,7 @@ class Training:
 
 @contextlib.contextmanager
 def training(
-    root: Path, stage: Stage, settings: Settings, options: Schedule, inputs: dict[str, str], device: torch.device
+    root: Path, stage: Stage, settings: Settings, options: "Schedule", inputs: dict[str, str], device: torch.device
 ) -> Iterator[Training]:
     """Within, `LDM_PROCESSES` processes run the stage; at its end the checkpoints of the first one are dropped.
 

@@ -1,12 +1,14 @@
 """The one training loop: schedules counted in images, an average of the weights, exact resume."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,9 @@ from ldm.base.randomness import generator
 from ldm.nets.diffusers import Pretrained
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 from ldm.training.ema import Ema, global_norm
-from ldm.training.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from ldm.training.options import Training
 
 POINTS = 40  # rows of a finished loss curve
 GRADIENT_NORM = 1.0  # gradients are clipped to this norm
@@ -65,20 +69,6 @@ class Tracker(Protocol):
     def load_state_dict(self, state: Any) -> None: ...
 
 
-class Schedule(Protocol):
-    """The settings that the loop reads; see `ldm.training.options.Training`."""
-
-    images: int
-    batch_size: int
-    lr: float
-    warmup_images: int
-    ema_halflife_images: int
-    checkpoint_images: int
-
-    @property
-    def optimizer(self) -> Optimizer: ...
-
-
 @dataclass(frozen=True)
 class Execution:
     """How the device is used; results differ by rounding only."""
@@ -101,7 +91,7 @@ class Fitted:
     last: dict[str, Tensor] = field(default_factory=dict)
 
 
-def learning_rate(schedule: Schedule, images_seen: int) -> float:
+def learning_rate(schedule: Training, images_seen: int) -> float:
     """Linear warm-up, then cosine decay to zero at the last image."""
     if images_seen < schedule.warmup_images:
         return schedule.lr * (images_seen + schedule.batch_size) / (schedule.warmup_images + schedule.batch_size)
@@ -111,7 +101,7 @@ def learning_rate(schedule: Schedule, images_seen: int) -> float:
 
 def fit(
     objective: Objective,
-    schedule: Schedule,
+    schedule: Training,
     *,
     seed: int,
     tracker: Tracker,

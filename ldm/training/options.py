@@ -20,10 +20,10 @@ class Training(Section):
     warmup_images: Count
     ema_halflife_images: Count  # 0 switches the average off
     checkpoint_images: Positive  # images between checkpoints (and metric deliveries)
+    optimizer: Annotated[Optimizer, OneOf()]
 
 
 class TrainVae(Training):
-    optimizer: Annotated[Optimizer, OneOf()]
     objective: Annotated[VaeChoice, OneOf()]
     likelihood: Annotated[Family, OneOf()]
     flip: bool  # half of the images are mirrored, at random

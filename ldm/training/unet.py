@@ -1,6 +1,8 @@
 """The U-Net's objective: denoising of cached latents under their captions."""
 
-from typing import Any, Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +12,12 @@ from ldm.data.latents import Latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise.levels import NoiseLevels
 from ldm.nets.text.encoder import trim
-from ldm.training.weighting import LossWeight, Standard
+from ldm.training.weighting import Standard
+
+if TYPE_CHECKING:
+    from ldm.training.options import TrainUnet
 
 DEVICE_SHARE = 0.5  # of a GPU's free memory that latents may take
-
-
-class Options(Protocol):
-    """The settings that the objective reads; see `ldm.training.options.TrainUnet`."""
-
-    caption_dropout: float
-
-    @property
-    def loss_weight(self) -> LossWeight: ...
 
 
 class UnetObjective:
@@ -31,7 +27,7 @@ class UnetObjective:
     levels drawn, from the least noise, `loss_noise_q1`, to the most, `loss_noise_q4`. No data loader runs.
     """
 
-    def __init__(self, denoiser: Denoiser, latents: Latents, options: Options, seed: int, device: torch.device):
+    def __init__(self, denoiser: Denoiser, latents: Latents, options: TrainUnet, seed: int, device: torch.device):
         self.denoiser, self.options, self.seed, self.device = denoiser, options, seed, device
         self.module = nn.ModuleDict({"unet": denoiser.net})
         if (weight := options.loss_weight.module()) is not None:
