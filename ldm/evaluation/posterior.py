@@ -1,5 +1,6 @@
 """What averages over posterior samples of the decoder tell: bits per dimension, uncertainty of pixels, images unlike the data."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,44 @@ from torch import Tensor
 from ldm.base.errors import InputError
 from ldm.base.paths import BOUNDS
 from ldm.base.pixels import BIN, to_float, to_uint8
-from ldm.base.randomness import generator
+from ldm.base.randomness import generator, seed_for
+from ldm.data.batches import order
 from ldm.data.reader import ShardReader
 from ldm.langevin.convergence import convergence, warnings
 from ldm.langevin.predictive import BATCH, DecoderPosterior
 from ldm.report.grid import image_grid
 from ldm.report.plots import histograms, traces
 
+MEASURED = 1024  # test images at most whose pixels are mapped and scores kept
 TRACED = 4  # held-out images whose log-likelihood is drawn against the draws
 SHOWN = 8  # images in a row
 TINY = 1e-12  # nats
 
 Metrics = dict[str, Any]
 Latents = Callable[[Tensor, list[str]], Tensor]  # from uint8 images and their keys to draws from q(z | x)
+
+
+def measure(
+    posterior: DecoderPosterior,
+    test: ShardReader,
+    bounds: pd.DataFrame,
+    latents: Latents,
+    sampled: Callable[[list[str]], Tensor],
+    seed: int,
+    plots: Path,
+) -> tuple[pd.DataFrame, Metrics]:
+    """Scores of test images by key, and metrics; plots in a folder of their own.
+
+    `bounds` and `latents` are those of the evaluation; `sampled` gives the latents of a sample for each prompt.
+    """
+    shutil.rmtree(plots, ignore_errors=True)
+    plots.mkdir(parents=True)
+    rows = np.sort(order(seed_for(seed, "posterior measured"), len(test), 0, min(len(test), MEASURED)))
+    pixels, prompts = torch.from_numpy(test.images(rows)), test.captions.text.drop_duplicates().head(SHOWN).tolist()
+    scores, metrics = unlike_images(posterior, pixels, seed, plots)
+    metrics |= average_bound(posterior, bounds, test, latents, plots)
+    metrics |= uncertainty_maps(posterior, pixels, sampled(prompts), plots)
+    return pd.DataFrame({"key": test.captions.key.iloc[rows], "score": scores}), metrics
 
 
 def average_bound(posterior: DecoderPosterior, bounds: pd.DataFrame, test: ShardReader, latents: Latents, plots: Path) -> Metrics:
@@ -59,6 +85,7 @@ def average_bound(posterior: DecoderPosterior, bounds: pd.DataFrame, test: Shard
         "gain_nats": float(gain.mean()),
         "gain_nats_se": float(gain.std(ddof=1) / np.sqrt(len(gain))),
         "draws": posterior.draws.count,
+        "weights": sum(value.numel() for value in next(iter(posterior.draws)).values()),
         "rhat": float(found.rhat.max()),
         "ess": float(found.ess.min()),
         "convergence_warnings": warnings(found),

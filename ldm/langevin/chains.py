@@ -20,10 +20,10 @@ MakeSampler = Callable[[list[Tensor]], Sampler]  # such as functools.partial(SGL
 
 @dataclass(frozen=True)
 class Draws:
-    """Samples of weights and how much each counts in an average."""
+    """Samples of weights."""
 
     values: dict[str, Tensor]  # by name, (chains, draws, …)
-    weights: Tensor  # (draws,), the step sizes of the draws (Welling & Teh 2011, equation 11)
+    weights: Tensor  # (draws,), how much each counts in an average: its step size (Welling & Teh 2011, equation 11)
 
     @property
     def chains(self) -> int:
@@ -136,9 +136,8 @@ class Chains:
     def draws(self) -> Draws:
         """The draws kept so far."""
         if not self._draws:
-            raise InputError(
-                f"no draws after {self.done} steps of which {self.burn_in} are burn-in, thinned by {self.thin}: take more"
-            )
+            burn_in = f"{self.burn_in} are burn-in, thinned by {self.thin}"
+            raise InputError(f"no draws after {self.done} steps of which {burn_in}: take more")
         values = {name: torch.stack([draw[name] for draw, _ in self._draws], 1) for name in self.parameters}
         if not all(bool(value.isfinite().all()) for value in values.values()):
             raise InputError(f"the chains diverged: weights are not finite after {self.done} steps; take a smaller step size")

@@ -21,11 +21,6 @@ def convergence(values: np.ndarray) -> DataFrame:
 def warnings(found: DataFrame) -> list[str]:
     """Why the draws must not be taken for independent samples of one distribution, a sentence each."""
     rhat, ess = float(found.rhat.max()), float(found.ess.min())
-    said = []
-    if not rhat <= RHAT:
-        said.append(
-            f"R-hat is {rhat:.3g} where it should be {RHAT} at most: the chains have not mixed; leave more steps between draws"
-        )
-    if not ess >= ESS:
-        said.append(f"the effective sample size is {ess:.0f} where {ESS:.0f} are asked for; take more draws, farther apart")
-    return said
+    mixed = f"R-hat is {rhat:.3g} where it should be {RHAT} at most: the chains have not mixed; leave more steps between draws"
+    many = f"the effective sample size is {ess:.0f} where {ESS:.0f} are asked for; take more draws, farther apart"
+    return [warning for warning, passed in ((mixed, rhat <= RHAT), (many, ess >= ESS)) if not passed]

@@ -19,7 +19,7 @@ from ldm.base.progress import Progress
 from ldm.base.randomness import generator, seed_for
 from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.langevin.chains import Chains, control_variates
-from ldm.langevin.sgld import SAMPLERS, check_deterministic
+from ldm.langevin.sgld import SAMPLERS
 from ldm.langevin.step_size import StepSize, find_step_size
 from ldm.nets.autoencoder import Autoencoder
 
@@ -44,7 +44,6 @@ class DecoderLoss:
         # because `to` keeps the strides of dimensions of size 1, from which convolutions infer the memory format.
         for weight in autoencoder.parameters():
             weight.data = weight.detach().clone(memory_format=torch.contiguous_format)
-        check_deterministic(autoencoder)
         self.autoencoder, self.likelihood, self.images, self.count, self.seed = autoencoder, likelihood, images, count, seed
         self.device = likelihood.log_scale.device
         self.start = part_of(autoencoder.decoder, part)
@@ -92,6 +91,9 @@ class DecoderChains(Chains):
     `lr` None: the step size that `find_step_size` recommends, lowered after the burn-in to what gradient noise allows there.
     """
 
+    lr: float
+    at_start: StepSize | None = None
+
     def __init__(
         self,
         loss: DecoderLoss,
@@ -108,40 +110,31 @@ class DecoderChains(Chains):
         draws: int,
     ) -> None:
         self.label, self.steps, self.adapts = f"sample_posterior: {sampler}", burn_in + thin * draws, lr is None
-        self.options: dict[str, Any] = {"num_data": loss.count, "prior_precision": prior_precision, "temperature": temperature}
-        self.options |= {"friction": friction} if sampler == "sghmc" else {}
+        options: dict[str, Any] = {"num_data": loss.count, "prior_precision": prior_precision, "temperature": temperature}
+        options |= {"friction": friction} if sampler == "sghmc" else {}
         with Progress(f"{self.label}: the gradient of all {loss.count:,} images"):
             data = (loss.data(part.tolist()) for part in torch.arange(loss.count).split(batch_size))
             corrected = control_variates(loss, loss.start, data)
         super().__init__(
             corrected,
             {name: value.expand(chains, *value.shape) for name, value in loss.start.items()},
-            partial(SAMPLERS[sampler], lr=lr or 0.0, seed=seed_for(loss.seed, "posterior", sampler), **self.options),
+            partial(SAMPLERS[sampler], lr=lambda step: self.lr, seed=seed_for(loss.seed, "posterior", sampler), **options),
             burn_in=burn_in,
             thin=thin,
             vectorized=loss.device.type != "cpu",  # vmap makes grouped convolutions, which are slow on a CPU
         )
         self.minibatch = partial(loss.minibatches, "posterior", chains=chains, size=batch_size)
         self.measured_on = [loss.minibatches("step size", i, 1, batch_size) for i in range(MINIBATCHES)]
-        self.seed, self.at_start = loss.seed, None
+        self.find: Callable[..., StepSize] = partial(find_step_size, minibatches=MINIBATCHES, seed=loss.seed, **options)
         self.at_start = self.limits()
         self.lr = lr or self.at_start.recommended()
-
-    @property
-    def lr(self) -> float:
-        return self.optimizer.step_size()
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = value
 
     def limits(self) -> StepSize:
         """What limits the step size at the first chain's weights; of these, only gradient noise is measured after the start."""
         weights = {name: value[0].detach().clone().requires_grad_() for name, value in self.parameters.items()}
         loss = lambda i: self._loss(weights, *(tensor[0] for tensor in self.measured_on[i]))  # noqa: E731
-        options = {**self.options, "minibatches": MINIBATCHES, "seed": self.seed, "nearby": self.at_start}
         with Progress(f"{self.label}: the curvature"):
-            return find_step_size(loss, list(weights.values()), **options)
+            return self.find(loss, list(weights.values()), nearby=self.at_start)
 
     def run(self, saved: Checkpoint | None, save: Callable[..., None], stoppable: Stoppable) -> None:
         """Take all steps, from a checkpoint on if there is one.

@@ -20,10 +20,8 @@ class DecoderPosterior:
     def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, draws: Draws) -> None:
         known = {name: tuple(value.shape) for name, value in autoencoder.decoder.named_parameters()}
         for name, value in draws.values.items():
-            if known.get(name) != tuple(value.shape[2:]):
-                raise InputError(
-                    f"posterior samples have {name} {tuple(value.shape[2:])}, the decoder {known.get(name, 'has not')}"
-                )
+            if known.get(name) != (shape := tuple(value.shape[2:])):
+                raise InputError(f"posterior samples have {name} {shape}, the decoder {known.get(name, 'has not')}")
         self.autoencoder, self.likelihood, self.draws = autoencoder, likelihood, draws
         self.device = likelihood.log_scale.device
         self.weights = (draws.weights / draws.weights.sum() / draws.chains).repeat(draws.chains)  # (S,), sum 1

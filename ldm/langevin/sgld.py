@@ -32,11 +32,8 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {  # option: whether a val
     "eps": (lambda eps: eps > 0, "more than 0"),
     "adaptation_steps": (lambda steps: steps is None or steps >= 1, "1 or more, or None"),
 }
-MOMENTUM = "SGHMC has momentum, with the noise that belongs to it (friction)"
 REFUSED = {  # options of other optimizers that would change the sampled distribution, and what to use instead
-    "momentum": MOMENTUM,
-    "nesterov": MOMENTUM,
-    "dampening": MOMENTUM,
+    **dict.fromkeys(("momentum", "nesterov", "dampening"), "SGHMC has momentum, with the noise that belongs to it (friction)"),
     "betas": "PSGLD has a preconditioner, SGHMC momentum",
     "weight_decay": "state the prior: prior_precision (1 / variance)",
 }
@@ -58,9 +55,7 @@ class Polynomial:
     def between(cls, first: float, last: float, steps: int, gamma: float = 0.55) -> "Polynomial":
         """From step size `first` at step 0 to `last` at step `steps`."""
         if not (0 < last < first and steps >= 1 and gamma > 0):
-            raise InputError(
-                f"a step size from {first} to {last} in {steps} steps: give 0 < last < first, 1 step or more, gamma > 0"
-            )
+            raise InputError(f"a step size from {first} to {last} in {steps} steps: give 0 < last < first, steps >= 1, gamma > 0")
         b = steps / ((first / last) ** (1 / gamma) - 1)
         return cls(first * b**gamma, b, gamma)
 
@@ -201,10 +196,7 @@ def shaped(flat: Tensor, params: list[Tensor]) -> list[Tensor]:
 
 def _check_dtype(p: Tensor) -> None:
     if p.dtype not in EXACT:
-        raise InputError(
-            f"a parameter of {tuple(p.shape)} is {p.dtype}, which rounds the noise away: "
-            "sample float32 parameters (autocast may compute in less)"
-        )
+        raise InputError(f"a parameter of {tuple(p.shape)} is {p.dtype}, which rounds the noise away: sample float32 parameters")
 
 
 def _add_gradient(to: list[Tensor], group: dict[str, Any], scale: float) -> None:
@@ -282,6 +274,4 @@ def check_deterministic(module: nn.Module) -> None:
         rate = getattr(part, "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout", 0)  # of nn.LSTM and others
         random = isinstance(rate, int | float) and rate > 0
         if part.training and (random or isinstance(part, nn.modules.batchnorm._BatchNorm)):
-            raise InputError(
-                f"{name} ({type(part).__name__}) is in training mode, so the loss is random: call eval() on the model"
-            )
+            raise InputError(f"{name} ({type(part).__name__}) is in training mode, so the loss is random: call eval() on it")

@@ -4,7 +4,6 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -15,9 +14,7 @@ from ldm.base.paths import BOUNDS, MODEL, POSTERIOR, POSTERIOR_REPORTS, SHARDS
 from ldm.base.progress import Progress
 from ldm.base.randomness import seed_for
 from ldm.config import load_settings
-from ldm.data.batches import order
-from ldm.data.reader import ShardReader
-from ldm.evaluation.posterior import SHOWN, Metrics, average_bound, uncertainty_maps, unlike_images
+from ldm.evaluation.posterior import Metrics, measure
 from ldm.langevin.decoder import DecoderChains, DecoderLoss
 from ldm.langevin.predictive import DecoderPosterior
 from ldm.model import LatentDiffusion
@@ -28,8 +25,6 @@ from ldm.stages.runtime import stage_main, stop_at_checkpoint
 from ldm.stages.stage import Stage
 from ldm.stages.work import identify, opened
 from ldm.training.checkpoint import CheckpointStore
-
-MEASURED = 1024  # test images at most whose pixels are mapped and scores kept
 
 
 def run(root: Path, sampler: str) -> None:
@@ -43,6 +38,7 @@ def run(root: Path, sampler: str) -> None:
     inputs = {"model": folder_hash(root / MODEL), "shards": index_hash(train)}
     params, steps = {"sampler": sampler, **STAGE.params(settings)}, options.burn_in + options.thin * options.draws
     identity = identify(STAGE.name, params, inputs, {"device": str(device)})
+    plots = root / POSTERIOR_REPORTS / sampler
     with (
         opened(root, identity, steps, torch.get_num_threads()) as work,
         stage_run(f"{STAGE.name}_{sampler}", params, work.key, work.tags()) as tracker,
@@ -50,40 +46,24 @@ def run(root: Path, sampler: str) -> None:
         loss = DecoderLoss(model.autoencoder, model.likelihood, train.images, len(train), options.part, seed)
         chains, store = DecoderChains(loss, sampler, **options.model_dump(exclude={"part"})), CheckpointStore(work.checkpoint)
         chains.run(store.load(), store.save, stop_at_checkpoint)
-        step = chains.limits().metrics(chains.lr)
-        posterior = DecoderPosterior(model.autoencoder, model.likelihood, chains.draws())
+        step_size, posterior = chains.limits(), DecoderPosterior(model.autoencoder, model.likelihood, chains.draws())
+        latents = partial(model.bound_latents, seed=seed)
+        sampled = partial(model.sample_latents, seed=seed_for(seed, "posterior"))
         with Progress(f"sample_posterior: {sampler}: measuring the samples"):
-            scores, metrics = measure(root, sampler, model, posterior, test, seed)
+            scores, metrics = measure(posterior, test, pd.read_csv(root / BOUNDS), latents, sampled, seed, plots)
+        metrics |= {"sampler": sampler, **step_size.metrics(chains.lr)}
+        warnings = [*metrics["step_size_warnings"], *metrics["convergence_warnings"]]
         summary = f"{metrics['average_bits_per_dim']:.4f} bits/dim averaged over {metrics['draws']} samples"
-        warnings = [*step["step_size_warnings"], *metrics["convergence_warnings"]]
-        metrics |= step | {"sampler": sampler, "summary": summary + (f"; {len(warnings)} warnings" if warnings else "")}
+        metrics["summary"] = summary + (f"; {len(warnings)} warnings" if warnings else "")
         write(root, sampler, posterior, scores, metrics)
         work.note_adopted(root / POSTERIOR / sampler)
         tracker.log({name: value for name, value in metrics.items() if isinstance(value, int | float)}, 0)
-        tracker.artifact(root / POSTERIOR_REPORTS / sampler, "plots")
+        tracker.artifact(plots, "plots")
         work.finish()
     for warning in warnings:
         print(f"sample_posterior: warning: {warning}", flush=True)
     before, after, gain, error = (metrics[n] for n in ("bits_per_dim", "average_bits_per_dim", "gain_nats", "gain_nats_se"))
     print(f"sample_posterior: {before:.4f} bits/dim as trained, {after:.4f} averaged (by {gain:.2f} ± {error:.2f} nats an image)")
-
-
-def measure(
-    root: Path, sampler: str, model: LatentDiffusion, posterior: DecoderPosterior, test: ShardReader, seed: int
-) -> tuple[pd.DataFrame, Metrics]:
-    """Draw the plots; scores of test images by key, and metrics."""
-    plots = root / POSTERIOR_REPORTS / sampler
-    shutil.rmtree(plots, ignore_errors=True)
-    plots.mkdir(parents=True)
-    rows = np.sort(order(seed_for(seed, "posterior measured"), len(test), 0, min(len(test), MEASURED)))
-    pixels = torch.from_numpy(test.images(rows))
-    scores, metrics = unlike_images(posterior, pixels, seed, plots)
-    metrics |= average_bound(posterior, pd.read_csv(root / BOUNDS), test, partial(model.bound_latents, seed=seed), plots)
-    prompts = test.captions.text.drop_duplicates().head(SHOWN).tolist()
-    sampled = model.sample_latents(prompts, seed=seed_for(seed, "posterior"))
-    metrics |= uncertainty_maps(posterior, pixels, sampled, plots)
-    metrics["weights"] = sum(value.numel() for value in next(iter(posterior.draws)).values())
-    return pd.DataFrame({"key": test.captions.key.iloc[rows], "score": scores}), metrics
 
 
 def write(root: Path, sampler: str, posterior: DecoderPosterior, scores: pd.DataFrame, metrics: Metrics) -> None:
