@@ -99,10 +99,11 @@ def uncertainty_maps(posterior: DecoderPosterior, pixels: Tensor, sampled: Tenso
     """
     mean, std = posterior.reconstructions(pixels)
     error = (mean - to_float(pixels)).square()
-    images = {"real": pixels[:SHOWN], "given back, mean": to_uint8(mean[:SHOWN])}
-    _show(images, {"its deviation": std[:SHOWN], "error": error[:SHOWN].sqrt()}, plots / "reconstructions.png")
+    images = {"real": pixels[:SHOWN], "reconstructed, mean": to_uint8(mean[:SHOWN])}
+    maps = {"standard deviation": std[:SHOWN], "absolute error": error[:SHOWN].sqrt()}
+    _show(images, maps, plots / "reconstructions.png")
     drawn, spread = posterior.uncertainty(sampled)
-    _show({"mean": to_uint8(drawn)}, {"its deviation": spread}, plots / "samples.png")
+    _show({"mean": to_uint8(drawn)}, {"standard deviation": spread}, plots / "samples.png")
     return {"uncertainty_error_rank_correlation": float(spearmanr(std.flatten(), error.flatten()).statistic)}
 
 
