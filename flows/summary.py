@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.base.paths import AUTOENCODER, DECISION, METRICS, REPORT, SAMPLES, SHARDS, UNET
+from ldm.base.paths import AUTOENCODER, DECISION, METRICS_TABLE, REPORT, SAMPLES, SHARDS, UNET
 from ldm.config import Settings
+from ldm.evaluation.value import read_values
 from ldm.registry import lineage
+from ldm.report.numbers import shown
 from ldm.versioning.graph import Node
 
 if TYPE_CHECKING:
@@ -47,13 +49,12 @@ def summarise(
     notes: list[tuple[str, str]],
 ) -> Summary:
     name = settings.registry.name
-    metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
     model = f"models:/{name}/{registered.version} ({'new' if registered.created else 'registered before'})"
     verdict = "promoted" if decision.promote else "not promoted"
     if champion == registered.version and not decision.promote:
         verdict = "champion"
     results = [
-        *_quality(metrics),
+        *_headlines(root / METRICS_TABLE),
         *_said(root, others),
         *notes,
         *(("adopted", line) for out in (AUTOENCODER, UNET) if (line := lineage.adopted(root / out))),
@@ -63,36 +64,22 @@ def summarise(
     places = [("samples", SAMPLES), ("report", REPORT), ("decision", DECISION)]
     places += [(node.name, out) for node in others for out in node.outs if (root / out).is_dir() and out.startswith("reports/")]
     prompt = first_caption(root / SHARDS) or "…"
-    it = f"models:/{name}@champion" if champion == registered.version else f"models:/{name}/{registered.version}"
-    commands = (
-        f'ldm sample --model {it} --prompt "{prompt}" -n 16 --out samples.png',
-        "ldm registry list",
-        "make ui",
-    )
-    return Summary(
-        tuple(steps), tuple(results), tuple((what, place) for what, place in places if (root / place).exists()), commands
-    )
+    uri = f"models:/{name}@champion" if champion == registered.version else f"models:/{name}/{registered.version}"
+    commands = (f'ldm sample --model {uri} --prompt "{prompt}" -n 16 --out samples.png', "ldm registry list", "make ui")
+    existing = tuple((what, place) for what, place in places if (root / place).exists())
+    return Summary(tuple(steps), tuple(results), existing, commands)
 
 
 def show(summary: Summary) -> None:
-    """A table on a terminal, plain lines elsewhere."""
+    """Print aligned lines, in colour on a terminal."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
     print()
-    if console.is_terminal:
-        table = Table("stage", "status", *(), box=None, pad_edge=False, header_style="bold")
-        for title in ("seconds", "peak memory"):
-            table.add_column(title, justify="right")
-        for step in summary.steps:
-            style = "green" if step.status == "executed" else "dim"
-            table.add_row(step.name, f"[{style}]{step.status}[/]", f"{step.seconds:.1f}", _memory(step.peak_bytes))
-        console.print(table)
-    else:
-        width = max(16, *(len(step.name) + 2 for step in summary.steps))
-        for step in summary.steps:
-            print(f"{step.name:<{width}}{step.status:<12}{step.seconds:>8.1f} s  {_memory(step.peak_bytes):>9}".rstrip())
+    width = max(16, *(len(step.name) + 2 for step in summary.steps))
+    for step in summary.steps:
+        status = f"[{'green' if step.status == 'executed' else 'dim'}]{step.status:<12}[/]"
+        console.print(f"{step.name:<{width}}{status}{step.seconds:>8.1f} s  {_memory(step.peak_bytes):>9}".rstrip())
     print()
     lines = (*summary.results, *summary.places)
     width = max(15, *(len(what) + 1 for what, _ in lines))
@@ -123,29 +110,13 @@ def first_caption(shards: Path) -> str | None:
     return None
 
 
-def _quality(metrics: dict[str, float | str]) -> list[tuple[str, str]]:
-    def number(key: str) -> float:
-        return float(metrics[key])
-
-    about = f"{metrics['test_images']} test images of {metrics['image']}"
-    if "bits_per_dim" in metrics:
-        bound = f"{number('bits_per_dim'):.4f} ± {number('bits_per_dim_se'):.4f} ({about}, given their captions)"
-    else:
-        bound = (
-            f"none of the whole system, as its autoencoder is VQ; that alone takes {number('elbo_bits_per_dim'):.4f} ({about})"
-        )
-    lines = [
-        ("bits/dim", bound),
-        ("PSNR", f"{number('psnr'):.2f} dB"),
-        (
-            f"FD-{str(metrics['fd_name']).removeprefix('FD-')}",
-            f"{number('fd'):.3g} (real against real {number('fd_floor'):.3g}, N = {metrics['fd_n']}, d = {metrics['fd_dim']})",
-        ),
-    ]
-    if "prompt_accuracy" in metrics:
-        unseen = f", unseen phrasings {number('unseen_prompt_accuracy'):.1%}" if "unseen_prompt_accuracy" in metrics else ""
-        lines.append(("prompts read", f"{number('prompt_accuracy'):.1%}{unseen}"))
-    return lines
+def _headlines(table: Path) -> list[tuple[str, str]]:
+    """The headline numbers with their units, and facts about them in a column of its own."""
+    values = [value for value in read_values(table) if value.headline]
+    numbers = [" ".join(shown(value)).strip() for value in values]
+    width = max(map(len, numbers), default=0)
+    notes = [f"({value.note})" if value.note else "" for value in values]
+    return [(v.title, f"{number:<{width}}  {note}".rstrip()) for v, number, note in zip(values, numbers, notes, strict=True)]
 
 
 def _said(root: Path, others: tuple[Node, ...]) -> list[tuple[str, str]]:

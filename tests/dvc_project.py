@@ -13,7 +13,7 @@ stages:
   evaluate:
     cmd: python stage.py evaluate
     deps: [models/ldm, data/shards]
-    outs: [reports/report.html, reports/bounds.csv]
+    outs: [reports/report.html, reports/bounds.csv, reports/metrics.csv]
     metrics: [reports/metrics.json: {cache: false}]
   shard:
     cmd: python stage.py shard
@@ -63,8 +63,11 @@ if name == "evaluate":
     pathlib.Path("reports/report.html").write_text("<p>fine</p>")
     pathlib.Path("reports/bounds.csv").write_text("key,nats\\na,-1.5\\nb,-2.5\\n")
     pathlib.Path("reports/metrics.json").write_text(json.dumps({
-        "bits_per_dim": 1.25, "bits_per_dim_se": 0.01, "psnr": 20.0, "fd": 3.0, "fd_floor": 1.0, "fd_name": "pca32", "fd_n": 4,
-        "fd_dim": 2, "prompt_accuracy": 0.975, "unseen_prompt_accuracy": 0.95, "test_images": 2, "image": "32x32x1, lanczos"}))
+        "bits_per_dim": 1.25, "bits_per_dim_se": 0.0123, "made_up": 0.975, "test_images": 2, "image": "32x32x1, lanczos"}))
+    pathlib.Path("reports/metrics.csv").write_text(
+        "name,value,error,unit,title,reading,note,headline\\n"
+        'bits_per_dim,1.25,0.0123,bits/dim,bits/dim,lower is better,"2 test images of 32x32x1, lanczos",True\\n'
+        "made_up,0.975,,share,something new,higher is better,,True\\n")
 if name == "aside":
     pathlib.Path("aside.txt").write_text("")
 """

@@ -10,6 +10,7 @@ MODEL = "models/ldm"
 POSTERIOR = "models/posterior"
 
 METRICS = "reports/metrics.json"
+METRICS_TABLE = "reports/metrics.csv"
 BOUNDS = "reports/bounds.csv"
 SAMPLES = "reports/samples.png"
 REPORT = "reports/report.html"

@@ -1,1 +1,1 @@
-"""How good a model is: fidelity, distances, the report and the gate."""
+"""How good a model is: its bound, metrics, and the gate between it and the champion. `README.md` explains each number."""

@@ -1,12 +1,40 @@
-"""The whole system's bound, image by image over a split."""
+"""Bounds on log p of test images: of the whole system image by image, and of the autoencoder alone."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
 
+from ldm.base.progress import Progress
 from ldm.data.reader import ShardReader
+from ldm.evaluation.autoencoder import evaluate_importance, summary
+from ldm.evaluation.evaluation import Evaluation
+from ldm.evaluation.value import Value
+from ldm.nets.autoencoder import VQModel
+
+ABOUT = {  # unit, title, how to read it
+    "bits_per_dim": (
+        "bits/dim", "bits/dim",
+        "The most that autoencoder and diffusion model together need to describe one value of a test image, given its caption: "
+        "an upper bound on −log₂ p(image | caption). Lower is better; raw 8-bit pixels take 8. "
+        "Compare only models on the same images and captions.",
+    ),
+    "nats": ("nats", "bound", "log p(image | caption) is at least this: the sum of the next three. Higher is better."),
+    "reconstruction_nats": ("nats", "bound: reconstruction", "log p of the pixels, given the latents."),
+    "entropy_nats": ("nats", "bound: entropy", "How loosely the encoder's posterior pins the latents."),
+    "prior_nats": ("nats", "bound: prior", "log p of the latents under the diffusion model."),
+    "elbo_bits_per_dim": (
+        "bits/dim", "autoencoder alone", "The autoencoder's own bound, its prior a standard normal, or uniform over VQ's codes. "
+        "Lower is better.",
+    ),
+    "rate_bits_per_dim": ("bits/dim", "rate", "What the latents cost: KL(q(z | x) ‖ p(z)), or the codes of VQ."),
+    "distortion_bits_per_dim": ("bits/dim", "distortion", "What the pixels cost, given the latents."),
+    "importance_bits_per_dim": ("bits/dim", "importance-weighted", "A tighter bound of the autoencoder alone. Lower is better."),
+    "importance_gap_nats": ("nats", "importance gap", "How much tighter it is: what the encoder's posterior misses, at least."),
+}  # fmt: skip
 
 
 def image_bounds(
@@ -35,3 +63,42 @@ def image_bounds(
         frames.append(pd.DataFrame({"key": keys, **terms, "dims": bound.dims}))
         progress(start + len(rows))
     return pd.concat(frames, ignore_index=True)
+
+
+def measure_bounds(evaluation: Evaluation, levels: int, importance_samples: int) -> tuple[pd.DataFrame, list[Value]]:
+    """The terms of every test image, nats, and their means as values.
+
+    For a VQ model there is no bound of the whole system: the table then holds what codes and pixels cost.
+    """
+    own, test = evaluation.elbo, evaluation.test
+    numbers = {name: value for name, value in summary(own).items() if "per_dim" in name}
+    note = f"{len(test)} test images of {test.preprocessing.described}"
+    if isinstance(evaluation.model.autoencoder, VQModel):
+        terms = {"reconstruction": own.reconstruction, "rate": own.kl}
+        frame = pd.DataFrame({"key": test.captions.key, **{name: value.double().cpu() for name, value in terms.items()}})
+        note = f"autoencoder alone, as there is no bound of the whole system with VQ; {note}"
+        first, *others = _values(numbers, "elbo_bits_per_dim", note)
+        return frame.assign(dims=own.dims), [replace(first, title="bits/dim"), *others]
+    with Progress("evaluate: importance-weighted bound"):
+        tighter = evaluate_importance(evaluation.model.autoencoder, evaluation.model.likelihood, test, evaluation.seed,
+                                      importance_samples)  # fmt: skip
+    with Progress("evaluate: bound", len(test)) as progress:
+        frame = image_bounds(evaluation.model, test, levels=levels, seed=evaluation.seed, progress=progress)
+    to_bits = -1 / (own.dims * math.log(2))
+    numbers |= {
+        "importance_bits_per_dim": float(tighter.mean()) * to_bits,
+        "importance_gap_nats": float(tighter.mean() - own.nats.double().mean().cpu()),
+        "nats": float(frame.nats.mean()),
+        "bits_per_dim": float(frame.nats.mean()) * to_bits,
+        "bits_per_dim_se": -float(frame.nats.std()) / math.sqrt(len(frame)) * to_bits,
+        **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
+    }
+    return frame, _values(numbers, "bits_per_dim", f"{note}, given their captions")
+
+
+def _values(numbers: dict[str, float], headline: str, note: str) -> list[Value]:
+    return [
+        Value(name=name, value=numbers[name], error=numbers.get(f"{name}_se"), unit=unit, title=title, reading=reading,
+              note=note if name == headline else "", headline=name == headline)
+        for name, (unit, title, reading) in ABOUT.items() if name in numbers
+    ]  # fmt: skip

@@ -149,7 +149,7 @@ def _undecided(level: float, reason: str) -> "Decision":
 def _write_page(
     root: Path, decision: "Decision", frame: "pd.DataFrame | None", challenger: Version, champion: Version | None
 ) -> None:
-    from ldm.evaluation.gate import decision_page
+    from ldm.report.decision import decision_page
 
     rival = f"{champion.name} version {champion.version}" if champion else None
     decision_page(root / DECISION, decision, frame, challenger=f"{challenger.name} version {challenger.version}", champion=rival)

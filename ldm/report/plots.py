@@ -1,8 +1,11 @@
-"""Pictures that go into a README or a report. Same input, same bytes: no dates, no version of the writer."""
+"""Charts for reports, as PNG files or SVG texts. Same input, same bytes: no dates, no version of the writer, no user's style."""
 
+import math
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from itertools import cycle
 from os import PathLike
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,24 +15,22 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from pandas import DataFrame, Series
 
 COLOURS = ("#2563c9", "#d9622b", "#2e8b57", "#8a4fbf", "#7a7a80")
+INK, GRID, GOOD, BAD = "#1d1d22", "#e6e6ea", "#2563c9", "#c2571f"
+THEME = {INK: "var(--ink)", GRID: "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}  # defined in templates/base.html
+SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "ldm", "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
+       "xtick.color": INK, "ytick.color": INK}  # fmt: skip
+NUMBERS, WHOLE = FuncFormatter(lambda value, _: f"{value:,g}"), FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
-@matplotlib.rc_context(matplotlib.rcParamsDefault)  # not the user's own style
+@matplotlib.rc_context(matplotlib.rcParamsDefault)
 def loss_curves(
-    frame: DataFrame,
-    path: str | PathLike[str],
-    *,
-    title: str,
-    columns: Sequence[str],
-    x: str = "images_seen",
-    y_label: str = "",
+    frame: DataFrame, path: str | PathLike[str], *, title: str, columns: Sequence[str], x: str = "images_seen", y_label: str = ""
 ) -> None:
     """Write the `columns` of `frame` against its column `x` as one PNG; rows without a value are left out of a curve.
 
     The y axis is logarithmic where all values are positive and the largest is over ten times the smallest.
     """
-    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _axes(3.8, title, x.replace("_", " "), y_label)
     for column, colour in zip(columns, cycle(COLOURS), strict=False):
         curve = frame[[x, column]].dropna()
         marker = "o" if len(curve) <= 12 else ""
@@ -38,41 +39,31 @@ def loss_curves(
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 10 * values.min():
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_major_formatter(NUMBERS)
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(WHOLE)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _dress(axes, title, x.replace("_", " "), y_label)
     if len(columns) > 1:
         axes.legend(frameon=False)
     _save(figure, path)
 
 
 @matplotlib.rc_context(matplotlib.rcParamsDefault)
-def rate_distortion(
-    frame: DataFrame,
-    path: str | PathLike[str],
-    *,
-    title: str,
-    rate: str = "kl_bits_per_dim",
-    distortion: str = "reconstruction_bits_per_dim",
-    series: str = "series",
-) -> None:
-    """Write each row's distortion -log p(x | z) against its rate KL(q(z | x) || p(z)), both in bits/dim, as one PNG.
+def rate_distortion(frame: DataFrame, path: str | PathLike[str], *, title: str) -> None:
+    """Write distortion -log p(x | z) against rate KL(q(z | x) || p(z)), both in bits/dim, as one PNG.
 
-    Rows of one value of the column `series` are a curve in the order of their rate. Grey lines of slope -1 join what has the
-    same sum, which is the code length -ELBO (Alemi et al. 2018, "Fixing a broken ELBO"): the lower left is better.
+    Columns `rate_bits_per_dim`, `distortion_bits_per_dim` and `series`; rows of one series are a curve in the order of their
+    rate. Grey lines of slope -1 join what has the same sum, which is the code length -ELBO (Alemi et al. 2018, "Fixing a broken
+    ELBO"): the lower left is better.
     """
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    for (label, curve), colour in zip(frame.groupby(series, sort=False), cycle(COLOURS), strict=False):
-        curve = curve.sort_values(rate, kind="stable")
-        (line,) = axes.plot(curve[rate], curve[distortion], color=colour, marker="o", markersize=5, label=str(label))
-        line.set(linewidth=1.6, linestyle="-" if len(curve) > 1 else "none")
-    axes.set_xlim(_room(frame[rate]))
-    axes.set_ylim(_room(frame[distortion]))
+    figure, axes = _axes(4.8, title, "rate: KL, bits/dim", "distortion: −log p(x | z), bits/dim")
+    for (label, curve), colour in zip(frame.groupby("series", sort=False), cycle(COLOURS), strict=False):
+        curve = curve.sort_values("rate_bits_per_dim", kind="stable")
+        style: Any = {"linewidth": 1.6, "linestyle": "-" if len(curve) > 1 else "none", "marker": "o", "markersize": 5}
+        axes.plot(curve.rate_bits_per_dim, curve.distortion_bits_per_dim, color=colour, label=str(label), **style)
+    axes.set_xlim(_room(frame.rate_bits_per_dim))
+    axes.set_ylim(_room(frame.distortion_bits_per_dim))
     _iso_lines(axes)
-    _dress(axes, title, "rate: KL, bits/dim", "distortion: −log p(x | z), bits/dim")
     axes.grid(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
     _save(figure, path)
@@ -96,38 +87,28 @@ def _iso_lines(axes: Axes) -> None:
         axes.plot([first, last], [total - first, total - last], color="#d4d4da", linewidth=0.9, zorder=0, label=label)
         label = "_"  # the others are not in the legend
         at = first + 0.03 * (right - left)
-        _note(axes, f"{total:g}", (at, total - at), "#8a8a92")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        axes.annotate(f"{total:g}", (at, total - at), ha="center", va="center", fontsize=8, color="#8a8a92", bbox=box)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
 
 
 @matplotlib.rc_context(matplotlib.rcParamsDefault)
-def channel_bars(
-    values: Sequence[float], path: str | PathLike[str], *, title: str, y_label: str = "KL, nats per image", low: float = 0.0
-) -> None:
-    """Write one bar a latent channel as one PNG; those below `low` (collapsed ones) stand out, with the line they miss.
-
-    The axis is logarithmic where they differ more than tenfold.
-    """
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    axes = figure.add_subplot()
+def channel_bars(values: Sequence[float], path: str | PathLike[str], *, title: str, low: float = 0.0) -> None:
+    """Write one bar a latent channel, KL in nats per image, as one PNG; those below `low` (collapsed) stand out."""
+    channels = range(len(values))
+    figure, axes = _axes(0.86 + 0.3 * len(values), title, "KL, nats per image", "")
     colours = [COLOURS[1] if value < low else COLOURS[0] for value in values]
-    axes.bar(range(len(values)), values, color=colours, width=0.7)
-    for channel, value in enumerate(values if len(values) <= 16 else ()):
-        _note(axes, f"{value:.3g}", (channel, max(value, low)), colours[channel], above=8)
+    axes.barh(channels, values, color=colours, height=0.6)
+    for channel, value, colour in zip(channels, values, colours, strict=True):
+        axes.annotate(f"{value:.3g}", (value, channel), (4, 0), textcoords="offset points", va="center", fontsize=9, color=colour)
     if low > 0:
-        axes.axhline(low, color=COLOURS[1], linewidth=1.0, linestyle="--", label=f"collapsed below {low:g}")
-        axes.legend(frameon=False)
-    least, most = min(values), max(*values, low, 1e-9)
-    if 0 < least < most / 10:
-        axes.set_yscale("log")
-        axes.set_ylim(least / 2, 3 * most)
-    else:
-        axes.set_ylim(0, 1.2 * most)
-    axes.set_xlim(-0.6, len(values) - 0.4)
-    _dress(axes, title, "latent channel", y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
-    axes.grid(False, axis="x")
+        axes.axvline(low, color=COLOURS[1], linewidth=1.0, linestyle="--", label=f"collapsed below {low:g}")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, fontsize=9)
+    axes.set_xlim(0, 1.12 * max(*values, low, 1e-9))
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.set_yticks(channels, [f"channel {channel}" for channel in channels])
+    axes.grid(False, axis="y")
     _save(figure, path)
 
 
@@ -150,8 +131,7 @@ def traces(values: np.ndarray, path: str | PathLike[str], *, title: str, names: 
 @matplotlib.rc_context(matplotlib.rcParamsDefault)
 def histograms(series: Mapping[str, np.ndarray], path: str | PathLike[str], *, title: str, x_label: str) -> None:
     """Write the distributions of several sets of positive numbers as one PNG, on the same bins of a logarithmic axis."""
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _axes(3.4, title, x_label, "images")
     everything = np.concatenate(list(series.values()))
     edges = np.geomspace(everything.min() / 1.05, everything.max() * 1.05, 51)
     for (label, values), colour in zip(series.items(), cycle(COLOURS), strict=False):
@@ -159,28 +139,56 @@ def histograms(series: Mapping[str, np.ndarray], path: str | PathLike[str], *, t
         axes.stairs(counts, edges, color=colour, fill=True, alpha=0.35)
         axes.stairs(counts, edges, color=colour, linewidth=1.4, label=label)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(NUMBERS)
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _dress(axes, title, x_label, "images")
     axes.legend(frameon=False)
     _save(figure, path)
 
 
-def _note(axes: Axes, text: str, point: tuple[float, float], colour: str, above: float = 0) -> None:
-    """A few characters centred on a point, or `above` typographic points over it, on white."""
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-    offset = (0, above)
-    axes.annotate(text, point, offset, textcoords="offset points", ha="center", va="center", fontsize=8, color=colour, bbox=box)
+@matplotlib.rc_context(matplotlib.rcParamsDefault)
+@matplotlib.rc_context(SVG)
+def differences(values: np.ndarray, *, x_label: str) -> str:
+    """A histogram of differences, those above zero in another colour, as an SVG in the colours of the page around it."""
+    low, high, mean = min(0.0, float(values.min())), max(0.0, float(values.max())), float(values.mean())
+    step = max(high - low, 1e-9) / min(30, max(8, 2 * math.isqrt(len(values))))
+    first = math.floor(low / step)
+    edges = np.arange(first, max(math.ceil(high / step), first + 1) + 1) * step  # one of them is zero
+    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+    figure, axes = _axes(2.8, "", x_label, "images", width=5.0)
+    colours = [GOOD if middle > 0 else BAD for middle in edges[:-1] + step / 2]
+    axes.bar(edges[:-1], counts, 0.94 * step, align="edge", color=colours)
+    axes.axvline(0, color=INK, linewidth=1.0)
+    axes.axvline(mean, color=INK, linewidth=1.2, linestyle="--", label=f"mean {mean:+.3g}")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=10)
+    return _svg(figure)
+
+
+def _axes(height: float, title: str, x_label: str, y_label: str, width: float = 7.5) -> tuple[Figure, Axes]:
+    """A figure of that many inches with one panel."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    _dress(axes, title, x_label, y_label)
+    return figure, axes
 
 
 def _dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.grid(color="#e6e6ea", linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, path: str | PathLike[str]) -> None:
     figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
+
+
+def _svg(figure: Figure) -> str:
+    file = StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    for colour, variable in THEME.items():
+        text = text.replace(colour, variable)
+    return text[text.index("<svg") :]

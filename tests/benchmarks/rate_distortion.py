@@ -111,9 +111,7 @@ def main() -> None:
     print(frame[shown].to_string(float_format=lambda value: f"{value:.4f}"))
     less = bits["LDM objective"] - bits["ELBO"]
     print(f"\nELBO below the LDM objective: {float(less.mean()):.4f} ± {standard_error(less):.4f} bits/dim, image by image")
-    rate_distortion(
-        frame, PLOT, title="Digits, test images", rate="rate_bits_per_dim", distortion="distortion_bits_per_dim", series="series"
-    )  # fmt: skip
+    rate_distortion(frame, PLOT, title="Digits, test images")
     print(f"plot: {PLOT}")
 
 

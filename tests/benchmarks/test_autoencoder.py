@@ -29,8 +29,8 @@ from ldm.config import load_settings
 from ldm.data.batches import Batches
 from ldm.data.latents import write_latents
 from ldm.data.reader import ShardReader
-from ldm.evaluation import fidelity
 from ldm.evaluation.autoencoder import fit_scale
+from ldm.evaluation.metrics.psnr import psnr as psnr_of
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL
 from ldm.nets.text import TextEncoder
 from ldm.stages.train_vae import build
@@ -192,7 +192,7 @@ def psnr(autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader) 
     pixels = reader.images(range(len(reader)))
     parts = to_float(pixels).to(default_device()).split(256)
     back = [to_uint8(likelihood.mean(autoencoder.decode(autoencoder.encode(part).mean))).cpu() for part in parts]
-    return float(fidelity.psnr(pixels, torch.cat(back).numpy()).mean())
+    return float(psnr_of(pixels, torch.cat(back).numpy()).mean())
 
 
 def our_run(images: int, every: int, readers: dict[str, ShardReader]) -> list[Point]:

@@ -2,7 +2,7 @@
 
 `PYTHONPATH=tests python tests/benchmarks/time_to_accuracy.py` prints a table. All that is trained counts, autoencoder and
 U-Net, and so do the latents and text embeddings made in between; seconds are those of `benchmarks.timing.Stopwatch`. At each
-look 200 prompts, 20 a digit, are sampled and read by the judge of the stage `evaluate`, which knows real training images
+look 200 prompts, 20 a digit, are sampled and read by the classifier of the stage `evaluate`, which knows real training images
 only; looking does not count. Ours is looked at with its averaged weights and default sampling settings. The examples
 (`peer_autoencoder`, `peer_unet`) train one autoencoder for all learning rates of the U-Net, and a run of theirs ends when it
 has reached the goal or has taken four times as long as ours did; a number behind the command says how many times instead.
@@ -34,12 +34,13 @@ from ldm.data.latents import Latents, open_latents, write_latents
 from ldm.data.reader import ShardReader
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import noise_levels
-from ldm.evaluation.fidelity import Judge
-from ldm.model import LatentDiffusion, Recipe
+from ldm.diffusion.recipe import Recipe
+from ldm.evaluation.classifier import Classifier
+from ldm.evaluation.evaluation import balanced, labelled
+from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import Autoencoder
 from ldm.nets.text import TextEncoder, trim
 from ldm.registry.tracking import Run
-from ldm.stages.evaluate import balanced, labelled
 from ldm.stages.train_unet import build, recipe
 from ldm.training.fit import fit
 from ldm.training.unet import UnetObjective
@@ -66,14 +67,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Exam:
-    """The prompts, and the judge of what is drawn for them."""
+    """The prompts, and the classifier of what is drawn for them."""
 
     prompts: pd.DataFrame
-    judge: Judge
+    classifier: Classifier
 
     def look(self, images_seen: int, watch: Stopwatch, sample: Callable[[list[str]], np.ndarray]) -> Point:
         drawn = sample(self.prompts.text.tolist())
-        point = Point(images_seen, watch.total, self.judge.accuracy(drawn, self.prompts.label.to_numpy()))
+        point = Point(images_seen, watch.total, self.classifier.accuracy(drawn, self.prompts.label.to_numpy()))
         print(point, flush=True)
         return point
 
@@ -81,7 +82,7 @@ class Exam:
 def exam(train: ShardReader, samples: int) -> Exam:
     labels = labelled(train.captions)
     assert labels is not None
-    return Exam(balanced(labels, samples), Judge.fit(train.images(range(len(train))), train.captions.label.to_numpy()))
+    return Exam(balanced(labels, samples), Classifier.fit(train.images(range(len(train))), train.captions.label.to_numpy()))
 
 
 def first(points: list[Point]) -> Point | None:

@@ -1,7 +1,9 @@
 """The report as a reader's browser sees it: parsed, not matched as text."""
 
+import math
 from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.evaluation.value import Value
+from ldm.report.numbers import shown
 from ldm.report.page import Figure, write_report
 
-METRICS: dict[str, Any] = {
-    "bits_per_dim": 2.34567,
-    "bits_per_dim_se": 0.0123,
-    "nats": -1664.9,
-    "reconstruction_nats": -1500.2,
-    "entropy_nats": 50.3,
-    "prior_nats": -215.0,
-    "elbo_bits_per_dim": 2.51,
-    "psnr": 31.27,
-    "fd": 1.2345,
-    "fd_floor": 0.456,
-    "fd_name": "pca32",
-    "fd_n": 178,
-    "fd_dim": 32,
-    "prompt_accuracy": 0.985,
-    "unseen_prompt_accuracy": 0.97,
-    "judge_accuracy": 0.989,
-    "variance_ratio": 0.914,
-    "test_images": 178,
-    "image": "32x32x1, lanczos",
-}
+
+def value(name: str, number: float, title: str, **more: Any) -> Value:
+    return Value(**{"name": name, "value": number, "title": title, "reading": f"How to read {title}."} | more)
+
+
+VALUES = [
+    value("bits_per_dim", 2.34567, "bits/dim", error=0.0123, unit="bits/dim", headline=True, note="178 test images"),
+    value("nats", -1664.9, "the bound", unit="nats"),
+    value("psnr", 31.27, "PSNR", unit="dB", headline=True),
+    value("prompt_accuracy", 0.985, "prompt accuracy", unit="share", headline=True),
+    value("made_up", 0.00123456, "something new", headline=True),
+]
 VOID = {"meta", "img", "br", "line", "rect", "link", "input"}
 
 
@@ -67,34 +62,37 @@ def write(folder: Path, **changes: Any) -> str:
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(png)
     given: dict[str, Any] = {
         "title": "Latent diffusion on digits",
-        "metrics": METRICS,
-        "figures": [Figure("Samples", "One row per prompt.", png)],
-        "settings": {"seed": 7, "unet": {"channels": [64, 128], "lr": 0.0003141592653}},
+        "about": "Measured on 178 test images.",
+        "samples": [(np.full((1, 8, 8), 7, np.uint8), "a seven"), (np.full((3, 80, 80), 9, np.uint8), "a nine")],
+        "values": VALUES,
+        "figures": [Figure("Curves", "Against images seen.", png)],
+        "settings": {"seed": 7, "unet": {"channels": (64, 128), "lr": 0.0003141592653}},
     }
     write_report(folder / "report.html", **(given | changes))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_headline_terms_and_settings_are_there_in_order(tmp_path: Path) -> None:
+def test_samples_come_first_then_headline_numbers_then_details(tmp_path: Path) -> None:
     text = Reader(write(tmp_path)).text
     parts = [
-        "2.346 ± 0.012 bits/dim",
-        "98.5%",
-        "97.0%",
-        "0.91 × real",
-        "FD-pca32",
-        "N = 178, d = 32, real-against-real floor 0.456",
-        "31.3 dB",
-        "-1,500.2",
-        "50.3",
-        "-1,664.9",
-        "2.510 bits/dim",
-        "One row per prompt.",
-        "unet.channels 64, 128",
-        "unet.lr 0.0003141592653",
+        "Latent diffusion on digits",
+        "Measured on 178 test images.",
+        "a seven",
+        "a nine",
+        "bits/dim 2.346 ± 0.012 178 test images How to read bits/dim.",
+        "PSNR 31.27 dB",
+        "prompt accuracy 98.5%",
+        "something new 0.001235",
+        "Against images seen.",
+        "All numbers",
+        "the bound -1,665 nats How to read the bound. nats",
+        "seed: 7",
+        "lr: 0.0003141592653",
     ]
     positions = [text.index(part) for part in parts]
     assert positions == sorted(positions)
+    assert text.count("How to read the bound.") == 1  # no headline number
+    assert text.count("How to read PSNR.") == 2
 
 
 def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
@@ -111,10 +109,12 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
 
 def test_pictures_are_embedded_whole(tmp_path: Path) -> None:
     images = [attributes for tag, attributes in Reader(write(tmp_path)).tags if tag == "img"]
-    assert len(images) == 1
-    data = b64decode((images[0]["src"] or "").partition(",")[2])
-    assert data == (tmp_path / "figure.png").read_bytes()
-    assert (images[0]["width"], images[0]["height"]) == ("8", "8")
+    small, large, figure = (b64decode((image["src"] or "").partition(",")[2]) for image in images)
+    assert figure == (tmp_path / "figure.png").read_bytes()
+    assert (images[2]["width"], images[2]["height"]) == ("8", "8")
+    tiles = [np.asarray(Image.open(BytesIO(png))) for png in (small, large)]
+    assert (tiles[0] == 7).all() and tiles[0].shape == (8, 8) and (tiles[1] == 9).all() and tiles[1].shape == (80, 80, 3)
+    assert images[0].get("class") == "small" and "class" not in images[1]  # enlarged without smoothing
 
 
 def test_everything_is_escaped(tmp_path: Path) -> None:
@@ -122,22 +122,42 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     source = write(
         tmp_path,
         title=nasty,
-        metrics=METRICS | {"image": nasty, "fd_name": nasty},
+        about=nasty,
+        samples=[(np.zeros((1, 8, 8), np.uint8), nasty)],
+        values=[value(nasty, 1.0, nasty, unit="nasty", note=nasty, headline=True)],
         figures=[Figure(nasty, nasty, tmp_path / "figure.png")],
-        settings={nasty: {nasty: [nasty]}},
+        settings={"nasty": nasty},
     )
     reader = Reader(source)
     assert "script" not in {tag for tag, _ in reader.tags}
     assert reader.text.count(nasty) >= 10
-    assert next(attributes["alt"] for tag, attributes in reader.tags if tag == "img") == nasty
+    assert [attributes["alt"] for tag, attributes in reader.tags if tag == "img"][-1] == nasty
 
 
-def test_absent_metrics_leave_no_card(tmp_path: Path) -> None:
-    source = write(tmp_path, metrics={"bits_per_dim": 3.0, "test_images": 12}, figures=[], settings={})
-    text = Reader(source).text
-    assert "3.000 bits/dim" in text
-    for word in ("Prompts followed", "FD-", "PSNR", "Variety", "What the bound is made of", "nan", "None"):
+def test_a_number_that_is_not_finite_is_a_dash(tmp_path: Path) -> None:
+    text = Reader(write(tmp_path, values=[value("nats", math.nan, "the bound", headline=True)], figures=[], settings={})).text
+    assert "the bound – How to read" in text
+    for word in ("PSNR", "nan", "None"):
         assert word not in text
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "unit", "expected"),
+    [
+        (2.88567, 0.00984, "bits/dim", ("2.8857 ± 0.0098", "bits/dim")),
+        (0.068114, 0.083477, "", ("0.068 ± 0.083", "")),
+        (-2048.197, 12.3, "nats", ("-2,048 ± 12", "nats")),
+        (2.5, 0.0, "nats", ("2.5", "nats")),
+        (41.4626, None, "dB", ("41.46", "dB")),
+        (-133.415, None, "nats", ("-133.4", "nats")),
+        (123456.7, None, "", ("123,457", "")),
+        (0.99716, None, "share", ("99.7%", "")),
+        (58.0, None, "title", ("58", "")),
+        (math.nan, 0.1, "nats", ("–", "")),
+    ],
+)
+def test_numbers_are_as_exact_as_they_are_known(number: float, error: float | None, unit: str, expected: tuple[str, str]) -> None:
+    assert shown(value("x", number, "title", error=error, unit=unit)) == expected
 
 
 def test_same_input_same_bytes_and_no_paths(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Pictures: the pixels put in are the pixels found, labels have room, bytes repeat."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from ldm.report import plots
 from ldm.report.grid import image_grid
-from ldm.report.plots import channel_bars, histograms, loss_curves, rate_distortion, traces
+from ldm.report.plots import channel_bars, differences, histograms, loss_curves, rate_distortion, traces
 
 RANDOM = np.random.default_rng(0)
 
@@ -24,8 +25,8 @@ def noise(*shape: int) -> np.ndarray:
 TRADES = pd.DataFrame(
     {
         "series": ["beta", "beta", "other", "beta"],
-        "kl_bits_per_dim": [0.9, 0.2, 1.4, 0.5],
-        "reconstruction_bits_per_dim": [1.9, 3.6, 2.1, 2.5],
+        "rate_bits_per_dim": [0.9, 0.2, 1.4, 0.5],
+        "distortion_bits_per_dim": [1.9, 3.6, 2.1, 2.5],
     }
 )
 CHAINS = np.random.default_rng(1).standard_normal((2, 6, 3))
@@ -53,12 +54,12 @@ def find(picture: np.ndarray, tile: np.ndarray) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_image_is_in_its_place_pixel_for_pixel(tmp_path: Path, channels: int) -> None:
     images = noise(5, channels, 8, 6)
-    image_grid(images, 3, tmp_path / "grid.png", row_labels=["first", "second"], column_labels=["a", "b", "c"], scale=4)
+    image_grid(images, 3, tmp_path / "grid.png", row_labels=["first", "second"], column_labels=["a", "b", "c"])
     picture = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
     places = []
     for image in images:
         rgb = np.moveaxis(np.broadcast_to(image, (3, 8, 6)), 0, -1)
-        found = find(picture, rgb.repeat(4, axis=0).repeat(4, axis=1))
+        found = find(picture, rgb.repeat(8, axis=0).repeat(8, axis=1))  # to 64 pixels
         assert len(found) == 1
         places += found
     rows, columns = zip(*places, strict=True)
@@ -84,11 +85,28 @@ def test_margins_are_white_and_long_labels_fit(tmp_path: Path) -> None:
     assert (picture[:, 16:150] < 128).any()
 
 
+def test_every_image_keeps_its_pixels_above_its_own_caption(tmp_path: Path) -> None:
+    images = noise(4, 1, 32, 32)
+    captions = ["a scan of the numeral seven", "8", "a photograph of a very small dog in long grass", "b"]
+    image_grid(images, 2, tmp_path / "plain.png")
+    image_grid(images, 2, tmp_path / "captions.png", captions=captions)
+    picture = np.asarray(Image.open(tmp_path / "captions.png").convert("RGB"))
+    tiles = [np.moveaxis(np.broadcast_to(image, (3, 32, 32)), 0, -1).repeat(2, 0).repeat(2, 1) for image in images]
+    places = [found for tile in tiles for found in find(picture, tile)]
+    assert len(places) == 4 and places[0][0] == places[1][0] < places[2][0] and places[0][1] == places[2][1] < places[1][1]
+    for row, column in places:
+        below = picture[row + 66 : row + 84, column : column + 64]
+        assert (below < 128).any() and (below > 200).any()
+    assert (picture[places[2][0] - 8 : places[2][0] - 1] == 255).all()  # a caption does not touch the next row
+    with pytest.raises(ValueError, match="1 captions, expected 4"):
+        image_grid(images, 2, tmp_path / "x.png", captions=["one"])
+
+
 def test_wrong_label_counts_and_images_are_refused(tmp_path: Path) -> None:
     as_floats: Any = noise(4, 1, 8, 8) / 255
-    with pytest.raises(ValueError, match="1 row labels for 2 rows"):
+    with pytest.raises(ValueError, match="1 row labels, expected 2"):
         image_grid(noise(4, 1, 8, 8), 2, tmp_path / "x.png", row_labels=["a"])
-    with pytest.raises(ValueError, match="3 column labels for 2 columns"):
+    with pytest.raises(ValueError, match="3 column labels, expected 2"):
         image_grid(noise(4, 1, 8, 8), 2, tmp_path / "x.png", column_labels=["a", "b", "c"])
     with pytest.raises(ValueError, match="float64"):
         image_grid(as_floats, 2, tmp_path / "x.png")
@@ -137,7 +155,7 @@ def test_rates_are_sorted_into_labelled_curves_over_lines_of_equal_sum(tmp_path:
 
 
 def test_one_point_of_no_rate_has_room_around_it(tmp_path: Path, drawn: list[Figure]) -> None:
-    point = pd.DataFrame({"series": ["a"], "kl_bits_per_dim": [0.0], "reconstruction_bits_per_dim": [5.0]})
+    point = pd.DataFrame({"series": ["a"], "rate_bits_per_dim": [0.0], "distortion_bits_per_dim": [5.0]})
     rate_distortion(point, tmp_path / "x.png", title="One")
     (axes,) = drawn[0].axes
     assert axes.get_xlim() == pytest.approx((0, 0.1))
@@ -149,13 +167,44 @@ def test_a_channel_below_the_line_stands_out(tmp_path: Path, drawn: list[Figure]
     channel_bars([30.0, 0.05, 12.5], tmp_path / "x.png", title="KL", low=0.64)
     channel_bars(np.arange(64.0).tolist(), tmp_path / "x.png", title="KL")
     few, many = (figure.axes[0] for figure in drawn)
-    heights, colours = zip(*((bar.get_height(), bar.get_facecolor()) for bar in few.patches), strict=True)
-    assert heights == (30.0, 0.05, 12.5)
+    widths, colours = zip(*((bar.get_width(), bar.get_facecolor()) for bar in few.patches), strict=True)
+    assert widths == (30.0, 0.05, 12.5)
     assert colours[0] == colours[2] != colours[1]
     assert [text.get_text() for text in few.texts] == ["30", "0.05", "12.5"]
-    assert len(many.patches) == 64
-    assert not many.texts  # no room
+    assert [label.get_text() for label in few.get_yticklabels()] == ["channel 0", "channel 1", "channel 2"]
+    assert few.get_ylim()[0] > few.get_ylim()[1]  # the first channel is at the top
+    assert len(many.patches) == len(many.texts) == 64
     assert len({bar.get_facecolor() for bar in many.patches}) == 1
+
+
+def test_a_bar_is_as_thick_for_one_channel_as_for_many(tmp_path: Path, drawn: list[Figure]) -> None:
+    for count in (1, 4, 64):
+        channel_bars([227.0] * count, tmp_path / "x.png", title="KL", low=6.4)
+    for figure in drawn:
+        figure.draw_without_rendering()
+        heights = [bar.get_window_extent().height / figure.dpi for bar in figure.axes[0].patches]
+        assert heights == pytest.approx([0.18] * len(heights), abs=0.03)  # inches
+
+
+def test_differences_are_counted_on_their_side_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "_svg", lambda figure: figures.append(figure) or "")
+    values = RANDOM.normal(0.4, 5, 100)
+    differences(values, x_label="nats")
+    (axes,) = figures[0].axes
+    sides = {side: sum(bar.get_height() for bar in axes.patches if (bar.get_x() < -1e-9) == side) for side in (True, False)}
+    assert sides == {True: (values < 0).sum(), False: (values >= 0).sum()}
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 2
+    mean = next(line for line in axes.lines if line.get_label() == f"mean {values.mean():+.3g}")
+    assert np.asarray(mean.get_xdata()) == pytest.approx(values.mean())
+
+
+def test_differences_take_the_colours_of_the_page_and_no_date() -> None:
+    svg = differences(np.array([-1.0, 2.0, 0.5]), x_label="nats")
+    assert svg == differences(np.array([-1.0, 2.0, 0.5]), x_label="nats")
+    assert svg.startswith("<svg") and "<text" in svg and "<metadata" not in svg and "Created with" not in svg
+    assert all(f"var(--{name})" in svg for name in ("ink", "line", "good", "bad"))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) == set()
 
 
 def test_a_panel_for_each_quantity_and_a_line_for_each_chain(tmp_path: Path, drawn: list[Figure]) -> None:

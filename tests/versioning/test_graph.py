@@ -17,7 +17,7 @@ def test_stages_come_after_what_they_need_and_keep_their_paths(project: Path) ->
     evaluate = stages[2]
     assert evaluate.command == "python stage.py evaluate"
     assert evaluate.deps == ("models/ldm", "data/shards")
-    assert set(evaluate.outs) == {"reports/report.html", "reports/bounds.csv", "reports/metrics.json"}
+    assert set(evaluate.outs) == {"reports/report.html", "reports/bounds.csv", "reports/metrics.csv", "reports/metrics.json"}
     assert set(evaluate.upstream) == {"shard", "train_unet"}
 
 

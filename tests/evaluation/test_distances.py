@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from ldm.evaluation.frechet import frechet_distance, kernel_distance
+from ldm.evaluation.metrics.frechet import frechet_distance
+from ldm.evaluation.metrics.kernel import kernel_distance
 
 RANDOM = np.random.default_rng(0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from ldm.evaluation.features import PixelPCA, averaged_down
+from ldm.evaluation.features.pca import Pca, averaged_down, fit_pca
 
 RANDOM = np.random.default_rng(0)
 
@@ -17,17 +17,24 @@ def images(n: int, shape: tuple[int, int, int] = (1, 8, 8)) -> np.ndarray:
 
 def test_pca_equals_scikit_learns() -> None:
     real, new = images(120), images(30)
-    pca = PixelPCA.fit(real, 10)
+    pca = fit_pca(real, 10)
     peer = PCA(10, svd_solver="full").fit(real.reshape(120, -1) / 255)
     np.testing.assert_allclose(pca(new), peer.transform(new.reshape(30, -1) / 255), atol=1e-10)
-    assert pca.name == "pca10"
     assert pca(new).dtype == np.float64
+
+
+def test_the_dimension_is_what_the_images_allow() -> None:
+    real, new = images(60), images(5)
+    for dim, most, found in ((10, 59, 10), (10, 4, 4), (100, 59, 59)):
+        name, extract = Pca(dim=dim).build(real, most)
+        assert name == f"pca{found}" and extract(new).shape == (5, found)
+    assert Pca(dim=100).build(images(90, (1, 4, 4)), 80)[0] == "pca16"
 
 
 def test_signs_and_order_do_not_depend_on_the_order_of_images() -> None:
     real, new = images(60), images(5)
     reordered = real[RANDOM.permutation(60)]
-    np.testing.assert_allclose(PixelPCA.fit(real, 6)(new), PixelPCA.fit(reordered, 6)(new), atol=1e-9)
+    np.testing.assert_allclose(fit_pca(real, 6)(new), fit_pca(reordered, 6)(new), atol=1e-9)
 
 
 @pytest.mark.parametrize(("size", "side"), [(32, 16), (10, 4), (7, 3), (5, 8)])
@@ -42,19 +49,19 @@ def test_averaging_down_by_hand(size: int, side: int) -> None:
 
 def test_large_images_are_averaged_down_first() -> None:
     large = images(20, (3, 80, 70))
-    pca = PixelPCA.fit(large, 4)
-    assert pca.components.shape == (4, 3 * 32 * 32)
-    assert pca(large).shape == (20, 4)
+    small = np.stack([averaged_down(large, 32)[i] for i in range(20)]).reshape(20, -1)
+    assert small.shape == (20, 3 * 32 * 32)
+    np.testing.assert_allclose(fit_pca(large, 4)(large), PCA(4, svd_solver="full").fit_transform(small), atol=1e-10)
 
 
 @pytest.mark.parametrize("dim", [0, 20, 65])
 def test_impossible_dimensions_are_refused(dim: int) -> None:
     with pytest.raises(ValueError, match=f"{dim} components of 20 images of 64 pixels"):
-        PixelPCA.fit(images(20), dim)
+        fit_pca(images(20), dim)
 
 
 def test_wrong_images_are_refused() -> None:
-    pca = PixelPCA.fit(images(20), 4)
+    pca = fit_pca(images(20), 4)
     as_floats: Any = images(3) / 255.0
     with pytest.raises(ValueError, match=r"\(1, 8, 8\), found \(1, 4, 4\)"):
         pca(images(3, (1, 4, 4)))

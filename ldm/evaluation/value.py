@@ -1,0 +1,46 @@
+"""A measured number with its unit and how to read it; `reports/metrics.csv` has a row for each."""
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.base.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """One number. Report, summary and tracker show it by these fields and know nothing else about it."""
+
+    name: str  # key in metrics.json; its standard error has the key NAME_se
+    value: float
+    error: float | None = None  # standard error
+    unit: str = ""  # "share" is shown in percent
+    title: str
+    reading: str  # what it is, and whether lower or higher is better
+    note: str = ""  # facts of this run, such as the number of images
+    headline: bool = False  # shown first, and in the summary of a run
+
+
+def write_values(path: Path, values: Sequence[Value]) -> None:
+    import pandas as pd
+
+    pd.DataFrame([asdict(value) for value in values]).to_csv(path, index=False, lineterminator="\n")
+
+
+def read_values(path: Path) -> list[Value]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        row |= {"value": float(row["value"] or "nan"), "error": float(row["error"]) if row["error"] else None}
+    return [Value(**row | {"headline": row["headline"] == "True"}) for row in rows]
+
+
+def as_numbers(values: Sequence[Value]) -> dict[str, float]:
+    """Values and standard errors by name; `InputError` if two have the same name."""
+    if repeated := [name for name, count in Counter(value.name for value in values).items() if count > 1]:
+        raise InputError(f"evaluate.metrics: two metrics are called {repeated[0]}; give one of them another name, or remove it")
+    numbers = {value.name: value.value for value in values}
+    return numbers | {f"{value.name}_se": value.error for value in values if value.error is not None}
