@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     ("given", "expected"),
     [
         (None, Ddim(eta=0.5)),
+        ("ddim", Ddim(eta=0.5)),
         ("euler", Euler()),
         ({"kind": "heun", "churn": 3}, Heun(churn=3.0)),
         (Heun(churn=2.0), Heun(churn=2.0)),

