@@ -1,7 +1,7 @@
-"""Whether new images are like those that the model was trained on: their scores under the decoder's posterior.
+"""Drift: are new images like those that the model was trained on?
 
-A score is the spread of an image's bound over posterior samples of weights (`ldm.langevin.predictive`). The stage
-sample_posterior left those of the test images, which the new ones are compared with.
+An image's score is the spread of its bound over posterior samples of the decoder's weights (`ldm.langevin.predictive`). New
+images are compared with the test images, whose scores the stage sample_posterior has written.
 """
 
 from dataclasses import dataclass
@@ -22,23 +22,23 @@ from ldm.data.images import SUFFIXES, Preprocessing, UnreadableImage
 from ldm.langevin.chains import Draws
 from ldm.langevin.predictive import DecoderPosterior
 from ldm.model import LatentDiffusion
-from ldm.nets.blocks import network_hash
+from ldm.nets.diffusers import network_hash
 
-QUANTILE = 0.99  # of the test images' scores: beyond it an image counts as unlike them
-LEVEL = 0.001  # chance that images like the test images are called drift
+QUANTILE = 0.99  # of the test images' scores: an image with a larger score counts as unlike them
+LEVEL = 0.001  # chance of reporting drift for images that are like the test images
 MOST = 1000  # images scored
-SHOWN = 5
+LISTED = 5  # images in the report
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Scores of new images beside the test images'."""
+    """Scores of new images beside those of the test images."""
 
     found: int  # images in the folder
     scores: pd.DataFrame  # file_name, score, of `MOST` of them at most, the largest score first
     unreadable: int
     limit: float  # the test images' quantile
-    p_value: float  # of so many beyond it, if the new images were like the test images (Fisher's exact test)
+    p_value: float  # of so many scores above the limit, if new images are like test images (Fisher's exact test)
 
     @property
     def beyond(self) -> int:
@@ -48,35 +48,29 @@ class Drift:
     def drifted(self) -> bool:
         return self.p_value < LEVEL
 
-    @property
-    def verdict(self) -> str:
-        share = (
-            f"{self.beyond} of {len(self.scores)} images score beyond {QUANTILE:.0%} of the test images (p = {self.p_value:.2g})"
-        )
-        return f"drift: {share}; look at them" if self.drifted else f"no drift: {share}"
-
     def lines(self) -> list[str]:
         """The report, for people."""
-        chosen = "" if self.found == len(self.scores) + self.unreadable else f", {len(self.scores)} of them scored, at random"
+        scored = len(self.scores)
+        chosen = "" if self.found == scored + self.unreadable else f", {scored} of them scored, at random"
         count = "1 image" if self.found == 1 else f"{self.found} images"
-        lines = [f"{count}{chosen}; {self.unreadable} unreadable", self.verdict]
-        most = self.scores[self.scores.score > self.limit].head(SHOWN)
-        return lines + [
-            f"  {name}: {score:.3g} nats, the limit is {self.limit:.3g}" for name, score in most.itertuples(index=False)
-        ]
+        share = f"{self.beyond} of {scored} images score beyond {QUANTILE:.0%} of the test images (p = {self.p_value:.2g})"
+        verdict = f"drift: {share}; look at them" if self.drifted else f"no drift: {share}"
+        unlike = self.scores[self.scores.score > self.limit].head(LISTED).itertuples(index=False)
+        listed = [f"  {name}: {score:.3g} nats, the limit is {self.limit:.3g}" for name, score in unlike]
+        return [f"{count}{chosen}; {self.unreadable} unreadable", verdict, *listed]
 
 
 def samplers(root: Path) -> list[str]:
-    """Those whose posterior samples the project asks for and has; what earlier settings left behind may be of another model."""
+    """The samplers that params.yaml names and that have left posterior samples; those of others may be of another model."""
     files = ("samples.safetensors", "scores.csv")
     asked = load_settings(root).sample_posterior
     return [sampler for sampler in asked if all((root / POSTERIOR / sampler / name).is_file() for name in files)]
 
 
 def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
-    """Score the images of a folder, with captions or without, under the posterior samples of `sampler`.
+    """Score the images of a folder, captioned or not, under the posterior samples of `sampler` (default: the first there is).
 
-    By default the first that params.yaml names. Raises `InputError` where there are no samples, of this model, or no images.
+    Raises `InputError` if there are no samples, none of this model, or no images.
     """
     known = samplers(root)
     if not known or (sampler or known[0]) not in known:
@@ -90,16 +84,16 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
     torch.backends.cudnn.allow_tf32 = False  # as in the stage: rounding to 10 bits would add to every new score
     reference = pd.read_csv(source / "scores.csv").score.to_numpy()
     names, pixels, found, unreadable = _images(folder, Preprocessing(**model.recipe.preprocessing))
-    posterior = DecoderPosterior(model.autoencoder, model.likelihood, draws)
-    scores = pd.DataFrame({"file_name": names, "score": posterior.scores(torch.from_numpy(pixels)).numpy()})
+    scores = DecoderPosterior(model.autoencoder, model.likelihood, draws).scores(torch.from_numpy(pixels)).numpy()
     limit = float(np.quantile(reference, QUANTILE))
-    counts = [[int((values > limit).sum()), int((values <= limit).sum())] for values in (scores.score.to_numpy(), reference)]
+    counts = [[int((values > limit).sum()), int((values <= limit).sum())] for values in (scores, reference)]
     p_value = float(fisher_exact(counts, alternative="greater").pvalue)
-    return Drift(found, scores.sort_values("score", ascending=False, ignore_index=True), unreadable, limit, p_value)
+    table = pd.DataFrame({"file_name": names, "score": scores}).sort_values("score", ascending=False, ignore_index=True)
+    return Drift(found, table, unreadable, limit, p_value)
 
 
-def _images(folder: Path, prepared: Preprocessing) -> tuple[list[str], np.ndarray, int, int]:
-    """Names and pixels, uint8 (N, C, H, W), of at most `MOST` images as the model sees them; all; unreadable ones."""
+def _images(folder: Path, preprocessing: Preprocessing) -> tuple[list[str], np.ndarray, int, int]:
+    """Names of at most `MOST` readable images and their pixels, uint8 (N, C, H, W); counts of all and of unreadable images."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a folder of images")
     images = [name for name, reason in walk(folder) if PurePosixPath(name).suffix.lower() in SUFFIXES and not reason]
@@ -107,7 +101,7 @@ def _images(folder: Path, prepared: Preprocessing) -> tuple[list[str], np.ndarra
     names, pixels = [], []
     for name in chosen:
         try:
-            pixels.append(prepared.as_seen(Place(folder / name).read()))
+            pixels.append(preprocessing.as_seen(Place(folder / name).read()))
             names.append(name)
         except UnreadableImage:
             pass

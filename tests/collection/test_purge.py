@@ -107,9 +107,8 @@ def register(root: Path, number: int) -> None:
     """A version with this night's dvc.lock."""
     (root / "models/ldm").mkdir(parents=True, exist_ok=True)
     (root / "reports").mkdir(exist_ok=True)
-    (root / "models/ldm/model.json").write_text(
-        json.dumps({"sampling": {"sampler": "euler", "steps": 2, "guidance": 1.0}, "number": number})
-    )
+    sampling = load_settings(root).sampling.model_dump()
+    (root / "models/ldm/model.json").write_text(json.dumps({"sampling": sampling, "number": number}))
     (root / "reports/bounds.csv").write_text("key,nats\na,-1.5\n")
     (root / "reports/metrics.json").write_text(json.dumps({"bits_per_dim": 3.0, "image": "8x8x1, box"}))
     (root / "reports/report.html").write_text("<p>report</p>")
