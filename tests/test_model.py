@@ -22,18 +22,23 @@ from typer.testing import CliRunner
 import ldm.model
 from ldm import LatentDiffusion
 from ldm.base.errors import InputError
+from ldm.base.options import kinds
 from ldm.base.randomness import generator
-from ldm.bayes.likelihoods import Bernoulli, DiscretizedGaussian, DiscretizedLogistic, Likelihood
+from ldm.bayes.likelihoods.bernoulli import Bernoulli
+from ldm.bayes.likelihoods.gaussian import DiscretizedGaussian
+from ldm.bayes.likelihoods.likelihood import Likelihood
+from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
 from ldm.cli import app
-from ldm.diffusion.samplers import SAMPLERS
-from ldm.model import Recipe, slerp
+from ldm.diffusion.recipe import Recipe
+from ldm.diffusion.samplers.sampler import Sampler
+from ldm.model import slerp
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, VQModel
-from ldm.nets.text import TextEncoder
+from ldm.nets.text.transformer import Transformer
 from ldm.nets.unet import UNet
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "handwritten", "seven", "nine", "the", "number", "eight", "of", "clubs"]
 PROMPTS = ["a handwritten seven", "nine", "the number eight of clubs", "a nine", "seven"]
-FEW = {"steps": 4, "sampler": "heun"}
+FEW = {"steps": 4, "sampler": {"kind": "heun"}}
 
 
 def write_text_encoder(folder: Path) -> Path:
@@ -73,22 +78,24 @@ def model(text_encoder) -> LatentDiffusion:
     autoencoder = AutoencoderKL(1, 1, 2, [8, 16], norm_num_groups=4)
     loud(autoencoder.decoder, 3)
     unet = UNet(2, 2, [16, 16], 1, ["cross", "cross"], cross_attention_dim=8, num_heads=2, norm_num_groups=4)
+    text = Transformer(model=str(text_encoder), max_tokens=12)
     recipe = Recipe(
-        kind="v",
-        noise="cosine",
-        sigma_max=80.0,
+        diffusion={"prediction": "v", "noise": {"kind": "cosine", "sigma_max": 80.0}},
         autoencoder="0" * 64,
         preprocessing={"image_size": 16, "channels": 1, "resize_filter": "lanczos"},
         latent_mean=[0.3, -0.2],
         latent_std=[1.5, 0.8],
-        text={
-            "encoder": str(text_encoder),
-            "max_tokens": 12,
-            "sha256": TextEncoder.from_pretrained(str(text_encoder), 12).sha256,
+        text={"options": text.model_dump(), "sha256": text.build().sha256},
+        sampling={
+            "sampler": {"kind": "dpmpp_2m"},
+            "schedule": "karras",
+            "steps": 5,
+            "guidance": 3.0,
+            "guidance_interval": None,
+            "guidance_rescale": 0.0,
         },
-        sampling={"sampler": "dpmpp_2m", "steps": 5, "guidance": 3.0},
     )
-    return LatentDiffusion(autoencoder, DiscretizedLogistic(-1.0), loud(unet, 3), recipe)
+    return LatentDiffusion(autoencoder, DiscretizedLogistic(log_scale=-1.0).build(), loud(unet, 3), recipe)
 
 
 def changed(model: LatentDiffusion, **recipe) -> LatentDiffusion:
@@ -190,7 +197,7 @@ def test_a_lost_file_is_named(lost, model, tmp_path):
         LatentDiffusion.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"kind": "v"}', None])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"kind": "v"}', '{"diffusion": {}}', None])
 def test_a_damaged_or_foreign_recipe_is_refused(content, model, tmp_path):
     model.save(tmp_path / "model")
     text = json.dumps(asdict(model.recipe) | {"novelty": 1}) if content is None else content
@@ -219,14 +226,14 @@ def test_samples_depend_on_seed_and_prompt(model):
     assert_same_images(first[2:3], swapped[2:3])
 
 
-STOCHASTIC = {"ddpm": {}, "ddim": {"eta": 0.7}, "heun": {"churn": 3.0}, "langevin": {}}
+STOCHASTIC: dict[str, dict[str, float]] = {"ddpm": {}, "ddim": {"eta": 0.7}, "heun": {"churn": 3.0}, "langevin": {}}
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", kinds(Sampler))
 def test_an_image_of_64_is_the_same_alone(sampler, model, decoded):
     """By its number, to 1e-4 in the latents: noise that a sampler adds on its way comes from seed, number and step."""
     many = [PROMPTS[i % 5] for i in range(64)]
-    options = {"seed": 7, "steps": 6, "sampler": sampler, **STOCHASTIC.get(sampler, {})}
+    options = {"seed": 7, "steps": 6, "sampler": {"kind": sampler, **STOCHASTIC.get(sampler, {})}}
     whole = model.sample(many, **options)
     for number in (0, 1, 37, 63):
         assert_same_images(model.sample(many[number : number + 1], first=number, **options), whole[number : number + 1])
@@ -264,9 +271,9 @@ def test_two_processes_draw_what_one_does(model, tmp_path, decoded):
 
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_stochastic_samplers_add_noise_on_the_way(sampler, model):
-    options = STOCHASTIC[sampler]
     plain = {"ddpm": "euler", "ddim": "ddim", "heun": "heun", "langevin": "euler"}[sampler]
-    noisy, without = (model.sample(PROMPTS, steps=6, sampler=s, **o) for s, o in ((sampler, options), (plain, {})))
+    options = {"kind": sampler, **STOCHASTIC[sampler]}, {"kind": plain}
+    noisy, without = (model.sample(PROMPTS, steps=6, sampler=sampler) for sampler in options)
     assert (noisy.int() - without.int()).abs().float().mean() > 1
 
 
@@ -279,9 +286,9 @@ def test_an_image_does_not_depend_on_how_batches_are_split(model, monkeypatch):
 @torch.inference_mode()
 def test_sampling_is_guided_euler_written_out(model):
     """One image at a time in plain loops, from the draws that (seed, number) names; another kind of network too."""
-    for kind, guidance in (("v", 2.5), ("v", 1.0), ("flow", 2.5)):
-        system = changed(model, kind=kind)
-        text, mask = TextEncoder.from_pretrained(model.recipe.text["encoder"], 12)([*PROMPTS[:3], ""])
+    for prediction, guidance in (("v", 2.5), ("v", 1.0), ("flow", 2.5)):
+        system = changed(model, diffusion=model.recipe.diffusion | {"prediction": prediction})
+        text, mask = Transformer(**model.recipe.text["options"]).build()([*PROMPTS[:3], ""])
         high, low = (level ** (1 / 7) for level in (system.levels.sigma_max, system.levels.sigma_min))
         sigmas = [(high + i / 5 * (low - high)) ** 7 for i in range(6)] + [0.0]
         expected = []
@@ -307,23 +314,25 @@ def test_the_models_own_defaults(model):
 
 
 def test_a_samplers_options_do_not_pass_on_to_another(model):
-    churned = changed(model, sampling={**model.recipe.sampling, "sampler": "heun", "churn": 3.0})
+    churned = changed(model, sampling=model.recipe.sampling | {"sampler": {"kind": "heun", "churn": 3.0}})
     assert torch.equal(churned.sample(PROMPTS, sampler="euler"), model.sample(PROMPTS, sampler="euler"))
-    assert torch.equal(churned.sample(PROMPTS), churned.sample(PROMPTS, sampler="heun"))  # as MLflow repeats the default
-    assert not torch.equal(churned.sample(PROMPTS), churned.sample(PROMPTS, churn=0.0))
+    assert torch.equal(churned.sample(PROMPTS), churned.sample(PROMPTS, sampler="heun"))  # its own sampler, by its name alone
+    assert not torch.equal(churned.sample(PROMPTS), churned.sample(PROMPTS, sampler={"kind": "heun", "churn": 0.0}))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "plms"}, "sampling.sampler: found 'plms'; Input should be 'ddpm', 'ddim', 'euler', 'heun', 'dpmpp_2m' or"),
+        ({"sampler": "plms"}, "sampling.sampler.kind: found 'plms'; known are 'ddim', 'ddpm', 'euler', 'dpmpp_2m', 'heun', '"),
         ({"schedule": "linear"}, "sampling.schedule: found 'linear'"),
         ({"steps": 0}, "sampling.steps: found 0"),
         ({"first": -1}, "first -1: images are numbered from 0"),
         ({"guidance": -1.0}, "sampling.guidance: found -1.0"),
         ({"stepz": 3}, "unknown key sampling.stepz: did you mean sampling.steps?"),
-        ({"eta": 0.5}, "sampling: eta is an option of ddim; set it to 0 with sampler dpmpp_2m"),
-        ({"sampler": "euler", "churn": 1.0}, "sampling: churn is an option of heun; set it to 0 with sampler euler"),
+        ({"eta": 0.5}, "unknown key sampling.eta: known here: sampler, schedule, steps"),
+        ({"sampler": {"kind": "dpmpp_2m", "eta": 0.5}}, "unknown key sampling.sampler.eta: known here: kind"),
+        ({"sampler": {"kind": "euler", "churn": 1.0}}, "unknown key sampling.sampler.churn: known here: kind"),
+        ({"sampler": {"kind": "ddim", "eta": 1.5}}, "sampling.sampler.eta: found 1.5"),
         ({"guidance_interval": (2.0, 1.0)}, "sampling: guidance_interval is [2.0, 1.0]; give the lower noise level first"),
     ],
 )
@@ -364,15 +373,67 @@ def test_autoguidance_needs_the_same_latents(model):
         model.sample(["nine"], guide=model, negative="seven")
 
 
-def test_a_model_of_before_is_sampled_as_it_was(model, tmp_path):
-    """Its recipe lacks what could not be chosen then."""
-    model.save(tmp_path / "model")
-    file = tmp_path / "model/model.json"
-    recipe = json.loads(file.read_text())
-    assert recipe["sampling"].keys() == {"sampler", "steps", "guidance"}
-    file.write_text(json.dumps({k: v for k, v in recipe.items() if k not in ("shift", "zero_terminal_snr")}))
-    then = {"schedule": "karras", "eta": 0.0, "churn": 0.0, "guidance_interval": (0.0, 1e9), "guidance_rescale": 0.0}
-    assert_same_images(LatentDiffusion.load(tmp_path / "model").sample(PROMPTS), model.sample(PROMPTS, **then))
+def with_flat_recipe(model: LatentDiffusion, folder: Path, sampling: dict[str, object], **fields: object) -> LatentDiffusion:
+    """The model as loaded from a `model.json` of the first format: the options of all choices side by side."""
+    model.save(folder)
+    recipe = model.recipe
+    flat = {
+        "kind": "v",
+        "noise": "cosine",
+        "sigma_max": 80.0,
+        "autoencoder": recipe.autoencoder,
+        "preprocessing": recipe.preprocessing,
+        "latent_mean": recipe.latent_mean,
+        "latent_std": recipe.latent_std,
+        "text": {"encoder": recipe.text["options"]["model"], "max_tokens": 12, "sha256": recipe.text["sha256"]},
+        "sampling": sampling,
+        **fields,
+    }
+    (folder / "model.json").write_text(json.dumps(flat))
+    return LatentDiffusion.load(folder)
+
+
+OLDEST = {"sampler": "dpmpp_2m", "steps": 5, "guidance": 3.0}
+LATER = OLDEST | {"schedule": "karras", "eta": 0.0, "churn": 0.0, "guidance_interval": None, "guidance_rescale": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fields", "today"),
+    [
+        (OLDEST, {}, {}),
+        (LATER, {"shift": 1.0, "zero_terminal_snr": False}, {}),
+        (OLDEST | {"sampler": "euler"}, {"shift": 2.0, "zero_terminal_snr": True}, {"sampler": {"kind": "euler"}}),
+        (LATER, {"kind": "flow", "noise": "logitnormal", "shift": 2.0, "zero_terminal_snr": False}, {}),
+        (LATER | {"sampler": "ddim", "eta": 0.5}, {}, {"sampler": {"kind": "ddim", "eta": 0.5}}),
+        (LATER | {"sampler": "heun", "churn": 2.0}, {}, {"sampler": {"kind": "heun", "churn": 2.0}}),
+        (
+            LATER | {"schedule": "uniform", "guidance_interval": [0.5, 9.0], "guidance_rescale": 0.5},
+            {},
+            {"schedule": "uniform", "guidance_interval": [0.5, 9.0], "guidance_rescale": 0.5},
+        ),
+    ],
+    ids=["oldest", "all fields", "noise levels", "flow", "ddim", "heun", "guidance"],
+)
+def test_a_model_of_the_first_format_draws_the_same_images(sampling, fields, today, model, tmp_path):
+    """Its `model.json` may lack the fields that were added later: then their defaults hold."""
+    loaded = with_flat_recipe(model, tmp_path / "model", sampling, **fields)
+    flat = {"kind": "v", "noise": "cosine"} | fields
+    levels = {name: flat[name] for name in ("shift", "zero_terminal_snr") if flat.get(name)}
+    diffusion = {"prediction": flat["kind"], "noise": {"kind": flat["noise"], "sigma_max": 80.0, **levels}}
+    same = changed(model, diffusion=diffusion, sampling=model.recipe.sampling | today)
+    assert loaded.recipe.sampling == same.recipe.sampling
+    assert torch.equal(loaded.levels.table, same.levels.table)
+    assert_same_images(loaded.sample(PROMPTS), same.sample(PROMPTS))
+    assert_same_images(loaded.sample(PROMPTS, steps=3), same.sample(PROMPTS, steps=3))
+    loaded.save(tmp_path / "again")  # in today's format
+    assert_same_images(LatentDiffusion.load(tmp_path / "again").sample(PROMPTS), same.sample(PROMPTS))
+
+
+def test_a_model_of_the_first_format_may_use_minilm():
+    flat = {"kind": "v", "noise": "linear", "sigma_max": 80.0, "autoencoder": "0", "preprocessing": {}, "latent_mean": []}
+    text = {"encoder": "minilm", "max_tokens": 16, "sha256": "1"}
+    recipe = Recipe.read({**flat, "latent_std": [], "text": text, "sampling": OLDEST})
+    assert recipe.text == {"options": {"kind": "minilm", "max_tokens": 16}, "sha256": "1"}
 
 
 # Encoding, decoding, interpolation
@@ -392,12 +453,15 @@ def test_decode_gives_the_mean_of_the_likelihood(model):
     z = model.encode(images(3)).mean
     output = model.autoencoder.decode(z).double().numpy()
     grey = np.round((np.tanh(output / 2) + 1) * 127.5)
-    assert_same_images(with_autoencoder(model, model.autoencoder, Bernoulli()).decode(z), torch.tensor(grey))
+    assert_same_images(with_autoencoder(model, model.autoencoder, Bernoulli().build()).decode(z), torch.tensor(grey))
     torch.manual_seed(0)
     twice = AutoencoderKL(1, 2, 2, [8, 16], norm_num_groups=4)  # means, and log-scales that do not show
     means = twice.decode(z)[:, :1].double().numpy()
     expected = np.clip(np.round((means + 1) * 127.5), 0, 255)
-    assert_same_images(with_autoencoder(model, twice, DiscretizedGaussian(-1.0, "per_pixel")).decode(z), torch.tensor(expected))
+    assert_same_images(
+        with_autoencoder(model, twice, DiscretizedGaussian(log_scale=-1.0, scale="per_pixel").build()).decode(z),
+        torch.tensor(expected),
+    )
 
 
 def noise(*shape: int) -> Tensor:
@@ -427,7 +491,7 @@ def test_a_large_image_is_worked_on_by_tiles(model, monkeypatch):
 
     monkeypatch.setattr(autoencoder, "encode", encode)
     monkeypatch.setattr(autoencoder, "decode", decode)
-    system, pixels = with_autoencoder(model, autoencoder, Bernoulli()), noise(1, 1, 90, 130)
+    system, pixels = with_autoencoder(model, autoencoder, Bernoulli().build()), noise(1, 1, 90, 130)
     tiled, whole = system.encode(pixels, 32), system.encode(pixels)
     torch.testing.assert_close((tiled.mean, tiled.logvar), (whole.mean, whole.logvar))
     assert_same_images(system.decode(whole.mean, 32), system.decode(whole.mean))
@@ -458,7 +522,7 @@ def test_ancestral_samples_have_the_spread_of_prior_and_likelihood(model, monkey
     autoencoder = AutoencoderKL(1, 1, 1, [4], norm_num_groups=4)
     monkeypatch.setattr(autoencoder, "decode", lambda z: z / 4)
     scale = math.exp(-3.5)
-    system = with_autoencoder(model, autoencoder, DiscretizedLogistic(-3.5))
+    system = with_autoencoder(model, autoencoder, DiscretizedLogistic(log_scale=-3.5).build())
     x = system.sample_prior(64, seed=5).double() / 127.5 - 1
     z = torch.stack([torch.randn(1, 16, 16, generator=generator(5, "prior", i)) for i in range(64)]).double()
     rest = (x - z / 4)[z.abs() < 3]  # beyond, 8-bit values end
@@ -597,7 +661,7 @@ def test_bound_repeats_and_other_keys_or_seeds_draw_otherwise(model):
 def test_bound_takes_no_guidance_but_the_prompt(model):
     pixels = images(2)
     first = model.bound(pixels, PROMPTS[:2], levels=3)
-    other = changed(model, sampling={"sampler": "euler", "steps": 1, "guidance": 9.0})
+    other = changed(model, sampling=model.recipe.sampling | {"sampler": {"kind": "euler"}, "steps": 1, "guidance": 9.0})
     assert torch.equal(first.nats, other.bound(pixels, PROMPTS[:2], levels=3).nats)
     prompted = model.bound(pixels, PROMPTS[2:4], levels=3)
     assert torch.equal(first.reconstruction, prompted.reconstruction)
@@ -618,7 +682,7 @@ def test_bound_written_out(model):
     z = posterior.mean + (posterior.logvar / 2).exp() * z_noise
     shift, scale = (torch.tensor(v).view(1, 2, 1, 1) for v in (model.recipe.latent_mean, model.recipe.latent_std))
     standard = (z - shift) / scale
-    text, mask = TextEncoder.from_pretrained(model.recipe.text["encoder"], 12)([PROMPTS[0]])
+    text, mask = Transformer(**model.recipe.text["options"]).build()([PROMPTS[0]])
     denoised = model.denoiser(standard + sigma * noise, torch.tensor([sigma]), context=text, context_mask=mask)
     error = float((standard - denoised).double().square().sum())
     end = torch.distributions.kl_divergence(
@@ -636,11 +700,11 @@ def test_bound_written_out(model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "noise"),
+    ("prediction", "noise"),
     [("eps", "linear"), ("x0", "scaled_linear"), ("v", "cosine"), ("edm", "lognormal"), ("flow", "uniform")],
 )
-def test_every_kind_is_finite_over_its_whole_range(kind, noise, model):
-    system = changed(model, kind=kind, noise=noise)
+def test_every_prediction_is_finite_over_its_whole_range(prediction, noise, model):
+    system = changed(model, diffusion={"prediction": prediction, "noise": {"kind": noise, "sigma_max": 80.0}})
     assert system.bound(images(3), PROMPTS[:3], levels=16).nats.isfinite().all()
     once, again = system.sample(PROMPTS, **FEW), system.sample(PROMPTS[:1], **FEW)
     assert_same_images(once[:1], again)
@@ -698,16 +762,16 @@ def test_prior_samples_are_written_as_a_sheet_a_file_or_a_folder(saved, model, t
 
 
 def test_every_option_of_sampling_reaches_the_sampler(saved, model, tmp_path):
-    chosen = {"sampler": "heun", "schedule": "uniform", "steps": 5, "churn": 2.0, "guidance": 4.0, "guidance_rescale": 0.5}
-    options = [text for name, value in chosen.items() for text in ("--" + name.replace("_", "-"), str(value))]
-    command = ("sample", "--prompt", "nine", "-n", "2", "--seed", "3", "--first", "5", "--guidance-interval", "0.5", "9")
-    call(saved, tmp_path / "a", *command, *options, "--negative", "seven")
-    expected = model.sample(["nine"] * 2, seed=3, first=5, negative="seven", guidance_interval=(0.5, 9.0), **chosen)
+    chosen = {"schedule": "uniform", "steps": 5, "guidance": 4.0, "guidance_rescale": 0.5, "guidance_interval": [0.5, 9.0]}
+    assignments = ["sampler.kind=heun", "sampler.churn=2.0", *(f"{name}={value}" for name, value in chosen.items())]
+    command = ("sample", "--prompt", "nine", "-n", "2", "--seed", "3", "--first", "5", "--negative", "seven")
+    call(saved, tmp_path / "a", *command, *(text for assignment in assignments for text in ("--set", assignment)))
+    heun = {"kind": "heun", "churn": 2.0}
+    expected = model.sample(["nine"] * 2, seed=3, first=5, negative="seven", sampler=heun, **chosen)
     assert_same_images(torch.tensor(np.stack([read(tmp_path / f"a/{i:04d}.png") for i in (0, 1)]))[:, None], expected)
-    call(
-        saved, tmp_path / "b", "sample", "--prompt", "nine", "--guide", str(saved / "model"), "--sampler", "ddim", "--eta", "0.5"
-    )
-    expected = model.sample(["nine"], guide=model, sampler="ddim", eta=0.5)
+    guided = ("sample", "--prompt", "nine", "--guide", str(saved / "model"))
+    call(saved, tmp_path / "b", *guided, "--set", "sampler.kind=ddim", "--set", "sampler.eta=0.5")
+    expected = model.sample(["nine"], guide=model, sampler={"kind": "ddim", "eta": 0.5})
     assert_same_images(torch.tensor(read(tmp_path / "b/0000.png"))[None, None], expected)
 
 
@@ -767,8 +831,11 @@ def test_a_linear_walk_differs_from_a_great_circle_between_its_ends(saved, model
         (("autoencoder", "reconstruct", "a.png", "--tile", "15", "--out", "x.png"), "tile 15: use a multiple of 2"),
         (("autoencoder", "reconstruct", "a.png", "--tile", "1", "--out", "x.png"), "tile 1: use a multiple of 2"),
         (("autoencoder", "traverse", "gone.png", "--out", "x.png"), "gone.png: no such file"),
-        (("sample", "--prompt", "nine", "--eta", "0.5", "--out", "x.png"), "eta is an option of ddim"),
-        (("sample", "--prompt", "nine", "--schedule", "log", "--out", "x.png"), "sampling.schedule: found 'log'"),
+        (("sample", "--prompt", "nine", "--set", "sampler.eta=0.5", "--out", "x.png"), "unknown key sampling.sampler.eta"),
+        (("sample", "--prompt", "nine", "--set", "schedule=log", "--out", "x.png"), "sampling.schedule: found 'log'"),
+        (("sample", "--prompt", "nine", "--set", "steps", "--out", "x.png"), "--set 'steps': write KEY=VALUE"),
+        (("sample", "--prompt", "nine", "--set", "step=3", "--out", "x.png"), "did you mean sampling.steps?"),
+        (("interpolate", "nine", "seven", "--set", "sampler.kind=plms", "--out", "x.png"), "sampling.sampler.kind: found 'plms'"),
         (("sample", "--prompt", "nine", "--guide", "no/model", "--out", "x.png"), "no/model: holds no model.json"),
         (("interpolate", "nine", "seven", "--linear", "--out", "x.png"), "--linear joins two images"),
         (("interpolate", "a.png", "nine", "--linear", "--out", "x.png"), "give two images or two prompts"),

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ldm.base.device import default_device, reuse_freed_memory
 from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
-from ldm.model import LatentDiffusion, Recipe
+from ldm.diffusion.recipe import Recipe
+from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
 

@@ -24,8 +24,9 @@ from ldm.cli import app
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
 from ldm.data.shards import write_shards
+from ldm.diffusion.recipe import Recipe
 from ldm.evaluation.bounds import image_bounds
-from ldm.model import LatentDiffusion, Recipe
+from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
 from ldm.nets.text.minilm import MiniLM
 from ldm.nets.unet import UNet
