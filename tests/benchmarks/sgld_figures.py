@@ -1,4 +1,4 @@
-"""Pictures for ldm/bayes/README.md: stationary variances against their formula, and the mixture of Welling & Teh (2011).
+"""Pictures for ldm/langevin/README.md: stationary variances against their formula, and the mixture of Welling & Teh (2011).
 
 `PYTHONPATH=tests python tests/benchmarks/sgld_figures.py` draws both beside that page, in about a minute.
 """
