@@ -81,14 +81,10 @@ class Execution:
 
 @dataclass
 class Fitted:
-    """Averaged and last weights with the module's keys, and the loss curve: a row of metrics for each logged position.
-
-    Sharded weights are gathered, on the first rank only.
-    """
+    """Averaged weights with the module's keys (sharded ones gathered, on the first rank only), and the loss curve."""
 
     ema: dict[str, Tensor]
-    curve: list[dict[str, float]] = field(default_factory=list)
-    last: dict[str, Tensor] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)  # a row of metrics for each logged position
 
 
 def learning_rate(schedule: Training, images_seen: int) -> float:
@@ -157,7 +153,7 @@ def fit(
         progress(done, row)  # after the checkpoint: printing fails if its reader is gone
     tracker.flush()
     objective.module.eval()
-    return run.fitted()
+    return Fitted(distributed.full_tensors(run.ema.state_dict()), run.curve)
 
 
 class _Loss(nn.Module):
@@ -215,16 +211,13 @@ class _Gradients:
         rows = []
         for part in parts:
             weight = (part.stop - part.start) / share
-            with self._accumulating() if part is not parts[-1] else contextlib.nullcontext():
+            waits = part is parts[-1] or not isinstance(self._loss, DistributedDataParallel)  # for the other ranks' gradients
+            with contextlib.nullcontext() if waits else self._loss.no_sync():
                 loss, metrics = self._loss(images_seen, batch_size, generator(self.seed, "loss", images_seen), part)
                 (loss if len(parts) == 1 else loss * weight).backward()
             rows.append(torch.stack([value.detach() for value in (loss, *metrics.values())]).double() * weight)
         means = distributed.mean(torch.stack(rows).sum(0))
         return ["loss", *metrics, "gradient_norm"], torch.cat([means, self._clip().double()[None]])
-
-    def _accumulating(self) -> contextlib.AbstractContextManager[None]:
-        """Within, a backward pass adds to the gradients without waiting for other ranks (DDP only)."""
-        return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) else contextlib.nullcontext()
 
     def _clip(self) -> Tensor:
         """Clip each group to `GRADIENT_NORM`; return the total norm before clipping."""
@@ -316,10 +309,6 @@ class _Run:
         self.curve.append({"images": images_seen, **row, "lr": lr})
         self.tracker.log({**row, "lr": lr}, images_seen)
         return row
-
-    def fitted(self) -> Fitted:
-        full = distributed.full_tensors
-        return Fitted(full(self.ema.state_dict()), self.curve, full(self.objective.module.state_dict()))
 
     def save(self, images_seen: int) -> None:
         tensors = {f"model.{k}": v for k, v in self.objective.module.state_dict().items()}

@@ -50,7 +50,7 @@ class Learned(LossWeight):
     kind: Literal["learned"] = "learned"
 
     def module(self) -> torch.nn.Module:
-        from ldm.training.uncertainty import Uncertainty
+        from ldm.training.unet import Uncertainty
 
         return Uncertainty()
 
