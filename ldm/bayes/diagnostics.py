@@ -26,9 +26,8 @@ STANDARD_NORMAL = DiagonalGaussian(torch.zeros(()), torch.zeros(()))
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Of the posteriors of `images` images; information in nats; tensors per channel (c,)."""
+    """Of the posteriors of a split's images; information in nats; tensors per channel (c,)."""
 
-    images: int
     positions: int  # h w
     active_units: int  # latents, of c h w, whose posterior mean has a variance above ACTIVE
     kl: Tensor  # E KL(q(z | x) || N(0, I)), per image
@@ -100,7 +99,6 @@ def diagnose(mean: Tensor, logvar: Tensor, seed: int = 0) -> Diagnostics:
     active, kl, centre, std = _moments(mean, logvar)
     aggregate = torch.stack([_aggregate_kl(mean[:, c], logvar[:, c], rng) for c in range(mean.shape[1])])
     return Diagnostics(
-        images=len(mean),
         positions=positions,
         active_units=active,
         kl=kl,

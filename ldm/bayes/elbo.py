@@ -42,7 +42,6 @@ class Elbo(LowerBound):
     reconstruction: Tensor  # E_q[log p(x | z)], nats per image (B,)
     kl: Tensor  # KL(q(z | x) || p(z)), nats per image (B,)
     dims: int
-    kl_per_dim: Tensor | None = None  # (B, c, h, w), sums to kl; None for a prior without closed form
 
     @property
     def nats(self) -> Tensor:
@@ -54,8 +53,7 @@ def elbo(autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noise: Ten
 
     (Kingma & Welling 2014, equation 7; Rezende et al. 2014.) The prior is N(0, I) and the KL term exact; with `log_prior` it is
     estimated as log q(z | x) - log p(z) of the sample. A VQ autoencoder (one with `quantize`) has a uniform prior over K codes
-    and a deterministic encoder: the KL term is ln K nats a position (van den Oord et al. 2017), kl_per_dim is (B, 1, h, w), and
-    `noise` is unused.
+    and a deterministic encoder: the KL term is ln K nats a position (van den Oord et al. 2017) and `noise` is unused.
     """
     posterior = autoencoder.encode(x)
     vq = hasattr(autoencoder, "quantize")
@@ -64,9 +62,10 @@ def elbo(autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noise: Ten
     z = posterior.mean if vq else posterior.sample(noise)  # the decoder of a VQ autoencoder quantises first
     reconstruction = _total(likelihood.log_prob(x, autoencoder.decode(z)))
     if log_prior is not None:
-        return Elbo(reconstruction, _log_q(posterior, noise) - log_prior(z), x[0].numel())
-    kl_per_dim = torch.full_like(z[:, :1], math.log(autoencoder.config["num_vq_embeddings"])) if vq else posterior.kl()
-    return Elbo(reconstruction, _total(kl_per_dim), x[0].numel(), kl_per_dim)
+        kl = _log_q(posterior, noise) - log_prior(z)
+    else:
+        kl = _total(torch.full_like(z[:, :1], math.log(autoencoder.config["num_vq_embeddings"])) if vq else posterior.kl())
+    return Elbo(reconstruction, kl, x[0].numel())
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ __getattr__, __all__ = exports(
         "SGHMC": "sgld",
         "SGLD": "sgld",
         "StepSize": "step_size",
-        "check_deterministic": "sgld",
         "find_step_size": "step_size",
     },
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ldm.base.errors import InputError
@@ -266,12 +266,3 @@ class SGHMC(Sampler):
 
 
 SAMPLERS = {"sgld": SGLD, "psgld": PSGLD, "sghmc": SGHMC}
-
-
-def check_deterministic(module: nn.Module) -> None:
-    """Raise an `InputError` if the loss of a module is random: dropout or batch statistics in training mode."""
-    for name, part in module.named_modules():
-        rate = getattr(part, "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout", 0)  # of nn.LSTM and others
-        random = isinstance(rate, int | float) and rate > 0
-        if part.training and (random or isinstance(part, nn.modules.batchnorm._BatchNorm)):
-            raise InputError(f"{name} ({type(part).__name__}) is in training mode, so the loss is random: call eval() on it")

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ldm.base.errors import InputError
 from ldm.base.randomness import fill_normal
 from ldm.langevin import sgld
-from ldm.langevin.sgld import PSGLD, SAMPLERS, SGHMC, SGLD, Cyclical, Polynomial, check_deterministic
+from ldm.langevin.sgld import PSGLD, SAMPLERS, SGHMC, SGLD, Cyclical, Polynomial
 
 TARGETS = [
     Target(lr=0.4, precision=1.0),
@@ -256,29 +256,6 @@ def test_a_parameter_without_a_gradient():
     used.sum().backward()
     with pytest.raises(InputError, match="has no gradient"):
         optimizer.step()
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        nn.Dropout(0.1),
-        nn.Dropout2d(0.5),
-        nn.BatchNorm1d(3),
-        nn.MultiheadAttention(4, 2, dropout=0.1),
-        nn.LSTM(3, 3, 2, dropout=0.1),
-    ],
-    ids=lambda part: type(part).__name__,
-)
-def test_random_losses(part):
-    model = nn.Sequential(nn.Linear(3, 3), part)
-    with pytest.raises(InputError, match=rf"1 \({type(part).__name__}\) is in training mode"):
-        check_deterministic(model.train())
-    check_deterministic(model.eval())
-
-
-def test_losses_that_are_not_random():
-    parts = [nn.Dropout(0.0), nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.MultiheadAttention(4, 2)]
-    check_deterministic(nn.Sequential(*parts).train())
 
 
 # Runs
