@@ -211,8 +211,8 @@ class _Gradients:
         rows = []
         for part in parts:
             weight = (part.stop - part.start) / share
-            waits = part is parts[-1] or not isinstance(self._loss, DistributedDataParallel)  # for the other ranks' gradients
-            with contextlib.nullcontext() if waits else self._loss.no_sync():
+            more = isinstance(self._loss, DistributedDataParallel) and part is not parts[-1]  # wait for other ranks at the last
+            with self._loss.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
                 loss, metrics = self._loss(images_seen, batch_size, generator(self.seed, "loss", images_seen), part)
                 (loss if len(parts) == 1 else loss * weight).backward()
             rows.append(torch.stack([value.detach() for value in (loss, *metrics.values())]).double() * weight)
