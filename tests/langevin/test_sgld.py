@@ -134,7 +134,7 @@ MISTAKES = {
     ),
     "gradient clipping left on": (
         "SGLD", "_add_gradient(noise, group, -lr / 2)\n        torch._foreach_add_(group",
-        'nn.utils.clip_grad_norm_(group["params"], 1.0)\n'
+        'torch.nn.utils.clip_grad_norm_(group["params"], 1.0)\n'
         "        _add_gradient(noise, group, -lr / 2)\n        torch._foreach_add_(group",
     ),
     "bfloat16": (
