@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -12,9 +11,10 @@ from ldm.base.progress import Progress
 from ldm.data.reader import ShardReader
 from ldm.evaluation.autoencoder import evaluate_importance, summary
 from ldm.evaluation.evaluation import Evaluation
-from ldm.evaluation.value import Value
+from ldm.evaluation.value import Value, described
 from ldm.nets.autoencoder import VQModel
 
+BATCH = 64  # images
 ABOUT = {  # unit, title, how to read it
     "bits_per_dim": (
         "bits/dim", "bits/dim",
@@ -26,11 +26,8 @@ ABOUT = {  # unit, title, how to read it
     "reconstruction_nats": ("nats", "bound: reconstruction", "log p of the pixels, given the latents."),
     "entropy_nats": ("nats", "bound: entropy", "How loosely the encoder's posterior pins the latents."),
     "prior_nats": ("nats", "bound: prior", "log p of the latents under the diffusion model."),
-    "elbo_bits_per_dim": (
-        "bits/dim", "autoencoder alone", "The autoencoder's own bound, its prior a standard normal, or uniform over VQ's codes. "
-        "Lower is better.",
-    ),
-    "rate_bits_per_dim": ("bits/dim", "rate", "What the latents cost: KL(q(z | x) ‖ p(z)), or the codes of VQ."),
+    "elbo_bits_per_dim": ("bits/dim", "autoencoder alone", "Its own bound, without the diffusion model. Lower is better."),
+    "rate_bits_per_dim": ("bits/dim", "rate", "What the latents cost: KL(q(z | x) ‖ p(z)), or VQ's codes."),
     "distortion_bits_per_dim": ("bits/dim", "distortion", "What the pixels cost, given the latents."),
     "importance_bits_per_dim": ("bits/dim", "importance-weighted", "A tighter bound of the autoencoder alone. Lower is better."),
     "importance_gap_nats": ("nats", "importance gap", "How much tighter it is: what the encoder's posterior misses, at least."),
@@ -38,13 +35,7 @@ ABOUT = {  # unit, title, how to read it
 
 
 def image_bounds(
-    model: Any,
-    samples: ShardReader,
-    *,
-    levels: int,
-    seed: int,
-    batch_size: int = 64,
-    progress: Callable[[int], None] = lambda done: None,
+    model: Any, samples: ShardReader, *, levels: int, seed: int, progress: Callable[[int], None] = lambda done: None
 ) -> pd.DataFrame:
     """`model.bound` (see `ldm.model.LatentDiffusion`) of every image under its own caption.
 
@@ -54,8 +45,8 @@ def image_bounds(
     captions = samples.captions
     frames = []
     progress(0)
-    for start in range(0, len(samples), batch_size):
-        rows = captions.iloc[start : start + batch_size]
+    for start in range(0, len(samples), BATCH):
+        rows = captions.iloc[start : start + BATCH]
         pixels = torch.from_numpy(samples.images(range(start, start + len(rows))))
         keys = rows.key.tolist()
         bound = model.bound(pixels, rows.text.tolist(), levels=levels, seed=seed, keys=keys)
@@ -70,20 +61,19 @@ def measure_bounds(evaluation: Evaluation, levels: int, importance_samples: int)
 
     For a VQ model there is no bound of the whole system: the table then holds what codes and pixels cost.
     """
-    own, test = evaluation.elbo, evaluation.test
+    model, own, test = evaluation.model, evaluation.elbo, evaluation.test
     numbers = {name: value for name, value in summary(own).items() if "per_dim" in name}
     note = f"{len(test)} test images of {test.preprocessing.described}"
-    if isinstance(evaluation.model.autoencoder, VQModel):
+    if isinstance(model.autoencoder, VQModel):
         terms = {"reconstruction": own.reconstruction, "rate": own.kl}
         frame = pd.DataFrame({"key": test.captions.key, **{name: value.double().cpu() for name, value in terms.items()}})
+        about = ABOUT | {"elbo_bits_per_dim": ("bits/dim", "bits/dim", ABOUT["elbo_bits_per_dim"][2])}
         note = f"autoencoder alone, as there is no bound of the whole system with VQ; {note}"
-        first, *others = _values(numbers, "elbo_bits_per_dim", note)
-        return frame.assign(dims=own.dims), [replace(first, title="bits/dim"), *others]
+        return frame.assign(dims=own.dims), described(numbers, about, {"elbo_bits_per_dim": note})
     with Progress("evaluate: importance-weighted bound"):
-        tighter = evaluate_importance(evaluation.model.autoencoder, evaluation.model.likelihood, test, evaluation.seed,
-                                      importance_samples)  # fmt: skip
+        tighter = evaluate_importance(model.autoencoder, model.likelihood, test, evaluation.seed, importance_samples)
     with Progress("evaluate: bound", len(test)) as progress:
-        frame = image_bounds(evaluation.model, test, levels=levels, seed=evaluation.seed, progress=progress)
+        frame = image_bounds(model, test, levels=levels, seed=evaluation.seed, progress=progress)
     to_bits = -1 / (own.dims * math.log(2))
     numbers |= {
         "importance_bits_per_dim": float(tighter.mean()) * to_bits,
@@ -93,12 +83,4 @@ def measure_bounds(evaluation: Evaluation, levels: int, importance_samples: int)
         "bits_per_dim_se": -float(frame.nats.std()) / math.sqrt(len(frame)) * to_bits,
         **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
     }
-    return frame, _values(numbers, "bits_per_dim", f"{note}, given their captions")
-
-
-def _values(numbers: dict[str, float], headline: str, note: str) -> list[Value]:
-    return [
-        Value(name=name, value=numbers[name], error=numbers.get(f"{name}_se"), unit=unit, title=title, reading=reading,
-              note=note if name == headline else "", headline=name == headline)
-        for name, (unit, title, reading) in ABOUT.items() if name in numbers
-    ]  # fmt: skip
+    return frame, described(numbers, ABOUT, {"bits_per_dim": f"{note}, given their captions"})

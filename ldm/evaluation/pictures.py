@@ -25,7 +25,12 @@ def draw_system(evaluation: Evaluation, plots: Path) -> list[Figure]:
         path = plots / "unseen_prompts.png"
         prompt_grid(path, evaluation.unseen_prompts, evaluation.unseen_samples)
         figures.append(Figure("Unseen prompts", "Samples for prompts that no caption says in these words.", path))
-    return [*figures, _reconstructions(evaluation, plots), *_latent_space(evaluation, plots), *_channels(evaluation, plots)]
+    figures += [_reconstructions(evaluation, plots), *_latent_space(evaluation, plots)]
+    if (found := evaluation.latents) is not None:
+        path = plots / "latent_channels.png"
+        channel_bars(found.kl.tolist(), path, title="KL of each latent channel", low=COLLAPSED * found.positions)
+        figures.append(Figure("Latent channels", found.warning() or "What each latent channel of a test image carries.", path))
+    return figures
 
 
 def prompt_grid(path: Path, prompts: pd.DataFrame, images: np.ndarray) -> None:
@@ -58,21 +63,15 @@ def _latent_space(evaluation: Evaluation, plots: Path) -> list[Figure]:
     names = [f"channel {i}" for i in range(len(moved) // len(STEPS))][:ROWS]
     shown = moved[: len(names) * len(STEPS)].numpy()
     image_grid(shown, len(STEPS), plots / "traversals.png", row_labels=names, column_labels=STEPS)
-    return [
-        Figure("Without the diffusion model", "Ancestral samples of the autoencoder: z from its prior, x from its likelihood.",
-               plots / "prior_samples.png"),
-        Figure("From one test image to another", "Decoded from points between their latents.", plots / "interpolation.png"),
-        Figure("What each latent channel does", "The channel is shifted everywhere, by so many standard deviations.",
-               plots / "traversals.png"),
-    ]  # fmt: skip
-
-
-def _channels(evaluation: Evaluation, plots: Path) -> list[Figure]:
-    if (found := evaluation.latents) is None:
-        return []
-    path = plots / "latent_channels.png"
-    channel_bars(found.kl.tolist(), path, title="KL of each latent channel", low=COLLAPSED * found.positions)
-    return [Figure("Latent channels", found.warning() or "What each latent channel of a test image carries.", path)]
+    captions = {
+        "prior_samples": (
+            "Without the diffusion model",
+            "Samples of the autoencoder alone: z ~ p(z), x ~ p(x | z).",
+        ),
+        "interpolation": ("From one test image to another", "Decoded from points between their latents."),
+        "traversals": ("What each latent channel does", "The channel is shifted everywhere, by so many standard deviations."),
+    }
+    return [Figure(*words, plots / f"{name}.png") for name, words in captions.items()]
 
 
 def draw_rate_distortion(evaluation: Evaluation, curve: pd.DataFrame, plots: Path) -> list[Figure]:
@@ -92,19 +91,19 @@ def draw_rate_distortion(evaluation: Evaluation, curve: pd.DataFrame, plots: Pat
 
 
 def draw_trainings(vae: pd.DataFrame, unet: pd.DataFrame, plots: Path) -> list[Figure]:
-    """The loss of both trainings, and the U-Net's by noise level."""
+    """The loss of both trainings, and the U-Net's by noise level; none of a training that was none."""
     noise = {f"loss_noise_q{i}": name for i, name in enumerate(("least noise", "less", "more", "most noise"), start=1)}
     mean = "Mean loss since the last point, against images seen."
     quarters = "The unweighted loss in each quarter of the training's noise levels, equally often drawn."
-    charts = [
-        ("train_vae", vae, ["loss"], "loss", "Training the autoencoder", mean),
-        ("train_unet", unet, ["loss"], "loss", "Training the U-Net", mean),
-        ("train_unet_noise", unet.rename(columns=noise), list(noise.values()), "mean squared error",
-         "Training the U-Net, by noise level", quarters),
-    ]  # fmt: skip
+    charts = {
+        "train_vae": (vae, ["loss"], "loss", "Training the autoencoder", mean),
+        "train_unet": (unet, ["loss"], "loss", "Training the U-Net", mean),
+        "train_unet_noise": (unet, [*noise.values()], "mean squared error", "Training the U-Net, by noise level", quarters),
+    }
     figures = []
-    for name, frame, columns, y_label, title, caption in charts:
-        if not frame.empty:  # as for a pretrained autoencoder that is used as it is
-            loss_curves(frame, plots / f"{name}.png", title=title, columns=columns, x="images", y_label=y_label)
-            figures.append(Figure(title, caption, plots / f"{name}.png"))
+    for name, (frame, columns, y_label, title, caption) in charts.items():
+        if not frame.empty:
+            path, named = plots / f"{name}.png", frame.rename(columns=noise)
+            loss_curves(named, path, title=title, columns=columns, x="images", y_label=y_label)
+            figures.append(Figure(title, caption, path))
     return figures

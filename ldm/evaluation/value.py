@@ -24,6 +24,15 @@ class Value:
     headline: bool = False  # shown first, and in the summary of a run
 
 
+def described(numbers: dict[str, float], about: dict[str, tuple[str, str, str]], headlines: dict[str, str]) -> list[Value]:
+    """The numbers that `about` gives unit, title and reading of, in its order. Those in `headlines` come with a note."""
+    return [
+        Value(name=name, value=numbers[name], error=numbers.get(f"{name}_se"), unit=unit, title=title, reading=reading,
+              note=headlines.get(name, ""), headline=name in headlines)
+        for name, (unit, title, reading) in about.items() if name in numbers
+    ]  # fmt: skip
+
+
 def write_values(path: Path, values: Sequence[Value]) -> None:
     import pandas as pd
 

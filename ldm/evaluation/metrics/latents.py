@@ -29,9 +29,8 @@ class Latents(Metric):
     kind: Literal["latents"] = "latents"
 
     def measure(self, evaluation: "Evaluation") -> list[Value]:
-        found = evaluation.latents
         values = []
-        for name, value in found.metrics().items() if found else ():
+        for name, value in evaluation.latents.metrics().items() if evaluation.latents else ():
             about, _, channel = name.partition("_channel_")
             unit, title, reading = READINGS[about]
             title = f"channel {channel}: {title}" if channel else title
