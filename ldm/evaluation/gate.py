@@ -74,12 +74,7 @@ def _check_nats(name: str, nats: Series) -> None:
 
 
 def _check_keys(challenger: Series, champion: Series) -> None:
-    for name, other, extra in (
-        ("champion", "challenger", challenger.index.difference(champion.index)),
-        ("challenger", "champion", champion.index.difference(challenger.index)),
-    ):
-        if len(extra):
-            raise ValueError(
-                f"image {extra[0]!r} has a value of the {other} but none of the {name} ({len(extra)} such): "
-                "evaluate both on the same images"
-            )
+    for has, lacks, a, b in (("challenger", "champion", challenger, champion), ("champion", "challenger", champion, challenger)):
+        if len(extra := a.index.difference(b.index)):
+            found = f"image {extra[0]!r} has a value of the {has} but none of the {lacks} ({len(extra)} such)"
+            raise ValueError(f"{found}: evaluate both on the same images")
