@@ -15,9 +15,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from ldm.base.errors import InputError
 from ldm.base.files import write_text
-from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assign, explained, value_at
+from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assign, explained, kinds_first, value_at
 from ldm.data.sources.source import Source
 from ldm.diffusion.options import Diffusion, Sampling
+from ldm.evaluation.metrics.metric import Metric
 from ldm.nets.backbones.backbone import Backbone
 from ldm.nets.regulariser import Kl, Regulariser
 from ldm.nets.text.options import Text
@@ -96,7 +97,7 @@ class Evaluate(Section):
     unseen_samples: Positive  # images drawn for the prompts of prompts.csv
     bound_levels: Positive  # noise levels a test image, for the diffusion term of the bound
     importance_samples: Positive  # posterior samples a test image, for the autoencoder's importance-weighted bound
-    features: Positive  # dimensions of the feature space of the Fréchet distance
+    metrics: tuple[Annotated[Metric, OneOf()], ...]  # beside the bound
 
 
 class Posterior(Section):
@@ -199,7 +200,7 @@ def change_settings(root: Path, assignments: list[str]) -> list[str]:
     document.preserve_quotes, document.width, document.default_flow_style = True, 1000, None  # new lists in one line
     document.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
     values = document.load(path.read_text(encoding="utf-8"))
-    for assignment in assignments:
+    for assignment in kinds_first(assignments):
         assign(values, assignment)
     after = validated(json.loads(json.dumps(values)), root).model_dump()
     text = io.StringIO()

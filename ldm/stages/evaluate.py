@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -24,14 +23,7 @@ from ldm.diffusion.recipe import Recipe
 from ldm.evaluation import pictures
 from ldm.evaluation.bounds import measure_bounds
 from ldm.evaluation.evaluation import Evaluation
-from ldm.evaluation.features.pca import Pca
-from ldm.evaluation.metrics.frechet import Frechet
-from ldm.evaluation.metrics.kernel import Kernel
-from ldm.evaluation.metrics.latents import Latents
 from ldm.evaluation.metrics.metric import Metric
-from ldm.evaluation.metrics.prompt_accuracy import PromptAccuracy
-from ldm.evaluation.metrics.psnr import Psnr
-from ldm.evaluation.metrics.variance_ratio import VarianceRatio
 from ldm.evaluation.value import Value, as_numbers, write_values
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import load_autoencoder
@@ -57,7 +49,7 @@ def run(root: Path) -> None:
         bounds, values = measure_bounds(evaluation, options.bound_levels, options.importance_samples)
         bounds.to_csv(root / paths.BOUNDS, index=False)
         figures = draw(root, settings, evaluation)
-        values += measure(getattr(options, "metrics", None) or present(options), evaluation)
+        values += measure(options.metrics, evaluation)
         numbers = as_numbers(values)
         write_values(root / paths.METRICS_TABLE, values)
         (root / paths.METRICS).write_text(
@@ -80,12 +72,6 @@ def assemble(root: Path, settings: Settings) -> None:
             f"{unet}: was trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on"
         )
     LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), load_backbone(unet), recipe).save(root / paths.MODEL)
-
-
-def present(options: Any) -> Sequence[Metric]:
-    """The metrics until `evaluate.metrics` lists them."""
-    features = Pca(dim=options.features)
-    return [Psnr(), Frechet(features=features), Kernel(features=features), PromptAccuracy(), VarianceRatio(), Latents()]
 
 
 def measure(metrics: Sequence[Metric], evaluation: Evaluation) -> list[Value]:
