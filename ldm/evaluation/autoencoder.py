@@ -9,8 +9,8 @@ from torch import Tensor
 from ldm.base.pixels import to_float
 from ldm.base.randomness import generator
 from ldm.bayes.elbo import Elbo, elbo, importance_bound
+from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.bayes.likelihoods.likelihood import Likelihood
-from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
 from ldm.data.reader import ShardReader
 from ldm.nets.autoencoder import Autoencoder
 

@@ -16,8 +16,8 @@ from torch.distributions import Normal, kl_divergence
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
 from ldm.bayes.elbo import Elbo, elbo, importance_bound, standard_normal
-from ldm.bayes.likelihoods.gaussian import Gaussian
-from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
+from ldm.bayes.likelihoods.continuous import Gaussian
+from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
 
 

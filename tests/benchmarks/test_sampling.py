@@ -20,7 +20,7 @@ from benchmarks.timing import LAYOUTS, interleaved, times_faster
 from torch import Tensor, nn
 
 from ldm.base.device import default_device, reuse_freed_memory
-from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
+from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.diffusion.recipe import Recipe
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL

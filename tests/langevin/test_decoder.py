@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
-from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
+from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.langevin.decoder import DecoderLoss, part_of
 from ldm.nets.autoencoder import AutoencoderKL
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
-from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
+from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.langevin import predictive
 from ldm.langevin.chains import Draws
 from ldm.langevin.predictive import DecoderPosterior

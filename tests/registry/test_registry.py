@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from ldm.base.errors import InputError
 from ldm.base.hashing import folder_hash
-from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
+from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.cli import app
 from ldm.config import load_settings
 from ldm.data.reader import open_shards

@@ -21,8 +21,8 @@ from scipy import stats
 from tiny import environment, set_params
 
 from ldm.base.errors import InputError
+from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.bayes.likelihoods.likelihood import load_likelihood
-from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
 from ldm.nets.autoencoder import AutoencoderKL, VQModel

@@ -18,8 +18,8 @@ from ldm.base import distributed
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
 from ldm.bayes.elbo import elbo
-from ldm.bayes.likelihoods.laplace import Laplace
-from ldm.bayes.likelihoods.logistic import DiscretizedLogistic
+from ldm.bayes.likelihoods.continuous import Laplace
+from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.evaluation.autoencoder import fit_scale
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel

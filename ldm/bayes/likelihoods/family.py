@@ -1,4 +1,4 @@
-"""What a likelihood p(x | z) is made of: a family of distributions, and how its scale is chosen."""
+"""What all likelihoods p(x | z) have in common: a location, a scale, and how the scale is chosen."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ if TYPE_CHECKING:
 
 
 class Family(Choice):
-    """A location-scale family, every pixel by itself; the decoder gives the location.
+    """A location-scale family; the values of an image are independent, and the decoder computes their locations.
 
-    `scale` is one number, `learned` from `log_scale` or `fixed` to it, or `per_pixel` the second half of the decoder's channels.
-    Continuous families are densities over [-1, 1]; discrete ones give probabilities of 8-bit values, so that
-    -log2 p(x | z) / dims is a code length in bits/dim.
+    The scale is one number, `learned` or `fixed`, or `per_pixel`: the second half of the decoder's channels. Continuous families
+    have densities over [-1, 1], discrete ones probabilities of 8-bit values: -log2 p(x | z) / dims is a code length in bits/dim.
     """
 
-    discrete: ClassVar[bool] = False  # whether `log_prob` is of probabilities, not of densities
+    discrete: ClassVar[bool] = False
     scale: Literal["learned", "fixed", "per_pixel"] = "learned"
     log_scale: float = -3.0
 
@@ -29,18 +28,15 @@ class Family(Choice):
         return Likelihood(self)
 
     def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-        """In nats, of every value of x (B, C, H, W)."""
+        """Log-probability or log-density in nats of every value of x (B, C, H, W); like x."""
         raise NotImplementedError
 
     def noise(self, shape: torch.Size, rng: torch.Generator) -> Tensor:
-        """Draws at location 0 and scale 1."""
-        raise NotImplementedError
+        """Draws at location 0 and scale 1; standard normal ones unless a family has others."""
+        return torch.randn(shape, generator=rng, device=rng.device)
 
     def mean(self, location: Tensor) -> Tensor:
-        """The mean image; of a discretised family the mean before discretisation, which is within half a bin of it.
-
-        (Except where the range ends within the tails: all that lies beyond counts as the last value.)
-        """
+        """E[x | z]; of discretised families before discretisation, so up to half a bin off, and more near the range's ends."""
         return location
 
     def sample(self, location: Tensor, log_scale: Tensor, rng: torch.Generator) -> Tensor:

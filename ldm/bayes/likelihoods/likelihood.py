@@ -4,24 +4,23 @@ import json
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.base.errors import InputError
-from ldm.base.options import kinds
+from ldm.base.options import chosen, kinds
 from ldm.base.pixels import to_float, to_uint8
 from ldm.bayes.likelihoods.family import Family
 
 FILE = "likelihood.safetensors"
-LOG_SCALES = (-7.0, 2.0)  # of a pixel: from a ninth of a bin, where one value has it all, to several times the whole range
+LOG_SCALES = (-7.0, 2.0)  # of a pixel: from a ninth of a bin, where one value has all the mass, to several times the range
 
 
 class Likelihood(nn.Module):
-    """p(x | z), factorised over the values of an image; `output` is what the decoder made of z.
+    """p(x | z), a product over the values of an image; `output` is what the decoder computes from z.
 
-    `log_scale` is the fixed scale, the initial one where it is learned, and per pixel the one for an output of 0.
+    `log_scale` is the scale if it is fixed, its initial value if it is learned, and per pixel the one for an output of 0.
     """
 
     log_scale: Tensor
@@ -61,7 +60,7 @@ class Likelihood(nn.Module):
         location, raw = output.chunk(2, dim=1)
         low, high = LOG_SCALES
         middle, half = (low + high) / 2, (high - low) / 2
-        # bounded softly, about the identity in the middle: a pixel at an end still has a gradient to leave it
+        # tanh is close to the identity in the middle, and its gradient lets a pixel leave either end of the range
         return location, middle + half * torch.tanh((self.log_scale + raw - middle) / half)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -77,26 +76,20 @@ def load_likelihood(folder: Path) -> Likelihood:
         raise InputError(f"{path} is missing: expected an autoencoder that train_vae wrote, likelihood and all")
     try:
         with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get("likelihood", "{}"))
+            settings = {"kind": "discretized_logistic"} | json.loads((file.metadata() or {}).get("likelihood", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run train_vae again") from None
-    if list(state) != ["log_scale"]:
-        raise InputError(f"{path} holds {', '.join(sorted(state)) or 'nothing'}: expected log_scale alone")
-    known, kind = kinds(Family), settings.get("kind", "discretized_logistic")
-    if kind not in known:
-        raise InputError(f"{path}: likelihood {kind!r}: expected one of {', '.join(known)}")
-    options = {"scale": settings.get("scale", "learned")} if "scale" in known[kind].model_fields else {}
-    try:
-        likelihood = known[kind](**options).build()
-    except ValidationError:
-        raise InputError(f"{path}: likelihood {kind} has no scale {options['scale']!r}") from None
+        if list(state) != ["log_scale"]:
+            raise InputError(f"holds {', '.join(sorted(state)) or 'nothing'}, expected log_scale alone")
+        fields = kinds(Family).get(settings["kind"], Family).model_fields  # not every family can choose its scale
+        likelihood = chosen(Family, {name: value for name, value in settings.items() if name in fields}).build()
+    except (SafetensorError, json.JSONDecodeError, InputError) as error:
+        raise InputError(f"{path}: {error}; run train_vae again") from None
     likelihood.load_state_dict(state)
     return likelihood
 
 
 def as_discrete(likelihood: Likelihood) -> Likelihood | None:
-    """The same distribution integrated over 8-bit values: itself, of per-pixel Gaussians the discretised ones, else None."""
+    """The same distribution integrated over 8-bit values: itself if discrete, DiscretizedX of a per-pixel X, else None."""
     if likelihood.discrete:
         return likelihood
     if likelihood.scale != "per_pixel":

@@ -1,4 +1,4 @@
-"""The Laplace likelihood, whose negative logarithm is the absolute error."""
+"""Densities over [-1, 1]."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from ldm.base.lazy import Tensor, torch
 from ldm.bayes.likelihoods.family import Family
 
 
+class Gaussian(Family):
+    """N(location, scale²): minus its logarithm is the squared error."""
+
+    kind: Literal["gaussian"] = "gaussian"
+
+    def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        return -0.5 * ((x - location) * (-log_scale).exp()).square() - (log_scale + 0.5 * math.log(2 * math.pi))
+
+
 class Laplace(Family):
-    """A density of mean absolute deviation `scale`: exp(-|x - location| / scale) / (2 scale)."""
+    """exp(-|x - location| / scale) / (2 scale): minus its logarithm is the absolute error."""
 
     kind: Literal["laplace"] = "laplace"
-    scale: Literal["learned", "fixed"] = "learned"  # fewer than the base class has
+    scale: Literal["learned", "fixed"] = "learned"
 
     def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         return -(x - location).abs() * (-log_scale).exp() - (log_scale + math.log(2))
