@@ -9,6 +9,7 @@ import torch
 
 from ldm.base.randomness import seed_for
 from ldm.bayes.diagnostics import COLLAPSED
+from ldm.bayes.elbo import Elbo
 from ldm.evaluation.evaluation import Evaluation
 from ldm.report.grid import image_grid
 from ldm.report.page import Figure
@@ -74,11 +75,13 @@ def _latent_space(evaluation: Evaluation, plots: Path) -> list[Figure]:
     return [Figure(*words, plots / f"{name}.png") for name, words in captions.items()]
 
 
-def draw_rate_distortion(evaluation: Evaluation, curve: pd.DataFrame, plots: Path) -> list[Figure]:
-    """What latents and pixels of test images cost, beside those of training images in each quarter of the training."""
-    if curve.empty:  # a pretrained autoencoder, used as it is
+def draw_rate_distortion(own: Elbo, curve: pd.DataFrame, path: Path, *, discrete: bool) -> list[Figure]:
+    """What latents and pixels of test images cost, beside those of training images in each quarter of the training.
+
+    None for an autoencoder that was not trained, or whose likelihood was a density: its nats are no code length.
+    """
+    if curve.empty or not discrete:
         return []
-    own, path = evaluation.elbo, plots / "rate_distortion.png"
     rate = float(own.kl.mean())
     terms = curve.assign(rate=curve.get("kl_nats", rate))[["rate", "distortion_nats"]].to_numpy()  # VQ's rate is constant
     quarters = np.array_split(terms, min(4, len(terms)))

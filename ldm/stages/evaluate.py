@@ -52,9 +52,8 @@ def run(root: Path) -> None:
         values += measure(options.metrics, evaluation)
         numbers = as_numbers(values)
         write_values(root / paths.METRICS_TABLE, values)
-        (root / paths.METRICS).write_text(
-            canonical_json({"image": test.preprocessing.described, "test_images": len(test), **numbers})
-        )
+        images = {"image": test.preprocessing.described, "test_images": len(test)}
+        (root / paths.METRICS).write_text(canonical_json(images | numbers))
         tracker.log({"test_images": float(len(test)), **numbers}, 0)
         report(root, settings, evaluation, values, figures)
         for picture in (root / paths.SAMPLES, *(figure.png_path for figure in figures)):
@@ -68,9 +67,7 @@ def assemble(root: Path, settings: Settings) -> None:
     vae, unet = root / paths.AUTOENCODER, root / paths.UNET
     recipe = Recipe(**json.loads((unet / "recipe.json").read_text()), sampling=settings.sampling.model_dump())
     if recipe.autoencoder != network_hash(vae):
-        raise InputError(
-            f"{unet}: was trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on"
-        )
+        raise InputError(f"{unet}: trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on")
     LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), load_backbone(unet), recipe).save(root / paths.MODEL)
 
 
@@ -88,10 +85,10 @@ def draw(root: Path, settings: Settings, evaluation: Evaluation) -> list[Figure]
     (root / paths.PLOTS).mkdir(parents=True)
     pictures.prompt_grid(root / paths.SAMPLES, evaluation.prompts, evaluation.samples)
     vae, unet = (pd.read_csv(root / curve) for curve in (paths.VAE_CURVE, paths.UNET_CURVE))
-    code_length = settings.train_vae.likelihood.discrete  # a density's nats are none
+    discrete, path = settings.train_vae.likelihood.discrete, root / paths.PLOTS / "rate_distortion.png"
     return [
         *pictures.draw_system(evaluation, root / paths.PLOTS),
-        *(pictures.draw_rate_distortion(evaluation, vae, root / paths.PLOTS) if code_length else ()),
+        *pictures.draw_rate_distortion(evaluation.elbo, vae, path, discrete=discrete),
         *pictures.draw_trainings(vae, unet, root / paths.PLOTS),
     ]
 

@@ -17,14 +17,13 @@ from tiny import set_params
 
 from flows.summary import Step, markdown, summarise
 from ldm.base.errors import InputError
-from ldm.bayes.elbo import Elbo
 from ldm.bayes.likelihoods.likelihood import load_likelihood
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
 from ldm.evaluation.gate import Decision
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel, load_autoencoder
 from ldm.registry.registration import Registered
-from ldm.stages import evaluate, train_vae, training
+from ldm.stages import train_vae, training
 from ldm.stages.train_vae import measured
 from ldm.training.fit import Langevin, learning_rate
 
@@ -233,30 +232,3 @@ def test_temperature_and_prior_are_the_settings(tmp_path):
     assert train_vae.langevin(load_settings(root), reader) == Langevin(len(reader) * 256, prior_precision=3.0, temperature=0.5)
     set_params(root, {"autoencoder": {"optimizer": "adamw"}})
     assert train_vae.langevin(load_settings(root), reader) is None
-
-
-def test_rate_and_distortion_in_training_are_shown_where_they_are_code_lengths(tmp_path, monkeypatch):
-    root = make_project(tmp_path, {})
-    for folder in ("curves", "plots"):
-        (root / "reports" / folder).mkdir(parents=True)
-    own = Elbo(torch.tensor([-10.0, -30.0]), torch.tensor([1.0, 2.0]), dims=256)
-
-    def shown(curve: pd.DataFrame, likelihood: str = "discretized_gaussian") -> pd.DataFrame | None:
-        """Nats an image by series, where there is a picture."""
-        frames = []
-        monkeypatch.setattr(evaluate, "rate_distortion", lambda frame, path, **_: frames.append(frame.set_index("series")))
-        set_params(root, {"train_vae": {"likelihood": likelihood}})
-        curve.to_csv(root / "reports/curves/train_vae.csv", index=False)
-        assert len(evaluate.rate_and_distortion(root, load_settings(root), own)) == len(frames)
-        return 256 * math.log(2) * frames[0] if frames else None
-
-    curve = pd.DataFrame({"images": np.arange(8), "kl_nats": np.arange(8.0), "distortion_nats": np.arange(8.0)[::-1] ** 2})
-    found = shown(curve)
-    assert found.loc["test images"].tolist() == pytest.approx([1.5, 20])
-    quarters = found.drop("test images")
-    assert quarters.rate.tolist() == pytest.approx([0.5, 2.5, 4.5, 6.5])
-    assert quarters.distortion.tolist() == pytest.approx([(49 + 36) / 2, (25 + 16) / 2, (9 + 4) / 2, 0.5])
-    assert shown(curve.drop(columns="kl_nats")).rate.tolist() == pytest.approx([1.5] * 5)  # of a VQ model
-    assert len(shown(curve[:2])) == 3
-    assert shown(curve, "gaussian") is None
-    assert shown(pd.DataFrame(columns=["images", "loss"])) is None  # of an autoencoder used as it is
