@@ -8,20 +8,8 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands import autoencoder, checkpoints, data, registry
-from ldm.commands.shared import (
-    Model,
-    Seed,
-    Set,
-    changed,
-    check_out,
-    counted,
-    load_model,
-    project,
-    read_image,
-    say,
-    write_images,
-)
+from ldm.commands import autoencoder, checkpoints, data, registry, shared
+from ldm.commands.shared import Model, Out, SamplingCommand, Seed, Set
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.add_typer(data.app, name="data", help="Images and shards: check, stats, drift, ingest, purge.")
@@ -41,18 +29,15 @@ def about() -> None:
 
 @app.command()
 def run(
-    ingest: Annotated[
-        Path | None, typer.Option(help="First move what is new in this folder into the collection; see `ldm data ingest`.")
-    ] = None,
+    ingest: Annotated[Path | None, typer.Option(help="A folder to ingest first; see `ldm data ingest`.")] = None,
     assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of params.yaml first, such as train_unet.lr=1e-3."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change params.yaml first, e.g. train_unet.lr=1e-3.")
     ] = None,
 ) -> None:
     """Bring the whole pipeline up to date, once, here, and register the model.
 
     Runs the stages of `dvc.yaml` that are out of date, registers the result, lets the gate decide whether it becomes
-    `models:/ldm@champion`, and prints a summary. What is up to date is not run again; what was interrupted goes on
+    `models:/ldm@champion`, and prints a summary. What is up to date is not run again; what was interrupted continues
     from its last checkpoint.
 
     Exit codes: 0 done, 1 a stage failed, 2 bad input (one line says what to mend), 130 interrupted.
@@ -60,7 +45,7 @@ def run(
     Environment: `LDM_STAGE_RETRIES` (default 1), `LDM_STAGE_TIMEOUT` (seconds a stage; default none).
     """
     arguments = ["--ingest", str(ingest.absolute())] if ingest else []
-    root = project()
+    root = shared.project()
     if assignments:
         from ldm.config import change_settings
 
@@ -71,39 +56,36 @@ def run(
     os.execv(sys.executable, [sys.executable, "-m", "flows.run", *arguments])
 
 
-@app.command()
+@app.command(cls=SamplingCommand)
 def sample(
     prompt: Annotated[list[str], typer.Option(help="What the image shows; may be given several times.")],
-    out: Annotated[Path, typer.Option(help="A `.png`: one image, or a sheet of several; any other name: a folder of PNGs.")],
+    out: Out,
     n: Annotated[int, typer.Option("-n", min=1, help="Images a prompt.")] = 1,
     model: Model = None,
     seed: Seed = 0,
-    first: Annotated[int, typer.Option(min=0, help="Number of the first image: each depends on seed and number alone.")] = 0,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first image: each depends on seed and number only.")] = 0,
     negative: Annotated[str, typer.Option(help="A prompt that guidance leads away from.")] = "",
-    guide: Annotated[
-        str | None, typer.Option(help="A weaker model of the same autoencoder and data, to be led away from (autoguidance).")
-    ] = None,
+    guide: Annotated[str | None, typer.Option(help="A weaker model of the same latents that guidance leads away from.")] = None,
     assignments: Set = None,
 ) -> None:
-    """Draw images for prompts from a registered or saved model. What is not set is the model's own default.
+    """Draw images for prompts. What is not set is the model's own default.
 
     Example: `ldm sample --prompt "a handwritten seven" -n 16 --set steps=32 --out seven.png`
     """
-    check_out(out)
-    loaded = load_model(model)
-    sampling = changed(loaded, assignments)
-    weaker = None if guide is None else load_model(guide)
+    loaded = shared.load_model(model)
+    options = shared.sampling(loaded, assignments)
+    weaker = None if guide is None else shared.load_model(guide)
     prompts = [text for text in prompt for _ in range(n)]
-    say(f"drawing {counted(len(prompts))} …")
-    images = loaded.sample(prompts, negative=negative, guide=weaker, seed=seed, first=first, **sampling)
-    write_images(images, out, prompt if len(prompt) > 1 else None)
+    typer.echo(f"drawing {shared.counted(len(prompts))} …", err=True)
+    images = loaded.sample(prompts, negative=negative, guide=weaker, seed=seed, first=first, **options)
+    shared.write_images(images, out, prompt if len(prompt) > 1 else None)
 
 
-@app.command()
+@app.command(cls=SamplingCommand)
 def interpolate(
     a: Annotated[str, typer.Argument(help="A prompt, or the file of an image.")],
-    b: Annotated[str, typer.Argument(help="Another of the same kind.")],
-    out: Annotated[Path, typer.Option(help="A `.png`: one strip; any other name: a folder of PNGs.")],
+    b: Annotated[str, typer.Argument(help="Another prompt, or the file of another image.")],
+    out: Out,
     n: Annotated[int, typer.Option("-n", min=2, help="Images, the two ends included.")] = 8,
     linear: Annotated[bool, typer.Option("--linear", help="Join two images by a line, not by a great circle.")] = False,
     model: Model = None,
@@ -112,26 +94,25 @@ def interpolate(
 ) -> None:
     """Walk from one prompt, or one image, to another.
 
-    Two images are joined through the latent space, along a great circle between their latents. Two prompts are joined
-    between their text embeddings, every image from the same noise.
+    Two images are joined by a great circle between their latents. Two prompts are joined by a line between their text
+    embeddings, and every image starts from the same noise.
 
     Example: `ldm interpolate "a handwritten three" "a handwritten eight" -n 8 --out walk.png`
     """
-    check_out(out)
     from ldm.data.images import SUFFIXES
 
+    for end in (a, b):
+        if Path(end).suffix.lower() in SUFFIXES:  # not a prompt
+            shared.check_file(Path(end))
     files = [Path(end).is_file() for end in (a, b)]
-    for end, is_file in zip((a, b), files, strict=True):
-        if not is_file and Path(end).suffix.lower() in SUFFIXES:  # so it is meant as a file
-            raise InputError(f"{end}: no such file")
     if files[0] != files[1]:
         raise InputError(f"{a!r} and {b!r}: one is a file and one is not; give two images or two prompts")
     if linear and not files[0]:
         raise InputError("--linear joins two images; prompts are always joined by a line")
-    loaded = load_model(model)
-    first, last = (read_image(Path(end), loaded) if files[0] else end for end in (a, b))
-    images = loaded.interpolate(first, last, n, linear=linear, seed=seed, **changed(loaded, assignments))
-    write_images(images, out)
+    loaded = shared.load_model(model)
+    first, last = (shared.read_image(Path(end), loaded) if files[0] else end for end in (a, b))
+    options = shared.sampling(loaded, assignments)
+    shared.write_images(loaded.interpolate(first, last, n, linear=linear, seed=seed, **options), out)
 
 
 def main() -> None:

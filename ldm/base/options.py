@@ -112,9 +112,14 @@ def value_at(values: Any, key: str, *default: Any) -> Any:
 def assigned(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """A copy of nested values with some of them set; see `assign`."""
     values = json.loads(json.dumps(values))
-    for assignment in assignments:
+    for assignment in kinds_first(assignments):
         assign(values, assignment)
     return values
+
+
+def kinds_first(assignments: Iterable[str]) -> list[str]:
+    """Assignments in the order of their effect: a `kind` would otherwise clear options that were given before it."""
+    return sorted(assignments, key=lambda assignment: assignment.partition("=")[0].split(".")[-1] != "kind")
 
 
 def assign(values: Any, assignment: str) -> None:

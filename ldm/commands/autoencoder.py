@@ -6,48 +6,42 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands.shared import Model, Seed, check_out, load_model, new_group, read_image, write_images
+from ldm.commands.shared import Model, Out, Seed, check_file, load_model, new_group, read_image, write_images
 
 app = new_group()
 
 
 @app.command()
 def sample(
-    out: Annotated[Path, typer.Option(help="A `.png`: one image, or a sheet of several; any other name: a folder of PNGs.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 16,
-    model: Model = None,
-    seed: Seed = 0,
+    out: Out, n: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 16, model: Model = None, seed: Seed = 0
 ) -> None:
-    """Draw latents from the autoencoder's own prior and images from its likelihood, without the diffusion model.
+    """Draw latents from the autoencoder's prior and images from its likelihood, without the diffusion model.
 
     How far these are from real images is what the diffusion model is there to learn.
 
     Example: `ldm autoencoder sample -n 16 --out prior.png`
     """
-    check_out(out)
     write_images(load_model(model).sample_prior(n, seed=seed), out)
 
 
 @app.command()
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Files of images.")],
-    out: Annotated[Path, typer.Option(help="A `.png`: a sheet, originals beside; any other name: a folder of PNGs.")],
+    out: Out,
     model: Model = None,
     tile: Annotated[
-        int | None, typer.Option(min=1, help="Keep the images' own size, and work on tiles of this many pixels a side.")
+        int | None, typer.Option(min=1, help="Keep the images' size; work on tiles of this many pixels a side.")
     ] = None,
 ) -> None:
-    """Encode images and decode their latents.
+    """Encode images and decode their latents. A sheet shows each image beside its reconstruction.
 
     Images are prepared as for training. With `--tile` they keep their size (rounded down to the autoencoder's factor),
     however large, and only the reconstructions are written.
 
     Example: `ldm autoencoder reconstruct a.png b.png --out pairs.png`
     """
-    check_out(out)
     for path in images:
-        if not path.is_file():
-            raise InputError(f"{path}: not a file")
+        check_file(path)
     if tile and len(images) > 1 and out.suffix == ".png":
         raise InputError(f"--out {out}: images of different sizes make no sheet; give a folder (a name without a suffix)")
     loaded = load_model(model)
@@ -71,18 +65,16 @@ def reconstruct(
 @app.command()
 def traverse(
     image: Annotated[Path, typer.Argument(help="File of an image.")],
-    out: Annotated[Path, typer.Option(help="A `.png`: a row for each latent channel; any other name: a folder of PNGs.")],
-    n: Annotated[int, typer.Option("-n", min=2, help="Images a channel; an odd number has the unshifted one in its middle.")] = 7,
+    out: Out,
+    n: Annotated[int, typer.Option("-n", min=2, help="Images a channel; of an odd number, the middle one is not shifted.")] = 7,
     reach: Annotated[float, typer.Option(min=0, help="Standard deviations to either side.")] = 3.0,
     model: Model = None,
 ) -> None:
-    """Shift one latent channel after the other, to see what each does to an image.
+    """Shift one latent channel after the other, to see what each does to an image. A sheet has a row for each channel.
 
     Example: `ldm autoencoder traverse a.png --out channels.png`
     """
-    check_out(out)
-    if not image.is_file():
-        raise InputError(f"{image}: no such file")
+    check_file(image)
     loaded = load_model(model)
     images = loaded.traverse(read_image(image, loaded), n, reach=reach)
     shifts = [f"{-reach + 2 * reach * i / (n - 1):.3g}".replace("-", "−") for i in range(n)]

@@ -12,11 +12,11 @@ app = new_group()
 
 @app.command("list")
 def list_checkpoints() -> None:
-    """Unfinished trainings, the newest last: how far each got, and whether a run would go on from it.
+    """Unfinished trainings, the newest last: how far each got, and whether a run would continue from it.
 
-    `ready`: a run with the same settings and inputs goes on from it. `running`: it is being trained. `changed: …`: the code or a
-    library has changed since; a run would start from nothing, unless the checkpoint is adopted. `other settings: …`: a run
-    would go on from it if params.yaml had those again.
+    `ready`: a run with the same settings and inputs continues from it. `running`: it is being trained. `changed: …`: the code or
+    a library has changed since; a run would start from nothing, unless the checkpoint is adopted. `other settings: …`: a run
+    would continue from it if params.yaml had those again.
     """
     from ldm.config import load_settings
     from ldm.stages import work
@@ -26,18 +26,18 @@ def list_checkpoints() -> None:
     if not found:
         print("no unfinished trainings")
         return
-    rows = [
-        [one.key[:8], one.stage, one.progress, _size(one.size), f"{one.written:%Y-%m-%d %H:%M}", one.state(settings)]
-        for one in found
-    ]
-    table(["key", "stage", "reached", "size", "written", "state"], rows)
+    rows = []
+    for one in found:
+        row = {"key": one.key[:8], "stage": one.stage, "reached": one.progress, "size": _size(one.size)}
+        rows.append(row | {"written": f"{one.written:%Y-%m-%d %H:%M}", "state": one.state(settings)})
+    table(rows)
 
 
 @app.command()
 def adopt(key: Annotated[str, typer.Argument(help="The beginning of its key, as `ldm checkpoints list` shows it.")]) -> None:
-    """Let the next run go on from a checkpoint that was written under other code.
+    """Let the next run continue from a checkpoint that was written under other code.
 
-    Use it if the change does not matter to what the training computes. The run in MLflow and the registered version get the tag
+    Use it if the change does not affect what the training computes. The run in MLflow and the registered version get the tag
     `ldm.adopted`, which says what had changed.
     """
     from ldm.config import load_settings

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands.shared import check_out, new_group, project, table
+from ldm.commands.shared import checked, new_group, project, table
 
 app = new_group()
 
@@ -33,20 +33,19 @@ def check(path: Annotated[Path, typer.Argument(help="A folder of shards.")] = Pa
 @app.command()
 def stats(
     path: Annotated[Path, typer.Argument(help="A folder of shards, of images or of tars.")] = Path("data/shards"),
-    sheet: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("contact_sheet.png"),
+    sheet: Annotated[Path, typer.Option(callback=checked, help="Contact sheet to write.")] = Path("contact_sheet.png"),
 ) -> None:
     """Counts, sizes and caption lengths of a collection, before or after sharding, and a contact sheet of some images.
 
     Example: `ldm data stats data/raw/source`
     """
-    check_out(sheet, "--sheet")
     from ldm.config import load_settings
     from ldm.data.inspect import inspect
     from ldm.report.grid import image_grid
 
     try:
         limits = load_settings(project()).data.model_dump(include={"min_side", "max_pixels"})
-    except InputError:  # outside of a project there are none
+    except InputError:  # not in a project
         limits = {}
     found = inspect(path, **limits)
     for name, value in found.summary():
@@ -59,16 +58,13 @@ def stats(
 @app.command()
 def drift(
     folder: Annotated[Path, typer.Argument(help="Images, with captions or without.")],
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="Whose posterior samples score them: sgld or sghmc; the first of `sample_posterior` otherwise."),
-    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="sgld or sghmc; else the first of `sample_posterior`.")] = None,
 ) -> None:
     """Are new images like those that the model was trained on? Exit code 1 if not.
 
-    Each is scored by how much its bound varies over posterior samples of the decoder's weights, beside the test images. It takes
-    several unlike images to be sure that images are unlike; those beyond the limit are named in any case.
-    The samples are those of the stage sample_posterior: set `sample_posterior: [sgld]` in params.yaml and run the pipeline.
+    An image's score is how much its bound varies over posterior samples of the decoder's weights, compared with the test images.
+    It takes several unlike images to be sure that a folder is unlike; images beyond the limit are named in any case.
+    The samples come from the stage sample_posterior: set `sample_posterior: [sgld]` in params.yaml and run the pipeline.
 
     Example: `ldm data drift ~/inbox`
     """
@@ -89,7 +85,7 @@ def ingest(
     """Move what is new in a watched folder into a dated batch of the collection `data.path`, versioned by DVC.
 
     Images that are in the collection already, have no caption yet or are still being written stay where they are. A call
-    that is killed loses nothing; the next one goes on. `ldm run --ingest FOLDER` does this first and then runs the pipeline.
+    that is killed loses nothing; the next one continues. `ldm run --ingest FOLDER` ingests and then runs the pipeline.
 
     Example: `ldm data ingest ~/inbox`
     """
@@ -102,14 +98,14 @@ def ingest(
 @app.command()
 def purge(
     image: Annotated[str, typer.Argument(help="Its file_name in the collection, or the sha256 of its file.")],
-    remote: Annotated[str | None, typer.Option(help="A DVC remote; the default one otherwise.")] = None,
+    remote: Annotated[str | None, typer.Option(help="A DVC remote; else the default one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what there is.")] = False,
 ) -> None:
     """Delete the old copies of an image that was removed from the collection, and list the models that saw it.
 
-    First delete it from the collection and run the pipeline: it then is in nothing that is current. This deletes its file
-    and every shard and latents file made of it from DVC's cache and remote; such a shard holds other images too, so that old
-    commits can no longer be checked out whole. The versions that saw it get a tag, `ldm.purged`.
+    First delete it from the collection and run the pipeline, so that nothing current holds it. This deletes its file and every
+    shard and latents file made from it, in DVC's cache and remote. Such a shard holds other images too, so old commits can no
+    longer be checked out whole. The versions that saw the image get a tag, `ldm.purged`.
 
     Example: `ldm data purge 2025-03-01/0042.png --dry-run`
     """
@@ -119,5 +115,5 @@ def purge(
     for line in (*purged.lines(), *purged.notes):
         print(line)
     if len(purged.versions):
-        table(list(purged.versions.columns), purged.versions.astype(str).to_numpy().tolist())
+        table(purged.versions.astype(str).to_dict("records"))
     print("dry run: nothing was deleted" if dry_run else "deleted", f"not touched: {UNTOUCHED}", sep="; ")

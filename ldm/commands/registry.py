@@ -12,20 +12,20 @@ app = new_group()
 
 @app.command("list")
 def list_versions(name: Name = None) -> None:
-    """Registered versions, newest first, with their aliases, bits per dimension and what the gate said."""
+    """Registered versions, newest first: aliases, bits per dimension, the gate's decision."""
     from ldm.registry.versions import find, overview
 
     name = model_name(name)
     rows = [overview(version) for version in find({}, name)]
     if not rows:
         raise InputError(f"model {name!r} has no versions; `ldm run` registers one")
-    table(list(rows[0]), [list(row.values()) for row in rows])
+    table(rows)
 
 
 @app.command()
 def show(
     model: Annotated[
-        str | None, typer.Argument(help="A version number, models:/NAME@ALIAS or models:/NAME/VERSION; else the champion.")
+        str | None, typer.Argument(help="VERSION, models:/NAME@ALIAS or models:/NAME/VERSION; else the champion.")
     ] = None,
 ) -> None:
     """One version: aliases, where it came from, how it was evaluated, why it was promoted or not."""
@@ -55,7 +55,7 @@ def register() -> None:
 
 @app.command()
 def promote(version: Annotated[int, typer.Argument(help="Version number.")], name: Name = None) -> None:
-    """Make a version champion by hand, whatever the gate said; the champion so far becomes `previous`."""
+    """Make a version champion by hand, whatever the gate decided; the champion so far becomes `previous`."""
     from ldm.registry.promotion import promote
 
     promote(version, model_name(name))

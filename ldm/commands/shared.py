@@ -1,4 +1,7 @@
-"""What commands share: options, the project, loading a model, reading and writing images, tables."""
+"""What several commands use: options, the project, loading a model, reading and writing images, tables.
+
+Modules that import pydantic, MLflow or torch are imported inside functions: `ldm --help` does not wait for them.
+"""
 
 import contextlib
 import os
@@ -9,39 +12,46 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm.base.errors import InputError
-from ldm.base.options import assigned, keys
-from ldm.diffusion.options import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
 
-Model = Annotated[
-    str | None,
-    typer.Option(help="`models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the folder of a saved model. The champion otherwise."),
-]
+
+class SamplingCommand(typer.core.TyperCommand):
+    """A command with `--set`, whose help names the sampling settings. They are read only when the help is shown."""
+
+    def format_help(self, context: Any, formatter: Any) -> None:
+        from ldm.base.options import keys
+        from ldm.diffusion.options import Sampling
+
+        settings = []
+        for key in keys(Sampling):
+            about = ", ".join(map(str, key.values)) or ("of " + ", ".join(key.kinds) if key.kinds else "")
+            settings.append(f"`{key.name}`" + (f" ({about})" if about else ""))
+        option: Any = next(param for param in self.params if param.name == "assignments")
+        option.help += f" Keys: {', '.join(settings)}."
+        super().format_help(context, formatter)
+
+
+def checked(param: typer.CallbackParam, out: Path) -> Path:
+    """Where images are to be written; `InputError` before anything is computed if they cannot be."""
+    option = f"{param.opts[0]} {out}"
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{option}: the folder {out.parent} does not exist")
+    if out.suffix not in ("", ".png"):
+        raise InputError(f"{option}: write a .png, or a folder (a name without a suffix)")
+    if out.suffix and out.is_dir():
+        raise InputError(f"{option}: is a folder; give a file name, or a folder without a suffix")
+    return out
+
+
+Model = Annotated[str | None, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a saved folder; else the champion.")]
+Name = Annotated[str | None, typer.Option(help="Registered model; else `registry.name` of params.yaml.")]
+Out = Annotated[Path, typer.Option(callback=checked, help="A `.png`: one image or a sheet; any other name: a folder of PNGs.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
-Name = Annotated[str | None, typer.Option(help="Registered model; `registry.name` of params.yaml otherwise.")]
-
-
-def _described(section: Any) -> str:
-    """The keys of a section with their values, or the kinds that have them."""
-    parts = []
-    for key in keys(section):
-        about = "|".join(map(str, key.values)) or (f"of {', '.join(key.kinds)}" if key.kinds else "")
-        parts.append(f"`{key.name}`" + (f" ({about})" if about else ""))
-    return ", ".join(parts)
-
-
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help=f"Change a sampling setting. Keys: {_described(Sampling)}.",
-    ),
-]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a sampling setting of the model.")]
 
 
 def new_group() -> typer.Typer:
@@ -55,7 +65,7 @@ def project() -> Path:
 
 
 def tracked_project() -> Path:
-    """The project folder, with its own MLflow store as the default."""
+    """The project's folder; its own MLflow store becomes the default."""
     from ldm.registry.tracking import use_default_store
 
     root = project()
@@ -75,17 +85,17 @@ def champion() -> str:
 
 
 def load_model(model: str | None) -> "LatentDiffusion":
+    """The model of that name or folder, or the champion, on the default device."""
     model = model or champion()
-    say(f"loading {model} …")
+    typer.echo(f"loading {model} …", err=True)
+    place: contextlib.AbstractContextManager[Path] = contextlib.nullcontext(Path(model))
     if model.startswith("models:"):
         from ldm.registry.versions import downloaded
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
             tracked_project()
-        place: contextlib.AbstractContextManager[Path] = downloaded(model)
-    elif (Path(model) / "model.json").is_file():
-        place = contextlib.nullcontext(Path(model))
-    else:
+        place = downloaded(model)
+    elif not (Path(model) / "model.json").is_file():
         raise InputError(f"{model}: holds no model.json; give models:/NAME@ALIAS, models:/NAME/VERSION or a saved model's folder")
     with place as folder:
         # OpenMP's threads sleep while they wait for work; by default they spin, which on a busy machine takes most of the time.
@@ -96,9 +106,16 @@ def load_model(model: str | None) -> "LatentDiffusion":
         return LatentDiffusion.load(folder, default_device())
 
 
-def changed(model: "LatentDiffusion", assignments: list[str] | None) -> dict[str, Any]:
+def sampling(model: "LatentDiffusion", assignments: list[str] | None) -> dict[str, Any]:
     """The model's sampling settings with those of `--set`."""
+    from ldm.base.options import assigned
+
     return assigned(model.recipe.sampling, assignments or [])
+
+
+def check_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the file of an image")
 
 
 def read_image(path: Path, model: "LatentDiffusion", whole: bool = False) -> "Tensor":
@@ -122,15 +139,6 @@ def read_image(path: Path, model: "LatentDiffusion", whole: bool = False) -> "Te
         raise InputError(f"{path}: its shorter side is less than the {factor} pixels of one latent")
     height, width = (side // factor * factor for side in pixels.shape[1:])
     return torch.tensor(pixels[:, :height, :width])
-
-
-def check_out(out: Path, option: str = "--out") -> None:
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"{option} {out}: the folder {out.parent} does not exist")
-    if out.suffix not in ("", ".png"):
-        raise InputError(f"{option} {out}: write a .png, or a folder (a name without a suffix)")
-    if out.suffix and out.is_dir():
-        raise InputError(f"{option} {out}: is a folder; give a file name, or a folder without a suffix")
 
 
 def write_images(images: Any, out: Path, rows: list[str] | None = None, columns: list[str] | None = None) -> None:
@@ -158,22 +166,17 @@ def counted(count: int) -> str:
     return f"{count} {'image' if count == 1 else 'images'}"
 
 
-def table(columns: list[str], rows: list[list[str]]) -> None:
-    """Left-aligned columns; a table on a terminal, plain lines elsewhere."""
+def table(rows: list[Any]) -> None:
+    """Rows by the names of their columns: a table on a terminal, plain lines elsewhere."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
-        pretty = Table(*columns, box=None, pad_edge=False)
+        pretty = Table(*rows[0], box=None, pad_edge=False)
         for row in rows:
-            pretty.add_row(*row)
+            pretty.add_row(*row.values())
         Console().print(pretty)
         return
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def say(what: str) -> None:
-    """What is being done, on stderr: stdout is for results."""
-    print(what, file=sys.stderr, flush=True)
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    for row in ({name: name for name in widths}, *rows):
+        print("  ".join(row[name].ljust(width) for name, width in widths.items()).rstrip())
