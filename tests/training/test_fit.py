@@ -29,7 +29,8 @@ from ldm.data.batches import order
 from ldm.training import fit as loop
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.ema import Ema, global_norm
-from ldm.training.fit import Execution, Fitted, Langevin, fit, learning_rate
+from ldm.training.fit import Execution, Fitted, fit, learning_rate
+from ldm.training.optimizers import AdamW, Optimizer, Sgld
 
 PLAIN = Execution()
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,12 +42,12 @@ class Plan:
     batch_size: int = 8
     lr: float = 0.05
     warmup_images: int = 24
-    weight_decay: float = 0.1
+    optimizer: Optimizer = AdamW(weight_decay=0.1)  # noqa: RUF009 (frozen)
     ema_halflife_images: int = 40
     checkpoint_images: int = 32
 
 
-class Journal:
+class Metrics:
     """A tracker with MLflow's rule: a metric with the same key, value, time and position is stored once."""
 
     clock = 0  # time never stands still, not even over a restart
@@ -56,8 +57,8 @@ class Journal:
         self.dies_at, self.delivers_first = math.inf, True  # the flush at which the process ends
 
     def log(self, metrics: dict[str, float], images_seen: int) -> None:
-        Journal.clock += 1
-        self.buffer += [(key, value, Journal.clock, images_seen) for key, value in metrics.items()]
+        Metrics.clock += 1
+        self.buffer += [(key, value, Metrics.clock, images_seen) for key, value in metrics.items()]
 
     def flush(self) -> None:
         self.flushes += 1
@@ -112,18 +113,17 @@ def run(
     folder: Path,
     objective: Regression,
     plan: Plan,
-    journal: Journal | None = None,
+    tracker: Metrics | None = None,
     stop: Callable[[], bool] = lambda: False,
     execution: Execution = PLAIN,
-    langevin: Langevin | None = None,
+    num_data: int = 0,
     progress: Callable[[int, dict[str, float]], None] = lambda done, row: None,
 ) -> Fitted:
     """`fit` with the folder's store."""
-    journal = journal or Journal(set())
     store = CheckpointStore(folder / "store")
     return fit(
-        objective, plan, seed=7, journal=journal, store=store, progress=progress, should_stop=stop,
-        execution=execution, langevin=langevin,
+        objective, plan, seed=7, tracker=tracker or Metrics(set()), store=store, progress=progress, should_stop=stop,
+        execution=execution, num_data=num_data,
     )  # fmt: skip
 
 
@@ -241,8 +241,8 @@ def test_training_equals_adamw_in_float64(tmp_path: Path) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_langevin_dynamics_in_float64(temperature: float, tmp_path: Path) -> None:
     """Welling & Teh 2011, equation 4, with the learning rate of each position as step size, and gradients as they are."""
-    plan, objective = Plan(lr=2e-4), Regression()
-    fitted = run(tmp_path, objective, plan, langevin=Langevin(num_data=50, prior_precision=40.0, temperature=temperature))
+    plan, objective = Plan(lr=2e-4, optimizer=Sgld(prior_precision=40.0, temperature=temperature)), Regression()
+    fitted = run(tmp_path, objective, plan, num_data=50)
     w, norms, moved = np.array([0.5, 0.5, 0.5, -0.25]), [], []
     average = w
     for step in range(12):
@@ -264,9 +264,9 @@ def test_langevin_dynamics_in_float64(temperature: float, tmp_path: Path) -> Non
 
 
 def test_a_row_of_the_curve_is_the_mean_since_the_last(tmp_path: Path) -> None:
-    """With 100 batches there is a row every second one; the journal gets the same rows."""
+    """With 100 batches there is a row every second one; the tracker gets the same rows."""
     stored: set[tuple[str, float, int, int]] = set()
-    fitted = run(tmp_path, Regression(), Plan(images=800, batch_size=8, lr=1e-30), Journal(stored))
+    fitted = run(tmp_path, Regression(), Plan(images=800, batch_size=8, lr=1e-30), Metrics(stored))
     objective = Regression()
     losses = [float(objective.loss(position, 8, torch.Generator(), slice(0, 8))[0].detach()) for position in range(0, 800, 8)]
     assert [row["images"] for row in fitted.curve] == list(range(16, 801, 16))
@@ -304,7 +304,8 @@ from torch import nn
 torch.set_num_threads(1)
 from ldm.registry.tracking import Run
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.fit import Langevin, fit
+from ldm.training.fit import fit
+from ldm.training.optimizers import AdamW, Sgld
 
 folder, pause, optimizer = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 
@@ -324,12 +325,10 @@ class Objective:
         loss = (self.module(x) - x.roll(1, 3)).square().mean()
         return loss, {"pixels": x.abs().mean()}
 
-plan = SimpleNamespace(images=480, batch_size=4, lr=3e-3, warmup_images=40, weight_decay=0.01)
-plan.ema_halflife_images, plan.checkpoint_images = 100, 96
-objective = Objective()
-langevin = Langevin(num_data=10, prior_precision=1.0, temperature=1.0) if optimizer == "sgld" else None
-common = {"journal": Run(), "store": CheckpointStore(folder / "store"), "progress": lambda done, row: None}
-fitted = fit(objective, plan, seed=1, langevin=langevin, **common)
+plan = SimpleNamespace(images=480, batch_size=4, lr=3e-3, warmup_images=40, ema_halflife_images=100, checkpoint_images=96)
+plan.optimizer = Sgld() if optimizer == "sgld" else AdamW(weight_decay=0.01)
+objective, store = Objective(), CheckpointStore(folder / "store")
+fitted = fit(objective, plan, seed=1, tracker=Run(), store=store, progress=lambda done, row: None, num_data=10)
 save_file({k: v.contiguous() for k, v in objective.module.state_dict().items()}, folder / "raw.safetensors")
 save_file({k: v.contiguous() for k, v in fitted.ema.items()}, folder / "ema.safetensors")
 (folder / "curve.json").write_text(json.dumps(fitted.curve))
@@ -381,11 +380,11 @@ def test_a_stop_saves_a_checkpoint_from_which_the_same_bytes_come(batches: int, 
     expected = run(tmp_path / "straight", straight, plan)
     first, stored = Regression(noise=0.5), set()
     with pytest.raises(KeyboardInterrupt, match=f"after {8 * batches} images"):
-        run(tmp_path / "stopped", first, plan, Journal(stored), stop=lambda: len(first.seen) == batches)
+        run(tmp_path / "stopped", first, plan, Metrics(stored), stop=lambda: len(first.seen) == batches)
     loaded = CheckpointStore(tmp_path / "stopped/store").load()
     assert loaded is not None and loaded[1]["images_seen"] == 8 * batches
     second = Regression(noise=0.5)
-    found = run(tmp_path / "stopped", second, plan, Journal(stored))
+    found = run(tmp_path / "stopped", second, plan, Metrics(stored))
     assert first.seen + second.seen == straight.seen
     assert same_bytes(second.module.state_dict(), straight.module.state_dict())
     assert same_bytes(found.ema, expected.ema)
@@ -417,12 +416,12 @@ def test_a_stop_in_the_last_batch_finishes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("delivered", [True, False])
 def test_no_metric_is_lost_or_doubled_by_a_death_around_delivery(delivered: bool, death: int, tmp_path: Path) -> None:
     stored: set[tuple[str, float, int, int]] = set()
-    journal = Journal(stored)
-    journal.dies_at, journal.delivers_first = death, delivered
+    tracker = Metrics(stored)
+    tracker.dies_at, tracker.delivers_first = death, delivered
     with pytest.raises(Died):
-        run(tmp_path, Regression(), Plan(), journal)
+        run(tmp_path, Regression(), Plan(), tracker)
     assert bool(stored) == (delivered or death > 1)
-    fitted = run(tmp_path, Regression(), Plan(), Journal(stored))
+    fitted = run(tmp_path, Regression(), Plan(), Metrics(stored))
     positions = sorted((images, key) for key, _, _, images in stored)
     assert positions == sorted((row["images"], key) for row in fitted.curve for key in row if key != "images")
 
@@ -455,8 +454,8 @@ LONG = Plan(images=32_000, checkpoint_images=32_000)  # 100 batches between rows
 
 
 @pytest.mark.parametrize(("seconds", "batches"), [(0.1, 4), (math.inf, 32)])
-def test_losses_are_looked_at_by_time(seconds: float, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LOOK_SECONDS", seconds)
+def test_losses_are_read_by_time(seconds: float, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SYNC_SECONDS", seconds)
     objective = Regression(poison=int(order(5, 50, 3, 1)[0]), pause=0.03)
     with pytest.raises(FloatingPointError, match="the batch of images 0 to 7 has loss nan"):
         run(tmp_path, objective, LONG)
@@ -518,21 +517,24 @@ def test_the_state_of_a_checkpoint_is_plain_json_and_tensors(tmp_path: Path) -> 
     assert json.loads((folder / "state.json").read_text())["images_seen"] == 40
 
 
-# two processes, which have to look at the same batches
+# two processes, which have to synchronise after the same batches
 
 
-def ended(folder: Path, look_seconds: float, objective: Regression, stop_at: float = math.inf) -> dict[str, Any]:
-    """Train until something ends it, in this process a wish to stop from batch number `stop_at` on: what, when, and the looks."""
-    looks: list[int] = []
+def ended(folder: Path, sync_seconds: float, objective: Regression, stop_at: float = math.inf) -> dict[str, Any]:
+    """Train until something ends it, in this process a wish to stop from batch number `stop_at` on: what, and after which batch.
+
+    And after which batches the processes synchronised.
+    """
+    synced: list[int] = []
 
     def stop() -> bool:
-        looks.append(len(objective.seen))
+        synced.append(len(objective.seen))
         return len(objective.seen) >= stop_at
 
-    loop.LOOK_SECONDS = look_seconds
+    loop.SYNC_SECONDS = sync_seconds
     with pytest.raises((KeyboardInterrupt, FloatingPointError)) as end:
         run(folder, objective, LONG, stop=stop)
-    return {"batches": len(objective.seen), "looks": looks, "end": str(end.value)}
+    return {"batches": len(objective.seen), "synced": synced, "end": str(end.value)}
 
 
 def child(folder: Path) -> None:
@@ -567,13 +569,13 @@ def test_a_stop_of_one_process_ends_both_at_the_same_batch_in_time(pair: list[di
 
 def test_a_nan_of_one_process_ends_both_at_the_same_batch_in_time(pair: list[dict[str, Any]]) -> None:
     first, second = (found["poisoned"] for found in pair)
-    assert (first["batches"], first["looks"]) == (second["batches"], second["looks"])
+    assert (first["batches"], first["synced"]) == (second["batches"], second["synced"])
     assert 6 <= first["batches"] < 10
     assert all(found["end"].startswith("the batch of images 40 to 47 has loss nan") for found in (first, second))
 
 
-def test_two_fast_processes_look_every_32_batches(pair: list[dict[str, Any]]) -> None:
+def test_two_fast_processes_synchronise_every_32_batches(pair: list[dict[str, Any]]) -> None:
     first, second = (found["fast"] for found in pair)
     assert first == second
-    assert first["looks"] == [1, 33, 65, 97]  # the stop at the 70th is seen at the last look
+    assert first["synced"] == [1, 33, 65, 97]  # the stop at the 70th is seen at the last one
     assert first["batches"] == 97
