@@ -1,8 +1,8 @@
-"""One stage as one child process: its lines, a time limit, and an end that leaves no orphan.
+"""Run one stage as a child process: pass on its lines, limit its time, leave none of its processes behind.
 
-The child is `python -m ldm.versioning.reproduce STAGE` in a session of its own. Its stdin is a pipe that only this process
-holds open; DVC
-hands it on to the stage, which watches it (`LDM_OWNER_PIPE`) and stops when it closes, even after `kill -9` of the owner.
+The child is `python -m ldm.versioning.reproduce STAGE` in a session of its own. Its stdin is a pipe of which only this process
+holds the other end. DVC passes it on to the stage, which stops when it closes (`LDM_OWNER_PIPE`), even after `kill -9` of
+this process.
 """
 
 import contextlib
@@ -21,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+import psutil
+
+from ldm.stages.runtime import BAD_INPUT
 from ldm.versioning.reproduce import Reproduced, Status
 
-GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # seconds to end by each
+GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # seconds to end after each signal
 TAIL = 50  # lines kept for an error message
 POLL = 0.2  # seconds between looks at the clock
-BAD_INPUT = 2  # exit code of a stage whose input the user has to mend
+MEMORY_POLL = 0.5  # seconds between looks at the memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Outcome:
     stage: str
     status: Literal["executed", "restored", "cached"]
     seconds: float
-    peak_bytes: int  # resident memory of its largest process, as seen twice a second; 0 where /proc does not tell
+    peak_bytes: int  # resident memory of its largest process, as seen every `MEMORY_POLL` seconds; 0 where there is no /proc
 
 
 class StageFailed(Exception):
@@ -44,15 +47,8 @@ class StageFailed(Exception):
 
     def __init__(self, stage: str, exit_code: int, tail: tuple[str, ...], reason: str = "") -> None:
         self.stage, self.exit_code, self.tail = stage, exit_code, tail
+        self.bad_input = exit_code == BAD_INPUT
         super().__init__(reason or f"stage {stage} failed with exit code {exit_code}")
-
-    @property
-    def bad_input(self) -> bool:
-        return self.exit_code == BAD_INPUT
-
-
-class StageCancelled(Exception):
-    """Someone asked for the stage to stop, and it has."""
 
 
 def run_stage(
@@ -62,13 +58,11 @@ def run_stage(
     status: Status | None = None,
     on_line: Callable[[str], object] = print,
     timeout: float | None = None,
-    cancelled: threading.Event | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Bring one stage up to date; on return, whatever happened, none of its processes is left.
 
-    Waits where another process holds DVC's lock. Raises `StageFailed` (also after `timeout` seconds) or, once
-    `cancelled` is set, `StageCancelled`.
+    Waits if another process holds DVC's lock. Raises `StageFailed`, also after `timeout` seconds.
     """
     start = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL)
@@ -77,102 +71,79 @@ def run_stage(
         return Outcome(stage, "cached", time.monotonic() - start, 0)
     status.changed()
     peak, looked = 0, 0.0
-    with _child(root, stage, env or {}) as child:
-        for line in _lines(child.output):
+    with _child(root, stage, env or {}) as (child, result):
+        assert child.stdout
+        for line in _lines(child.stdout):
             if timeout is not None and time.monotonic() - start > timeout:
                 raise StageFailed(stage, -signal.SIGTERM, tuple(tail), f"stage {stage} took more than {timeout:g} s")
-            if cancelled is not None and cancelled.is_set():
-                raise StageCancelled(f"stage {stage} was cancelled")
-            if time.monotonic() > looked + 0.5:
+            if time.monotonic() > looked + MEMORY_POLL:
                 peak, looked = max(peak, peak_memory(child.pid)), time.monotonic()
-            if line is None:
-                if child.poll():  # something that left the group may still hold the output open
-                    break
-                continue
-            tail.append(line)
-            on_line(line)
-        code, result = child.wait(), child.result()
+            if line is not None:
+                tail.append(line)
+                on_line(line)
+            elif child.poll() is not None:  # a process that left the session may still hold the output open
+                break
+        code = child.wait()
+        with open(result, closefd=False) as file:
+            found = Reproduced(**json.loads(file.read() or "{}"))  # nothing if it was killed
     if code != 0:
-        raise StageFailed(stage, result.exit_code or code, tuple(tail))
-    return Outcome(stage, result.status, time.monotonic() - start, peak)
+        raise StageFailed(stage, found.exit_code or code, tuple(tail))
+    return Outcome(stage, found.status, time.monotonic() - start, peak)
 
 
 def peak_memory(session: int) -> int:
-    """Peak resident bytes of the largest process in a session. (`wait4` would report our own where it is larger.)"""
+    """Peak resident bytes of the largest process. (`wait4` would report our own if that is larger.)"""
     peak = 0
-    for process in _running(session):
+    for process in _with_descendants(_running(session)):
         with contextlib.suppress(OSError):  # it has ended
-            found = re.search(r"VmHWM:\s*(\d+) kB", (process / "status").read_text())
+            found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
             peak = max(peak, int(found[1]) * 1024 if found else 0)
     return peak
 
 
-def _running(session: int) -> Iterator[Path]:
-    """`/proc/PID` of a session's processes, without those that have ended and only wait for someone to notice."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its_session, *_ = stat.read_text().rpartition(")")[2].split()
-            if int(its_session) == session and state != "Z":
-                yield stat.parent
+def _running(session: int) -> list[psutil.Process]:
+    """Processes of a session. Zombies do not count: in a container they may stay for as long as its init lets them."""
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):  # it has ended
+            if os.getsid(pid) == session and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
-class _Child:
-    """The leader of a session and process group."""
+def _with_descendants(processes: list[psutil.Process]) -> set[psutil.Process]:
+    """With those that they started in sessions of their own, as the ranks of a training are."""
+    found = set(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found.update(process.children(recursive=True))
+    return found
 
-    def __init__(self, process: "subprocess.Popen[str]", result: int) -> None:
-        assert process.stdout is not None
-        self.output, self.pid, self._process, self._result = process.stdout, process.pid, process, result
 
-    def poll(self) -> bool:
-        """Whether it has ended."""
-        return self._process.poll() is not None
-
-    def wait(self) -> int:
-        return self._process.wait()
-
-    def result(self) -> Reproduced:
-        """What it said of itself at its end; nothing if it was killed."""
-        with open(self._result, closefd=False) as file:
-            return Reproduced(**json.loads(file.read() or "{}"))
-
-    def stop(self) -> None:
-        """End the whole group, gently first. The leader may be gone while others are not."""
-        for number, grace in GRACE:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
-            deadline = time.monotonic() + grace
-            while time.monotonic() < deadline:
-                if self._gone():
-                    return
-                time.sleep(0.05)
-
-    def _gone(self) -> bool:
-        """Whether nobody is left. In a container, what ended may stay in the group for as long as its init lets it."""
-        if not self.poll():
-            return False
-        try:
-            os.killpg(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        return Path("/proc/self").exists() and not any(_running(self.pid))
+def _stop(session: int) -> None:
+    """End all processes, gently first. The leader may be gone while others are not."""
+    for number, grace in GRACE:
+        if not (running := _running(session)):
+            return
+        for process in _with_descendants(running) if number == signal.SIGKILL else running:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+        deadline = time.monotonic() + grace
+        while _running(session) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager
-def _child(root: Path, stage: str, env: Mapping[str, str]) -> Iterator[_Child]:
+def _child(root: Path, stage: str, env: Mapping[str, str]) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """The leader of a session, and a pipe with what it writes at its end. None of the session's processes is left at the end."""
     read, write = os.pipe()  # neither end is inherited, except as the child's stdin
     result, theirs = os.pipe()
-    interpreter = Path(sys.executable).parent  # `python` in dvc.yaml is this one
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # `python` in dvc.yaml is this one
+    ours = {"PATH": path, "LDM_OWNER_PIPE": "1", "LDM_RESULT_FD": str(theirs), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "ldm.versioning.reproduce", stage],
         cwd=root,
-        env={
-            **os.environ,
-            **env,
-            "PATH": f"{interpreter}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-            "LDM_OWNER_PIPE": "1",
-            "LDM_RESULT_FD": str(theirs),
-            "PYTHONUNBUFFERED": "1",
-        },
+        env={**os.environ, **env, **ours},
         stdin=read,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -184,11 +155,11 @@ def _child(root: Path, stage: str, env: Mapping[str, str]) -> Iterator[_Child]:
     )
     os.close(read)
     os.close(theirs)
-    child = _Child(process, result)
     try:
-        yield child
+        yield process, result
     finally:
-        child.stop()
+        _stop(process.pid)
+        process.poll()
         os.close(write)
         os.close(result)
 

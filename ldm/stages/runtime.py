@@ -5,42 +5,59 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
+from ldm.base.environment import env_count
 from ldm.base.errors import InputError
 from ldm.config import find_root
 from ldm.stages.fingerprint import check_recorded
 from ldm.stages.stage import Stage
 
+BAD_INPUT = 2  # exit code of a stage that ended with an `InputError`
 INTERRUPTED = 130  # exit code of a stage that was stopped
+CHECKPOINT_SECONDS = 30  # time for a stopped rank to reach its checkpoint
+END_SECONDS = 5  # time for a rank to end that has no checkpoint to reach
 
 
-def stage_main(stage: Stage) -> None:
-    """Run a stage in the project around the working directory and exit: 0, 2 for bad input, 130 when stopped."""
-    signal.signal(signal.SIGTERM, lambda *_: _stop.request())
-    signal.signal(signal.SIGINT, lambda *_: _stop.request())
-    if os.environ.get("LDM_OWNER_PIPE"):
-        threading.Thread(target=_watch_owner, daemon=True).start()
+def stage_main(stage: Stage, parallel: bool = False) -> None:
+    """Run a stage in the project around the working directory and exit: 0, 2 for bad input, 130 when stopped.
+
+    If it is `parallel`, this process starts and watches the `LDM_PROCESSES` ranks that run it, unless it is one of torchrun's.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _stop.request())
     try:
+        if os.environ.get("LDM_OWNER_PIPE"):
+            threading.Thread(target=_watch_owner, args=(os.dup(0),), daemon=True).start()
         root, items = find_root(), sys.argv[1:]
         if len(items) != (stage.for_each is not None):
             wanted = f"one of {stage.for_each} in params.yaml" if stage.for_each else "no arguments"
             raise InputError(f"{stage.name} takes {wanted}, found {items}")
         if "DVC_STAGE" in os.environ and stage.name != "code":
             check_recorded(root, stage.name)
+        if parallel and "WORLD_SIZE" not in os.environ and (count := env_count("LDM_PROCESSES", 1)) > 1:
+            from ldm.stages.ranks import run_ranks  # imports torch
+
+            sys.exit(run_ranks(stage.name, count))
         stage.run(root, *items)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt as stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # a second wish to stop must not turn the exit code into another
+        ignore_signals()
         print(f"{stage.name}: {stop if stop.args else 'stopped'}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
 
 
+def ignore_signals() -> None:
+    """Let no second signal interrupt the end of a process that was stopped."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Stop:
-    """A wish to end: raised in the main thread, or left for a loop that polls it to end at a checkpoint."""
+    """A request to stop: raised in the main thread, or, within `stop_at_checkpoint`, left for the loop to notice."""
 
     def __init__(self) -> None:
         self.polled = False
@@ -51,7 +68,7 @@ class _Stop:
         if not self.polled:
             if threading.current_thread() is threading.main_thread():
                 raise KeyboardInterrupt
-            main = threading.main_thread().ident  # a real signal, which also ends a wait in the system, such as a sleep
+            main = threading.main_thread().ident  # a real signal also ends a wait in the system, such as a sleep
             signal.pthread_kill(main or 0, signal.SIGINT)
 
 
@@ -60,7 +77,7 @@ _stop = _Stop()
 
 @contextlib.contextmanager
 def stop_at_checkpoint() -> Iterator[Callable[[], bool]]:
-    """Within, a stop does not interrupt; the yielded function says whether one was asked for."""
+    """Within, a stop does not interrupt; the yielded function says whether one was requested."""
     _stop.polled = True
     try:
         yield lambda: _stop.requested
@@ -68,11 +85,12 @@ def stop_at_checkpoint() -> Iterator[Callable[[], bool]]:
         _stop.polled = False
 
 
-def _watch_owner() -> None:
-    """Stop when stdin, the pipe that the owner holds open, closes: whoever died in between, nothing outlives it."""
+def _watch_owner(pipe: int) -> None:
+    """Stop when the owner closes the other end of the pipe or dies, so that a stage never outlives it."""
     with contextlib.suppress(OSError):
-        while os.read(0, 1):
+        while os.read(pipe, 1):
             pass
-    if int(os.environ.get("RANK", "0")) > 0:  # not the process that writes: it may be waiting for one that is no more
-        os._exit(INTERRUPTED)
     _stop.request()
+    if "RANK" in os.environ:  # it may be waiting for another rank that has ended
+        time.sleep(CHECKPOINT_SECONDS if _stop.polled else END_SECONDS)
+        os._exit(INTERRUPTED)

@@ -66,4 +66,4 @@ STAGE = Stage(
 )  # fmt: skip
 
 if __name__ == "__main__":
-    stage_main(STAGE)
+    stage_main(STAGE, parallel=True)

@@ -147,4 +147,4 @@ STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    stage_main(STAGE)
+    stage_main(STAGE, parallel=True)

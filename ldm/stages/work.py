@@ -1,8 +1,8 @@
 """Unfinished trainings in `.ldm/work/STAGE/KEY`, outside of DVC's outs, which DVC may delete.
 
-The key is the hash of all that the result depends on: settings, inputs, code, library versions. So a run that died goes on
-from its own checkpoint and never from another's. After an edit of the code the key is another one; the checkpoint under
-the earlier code is then named, and `ldm checkpoints adopt` moves it to the new key, on the record.
+The key is the hash of everything that the result depends on: settings, inputs, layout, code, library versions. So a run that
+died resumes from its own checkpoint, and no other run does. An edit of the code changes the key; the run then names the
+checkpoint under the earlier code, and `ldm checkpoints adopt` moves it to the new key, on the record.
 """
 
 import contextlib
@@ -34,20 +34,23 @@ LIBRARIES = ("torch", "numpy")
 
 @dataclass(frozen=True)
 class Identity:
-    """All that a run of a stage depends on, as JSON holds it."""
+    """Everything that a run of a stage depends on, as JSON values."""
 
     stage: str
     params: dict[str, Any]  # settings that it reads
     inputs: dict[str, str]  # hashes
     layout: dict[str, Any]  # device, processes, how batches are cut
     code: str = ""  # fingerprint
-    modules: dict[str, str] = field(default_factory=dict)  # hash of each module's own text, to tell what changed
+    modules: dict[str, str] = field(default_factory=dict)  # hash of each module's text, to tell what changed; not in the key
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         values = {name: value for name, value in asdict(self).items() if name != "modules"}
         return content_hash(canonical_json(values).encode())[:32]
+
+    def folder(self, root: Path) -> Path:
+        return root / WORK / self.stage / self.key
 
     def here(self) -> "Identity":
         """The same work with the code and libraries of this process."""
@@ -59,7 +62,7 @@ class Identity:
         return all(getattr(self, name) == getattr(other, name) for name in ("stage", "params", "inputs", "layout"))
 
     def changes(self, other: "Identity") -> list[str]:
-        """What is another in `other`: modules, libraries; empty where nothing is."""
+        """The modules and libraries that differ in `other`; empty if the key is the same."""
         if self.key == other.key:
             return []
         modules = sorted(name for name in self.modules | other.modules if self.modules.get(name) != other.modules.get(name))
@@ -76,12 +79,12 @@ def identify(stage: str, params: dict[str, Any], inputs: dict[str, str], layout:
 
 @dataclass(frozen=True)
 class Work:
-    """One folder of an unfinished training."""
+    """The folder of one unfinished training."""
 
     folder: Path
     identity: Identity | None  # None: written by an earlier version of this package
-    total: int = 0  # images (or steps) that it takes
-    threads: tuple[int, ...] = ()  # that it was computed with, one after the other
+    total: int = 0  # images (or steps) of the whole training
+    threads: tuple[int, ...] = ()  # thread counts that it was computed with, in order
     adopted: tuple[dict[str, Any], ...] = ()  # earlier states of the code that took part, oldest first
 
     @property
@@ -101,14 +104,6 @@ class Work:
         """Images (or steps) of the newest checkpoint; 0 if there is none."""
         return max((int(path.name) for path in self.checkpoint.glob("*") if path.name.isdigit()), default=0)
 
-    def changes(self) -> list[str]:
-        """What is no longer as it was when the checkpoint was written; empty: a run goes on from it by itself."""
-        if self.identity is None:
-            return ["unknown, it was written by an earlier version"]
-        if self.stage not in NAMES:
-            return ["there is no such stage any more"]
-        return self.identity.changes(self.identity.here())
-
     @property
     def progress(self) -> str:
         return f"{self.reached:,} of {self.total:,}" if self.total else f"{self.reached:,}"
@@ -123,16 +118,24 @@ class Work:
         place = self.checkpoint if self.checkpoint.is_dir() else self.folder
         return datetime.fromtimestamp(place.stat().st_mtime if place.exists() else 0)
 
+    def changes(self) -> list[str]:
+        """What has changed in code and libraries since the checkpoint; empty if a run resumes from it."""
+        if self.identity is None:
+            return ["unknown, it was written by an earlier version"]
+        if self.stage not in NAMES:
+            return [f"there is no stage {self.stage} any more"]
+        return self.identity.changes(self.identity.here())
+
     def other_settings(self, settings: Settings) -> list[str]:
-        """Settings that the project now has another value for."""
+        """Settings that now have another value in the project."""
         now = json.loads(json.dumps(settings.model_dump()))
         differing = []
         for key, value in (self.identity.params if self.identity else {}).items():
-            differing += _differing(key, value, value_at(now, key, value))  # what is no setting is the run's own
+            differing += _differing(key, value, value_at(now, key, value))  # a key that is no setting is the run's own
         return differing
 
     def state(self, settings: Settings) -> str:
-        """In a few words: whether a run with these settings would go on from it."""
+        """In a few words: whether a run with these settings would resume from it."""
         if is_running(self):
             return "running"
         if changes := self.changes():
@@ -146,34 +149,34 @@ class Work:
         write_text(self.folder / "work.json", canonical_json(values))
 
     def finish(self) -> None:
-        """Delete the folder: the work is done."""
+        """Delete the folder of a training that is done."""
         shutil.rmtree(self.folder)
 
     def tags(self) -> dict[str, str]:
-        """For the run's record: its code, and the earlier states of the code that took part."""
+        """Tags of the MLflow run: its code, and the earlier states of the code that took part."""
         assert self.identity
         tags = {"ldm.code": self.identity.code, "ldm.threads": ", ".join(map(str, self.threads))}
         return tags | ({"ldm.adopted": described(self.stage, self.adopted)} if self.adopted else {})
 
     def note_adopted(self, out: Path) -> None:
-        """Say in an out whether its weights are from more than one state of the code."""
+        """Record in an out if its weights come from more than one state of the code."""
         (out / ADOPTED).unlink(missing_ok=True)
         if self.adopted:
             write_text(out / ADOPTED, canonical_json({"stage": self.stage, "adopted": self.adopted}))
 
 
 def works(root: Path, stage: str = "*") -> list[Work]:
-    """Every unfinished training, of a stage or of all, the newest last."""
+    """Every unfinished training, of one stage or of all, the newest last."""
     return sorted(map(_read, (root / WORK).glob(f"{stage}/*/")), key=lambda work: work.written)
 
 
 @contextlib.contextmanager
 def opened(root: Path, identity: Identity, total: int, threads: int) -> Iterator[Work]:
-    """The folder of a run, held by one process at a time.
+    """The folder of a run, locked: one process at a time.
 
-    Where it has no checkpoint and the same work has one under other code, says so before the run starts from nothing.
+    If it has no checkpoint but the same work has one under other code, say so before the run starts from nothing.
     """
-    folder = root / WORK / identity.stage / identity.key
+    folder = identity.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, patience=2.0):
         work = Work(folder, identity, total, (threads,))
@@ -192,21 +195,16 @@ def opened(root: Path, identity: Identity, total: int, threads: int) -> Iterator
 
 
 def adopt(root: Path, key: str) -> Work:
-    """Move the checkpoint of `key` (or a beginning of it) to where a run with today's code looks for it."""
+    """Move the checkpoint of `key` (or a beginning of it) to the key that a run with today's code has."""
     source = find(root, key)
     if not source.reached:
         raise InputError(f"{source.folder}: has no checkpoint")
-    if source.stage not in NAMES:
-        raise InputError(f"{source.folder}: there is no stage {source.stage} any more; `ldm checkpoints drop {source.key[:8]}`")
-    if source.identity is None:
-        raise InputError(
-            f"{source.folder}: was written by an earlier version, which kept no record of it; `ldm checkpoints drop`"
-        )
+    if source.identity is None or source.stage not in NAMES:
+        raise InputError(f"{source.folder}: changed: {source.changes()[0]}; `ldm checkpoints drop {source.key[:8]}`")
     identity = source.identity.here()
     if identity.key == source.key:
         raise InputError(f"{source.folder}: is of today's code; a run goes on from it by itself")
-    folder = root / WORK / identity.stage / identity.key
-    folder.mkdir(exist_ok=True)
+    folder = identity.folder(root)
     with _locked(source.folder), _locked(folder):
         step = {"code": source.identity.code, "reached": source.reached, "changed": source.changes()}
         target = Work(folder, identity, source.total, source.threads, (*source.adopted, step))
@@ -215,7 +213,7 @@ def adopt(root: Path, key: str) -> Work:
                 f"{folder}: has a checkpoint of today's code already, after {target.progress}; a run goes on from that one, or "
                 f"`ldm checkpoints drop {identity.key[:8]}` first"
             )
-        shutil.rmtree(target.checkpoint, ignore_errors=True)  # it has come less far, if it has anything
+        shutil.rmtree(target.checkpoint, ignore_errors=True)  # an earlier point of the same training
         target.save()
         os.rename(source.checkpoint, target.checkpoint)
         shutil.rmtree(source.folder)
@@ -225,7 +223,7 @@ def adopt(root: Path, key: str) -> Work:
 def drop(work: Work) -> None:
     """Delete an unfinished training."""
     with _locked(work.folder):
-        shutil.rmtree(work.folder)
+        work.finish()
 
 
 def find(root: Path, key: str) -> Work:
@@ -240,10 +238,13 @@ def find(root: Path, key: str) -> Work:
 def is_running(work: Work) -> bool:
     """Whether a process is training it now."""
     try:
-        with _locked(work.folder):
-            return False
-    except InputError:
+        with (work.folder / "lock").open("r+") as lock:  # creates nothing
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 def _differing(key: str, was: Any, now: Any) -> list[str]:
@@ -254,9 +255,11 @@ def _differing(key: str, was: Any, now: Any) -> list[str]:
 
 
 def _announce(root: Path, other: Work) -> None:
+    minutes = (datetime.now() - other.written).total_seconds() / 60
+    age = f"{minutes:.0f} minutes ago" if minutes < 100 else f"{minutes / 60:.0f} hours ago"
     print(
         f"{other.stage}: there is a checkpoint of these settings and inputs under other code: "
-        f"{other.folder.relative_to(root)}, after {other.progress}, {_age(other)}\n"
+        f"{other.folder.relative_to(root)}, after {other.progress}, {age}\n"
         f"{other.stage}: changed since: {', '.join(other.changes())}\n"
         f"{other.stage}: this run starts from nothing; to go on from that checkpoint, stop it (ctrl-C), type "
         f"`ldm checkpoints adopt {other.key[:8]}`, and run again",
@@ -264,22 +267,17 @@ def _announce(root: Path, other: Work) -> None:
     )  # fmt: skip
 
 
-def _age(work: Work) -> str:
-    minutes = (datetime.now() - work.written).total_seconds() / 60
-    return f"{minutes:.0f} minutes ago" if minutes < 100 else f"{minutes / 60:.0f} hours ago"
-
-
 def _read(folder: Path) -> Work:
     try:
         found = json.loads((folder / "work.json").read_text(encoding="utf-8"))
         return Work(folder, Identity(**found["identity"]), found["total"], tuple(found["threads"]), tuple(found["adopted"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, damaged, or of an earlier version
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, damaged, or of an earlier version
         return Work(folder, None)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold a folder; `InputError` where another process still does after `patience` seconds."""
+    """Hold a folder, made if it is missing; `InputError` if another process still holds it after `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:
         folder.mkdir(exist_ok=True)
@@ -293,7 +291,7 @@ def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def _holds(lock: IO[str], path: Path) -> bool:
-    """Lock an open file; False where another process has, or its last holder deleted the folder meanwhile."""
+    """Lock an open file. False if another process has locked it, or has deleted it since it was opened."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())

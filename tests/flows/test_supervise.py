@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flows import supervise
-from flows.supervise import StageCancelled, StageFailed, run_stage
+from flows.supervise import StageFailed, run_stage
 
 
 def wait_for(path: Path, seconds: float = 20) -> int:
@@ -65,16 +64,6 @@ def test_a_stage_that_takes_too_long_is_ended(project: Path, gone: Callable[[int
     assert not failure.value.bad_input
     pid = project / "shard.pid"
     assert not pid.exists() or gone(int(pid.read_text()), 0)  # a slow machine may not have come that far
-    run_stage_again(project)
-
-
-def test_a_cancelled_stage_is_gone_and_the_lock_is_free(project: Path, gone: Callable[[int], bool]) -> None:
-    (project / "knob.txt").write_text("shard sleep")
-    cancelled = threading.Event()
-    threading.Thread(target=lambda: (wait_for(project / "shard.pid"), cancelled.set())).start()
-    with pytest.raises(StageCancelled, match="shard"):
-        run_stage(project, "shard", cancelled=cancelled)
-    assert gone(wait_for(project / "shard.pid"), 0)
     run_stage_again(project)
 
 

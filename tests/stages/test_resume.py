@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,33 +26,30 @@ from ldm.stages.training import training
 
 OUTS = {
     "train_vae": ("models/autoencoder", "reports/curves/train_vae.csv"),
-    "train_unet": ("models/unet", "models/unet_raw", "reports/curves/train_unet.csv"),
+    "train_unet": ("models/unet", "reports/curves/train_unet.csv"),
 }
 LENGTHS = {"images": 1280, "batch_size": 32, "checkpoint_images": 256}
 LDM = {
-    "perceptual": "random", "perceptual_sha256": None, "perceptual_weight": 0.1, "discriminator_weight": 0.5,
+    "kind": "ldm", "perceptual": "random", "perceptual_sha256": None, "perceptual_weight": 0.1, "discriminator_weight": 0.5,
     "discriminator_start": 128, "discriminator_channels": 8, "discriminator_layers": 1,
 }  # fmt: skip
 PAPER = {
-    **LENGTHS,
-    "objective": "ldm",
-    "likelihood": "laplace",
-    "beta": 1e-6,
-    "ldm": LDM,
+    "autoencoder": {"regulariser": {"kind": "kl", "beta": 1e-6}},
+    "train_vae": {"objective": LDM, "likelihood": {"kind": "laplace"}},
 }
-
-
 TWO = {"LDM_PROCESSES": "2"}
 PAIRS = {  # stage, settings, environment
     "train_vae": ("train_vae", {}, TWO),
     "train_unet": ("train_unet", {}, TWO),
-    "learned weight": ("train_unet", {"loss_weight": "learned"}, TWO),
+    "learned weight": ("train_unet", {"loss_weight": {"kind": "learned"}}, TWO),
     "shared model": ("train_unet", {}, {**TWO, "LDM_SHARD_MODEL": "1"}),
 }
 
 
-def start(root: Path, stage: str, **extra: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", f"ldm.stages.{stage}"], cwd=root, env=environment(**extra))
+def start(root: Path, stage: str, **extra: str) -> subprocess.Popen[str]:
+    """The stage's process; what it says on stderr, and nothing on stdout, is piped."""
+    command, env = [sys.executable, "-m", f"ldm.stages.{stage}"], environment(**extra)
+    return subprocess.Popen(command, cwd=root, env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def trained(tmp_path_factory) -> Path:
 def adversarial(trained, tmp_path_factory) -> Path:
     """The same with the latent diffusion paper's objective: the discriminator is at work before the first checkpoint."""
     root = Path(shutil.copytree(trained, tmp_path_factory.mktemp("adversarial") / "project"))
-    set_params(root, {"train_vae": PAPER})
+    set_params(root, PAPER)
     run_stages(root, "train_vae")
     return root
 
@@ -83,7 +81,9 @@ def pairs(trained, tmp_path_factory) -> Callable[[str], Path]:
             stage, settings, extra = PAIRS[name]
             made[name] = Path(shutil.copytree(trained, tmp_path_factory.mktemp("pair") / "project"))
             set_params(made[name], {stage: settings})
-            assert start(made[name], stage, **extra).wait(timeout=120) == 0
+            undisturbed = start(made[name], stage, **extra)
+            undisturbed.communicate(timeout=120)
+            assert undisturbed.returncode == 0
         return made[name]
 
     return pair
@@ -97,34 +97,45 @@ def contents(root: Path, stage: str) -> dict[str, bytes]:
 def killed_in_mid_work(undisturbed: Path, root: Path, stage: str, seed: int, **extra: str) -> int:
     """A copy whose stage is killed at a seeded moment between two of its checkpoints; the images that the former one holds.
 
-    The moment lies within the time that the stage took from its first checkpoint to its second, after the second.
+    The moment lies within the time that the stage took from its first checkpoint to its second, after the second. Of several
+    ranks, one is killed.
     """
+    first, (before, after) = started(undisturbed, root, stage, checkpoints=2, **extra)
+    time.sleep(float(np.random.default_rng(seed).uniform(0.05, 0.9)) * (after - before))
+    assert first.poll() is None, "it ended before it was killed"
+    others, ranks = children(first.pid), int(extra.get("LDM_PROCESSES", 1))
+    assert len(others) >= ranks or ranks == 1
+    os.kill(others[seed % ranks] if ranks > 1 else first.pid, signal.SIGKILL)
+    error = first.communicate(timeout=60)[1]
+    assert first.returncode == (-signal.SIGKILL if ranks == 1 else 1)
+    assert ranks == 1 or error.splitlines()[-1] == f"error: process {seed % ranks} of this training ended with exit code -9"
+    all_end(others)  # data loaders end by themselves
+    assert not any((root / out).exists() for out in OUTS[stage])
+    kept, every = latest_checkpoint(root / ".ldm/work" / stage), LENGTHS["checkpoint_images"]
+    assert 2 * every <= kept <= LENGTHS["images"] - 2 * every, "it was not killed between two checkpoints"
+    return kept
+
+
+def started(undisturbed: Path, root: Path, stage: str, checkpoints: int, **extra: str) -> tuple[Any, list[float]]:
+    """A copy whose stage has written some checkpoints: its process, and when each was seen."""
     shutil.copytree(undisturbed, root)
     for out in OUTS[stage]:
         shutil.rmtree(root / out) if (root / out).is_dir() else (root / out).unlink()
     first = start(root, stage, **extra)
-    work = root / ".ldm/work" / stage
     seen = []
-    for number in (1, 2):
-        while latest_checkpoint(work) < number * LENGTHS["checkpoint_images"]:
-            assert first.poll() is None, "it ended before two of its checkpoints were seen"
+    for number in range(1, checkpoints + 1):
+        while latest_checkpoint(root / ".ldm/work" / stage) < number * LENGTHS["checkpoint_images"]:
+            assert first.poll() is None, "it ended before its checkpoints were seen"
             time.sleep(0.005)
         seen.append(time.monotonic())
-    time.sleep(float(np.random.default_rng(seed).uniform(0.05, 0.9)) * (seen[1] - seen[0]))
-    assert first.poll() is None, "it ended before it was killed"
-    others = children(first.pid)
-    assert len(others) >= int(extra.get("LDM_PROCESSES", 1)) - 1
-    first.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
-    deadline = time.monotonic() + 30
-    while any(alive(pid) for pid in others):  # data loaders and other ranks end by themselves
+    return first, seen
+
+
+def all_end(pids: list[int]) -> None:
+    deadline = time.monotonic() + 40
+    while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a process outlived the one that started it"
         time.sleep(0.05)
-    assert not any((root / out).exists() for out in OUTS[stage])
-    (kept,) = (int(path.name) for path in work.glob("*/checkpoint/*") if path.name.isdigit())
-    every = LENGTHS["checkpoint_images"]
-    assert 2 * every <= kept <= LENGTHS["images"] - 2 * every, "it was not killed between two checkpoints"
-    return kept
 
 
 def latest_checkpoint(work: Path) -> int:
@@ -162,7 +173,7 @@ def test_a_checkpoint_outlives_an_edit_that_changes_nothing_and_is_adopted_after
     root = tmp_path / "killed"
     kept = killed_in_mid_work(trained, root, stage, seed=20)
     shutil.copytree(root, tmp_path / "edited")
-    for name in ("training/fit.py", "tracking.py", "nets/blocks.py"):
+    for name in ("training/fit.py", "registry/tracking.py", "nets/blocks.py"):
         path = root / "ldm" / name
         path.write_text("# a comment\n" + path.read_text())
     assert resumed(root, stage, kept) == contents(trained, stage)
@@ -206,21 +217,42 @@ def test_so_does_training_against_a_discriminator(seed, adversarial, tmp_path):
         *(pytest.param(name, 1, marks=pytest.mark.soak) for name in ("learned weight", "shared model")),
     ],
 )
-def test_so_do_two_processes_of_which_the_first_is_killed(name, seed, pairs, tmp_path):
+def test_so_do_two_processes_of_which_one_is_killed(name, seed, pairs, tmp_path):
     """Byte-identical to two that nobody disturbed; one process rounds its sums in another order."""
     stage, _, extra = PAIRS[name]
     kept = killed_in_mid_work(pairs(name), tmp_path / "killed", stage, seed, **extra)
     assert resumed(tmp_path / "killed", stage, kept, **extra) == contents(pairs(name), stage)
 
 
+@pytest.mark.parametrize("how", ["signal", "owner", "kill"])
+def test_all_ranks_stop_at_the_same_checkpoint_and_go_on_from_it(how, pairs, tmp_path):
+    """When the process that started them is signalled, when its owner closes the pipe, and when it is killed with 9."""
+    owned = {"LDM_OWNER_PIPE": "1"} if how == "owner" else {}
+    root = tmp_path / "stopped"
+    first, _ = started(pairs("train_unet"), root, "train_unet", checkpoints=1, **TWO, **owned)
+    ranks = children(first.pid)
+    if how == "owner":
+        first.stdin.close()
+    else:
+        first.send_signal(signal.SIGTERM if how == "signal" else signal.SIGKILL)
+    error = first.stderr.read()
+    assert first.wait() == (-signal.SIGKILL if how == "kill" else 130)
+    assert len(ranks) == 2
+    all_end(ranks)
+    kept = latest_checkpoint(root / ".ldm/work/train_unet")
+    assert error == f"train_unet: stopped at a checkpoint after {kept} images\n"
+    if how == "kill":
+        assert resumed(root, "train_unet", kept, **TWO) == contents(pairs("train_unet"), "train_unet")
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({"LDM_SHARD_MODEL": "yes"}, "LDM_SHARD_MODEL is 'yes'; set it to 1, or unset it"),
-        ({"LDM_PROCESSES": "3"}, r"train_vae\.batch_size 32 cannot be shared by 3 processes; make it a multiple"),
+        ({"WORLD_SIZE": "3"}, r"train_vae\.batch_size 32 cannot be shared by 3 processes; make it a multiple"),
     ],
 )
-def test_what_several_processes_cannot_do_is_refused_before_they_start(variables, message, tmp_path, monkeypatch):
+def test_what_several_processes_cannot_do_is_refused_before_they_meet(variables, message, tmp_path, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     settings = load_settings(REPOSITORY)
@@ -230,16 +262,22 @@ def test_what_several_processes_cannot_do_is_refused_before_they_start(variables
         raise AssertionError("it began")
 
 
+def test_what_all_ranks_refuse_is_said_once(trained):
+    first = start(trained, "train_vae", LDM_PROCESSES="3")
+    error = first.communicate(timeout=60)[1]
+    assert first.returncode == 2
+    assert error == "error: train_vae.batch_size 32 cannot be shared by 3 processes; make it a multiple\n"
+
+
 def test_a_process_that_dies_takes_the_others_along(trained, tmp_path):
-    """Before they have found each other, where the first would wait for half an hour."""
+    """Before they have found each other, where the others would wait for half an hour."""
     root = Path(shutil.copytree(trained, tmp_path / "project"))
-    command = [sys.executable, "-m", "ldm.stages.train_vae"]
-    env = environment(LDM_PROCESSES="2", LDM_GRADIENT_CHECKPOINTING="1")  # another setting that changes nothing
-    first = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True)
-    while not (others := children(first.pid)):
+    # another setting that changes nothing
+    first = start(root, "train_vae", LDM_PROCESSES="2", LDM_GRADIENT_CHECKPOINTING="1")
+    while len(others := children(first.pid)) < 2:
         assert first.poll() is None
         time.sleep(0.01)
-    os.kill(others[0], signal.SIGKILL)
+    os.kill(others[1], signal.SIGKILL)
     error = first.communicate(timeout=60)[1]
     assert first.returncode == 1
     assert error.splitlines()[-1] == "error: process 1 of this training ended with exit code -9"

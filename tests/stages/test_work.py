@@ -76,6 +76,7 @@ def test_a_folder_has_one_holder(code: dict[str, str], tmp_path: Path) -> None:
         assert again.reached == 10
         again.finish()
     assert not works(tmp_path)
+    assert not work.is_running(found) and not found.folder.exists()  # the look has not made it again
 
 
 def test_a_killed_holder_holds_nothing(code: dict[str, str], tmp_path: Path) -> None:
@@ -193,8 +194,8 @@ def test_a_stage_that_is_no_more_leaves_what_can_be_dropped(code: dict[str, str]
         shutil.copy(REPOSITORY / name, tmp_path)
     with opened(tmp_path, identify("train_dit", PARAMS, INPUTS, LAYOUT), 1000, 2) as found:
         (found.checkpoint / "000000000400").mkdir(parents=True)
-    assert "no such stage" in ldm(tmp_path, "checkpoints", "list").stdout
-    with pytest.raises(InputError, match="there is no stage train_dit any more"):
+    assert "changed: there is no stage train_dit any more" in ldm(tmp_path, "checkpoints", "list").stdout
+    with pytest.raises(InputError, match="there is no stage train_dit any more; `ldm checkpoints drop"):
         adopt(tmp_path, found.key)
     keys = (found.key[:6], found.key[:8])  # twice the same
     assert ldm(tmp_path, "checkpoints", "drop", "--changed", *keys).stdout.count("dropped") == 1 and not works(tmp_path)

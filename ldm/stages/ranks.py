@@ -1,0 +1,87 @@
+"""Several processes (ranks) on this machine that run one training stage."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, SubprocessContext
+
+from ldm.stages.runtime import BAD_INPUT, CHECKPOINT_SECONDS, END_SECONDS, INTERRUPTED, ignore_signals
+
+HARMLESS = signal.SIGCONT  # for `close`, which sends a signal, waits, and kills: the pipe stops the ranks
+
+logging.getLogger("torch.distributed.elastic").propagate = False  # its account of what this module says itself
+logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
+
+
+def run_ranks(stage: str, count: int) -> int:
+    """Run a stage as `count` ranks; its exit code, once all of them have ended.
+
+    The ranks' stdin is a pipe of which only this process holds the other end: they stop when it closes, also by `kill -9`. Of
+    ranks other than 0, stderr is shown only if they fail.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # TCPStore itself would listen on all interfaces
+        port = listening.getsockname()[1]
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    common = {
+        "WORLD_SIZE": str(count), "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "LDM_OWNER_PIPE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 opens no store
+        "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback,
+    }  # fmt: skip
+    read, write = os.pipe()
+    os.dup2(read, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = SubprocessContext(
+            stage,
+            sys.executable,
+            args=dict.fromkeys(range(count), ("-m", f"ldm.stages.{stage}")),
+            envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)},
+            logs_specs=DefaultLogsSpecs(folder, redirects=dict.fromkeys(range(1, count), Std.ERR)),
+        )
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        ranks.start()
+        for number, handler in handlers.items():  # `start` has set its own
+            signal.signal(number, handler)
+        try:
+            failed = _wait(ranks)
+        except KeyboardInterrupt:
+            ignore_signals()
+            os.close(write)
+            ranks.close(HARMLESS, timeout=CHECKPOINT_SECONDS)
+            return INTERRUPTED if any(_exit_codes(ranks).values()) else 0
+        ranks.close(HARMLESS, timeout=END_SECONDS)  # those that wait for one that failed notice by themselves, or are killed
+        return _report(ranks, failed)
+
+
+def _exit_codes(ranks: SubprocessContext) -> dict[int, int | None]:
+    return {rank: handler.proc.poll() for rank, handler in ranks.subprocess_handlers.items()}
+
+
+def _wait(ranks: SubprocessContext) -> list[int]:
+    """Wait until all ranks have succeeded or some have failed, which are returned."""
+    while not any(codes := _exit_codes(ranks).values()) and None in codes:
+        time.sleep(0.1)
+    return [rank for rank, code in _exit_codes(ranks).items() if code]
+
+
+def _report(ranks: SubprocessContext, failed: list[int]) -> int:
+    """Say which ranks failed before the others were ended; the stage's exit code."""
+    codes = _exit_codes(ranks)
+    if all(codes[rank] == INTERRUPTED for rank in failed):
+        return INTERRUPTED if failed else 0
+    refused = [rank for rank, code in codes.items() if code == BAD_INPUT]
+    for rank in refused[:1] or failed:
+        if rank:
+            sys.stderr.write(Path(ranks.stderrs[rank]).read_text())
+    if refused:
+        return BAD_INPUT
+    for rank in failed:
+        print(f"error: process {rank} of this training ended with exit code {codes[rank]}", file=sys.stderr, flush=True)
+    return 1
