@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+from pandas import DataFrame
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -30,32 +30,24 @@ TINY = 1e-12  # nats
 
 Metrics = dict[str, Any]
 Latents = Callable[[Tensor, list[str]], Tensor]  # from uint8 images and their keys to draws from q(z | x)
+Samples = Callable[[list[str]], Tensor]  # from prompts to latents of a sample each
 
 
 def measure(
-    posterior: DecoderPosterior,
-    test: ShardReader,
-    bounds: pd.DataFrame,
-    latents: Latents,
-    sampled: Callable[[list[str]], Tensor],
-    seed: int,
-    plots: Path,
-) -> tuple[pd.DataFrame, Metrics]:
-    """Scores of test images by key, and metrics; plots in a folder of their own.
-
-    `bounds` and `latents` are those of the evaluation; `sampled` gives the latents of a sample for each prompt.
-    """
+    posterior: DecoderPosterior, test: ShardReader, bounds: DataFrame, latents: Latents, samples: Samples, seed: int, plots: Path
+) -> tuple[DataFrame, Metrics]:
+    """Scores of test images by key, and metrics. `bounds` and `latents` are those of the evaluation; `plots` is made anew."""
     shutil.rmtree(plots, ignore_errors=True)
     plots.mkdir(parents=True)
     rows = np.sort(order(seed_for(seed, "posterior measured"), len(test), 0, min(len(test), MEASURED)))
     pixels, prompts = torch.from_numpy(test.images(rows)), test.captions.text.drop_duplicates().head(SHOWN).tolist()
     scores, metrics = unlike_images(posterior, pixels, seed, plots)
     metrics |= average_bound(posterior, bounds, test, latents, plots)
-    metrics |= uncertainty_maps(posterior, pixels, sampled(prompts), plots)
-    return pd.DataFrame({"key": test.captions.key.iloc[rows], "score": scores}), metrics
+    metrics |= uncertainty_maps(posterior, pixels, samples(prompts), plots)
+    return DataFrame({"key": test.captions.key.iloc[rows], "score": scores}), metrics
 
 
-def average_bound(posterior: DecoderPosterior, bounds: pd.DataFrame, test: ShardReader, latents: Latents, plots: Path) -> Metrics:
+def average_bound(posterior: DecoderPosterior, bounds: DataFrame, test: ShardReader, latents: Latents, plots: Path) -> Metrics:
     """Bits/dim of the whole system on the test images, as trained and averaged over the samples; convergence of the chains.
 
     `bounds` are those of the evaluation, with the same latents. Of their terms only the reconstruction depends on the decoder.
@@ -74,10 +66,9 @@ def average_bound(posterior: DecoderPosterior, bounds: pd.DataFrame, test: Shard
         raise InputError(f"{BOUNDS}: is not of this model and these test images; run `dvc repro evaluate`")
     gain, to_bits = posterior.average(each).numpy() - single, 1 / (bounds.dims * np.log(2))
     values = each.view(posterior.draws.chains, -1, each.shape[1]).numpy()
-    found = convergence(values)
-    names = [f"image {key}" for key in bounds.key[:TRACED]]
-    shown = values[..., : len(names)]
-    traces(shown, plots / "traces.png", title="log p(x | z, θ) of held-out images", names=names, y_label="nats")
+    found, names = convergence(values), [f"image {key}" for key in bounds.key[:TRACED]]
+    title = "log p(x | z, θ) of held-out images"
+    traces(values[..., :TRACED], plots / "traces.png", title=title, names=names, y_label="nats")
     return {
         "bits_per_dim": float((-bounds.nats * to_bits).mean()),
         "average_bits_per_dim": float((-(bounds.nats + gain) * to_bits).mean()),
@@ -93,9 +84,9 @@ def average_bound(posterior: DecoderPosterior, bounds: pd.DataFrame, test: Shard
 
 
 def uncertainty_maps(posterior: DecoderPosterior, pixels: Tensor, sampled: Tensor, plots: Path) -> Metrics:
-    """Maps of every pixel's uncertainty, and how it goes along with squared errors.
+    """Draw each pixel's uncertainty in reconstructions of `pixels`, uint8 (N, C, H, W), and in samples, latents (M, c, h, w).
 
-    Of reconstructions of `pixels`, uint8 (N, C, H, W), and of images decoded from the latents `sampled` (M, c, h, w).
+    The metric is the rank correlation of uncertainty and squared error.
     """
     mean, std = posterior.reconstructions(pixels)
     error = (mean - to_float(pixels)).square()
@@ -119,10 +110,7 @@ def _show(images: dict[str, Tensor], maps: dict[str, Tensor], path: Path) -> Non
 
 
 def unlike_images(posterior: DecoderPosterior, pixels: Tensor, seed: int, plots: Path) -> tuple[np.ndarray, Metrics]:
-    """Scores (N,) of test images `pixels`, uint8 (N, C, H, W), and how well scores tell unlike images from them (AUROC).
-
-    The unlike images are the same ones turned, inverted, and noise.
-    """
+    """Scores (N,) of test images, uint8 (N, C, H, W), and their AUROC against the same images turned or inverted and noise."""
     noise = torch.randint(0, 256, pixels.shape, generator=generator(seed, "posterior noise")).to(torch.uint8)
     others = {"rotated": pixels.rot90(1, (2, 3)), "inverted": 255 - pixels, "noise": noise}
     scores = {name: posterior.scores(images).numpy() for name, images in {"held out": pixels, **others}.items()}

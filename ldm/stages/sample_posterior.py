@@ -48,9 +48,9 @@ def run(root: Path, sampler: str) -> None:
         chains.run(store.load(), store.save, stop_at_checkpoint)
         step_size, posterior = chains.limits(), DecoderPosterior(model.autoencoder, model.likelihood, chains.draws())
         latents = partial(model.bound_latents, seed=seed)
-        sampled = partial(model.sample_latents, seed=seed_for(seed, "posterior"))
+        samples = partial(model.sample_latents, seed=seed_for(seed, "posterior"))
         with Progress(f"sample_posterior: {sampler}: measuring the samples"):
-            scores, metrics = measure(posterior, test, pd.read_csv(root / BOUNDS), latents, sampled, seed, plots)
+            scores, metrics = measure(posterior, test, pd.read_csv(root / BOUNDS), latents, samples, seed, plots)
         metrics |= {"sampler": sampler, **step_size.metrics(chains.lr)}
         warnings = [*metrics["step_size_warnings"], *metrics["convergence_warnings"]]
         summary = f"{metrics['average_bits_per_dim']:.4f} bits/dim averaged over {metrics['draws']} samples"
