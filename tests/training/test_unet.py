@@ -14,20 +14,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.base import distributed
+from ldm.base.options import kinds
 from ldm.base.randomness import generator
 from ldm.data.latents import Latents
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise import NoiseLevels, noise_levels
+from ldm.diffusion.noise.continuous import LogNormal
+from ldm.diffusion.noise.levels import Noise, NoiseLevels
+from ldm.diffusion.noise.tables import Cosine
 from ldm.nets.unet import UNet
 from ldm.registry.tracking import Run
 from ldm.training import fit as loop
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.fit import Execution, Fitted, fit
-from ldm.training.unet import Uncertainty, UnetObjective, by_quarter, home_of, min_snr_weight, quarters
+from ldm.training.fit import Execution, fit
+from ldm.training.optimizers import AdamW
+from ldm.training.unet import Uncertainty, UnetObjective, by_quarter, quarters, storage_device
+from ldm.training.weighting import LossWeight, MinSnr
 
 CPU = torch.device("cpu")
 KINDS = {"eps": "cosine", "x0": "cosine", "v": "cosine", "edm": "lognormal", "flow": "logitnormal"}
-NOISES = ("linear", "scaled_linear", "cosine", "lognormal", "logitnormal", "loguniform", "uniform")
+
+
+def levels_of(kind: str) -> NoiseLevels:
+    return kinds(Noise)[KINDS[kind]]().build()
 
 
 def latents(count: int = 40) -> Latents:
@@ -46,8 +54,8 @@ def latents(count: int = 40) -> Latents:
 def objective(loss_weight: str = "standard", kind: str = "v", device: torch.device = CPU) -> UnetObjective:
     torch.manual_seed(0)
     net = UNet(1, 1, (16, 16), 1, ("none", "cross"), 8, 2, 8).place(device)
-    options = SimpleNamespace(caption_dropout=0.2, loss_weight=loss_weight, min_snr_gamma=5.0)
-    return UnetObjective(Denoiser(net, kind, noise_levels(KINDS[kind], 80.0)), latents(), options, 3, device)
+    options = SimpleNamespace(caption_dropout=0.2, loss_weight=kinds(LossWeight)[loss_weight]())
+    return UnetObjective(Denoiser(net, kind, levels_of(kind)), latents(), options, 3, device)
 
 
 # weights
@@ -57,13 +65,13 @@ def objective(loss_weight: str = "standard", kind: str = "v", device: torch.devi
 def test_min_snr_weighs_the_error_of_x0_the_same_for_every_kind(kind: str) -> None:
     """min(SNR, gamma) |x0 - D(x)|², as Hang et al. 2023 have it for a network that predicts x0."""
     random = torch.Generator().manual_seed(1)
-    denoiser = Denoiser(Last(), kind, noise_levels(KINDS[kind], 80.0)).double()
+    denoiser = Denoiser(Last(), kind, levels_of(kind)).double()
     x0, noise = torch.randn(2, 50, 1, 4, 4, generator=random, dtype=torch.float64)
     sigma = torch.logspace(-2, 1.9, 50, dtype=torch.float64)
     estimate = denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma).numpy()
     snr = 1 / sigma.numpy() ** 2
     expected = np.minimum(snr, 5.0) * ((x0.numpy() - estimate) ** 2).mean((1, 2, 3))
-    found = min_snr_weight(denoiser, sigma, 5.0) * denoiser.loss(x0, noise, sigma)
+    found = MinSnr(gamma=5.0).weighted(denoiser.loss(x0, noise, sigma), sigma, denoiser, None)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
 
 
@@ -78,7 +86,8 @@ def test_min_snr_has_the_papers_forms_for_eps_and_v() -> None:
     sigma = torch.logspace(-2, 1.9, 50, dtype=torch.float64)
     snr = 1 / sigma.numpy() ** 2
     for kind, expected in {"eps": np.minimum(snr, 5) / snr, "v": np.minimum(snr, 5) / (snr + 1)}.items():
-        found = min_snr_weight(Denoiser(Last(), kind, noise_levels("cosine", 80.0)), sigma, 5.0)
+        denoiser = Denoiser(Last(), kind, Cosine().build())
+        found = MinSnr(gamma=5.0).weighted(torch.ones_like(sigma), sigma, denoiser, None)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
 
 
@@ -99,7 +108,7 @@ def test_what_is_minimised_and_what_is_reported() -> None:
             assert float(loss.detach()) == float(standard.detach())  # it starts at u = 0
     rng = generator(0, "loss", 8)
     torch.randn((2, 1, 1, 8, 8), generator=rng)
-    sigma = float(noise_levels("cosine", 80.0).draw(1, rng))
+    sigma = float(Cosine().build().draw(1, rng))
     loss, _ = at_position(objective("min_snr"), 8, 1)
     expected = min(1 / sigma**2, 5.0) / (1 / sigma**2 + 1) * float(standard.detach())
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
@@ -108,7 +117,7 @@ def test_what_is_minimised_and_what_is_reported() -> None:
 def test_a_learned_weight_scales_the_networks_gradient_and_has_one_of_its_own() -> None:
     plain, learned = objective(), objective("learned")
     with torch.no_grad():
-        learned.module["uncertainty"].weight.normal_(generator=torch.Generator().manual_seed(0))
+        learned.module["weight"].weight.normal_(generator=torch.Generator().manual_seed(0))
     standard, loss = (at_position(found, 8, 1)[0] for found in (plain, learned))
     standard.backward(), loss.backward()
     pairs = list(zip(plain.denoiser.net.parameters(), learned.denoiser.net.parameters(), strict=True))
@@ -117,12 +126,12 @@ def test_a_learned_weight_scales_the_networks_gradient_and_has_one_of_its_own() 
     for a, b in pairs:
         torch.testing.assert_close(b.grad, ratio * a.grad, rtol=1e-4, atol=1e-5)
     assert float(loss.detach()) == pytest.approx(float(standard.detach()) * ratio - np.log(ratio), rel=1e-4)  # exp(-u), u
-    assert learned.module["uncertainty"].weight.grad.abs().max() > 0
+    assert learned.module["weight"].weight.grad.abs().max() > 0
 
 
 def test_an_uncertainty_comes_to_the_log_of_the_loss_at_each_level() -> None:
     """With EDM2's Fourier features it can follow a loss that falls over three orders of magnitude, and one with a dent."""
-    module, levels = Uncertainty(), noise_levels("lognormal", 80.0)
+    module, levels = Uncertainty(), LogNormal().build()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
 
@@ -142,11 +151,11 @@ def test_an_uncertainty_comes_to_the_log_of_the_loss_at_each_level() -> None:
 # loss by noise level
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", kinds(Noise))
 @pytest.mark.parametrize("sigma_max", [3.0, 80.0])
 def test_quarters_are_means_over_the_levels_of_training(noise: str, sigma_max: float) -> None:
     """Over all levels at once each is the mean within its quarter, also of a table of no multiple of four."""
-    levels = noise_levels(noise, sigma_max)
+    levels = kinds(Noise)[noise](sigma_max=sigma_max).build()
     count = len(levels.table)
     sigma = levels.quantile((torch.arange(count, dtype=torch.float64) + 0.5) / count).float()
     loss = torch.rand(count, generator=torch.Generator().manual_seed(0))
@@ -160,7 +169,7 @@ def test_quarters_are_means_over_the_levels_of_training(noise: str, sigma_max: f
 
 
 def test_quarters_of_three_levels_are_numbers() -> None:
-    levels = NoiseLevels("cosine", torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64))
+    levels = NoiseLevels(Cosine(), torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64))
     found = by_quarter(torch.ones(3), levels.table.float(), *quarters(levels))
     assert [float(value) for value in found.values()] == [0.0, 1.0, 1.0, 1.0]
 
@@ -184,18 +193,18 @@ def test_the_loss_and_metrics_of_a_batch_are_the_sum_of_its_parts(weight: str) -
 def test_latents_that_would_crowd_a_gpu_stay_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     found = latents()
     size = 4 * (found.mean.numel() + found.logvar.numel() + found.text.numel())
-    for free, home in ((2 * size, "cuda"), (2 * size - 2, "cpu")):
+    for free, kind in ((2 * size, "cuda"), (2 * size - 2, "cpu")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
-        assert home_of(found, torch.device("cuda")).type == home
-    assert home_of(found, CPU) == CPU
+        assert storage_device(found, torch.device("cuda")).type == kind
+    assert storage_device(found, CPU) == CPU
 
 
 # in the training loop
 
 
 PLAN = {
-    "images": 48, "batch_size": 8, "lr": 3e-4, "warmup_images": 0, "weight_decay": 0.01, "ema_halflife_images": 100,
-    "checkpoint_images": 10_000,
+    "images": 48, "batch_size": 8, "lr": 3e-4, "warmup_images": 0, "ema_halflife_images": 100, "checkpoint_images": 10_000,
+    "optimizer": AdamW(weight_decay=0.01),
 }  # fmt: skip
 
 
@@ -205,23 +214,26 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     found: UnetObjective | None = None,
     **plan: int,
-) -> Fitted | None:
-    """Fitted, by default with a learned weight of noise levels; None where it was stopped."""
+) -> dict[str, Tensor] | None:
+    """Last and averaged weights and the curve, by default with a learned weight of noise levels; None where it was stopped."""
     found, store = found or objective("learned"), CheckpointStore(folder / "store")
     try:
-        return fit(
-            found, SimpleNamespace(**PLAN | plan), seed=1, journal=Run(), store=store, progress=lambda done, row: None,
+        fitted = fit(
+            found, SimpleNamespace(**PLAN | plan), seed=1, tracker=Run(), store=store, progress=lambda done, row: None,
             should_stop=should_stop, execution=execution,
         )  # fmt: skip
     except KeyboardInterrupt:
         return None
+    last = distributed.full_tensors(found.module.state_dict())
+    curve = {f"curve.{name}": torch.tensor([row[name] for row in fitted.curve]) for name in fitted.curve[0]}
+    return {f"last.{k}": v for k, v in last.items()} | {f"ema.{k}": v for k, v in fitted.ema.items()} | curve
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("weight", ["standard", "learned"])
 def test_training_on_a_gpu_waits_for_nothing_wherever_latents_are(weight, tmp_path, monkeypatch) -> None:
-    """Batches three to nine, between looks at the curve, raise where the host waits for the device."""
-    monkeypatch.setattr(loop, "LOOK_SECONDS", math.inf)
+    """Batches three to nine, between rows of the curve, raise where the host waits for the device."""
+    monkeypatch.setattr(loop, "SYNC_SECONDS", math.inf)
     objectives = [objective(weight, device=torch.device("cuda"))]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
     objectives.append(objective(weight, device=torch.device("cuda")))
@@ -243,16 +255,10 @@ def test_training_on_a_gpu_waits_for_nothing_wherever_latents_are(weight, tmp_pa
 # several processes
 
 
-def save(fitted: Fitted, file: Path) -> None:
-    state = {f"last.{k}": v for k, v in fitted.last.items()} | {f"ema.{k}": v for k, v in fitted.ema.items()}
-    curve = {f"curve.{name}": torch.tensor([row[name] for row in fitted.curve]) for name in fitted.curve[0]}
-    save_file({k: v.contiguous() for k, v in (state | curve).items()}, file)
-
-
 def child(folder: Path) -> None:
     """One of two processes: trains with the model in each of them, then shared out, then so with a stop on the way."""
     torch.set_num_threads(1)
-    loop.LOOK_SECONDS = 0.0  # they look after every batch
+    loop.SYNC_SECONDS = 0.0  # after every batch
     shared, seen = Execution(shard=True, micro_batch=3), []
     with distributed.process_group(CPU):
         results = {
@@ -264,9 +270,9 @@ def child(folder: Path) -> None:
         if distributed.rank() == 0:
             shutil.copytree(folder / "stopped", folder / "for one")
         results["resumed"] = train(folder / "stopped", shared)
-        for name, fitted in results.items():
-            if distributed.rank() == 0 and fitted:
-                save(fitted, folder / f"{name}.safetensors")
+        for name, found in results.items():
+            if distributed.rank() == 0 and found:
+                save_file({key: value.contiguous() for key, value in found.items()}, folder / f"{name}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -280,12 +286,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["whole", "shared"])
 def test_two_processes_train_the_same_u_net_as_one(name: str, pair: Path, tmp_path: Path) -> None:
-    alone = train(tmp_path)
-    save(alone, tmp_path / "alone.safetensors")
-    expected, found = load_file(tmp_path / "alone.safetensors"), load_file(pair / f"{name}.safetensors")
+    expected, found = train(tmp_path), load_file(pair / f"{name}.safetensors")
     assert found.keys() == expected.keys()
     assert max(expected["curve.gradient_norm"]) > 1  # clipping was at work
-    assert expected["last.uncertainty.weight"].abs().max() > 1e-4
+    assert expected["last.weight.weight"].abs().max() > 1e-4
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
@@ -298,5 +302,5 @@ def test_a_shared_u_net_resumes_to_the_same_bytes(pair: Path) -> None:
 def test_one_process_goes_on_with_what_two_shared(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone, resumed = train(tmp_path), train(pair / "for one")
     assert "resuming after 24 images" in capsys.readouterr().out
-    for key, value in alone.ema.items():
-        torch.testing.assert_close(resumed.ema[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    for key, value in alone.items():
+        torch.testing.assert_close(resumed[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
