@@ -14,15 +14,15 @@ from scipy.special import stdtrit
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome of the gate. Improvements are challenger − champion in nats per image; NaN where there are none."""
+    """The outcome of the gate. Improvements are challenger − champion in nats per image; NaN if nothing was compared."""
 
     promote: bool
-    n: int  # images compared
-    mean: float  # mean improvement
-    se: float  # its standard error
-    lower: float  # one-sided lower confidence limit of the mean improvement
     level: float  # chance of promoting a challenger that is no better
     reason: str
+    n: int = 0  # images compared
+    mean: float = math.nan  # mean improvement
+    se: float = math.nan  # its standard error
+    lower: float = math.nan  # one-sided lower confidence limit of the mean improvement
 
 
 def decide(challenger: Series, champion: Series | None, level: float = 0.005) -> Decision:
@@ -41,24 +41,19 @@ def decide(challenger: Series, champion: Series | None, level: float = 0.005) ->
     for name, nats in (("challenger", challenger), ("champion", champion)):
         if nats is not None and not np.isfinite(nats).all():
             key = nats.index[~np.isfinite(nats)][0]
-            return undecided(level, f"the {name}'s bound is not finite on image {key!r}", n=len(challenger))
+            return Decision(False, level, f"the {name}'s bound is not finite on image {key!r}", len(challenger))
     if champion is None and len(challenger):
-        return undecided(level, "no champion yet", promote=True, n=len(challenger))
+        return Decision(True, level, "no champion yet", len(challenger))
     n = len(challenger)
     if champion is None or n < 2:
-        return undecided(level, f"{n} image(s) cannot show an improvement: at least 2 are needed", n=n)
+        return Decision(False, level, f"{n} image(s) cannot show an improvement: at least 2 are needed", n)
 
     gains = challenger.to_numpy(np.float64) - champion.loc[challenger.index].to_numpy(np.float64)
     mean, se = float(gains.mean()), float(gains.std(ddof=1)) / math.sqrt(n)
     lower = mean - float(stdtrit(n - 1, 1 - level)) * se  # Student-t quantile
     promote = lower > 0
     limit = f"the lower limit of the improvement, {lower:.3g} nats per image at level {level:g}, is"
-    return Decision(promote, n, mean, se, lower, level, f"{limit} {'above' if promote else 'not above'} zero")
-
-
-def undecided(level: float, reason: str, *, promote: bool = False, n: int = 0) -> Decision:
-    """A decision without a test."""
-    return Decision(promote, n, math.nan, math.nan, math.nan, level, reason)
+    return Decision(promote, level, f"{limit} {'above' if promote else 'not above'} zero", n, mean, se, lower)
 
 
 def _check_nats(name: str, nats: Series) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ldm.evaluation.gate import decide, undecided
+from ldm.evaluation.gate import Decision, decide
 from ldm.report.decision import decision_page
 
 RANDOM = np.random.default_rng(0)
@@ -95,11 +95,24 @@ def test_a_first_champion_and_nasty_names(tmp_path: Path) -> None:
 
 def test_models_that_were_not_compared_have_a_page_that_says_why_and_what_to_do(tmp_path: Path) -> None:
     reason = "not comparable: its images are 8x8x1, those of the champion 8x8x3; `ldm registry promote 7` decides by hand"
-    decision_page(tmp_path / "d.html", undecided(0.005, reason), None, challenger="ldm version 7", champion="ldm version 6")
+    decision_page(tmp_path / "d.html", Decision(False, 0.005, reason), None, challenger="ldm version 7", champion="ldm version 6")
     page = Page(tmp_path / "d.html")
     assert "not compared ldm version 7 does not become champion Not comparable: its images are 8x8x1" in page.text
     assert "ldm registry promote 7 decides by hand. ldm version 6 stays champion" in page.text
     assert "nan" not in page.text and "Image by image" not in page.text and "code" in page.tags
+
+
+def test_a_champion_that_stays_and_a_decision_of_before(tmp_path: Path) -> None:
+    for reason, champion, expected in (
+        (
+            "version 3 is the champion already",
+            "m version 3",
+            "champion m version 3 stays champion Version 3 is the champion already.",
+        ),
+        ("decided before", "m version 2", "not promoted m version 3 does not become champion Decided before. m version 2 stays"),
+    ):
+        decision_page(tmp_path / "d.html", Decision(False, 0.005, reason), None, challenger="m version 3", champion=champion)
+        assert expected in Page(tmp_path / "d.html").text
 
 
 def test_a_bound_that_is_not_finite_is_no_comparison(tmp_path: Path) -> None:
