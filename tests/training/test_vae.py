@@ -2,7 +2,7 @@
 
 import math
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,21 +23,16 @@ from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.evaluation.autoencoder import fit_scale
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
+from ldm.nets.regulariser import Kl, Vq
 from ldm.registry.tracking import Run
 from ldm.training.adversarial import AdversarialObjective, Adversary
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.fit import Execution, Langevin, fit
+from ldm.training.fit import Execution, fit
+from ldm.training.optimizers import AdamW, Sgld
 from ldm.training.vae import VaeObjective
 
 PIXELS = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 ALL = slice(0, 8)
-
-
-@dataclass(frozen=True)
-class Rate:
-    beta: float = 1.0
-    beta_warmup_images: int = 0
-    free_bits: float = 0.0
 
 
 class Images:
@@ -56,14 +51,14 @@ def autoencoder() -> AutoencoderKL:
 
 
 def elbo_objective(**rate: float) -> VaeObjective:
-    return VaeObjective(autoencoder(), DiscretizedLogistic().build(), Images(), Rate(**rate))
+    return VaeObjective(autoencoder(), DiscretizedLogistic().build(), Images(), Kl(**rate))
 
 
 def adversarial(*, start: int = 0, weight: float = 0.5, perceptual: float = 1.0, images: Images | None = None, **rate: float):
     net = autoencoder()
     torch.manual_seed(3)
     adversary = Adversary(Perceptual(), perceptual, PatchDiscriminator(3, 8, 1), weight, start)
-    return AdversarialObjective(net, Laplace(log_scale=-0.5).build(), images or Images(), Rate(**rate), adversary)
+    return AdversarialObjective(net, Laplace(log_scale=-0.5).build(), images or Images(), Kl(**rate), adversary)
 
 
 def loss_of(objective: VaeObjective, images_seen: int = 0) -> Tensor:
@@ -122,7 +117,7 @@ def test_a_vq_model_pays_for_pixels_and_for_the_distance_to_its_codes():
     torch.manual_seed(0)
     net = VQModel(3, 3, 2, [8, 16], norm_num_groups=4, num_vq_embeddings=8)
     likelihood = DiscretizedLogistic().build()
-    objective = VaeObjective(net, likelihood, Images(), Rate())
+    objective = VaeObjective(net, likelihood, Images(), Vq(num_vq_embeddings=8))
     loss = loss_of(objective)
     x = to_float(PIXELS)
     h = net.encode(x).mean
@@ -156,7 +151,7 @@ def test_bfloat16_reaches_neither_pixels_nor_posterior():
 
 
 def by_hand(objective: AdversarialObjective) -> dict[str, Tensor]:
-    """The gradients of each player, taken separately with the other's weights switched off, and the loss put together anew."""
+    """Gradients of autoencoder and discriminator, each with the other's weights held fixed, and the loss put together anew."""
     ours, net = objective.adversary, objective.autoencoder
     x = to_float(PIXELS)
     posterior = net.encode(x)
@@ -168,16 +163,15 @@ def by_hand(objective: AdversarialObjective) -> dict[str, Tensor]:
     last = net.decoder.conv_out.weight
     ratio = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (negative, fooling)]
     weight = ours.discriminator_weight * float(ratio[0] / (ratio[1] + 1e-4))
-    kl = objective.rate.beta * posterior.kl().flatten(1).sum(1).mean() / 768
-    players = [p for name, p in objective.module.named_parameters() if not name.startswith("discriminator")]
-    total = torch.autograd.grad(negative + kl + weight * fooling, players, retain_graph=True)
+    kl = objective.regulariser.beta * posterior.kl().flatten(1).sum(1).mean() / 768
+    others = [p for name, p in objective.module.named_parameters() if not name.startswith("discriminator")]
+    total = torch.autograd.grad(negative + kl + weight * fooling, others, retain_graph=True)
     hinge = 0.5 * (F.relu(1 - ours.discriminator(x)) + F.relu(1 + ours.discriminator(back.detach()))).mean()
-    judges = list(ours.discriminator.parameters())
     names = [name for name, _ in objective.module.named_parameters()]
-    return dict(zip(names, (*total, *torch.autograd.grad(hinge, judges)), strict=True))
+    return dict(zip(names, (*total, *torch.autograd.grad(hinge, list(ours.discriminator.parameters()))), strict=True))
 
 
-def test_each_player_gets_the_gradient_of_its_own_loss():
+def test_autoencoder_and_discriminator_get_the_gradients_of_their_own_losses():
     objective = adversarial(beta=1e-6)
     expected = by_hand(objective)
     found = gradients(objective, loss_of(objective))
@@ -329,15 +323,15 @@ def test_logits_of_an_image_depend_on_no_other():
 
 
 def test_the_fitted_scale_is_the_likeliest():
-    """On residuals of a logistic whose scale is known, read through an autoencoder that gives back a constant."""
+    """On residuals of a logistic whose scale is known, decoded by an autoencoder that always returns a constant."""
 
     class Constant(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.unused = nn.Parameter(torch.zeros(()))
 
-        def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-            return 1, 1, 1
+        def latent_noise(self, x: Tensor, rng: torch.Generator) -> Tensor:
+            return torch.randn(len(x), 1, 1, 1, generator=rng)
 
         def encode(self, x: Tensor):
             return DiagonalGaussian(torch.zeros(len(x), 1, 1, 1), torch.zeros(len(x), 1, 1, 1))
@@ -393,15 +387,15 @@ def train(folder: Path, kind: str, micro_batch: int = 0) -> dict[str, Tensor]:
     """Weights, averages and losses of this process after six steps; written to its file, too."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = distributed.rank()
-    langevin = Langevin(8 * 768, prior_precision=1.0, temperature=1.0) if kind == "langevin" else None
-    plan = SimpleNamespace(images=48, batch_size=8, lr=1e-6 if langevin else 1e-3, warmup_images=0, weight_decay=0.01)
-    plan.ema_halflife_images, plan.checkpoint_images = 20, 16
+    langevin = kind == "langevin"
+    plan = SimpleNamespace(images=48, batch_size=8, warmup_images=0, ema_halflife_images=20, checkpoint_images=16)
+    plan.lr, plan.optimizer = (1e-6, Sgld()) if langevin else (1e-3, AdamW(weight_decay=0.01))
     images = Images(rank, distributed.ranks())
     objective = elbo_objective() if kind in ("elbo", "langevin") else adversarial(start=16, beta=1e-6, images=images)
     objective.batches = images
     execution = Execution(micro_batch=micro_batch or None)
     store = CheckpointStore(folder / f"store{rank}")
-    fitted = fit(objective, plan, seed=1, journal=Run(), store=store, progress=print, execution=execution, langevin=langevin)
+    fitted = fit(objective, plan, seed=1, tracker=Run(), store=store, progress=print, execution=execution, num_data=8 * 768)
     tensors = {k: v.contiguous() for k, v in objective.module.state_dict().items()}
     tensors |= {f"ema.{k}": v.contiguous() for k, v in fitted.ema.items()}
     tensors["losses"] = torch.tensor([row["loss"] for row in fitted.curve])
