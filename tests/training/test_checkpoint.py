@@ -35,7 +35,7 @@ def test_every_bit_comes_back(tmp_path: Path) -> None:
         "count": torch.tensor([2**62 + 1]),
         "learned": nn.Parameter(torch.randn(2)),
     }
-    state = {"images_seen": 64, "curve": [{"loss": 0.1 + 0.2, "lr": 1e-320}], "journal": {"metrics": [["loss", 0.3, 1, 64]]}}
+    state = {"images_seen": 64, "curve": [{"loss": 0.1 + 0.2, "lr": 1e-320}], "tracker": {"metrics": [["loss", 0.3, 1, 64]]}}
     store.save(tensors, state)
     loaded = store.load()
     assert loaded is not None and loaded[1] == state
