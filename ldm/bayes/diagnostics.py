@@ -40,10 +40,6 @@ class Diagnostics:
     ceiling: float  # largest estimate of mutual_information
 
     @property
-    def units(self) -> int:
-        return len(self.kl) * self.positions
-
-    @property
     def collapsed(self) -> list[int]:
         """Channels that carry less than COLLAPSED nats a position."""
         return torch.nonzero(self.kl / self.positions < COLLAPSED).flatten().tolist()
@@ -62,21 +58,16 @@ class Diagnostics:
 
     def metrics(self) -> dict[str, float]:
         """Names and numbers for a tracker."""
-        channels = {
-            "kl_nats": self.kl,
-            "latent_mean": self.mean,
-            "latent_std": self.std,
-            "aggregate_kl_nats": self.aggregate_kl,
-            "value_information_nats": self.value_information,
-        }
+        names = ("kl_nats", "latent_mean", "latent_std", "aggregate_kl_nats", "value_information_nats")
+        channels = zip(names, (self.kl, self.mean, self.std, self.aggregate_kl, self.value_information), strict=True)
         return {
             "active_units": float(self.active_units),
-            "active_units_fraction": self.active_units / self.units,
+            "active_units_fraction": self.active_units / (len(self.kl) * self.positions),
             "collapsed_channels": float(len(self.collapsed)),
             "value_information_ceiling_nats": self.value_ceiling,
             "mutual_information_nats": self.mutual_information,
             "mutual_information_ceiling_nats": self.ceiling,
-            **{f"{name}_channel_{i}": float(v) for name, values in channels.items() for i, v in enumerate(values)},
+            **{f"{name}_channel_{i}": float(v) for name, values in channels for i, v in enumerate(values)},
         }
 
 
@@ -134,7 +125,7 @@ def _aggregate_kl(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> Tensor:
     noise = torch.randn(len(q.mean), generator=rng, dtype=torch.float64)
     z = q.sample(noise)[:, None]  # (M, 1)
     pairs = q.log_prob(z)  # (M, M): of draw i under posterior j
-    pairs.diagonal().copy_(_own(q, noise))
+    pairs.diagonal().copy_(STANDARD_NORMAL.log_prob(noise) - 0.5 * q.logvar)  # exact, however narrow q is
     return (pairs.logsumexp(1) - math.log(len(z)) - STANDARD_NORMAL.log_prob(z[:, 0])).mean()
 
 
@@ -151,14 +142,9 @@ def _mutual_information(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> f
         # log q(z_i | x_j): the square expanded into matrix products, and the terms without z, which are log q(0 | x_j)
         pairs += z @ (q.mean * precision).T - 0.5 * z.square() @ precision.T
         pairs += q.log_prob(torch.zeros(())).sum(1)
-        own += _own(q, noise).sum(1)
+        own += (STANDARD_NORMAL.log_prob(noise) - 0.5 * q.logvar).sum(1)  # log q(z_i | x_i), exact however narrow q is
     pairs.diagonal().copy_(own)
     return float((own - pairs.logsumexp(1)).mean()) + math.log(len(chosen))
-
-
-def _own(q: DiagonalGaussian, noise: Tensor) -> Tensor:
-    """log q of the draw that `noise` makes, exact however narrow q is."""
-    return STANDARD_NORMAL.log_prob(noise) - 0.5 * q.logvar
 
 
 def _spread_out(count: int, most: int, rng: torch.Generator) -> Tensor:

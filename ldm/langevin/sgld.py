@@ -130,7 +130,7 @@ class Sampler(torch.optim.Optimizer):
             if name in group and not valid(group[name]):
                 raise InputError(f"{name} {group[name]}: expected {expected}")
         for p in group["params"]:
-            _check_dtype(p)
+            _check(p, gradient=False)
 
     def _refuse(self, names: Iterable[str]) -> None:
         for name in sorted(names):
@@ -139,27 +139,17 @@ class Sampler(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from the gradients of the mean loss in `.grad`; a `closure` computes them and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_gradients()
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        if self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
+            raise InputError("a hook that may clip gradients runs before each step of the sampler; remove it")
+        for p in (p for group in self.param_groups for p in group["params"]):
+            _check(p)
         for number, group in enumerate(self.param_groups):
             lr, count = self.step_size(number), self._count(group)
             noise = self._draw(number, int(count), math.sqrt(lr * group["temperature"] * group.get("friction", 1.0)))
             self._update(group, lr, noise)
             count += 1
         return loss
-
-    def _check_gradients(self) -> None:
-        if self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
-            raise InputError("a hook that may clip gradients runs before each step of the sampler; remove it")
-        for p in (p for group in self.param_groups for p in group["params"]):
-            _check_dtype(p)
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
-                raise InputError(f"a parameter of {tuple(p.shape)} has a hook that may change its gradient; remove it")
-            if p.grad is None:
-                raise InputError(f"a parameter of {tuple(p.shape)} has no gradient: leave out what the loss does not depend on")
 
     def step_size(self, number: int = 0) -> float:
         """ε of the next step of parameter group `number`."""
@@ -168,8 +158,7 @@ class Sampler(torch.optim.Optimizer):
 
     def _count(self, group: dict[str, Any]) -> Tensor:
         """Steps taken, int64 (), kept in the state of the group's first parameter so that it is saved with it."""
-        count: Tensor = self.state[group["params"][0]].setdefault("step", torch.zeros((), dtype=torch.int64))
-        return count
+        return self.state[group["params"][0]].setdefault("step", torch.zeros((), dtype=torch.int64))
 
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
         """Move a group's parameters; `noise` is shaped like them and may be overwritten."""
@@ -194,9 +183,13 @@ def shaped(flat: Tensor, params: list[Tensor]) -> list[Tensor]:
     return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
 
 
-def _check_dtype(p: Tensor) -> None:
+def _check(p: Tensor, gradient: bool = True) -> None:
     if p.dtype not in EXACT:
         raise InputError(f"a parameter of {tuple(p.shape)} is {p.dtype}, which rounds the noise away: sample float32 parameters")
+    if gradient and (p._backward_hooks or p._post_accumulate_grad_hooks):
+        raise InputError(f"a parameter of {tuple(p.shape)} has a hook that may change its gradient; remove it")
+    if gradient and p.grad is None:
+        raise InputError(f"a parameter of {tuple(p.shape)} has no gradient: leave out what the loss does not depend on")
 
 
 def _add_gradient(to: list[Tensor], group: dict[str, Any], scale: float) -> None:

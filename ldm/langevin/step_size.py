@@ -60,31 +60,21 @@ class StepSize:
 
     def warnings(self, lr: float, tolerance: float = TOLERANCE) -> list[str]:
         """Why samples drawn with step size `lr` would not follow the posterior, a sentence each."""
-        found = []
-        if not math.isfinite(self.inflation(lr)):
-            found.append(f"step size {lr:.3g} diverges: a step leaves {self.contraction(lr):.3g} of a deviation")
-        elif self.inflation(lr) > 1 + 2 * tolerance:
-            found.append(
-                f"step size {lr:.3g} gives variances about {self.inflation(lr):.2f} times what they should be (injected noise is "
-                f"{self.noise_ratio(lr):.3g} times the gradients', a step leaves {self.contraction(lr):.3g} of a deviation): "
-                f"take {self.recommended(tolerance):.3g}, or larger batches"
-            )
-        if self.temperature != 1:
-            found.append(
-                f"temperature {self.temperature:g}: samples are of the posterior to the power of {1 / self.temperature:g}"
-            )
+        found, inflation, left = [], self.inflation(lr), f"a step leaves {self.contraction(lr):.3g} of a deviation"
+        if not math.isfinite(inflation):
+            found.append(f"step size {lr:.3g} diverges: {left}")
+        elif inflation > 1 + 2 * tolerance:
+            why = f"injected noise is {self.noise_ratio(lr):.3g} times the gradients', {left}"
+            better = f"take {self.recommended(tolerance):.3g}, or larger batches"
+            found.append(f"step size {lr:.3g} gives variances about {inflation:.2f} times what they should be ({why}): {better}")
+        if (t := self.temperature) != 1:
+            found.append(f"temperature {t:g}: samples are of the posterior to the power of {1 / t:g}")
         return found
 
     def metrics(self, lr: float) -> dict[str, Any]:
         """What step size `lr` does, by name."""
-        return {
-            "lr": lr,
-            "lr_recommended": self.recommended(),
-            "contraction": self.contraction(lr),
-            "noise_ratio": self.noise_ratio(lr),
-            "inflation": self.inflation(lr),
-            "step_size_warnings": self.warnings(lr),
-        }
+        values = {name: getattr(self, name)(lr) for name in ("contraction", "noise_ratio", "inflation")}
+        return {"lr": lr, "lr_recommended": self.recommended(), **values, "step_size_warnings": self.warnings(lr)}
 
 
 def find_step_size(

@@ -36,7 +36,7 @@ def test_a_linear_encoder_has_known_moments_and_information(offset):
     np.testing.assert_allclose(found.aggregate_kl, aggregate, rtol=0.05, atol=0.03)
     np.testing.assert_allclose(found.value_information, np.log(spread / stds), rtol=0.05, atol=0.03)
     assert found.value_ceiling == pytest.approx(math.log(2048))
-    assert (found.positions, found.units, found.active_units) == (16, 48, 48)
+    assert (found.positions, found.active_units, found.metrics()["active_units_fraction"]) == (16, 48, 1)
 
 
 def test_the_information_of_whole_latents():
