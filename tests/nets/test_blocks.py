@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import pytest
-from ldm.nets.blocks import Block
 import torch
 from torch import Tensor
 
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
+from ldm.nets.blocks import Block
 from ldm.nets.diffusers import Pretrained
 from ldm.nets.unet import UNet
 
