@@ -198,6 +198,7 @@ def change_settings(root: Path, assignments: list[str]) -> list[str]:
     before = load_settings(root).model_dump()
     path, document = root / "params.yaml", YAML()
     document.preserve_quotes, document.width, document.default_flow_style = True, 1000, None  # new lists in one line
+    document.indent(mapping=2, sequence=4, offset=2)
     document.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
     values = document.load(path.read_text(encoding="utf-8"))
     for assignment in kinds_first(assignments):

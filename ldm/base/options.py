@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -99,13 +100,14 @@ def _type_of(annotation: Any) -> tuple[type, tuple[Any, ...]]:
 
 
 def value_at(values: Any, key: str, *default: Any) -> Any:
-    """The value of a dotted key in nested dictionaries; `KeyError` where there is none and no default."""
+    """The value of a dotted key in nested dictionaries and lists; `KeyError` if there is none and no default."""
     for part in key.split("."):
-        if not (isinstance(values, dict) and part in values):
+        try:
+            values = values[int(part)] if isinstance(values, list | tuple) else values[part]
+        except (LookupError, TypeError, ValueError):
             if default:
                 return default[0]
-            raise KeyError(key)
-        values = values[part]
+            raise KeyError(key) from None
     return values
 
 
@@ -118,8 +120,13 @@ def assigned(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
 
 
 def kinds_first(assignments: Iterable[str]) -> list[str]:
-    """Assignments in the order of their effect: a `kind` would otherwise clear options that were given before it."""
-    return sorted(assignments, key=lambda assignment: assignment.partition("=")[0].split(".")[-1] != "kind")
+    """Assignments in the order of their effect: a `kind` clears the options, and the choices, that are below it."""
+
+    def depth(assignment: str) -> float:
+        *path, last = assignment.partition("=")[0].split(".")
+        return len(path) if last == "kind" else math.inf
+
+    return sorted(assignments, key=depth)
 
 
 def assign(values: Any, assignment: str) -> None:

@@ -125,8 +125,8 @@ def test_settings_are_assigned_by_dotted_keys() -> None:
             "seed=1e-3",  # to YAML 1.1, which PyYAML reads, this is text
             "inner.label=a longer text",
             "shapes.1.radius=2",
-            "shapes.0.kind=ellipse",
             "shapes.0.ratios=[1, 2]",
+            "shapes.0.kind=ellipse",  # kinds come first, whatever the order
             "new.section.flag=true",
             "inner.shape.kind=square",
         ],
@@ -163,12 +163,18 @@ def test_assignments_that_lead_nowhere(assignment: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_another_kind_clears_the_choices_below_it_before_they_are_made() -> None:
+    found = assigned({"a": {"kind": "old", "b": {"kind": "x", "size": 1}}}, ["a.b.size=2", "a.b.kind=y", "a.kind=new"])
+    assert found == {"a": {"kind": "new", "b": {"kind": "y", "size": 2}}}
+
+
 def test_a_value_at_a_dotted_key() -> None:
     assert value_at(VALUES, "inner.shape.side") == 2
+    assert value_at({"a": ({"b": 3},)}, "a.0.b") == 3
     assert value_at(VALUES, "inner.shape.radius", None) is None
-    for key in ("inner.shape.radius", "seed.low"):
+    for key in ("inner.shape.radius", "seed.low", "shapes.1.kind", "shapes.first"):
         with pytest.raises(KeyError, match=key):
-            value_at(VALUES, key)
+            value_at({**VALUES, "shapes": [{"kind": "square"}]}, key)
 
 
 def test_every_key_is_listed_with_its_type_and_whose_it_is() -> None:
