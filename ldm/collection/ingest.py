@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,7 +27,7 @@ import pandas as pd
 from ldm.base.errors import InputError
 from ldm.base.hashing import canonical_json, content_hash, file_hash
 from ldm.config import load_settings
-from ldm.data.folders import CAPTION_TABLES, check_tables, decode_caption, normal, read_table, sidecar_of
+from ldm.data.folders import CAPTION_TABLES, check_tables, decode_caption, normal, read_table, sidecar_of, walk
 from ldm.data.images import SUFFIXES
 from ldm.versioning.repository import held, open_repository
 
@@ -50,7 +49,7 @@ NO_FILE = "folders or links, which are not looked into"
 
 Row = dict[str, Any]  # of a caption table: `file_name`, `text`, further columns
 Left = dict[str, list[str]]  # reason -> names of files that stay in the inbox
-Images = dict[int, list[str]]  # size in bytes -> paths of images in the collection
+Images = dict[int, list[Path]]  # size in bytes -> images of the collection
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
     """
     root, inbox = root.resolve(), inbox.resolve()
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):
-        raise InputError(f"{inbox}: no folder that this user may read and write; ingest takes images out of such a one")
+        raise InputError(f"{inbox}: no folder that this user may read and write")
     (root / ".ldm").mkdir(exist_ok=True)
     left: Left = defaultdict(list)
     with (root / ".ldm/ingest.lock").open("w") as lock:
@@ -114,7 +113,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
                     _clear(batch / ORIGINALS)
         except OSError as error:
             raise InputError(f"{error.filename or inbox}: {error.strerror}; mend that and run ingest again") from None
-        pointer = _version(root, collection) if any(_files(collection)) else None
+        pointer = _version(root, collection) if any(walk(collection)) else None
     moved = tuple(image.name for image in taken)
     return Ingested(inbox, batch.relative_to(root).as_posix() if batch else None, moved, dict(left), pointer)
 
@@ -130,7 +129,11 @@ def _collection(root: Path, inbox: Path, repo: Any) -> Path:
     for out in repo.index.outs:
         path, stage = Path(out.fs_path), out.stage
         if path == folder and not stage.cmd:
-            _refuse_incomplete(name, folder, out)
+            # A file that is neither here nor in DVC's cache was never fetched: `dvc add` would drop it from the collection.
+            tree = out.get_obj()
+            if tree is None or not all(folder.joinpath(*key).exists() or out.cache.exists(file.value) for key, _, file in tree):
+                advice = f"`dvc pull`, or `dvc add {name}` where what is here is all"
+                raise InputError(f"data.path {name}: not all of it is here; {advice}")
         elif path.is_relative_to(folder) or folder.is_relative_to(path):
             by = f"stage {stage.name} writes" if stage.cmd else f"{stage.path_in_repo} versions"
             raise InputError(f"data.path {name}: {by} {path.relative_to(root)}; {ADVICE}")
@@ -141,45 +144,22 @@ def _collection(root: Path, inbox: Path, repo: Any) -> Path:
     return folder
 
 
-def _refuse_incomplete(name: str, folder: Path, out: Any) -> None:
-    """A file that is neither here nor in DVC's cache was never fetched; `dvc add` would drop it from the collection."""
-    tree = out.get_obj()
-    if tree is None or not all(folder.joinpath(*key).exists() or out.cache.exists(file.value) for key, _, file in tree):
-        raise InputError(f"data.path {name}: not all of it is here; `dvc pull`, or `dvc add {name}` where what is here is all")
-
-
-def _survey(collection: Path) -> tuple[Images, list[str]]:
+def _survey(collection: Path) -> tuple[Images, list[Path]]:
     """The images of the collection and its caption tables; raises `InputError` if a batch would not fit in."""
     images, tables, texts = defaultdict(list), [], set()
-    for entry in _files(collection):
-        stem, suffix = os.path.splitext(entry.path)
-        if entry.name in CAPTION_TABLES:
-            tables.append(entry.path)
-        elif suffix == ".txt":
-            texts.add(stem)
-        elif suffix == ".tar":
-            raise InputError(f"{entry.path}: a folder of tars takes no images; {ADVICE}")
-        elif suffix.lower() in SUFFIXES:
-            images[entry.stat().st_size].append(entry.path)
-    stems = (os.path.splitext(path)[0] for paths in images.values() for path in paths)
-    if images and not tables and texts.isdisjoint(stems):
-        raise InputError(
-            f"{collection}: its captions are the names of its folders, and a dated folder is no class; "
-            "write a metadata.csv (file_name,text) there first"
-        )
+    for path in (collection / name for name, refusal in walk(collection) if not refusal):
+        if path.name in CAPTION_TABLES:
+            tables.append(path)
+        elif path.suffix == ".txt":
+            texts.add(path.with_suffix(""))
+        elif path.suffix == ".tar":
+            raise InputError(f"{path}: a folder of tars takes no images; {ADVICE}")
+        elif path.suffix.lower() in SUFFIXES:
+            images[path.stat().st_size].append(path)
+    if images and not tables and texts.isdisjoint(path.with_suffix("") for paths in images.values() for path in paths):
+        reason = "its captions are the names of its folders, and a dated folder is no class"
+        raise InputError(f"{collection}: {reason}; write a metadata.csv (file_name,text) there first")
     return images, tables
-
-
-def _files(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    """Every file below a folder that is not hidden; none if there is no such folder."""
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files(entry.path)
-            elif entry.is_file():
-                yield entry
 
 
 def _ready(inbox: Path, settle: float, left: Left) -> list[_Image]:
@@ -245,12 +225,12 @@ def _is_text(value: str) -> bool:
     return False
 
 
-def _labelled(ready: list[_Image], collection: Path, images: Images, tables: list[str], left: Left) -> list[_Image]:
+def _labelled(ready: list[_Image], collection: Path, images: Images, tables: list[Path], left: Left) -> list[_Image]:
     """The images that fit in with the collection, whose images all have a label or all have none."""
     labelled = [image for image in ready if "label" in image.row]
     wanted = bool(labelled)
     if images and ready:
-        wanted = bool(tables) and "label" in read_table(Path(tables[0]))
+        wanted = bool(tables) and "label" in read_table(tables[0])
     if labelled and not wanted:
         name = labelled[0].name
         raise InputError(f"{name}: has a label, and the images of {collection} have none; drop the inbox's column label")
@@ -262,7 +242,7 @@ def _labelled(ready: list[_Image], collection: Path, images: Images, tables: lis
 
 def _copy(ready: list[_Image], inbox: Path, partial: Path, known: Images, left: Left) -> list[_Image]:
     """Write the new images to `partial`, a complete batch; there is no such folder if none is new."""
-    known_hash = cache(lambda path: file_hash(Path(path)))
+    known_hash = cache(file_hash)
     taken: dict[str, _Image] = {}  # by sha256
     for image in ready:
         source = inbox / image.name

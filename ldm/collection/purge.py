@@ -1,7 +1,7 @@
 """Purge an image that was removed from the collection: old copies in DVC's cache and remote, and all that was made of them.
 
-Everything is found by content. The key of a shard's sample is sha256(file)[:16] + sha256(file_name)[:8], so the headers of a
-tar tell which images it holds; the manifest of latents names the sha256 of each file's shard; an original is known by its
+Everything is found by content. The key of a shard's sample is sha256(file)[:16] + sha256(file_name)[:8], so the names in a tar
+tell which images it holds; the manifest of latents names the sha256 of each file's shard; an original is known by its
 hash. Shards are deleted last, since they lead to all the rest: the same call finishes a purge that was killed.
 """
 
@@ -11,7 +11,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ import pandas as pd
 import yaml
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import content_hash, file_hash
+from ldm.base.hashing import file_hash
 from ldm.base.paths import LATENT_STORE, LATENTS, SHARD_CACHE, SHARDS
 from ldm.config import load_settings
 from ldm.data.images import SUFFIXES
@@ -30,7 +30,7 @@ from ldm.registry import versions as registry
 from ldm.versioning.repository import held, open_repository
 
 TAG = "ldm.purged"  # of a version: hashes (first 16 digits) of images that it saw and that were purged since
-DIGEST, NAME = 16, 8  # hexadecimal digits in a sample's key: of the file's hash, of its name's
+DIGEST = 16  # hexadecimal digits of the file's hash, with which a sample's key of 24 begins
 KINDS = ("leftover", "download", "store", "latents", "image", "shard")  # in the order of their deletion
 UNTOUCHED = "trained weights, reports and sample pictures; file names in git's history and DVC's listings"
 
@@ -108,25 +108,20 @@ class _Objects:
         entries = self.json(md5)
         return None if entries is None else {entry["relpath"]: entry["md5"] for entry in entries}
 
-    def tars(self) -> dict[str, set[str]]:
-        """The keys of each tar's samples. An object that only the remote has is opened, by a request, if it may be a tar."""
+    def tars(self) -> dict[str, dict[str, str]]:
+        """The samples of each tar. An object that only the remote has is opened, by a request, if it may be a tar."""
         only_remote = {md5 for md5, places in self.places.items() if "cache" not in places}
         others = {md5 for name, md5 in self.files if not name.endswith(".tar")} if only_remote else set()
-        candidates = [md5 for md5 in self.places.keys() - (only_remote & others) if not md5.endswith(".dir")]
-        return {md5: {key for key, _ in self.samples(md5)} for md5 in candidates if self.is_tar(md5)}
+        found = {}
+        for md5 in self.places.keys() - (only_remote & others):
+            if not md5.endswith(".dir") and self.is_tar(md5):
+                with self.open(md5) as file:
+                    found[md5] = _samples(file, seekable="cache" in self.places[md5])
+        return found
 
     def is_tar(self, md5: str) -> bool:
         with self.open(md5) as file:
             return file.read(262)[257:] == b"ustar"
-
-    def samples(self, md5: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        """The key of each sample of a tar, and how to read its JSON."""
-        with self.open(md5) as file:
-            yield from _samples(file, seekable="cache" in self.places[md5])
-
-    def names(self, md5: str, wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
-        """Key and `file_name` of a tar's samples with a wanted key."""
-        return [(key, json.loads(read())["file_name"]) for key, read in self.samples(md5) if wanted(key)]
 
 
 def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = False) -> Purged:
@@ -177,10 +172,10 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> Purged:
     again = f"delete it from {collection} (with `dvc add`, if DVC versions that), run the pipeline (`ldm run`), then purge"
     if by_name and (root / collection / image).exists():
         raise InputError(f"{root / collection / image}: still there; {again}")
-    tars = objects.tars()
-    digests = _digests_of_name(objects, tars, image) if by_name else {image[:DIGEST]}
-    shards = {md5 for md5, keys in tars.items() if any(key[:DIGEST] in digests for key in keys)}
-    names = {name for md5 in shards for _, name in objects.names(md5, lambda key: key[:DIGEST] in digests)}
+    samples = [(md5, key[:DIGEST], name) for md5, found in objects.tars().items() for key, name in found.items()]
+    digests = {digest for _, digest, name in samples if name == image} if by_name else {image[:DIGEST]}
+    shards = {md5 for md5, digest, _ in samples if digest in digests}
+    names = {name for _, digest, name in samples if digest in digests}
     originals = _originals(objects, names, digests if by_name else {image})
     latents = _latents(objects, {objects.sha256(md5) for md5 in shards})
     others = {md5 for path, md5 in objects.files if path == image} - originals if by_name else set()
@@ -194,23 +189,13 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> Purged:
     if not (shards or originals):
         if unclear:
             raise InputError(f"{image}: in no shard; files of that name have sha256 {unclear}: purge by the one that is meant")
-        raise InputError(
-            f"{image}: nothing, or nothing left, of it in DVC's {' or '.join(objects.stores)}; if it was not purged before: "
-            "its name is the whole path within data.path, as in data/shards"
-        )
+        nothing = f"nothing, or nothing left, of it in DVC's {' or '.join(objects.stores)}"
+        raise InputError(f"{image}: {nothing}; a name is the whole path within data.path, as in data/shards")
     by_kind = {"latents": latents, "image": originals, "shard": shards}
     copies = [copy for kind, found in by_kind.items() for md5 in sorted(found) for copy in objects.copies(kind, md5)]
     copies = sorted([*copies, *_local_files(root, digests)], key=lambda copy: (KINDS.index(copy.kind), copy.place))
     notes = (f"not purged: files of that name that no shard holds, with sha256 {unclear}",) if unclear else ()
     return Purged(tuple(sorted(names)), tuple(sorted(digests)), frozenset(shards), tuple(copies), notes, pd.DataFrame())
-
-
-def _digests_of_name(objects: _Objects, tars: dict[str, set[str]], name: str) -> set[str]:
-    """The digests of all contents that a shard holds under this name."""
-    suffix = content_hash(name.encode())[:NAME]
-    candidates = [md5 for md5, keys in tars.items() if any(key.endswith(suffix) for key in keys)]
-    samples = (sample for md5 in candidates for sample in objects.names(md5, lambda key: key.endswith(suffix)))
-    return {key[:DIGEST] for key, file_name in samples if file_name == name}
 
 
 def _originals(objects: _Objects, names: set[str], digests: set[str]) -> set[str]:
@@ -272,16 +257,20 @@ def _local_files(root: Path, digests: set[str]) -> Iterator[Copy]:
 
 def _holds(path: Path, digests: set[str]) -> bool:
     with path.open("rb") as file:
-        return any(key[:DIGEST] in digests for key, _ in _samples(file, seekable=True))
+        return any(key[:DIGEST] in digests for key in _samples(file, seekable=True))
 
 
-def _samples(file: IO[bytes], seekable: bool) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """The key of each sample of a tar, and how to read its JSON. A damaged tar ends where the damage is."""
+def _samples(file: IO[bytes], seekable: bool) -> dict[str, str]:
+    """The key of each sample of a tar and its `file_name`, empty if its JSON has none. A damaged tar ends where the damage is."""
+    found = {}
     with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:" if seekable else "r|") as tar:
         for member in tar:
             key, _, part = member.name.partition(".")
-            if part == "json" and re.fullmatch(f"[0-9a-f]{{{DIGEST + NAME}}}", key):
-                yield key, lambda member=member: tar.extractfile(member).read()  # type: ignore[misc, union-attr]
+            if part == "json" and re.fullmatch("[0-9a-f]{24}", key):
+                found[key] = ""
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    found[key] = json.loads(tar.extractfile(member).read())["file_name"]  # type: ignore[union-attr]
+    return found
 
 
 def _sha256(file: IO[bytes]) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import numpy as np
@@ -17,8 +17,6 @@ ROUNDS = 8
 BLOCK = 4096  # positions that are permuted together
 WINDOW = 4  # shards whose samples are mixed, in a shuffle that reads shard by shard
 AHEAD = 4  # batches that each worker decodes ahead
-
-Order = Callable[[int, int], np.ndarray]  # (start, count) -> sample indices at these global positions, int64 (count,)
 
 
 def order(seed: int, size: int, start: int, count: int) -> np.ndarray:
@@ -156,7 +154,7 @@ class _Images(Dataset[torch.Tensor | InputError]):
 
     def __init__(self, reader: ShardReader, seed: int, shuffle: str, flip: bool):
         self.reader, self.seed, self.flip = reader, seed, flip
-        self.order: Order = partial(order, seed, len(reader))
+        self.order = partial(order, seed, len(reader))
         if shuffle == "shard":
             self.order = partial(order_by_shard, seed, tuple(len(positions) for _, positions in reader.shard_positions()))
 

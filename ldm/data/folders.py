@@ -96,13 +96,16 @@ def read_folder(folder: Path) -> Collection:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every file below `folder` that is not hidden: its relative path, and why it must not be opened (empty if it may be)."""
+    """Every file below a folder that is not hidden: its relative path, and why it must not be opened (empty if it may be).
+
+    Yields nothing if there is no such folder.
+    """
     root = folder.resolve()
 
     def cannot(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it away")
 
-    for here, folders, files in os.walk(folder, onerror=cannot):
+    for here, folders, files in os.walk(folder, onerror=cannot) if folder.is_dir() else ():
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted([*files, *(f for f in folders if os.path.islink(os.path.join(here, f)))]):
             if not name.startswith("."):
@@ -142,10 +145,8 @@ def _captions(folder: Path, found: list[str], tables: list[str], texts: set[str]
         classes = [name.rsplit("/", 2)[-2] for name in names]
         parts.append(pd.DataFrame({"file_name": names, "text": classes, "label": classes}))
     elif names:
-        raise InputError(
-            f"{folder}: {len(found)} images but no captions; add metadata.csv with columns file_name,text, "
-            "or a .txt file beside each image, or one subfolder per class"
-        )
+        advice = "add metadata.csv (file_name,text), a .txt file beside each image, or a subfolder for each class"
+        raise InputError(f"{folder}: {len(found)} images but no captions; {advice}")
     table = pd.concat(parts, ignore_index=True).sort_values("file_name", ignore_index=True)
     if "label" in table and table.label.isna().any():
         first = table.file_name[table.label.isna()].iloc[0]
@@ -178,10 +179,8 @@ def read_table(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: not readable as a table: {error}{advice}") from None
     for column in ("file_name", "text"):
         if column not in table:
-            raise InputError(
-                f"{path}: column {column!r} is missing; found {', '.join(map(str, table.columns)) or 'none'}: "
-                "its first row must be file_name,text, separated by commas"
-            )
+            found = ", ".join(map(str, table.columns)) or "none"
+            raise InputError(f"{path}: column {column!r} is missing; found {found}; the first row must name the columns")
     if path.suffix == ".csv" and len(table) and not isinstance(table.index, pd.RangeIndex):
         raise InputError(f"{path}: its rows have more fields than its header; put captions that hold commas in double quotes")
     for number, row in enumerate(zip(table.file_name, table.text, strict=True), start=1):
@@ -198,21 +197,20 @@ def read_table(path: Path) -> pd.DataFrame:
 def _from_table(path: Path, found: set[str], refused: set[str]) -> pd.DataFrame:
     """The rows of a table: one for each image in `found`, and none for others, except those that were refused."""
     table = read_table(path)
-    table["file_name"] = _as_stored(table.file_name, found)
+    forms = {normal(name): name for name in found}
+    names = [name if name in found else str(PurePosixPath(name)) for name in table.file_name]
+    table["file_name"] = [name if name in found else forms.get(normal(name), name) for name in names]
     duplicated = table.file_name[table.file_name.duplicated()]
     if len(duplicated):
         raise InputError(f"{path}: {duplicated.iloc[0]!r} has more than one row; keep one caption an image")
     table = table[~table.file_name.isin(refused)]
-    missing, uncaptioned = sorted(set(table.file_name) - found), sorted(found - set(table.file_name))
-    if missing:
+    if missing := sorted(set(table.file_name) - found):
         raise InputError(
-            f"{path}: names {len(missing)} images that are not in {path.parent}, the first {missing[0]!r}; "
-            "add them or remove their rows"
+            f"{path}: names {len(missing)} images that are not there, as {missing[0]!r}; add them or remove the rows"
         )
-    if uncaptioned:
+    if uncaptioned := sorted(found - set(table.file_name)):
         raise InputError(
-            f"{path}: has no row for {len(uncaptioned)} images in {path.parent}, the first {uncaptioned[0]!r}; "
-            "caption them or move them away"
+            f"{path}: has no row for {len(uncaptioned)} images, as {uncaptioned[0]!r}; add rows or remove the images"
         )
     return table
 
@@ -220,13 +218,6 @@ def _from_table(path: Path, found: set[str], refused: set[str]) -> pd.DataFrame:
 def normal(name: str) -> str:
     """A file name without "./" and with composed letters: macOS decomposes them, tables rarely do."""
     return unicodedata.normalize("NFC", str(PurePosixPath(name)))
-
-
-def _as_stored(names: pd.Series, found: set[str]) -> list[str]:
-    """A table's names as the file system has them."""
-    forms = {normal(name): name for name in found}
-    plain = [name if name in found else str(PurePosixPath(name)) for name in names]
-    return [name if name in found else forms.get(normal(name), name) for name in plain]
 
 
 def sidecar_of(name: str) -> str:

@@ -26,12 +26,12 @@ SHEET, TILE = 48, 96  # images of a contact sheet, and the side of each in pixel
 def check_shards(folder: Path) -> Iterator[str]:
     """Every difference between a shard folder and its index, a line each: hashes, sizes, offsets, images, further files."""
     try:
-        yield from _check_folder(folder)
+        yield from _differences(folder)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         yield f"{folder / 'index.json'}: damaged ({type(error).__name__}: {error})"
 
 
-def _check_folder(folder: Path) -> Iterator[str]:
+def _differences(folder: Path) -> Iterator[str]:
     readers = {split: open_shards(folder, split) for split in SPLITS}
     index = readers["train"].index
     offsets_are_sound = True

@@ -51,7 +51,7 @@ def write_latents(
     versions, device). A shard whose key is there is not encoded again. Files that `out` does not hold leave the store.
     """
     store.mkdir(parents=True, exist_ok=True)
-    files, moments, reused, done = [], _Moments(), 0, 0
+    files, totals, reused, done = [], torch.zeros(()), 0, 0
     progress(done)
     with replacing(out) as partial:
         for split, reader in readers.items():
@@ -64,7 +64,7 @@ def write_latents(
                 kept = kept or _keep(store, key, _encode_shard(reader, positions, encode, embed, batch_size, mirrored))
                 tensors = load_file(kept)
                 if split == "train":
-                    moments.add(tensors["mean"], tensors["logvar"])
+                    totals = totals + _totals(tensors)
                 entry = {"name": Path(shard["name"]).with_suffix(".safetensors").name, "split": split}
                 link(kept, partial / entry["name"])
                 entry |= {"sha256": kept.stem.rpartition("-")[2], "shard_sha256": shard["sha256"]}
@@ -73,8 +73,10 @@ def write_latents(
                 progress(done)
         text, mask = embed([""])
         save_file({"text": text, "text_mask": mask}, partial / "empty.safetensors")
+        count, total, squares = totals
+        mean = total / count
         facts = {"version": 2, "preprocessing": made_from["preprocessing"], "flip": flip, "files": files}
-        manifest = {**identity, **facts, "latent_mean": moments.mean.tolist(), "latent_std": moments.std.tolist()}
+        manifest = {**identity, **facts, "latent_mean": mean.tolist(), "latent_std": (squares / count - mean**2).sqrt().tolist()}
         (partial / "manifest.json").write_text(canonical_json(manifest))
     prune_store(store, out)
     return manifest, reused
@@ -119,25 +121,11 @@ def _keep(store: Path, key: str, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-class _Moments:
-    """Per-channel mean and standard deviation of z ~ q(z | x), by the law of total variance, in float64."""
-
-    def __init__(self) -> None:
-        self._count, self._sum, self._square = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, mean: Tensor, logvar: Tensor) -> None:
-        mean, variance = mean.double(), logvar.double().exp()
-        self._count += mean[:, 0].numel()
-        self._sum = self._sum + mean.sum((0, 2, 3))
-        self._square = self._square + (mean.square() + variance).sum((0, 2, 3))
-
-    @property
-    def mean(self) -> Tensor:
-        return self._sum / self._count
-
-    @property
-    def std(self) -> Tensor:
-        return (self._square / self._count - self.mean.square()).sqrt()
+def _totals(tensors: dict[str, Tensor]) -> Tensor:
+    """The number of latents z ~ q(z | x) per channel, their sum and the expected sum of their squares, float64 (3, c)."""
+    mean, variance = tensors["mean"].double(), tensors["logvar"].double().exp()
+    count = torch.full_like(mean[0, :, 0, 0], mean[:, 0].numel())
+    return torch.stack([count, mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))])
 
 
 @dataclass(frozen=True)
@@ -164,9 +152,7 @@ def open_latents(folder: Path, split: str, **expected: str) -> Latents:
         raise InputError(f"{path}: not found; run the `cache_latents` stage (dvc repro cache_latents)") from None
     for name, value in expected.items():
         if manifest.get(name) != value:
-            raise InputError(
-                f"{path}: {name} is {manifest.get(name)}, expected {value}: the latents are stale; run `cache_latents` again"
-            )
+            raise InputError(f"{path}: {name} is {manifest.get(name)}, expected {value}: stale; run `cache_latents` again")
     files = [load_file(folder / file["name"]) for file in manifest["files"] if file["split"] == split]
     empty = load_file(folder / "empty.safetensors")
     offsets = np.cumsum([0, *(len(file["text"]) for file in files)]).tolist()

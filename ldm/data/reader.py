@@ -86,7 +86,11 @@ class ShardReader:
         rows = self._rows[np.asarray(positions, dtype=np.int64)].tolist()
         for i, (shard, offset, size, *_) in enumerate(rows):
             top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if crops is None else crops[i]
-            image = self._stored(shard, offset, size)
+            try:
+                image = decode_stored(self._read(shard, offset, size), p)
+            except UnreadableImage as error:
+                key = self._key(shard, offset)
+                raise InputError(f"{self._path(shard)}: sample {key} is damaged ({error}); {AGAIN}") from None
             if p.margin or mirrored:
                 image = image[top : top + p.image_size, left : left + p.image_size]
                 image = image[:, ::-1] if mirrored else image
@@ -124,14 +128,6 @@ class ShardReader:
             sample = {"key": self._key(shard, places[0]), "text": text}
             rows.append(sample | meta | sample)  # a column `key` of the caption table does not replace the sample's
         return pd.DataFrame(rows)
-
-    def _stored(self, shard: int, offset: int, size: int) -> np.ndarray:
-        """The stored image, uint8 (H, W, C)."""
-        try:
-            return decode_stored(self._read(shard, offset, size), self.preprocessing)
-        except UnreadableImage as error:
-            key = self._key(shard, offset)
-            raise InputError(f"{self._path(shard)}: sample {key} is damaged ({error}); {AGAIN}") from None
 
     def _key(self, shard: int, image_offset: int) -> str:
         header = self._read(shard, image_offset - tarfile.BLOCKSIZE, 100)  # the name field that opens a tar header

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 from urllib.parse import quote
 
 from ldm.base.errors import InputError
@@ -19,8 +19,6 @@ PAUSES = (0.2, 1.0)  # seconds between attempts
 CONNECT, STALL = 5.0, 20.0  # seconds without a connection, or without a further byte, that end an attempt
 SHA256 = re.compile("[0-9a-f]{64}")
 PART = ".part"  # suffix of a file that is being fetched
-
-T = TypeVar("T")
 
 
 def is_url(place: str | Path) -> bool:
@@ -41,24 +39,15 @@ class ShardCache:
 
     def text(self, name: str) -> str | None:
         """The text of a small file at the URL, never from the folder; None if there is no such file."""
-
-        def read(filesystem: Any, url: str) -> str | None:
-            try:
-                return filesystem.cat_file(url).decode()
-            except FileNotFoundError:
-                return None
-
-        return self._attempt(name, read)
+        return self._attempt(name, lambda filesystem, url: filesystem.cat_file(url).decode(), optional=True)
 
     def open(self, name: str, sha256: str, size: int) -> int:
         """A read-only descriptor of the local copy, readable even after the copy was evicted. The caller closes it."""
         if not SHA256.fullmatch(sha256):  # it becomes a file name here
             raise InputError(f"{self.url}/{name}: its sha256 is {sha256!r}; upload the shard folder again")
         if size > self.max_bytes:
-            raise InputError(
-                f"{self.url}/{name}: its {size:,} bytes do not fit in {self.folder}, which may hold {self.max_bytes:,}; "
-                "raise that bound or write smaller shards"
-            )
+            room = f"do not fit in {self.folder}, which may hold {self.max_bytes:,}"
+            raise InputError(f"{self.url}/{name}: its {size:,} bytes {room}; raise that bound or write smaller shards")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self._kept(sha256, size)
@@ -109,8 +98,8 @@ class ShardCache:
                     return
             time.sleep(0.1)
 
-    def _attempt(self, name: str, read: Callable[[Any, str], T]) -> T:
-        """`read(filesystem, url)` of a file, again after errors that may pass."""
+    def _attempt(self, name: str, read: Callable[[Any, str], Any], optional: bool = False) -> Any:
+        """`read(filesystem, url)` of a file, again after errors that may pass. None if an optional file is absent."""
         url = f"{self.url}/{quote(name) if _is_http(self.url) else name}"
         for pause in (*PAUSES, None):
             try:
@@ -118,6 +107,8 @@ class ShardCache:
             except InputError:
                 raise
             except FileNotFoundError:
+                if optional:
+                    return None
                 raise InputError(f"{url}: not found; check the URL, or upload the shard folder again") from None
             except _WrongBytes as error:
                 problem = f"found {error}; it was changed or damaged there, upload the shard folder again"

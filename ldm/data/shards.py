@@ -36,6 +36,7 @@ HASHED_AT_ONCE, ENCODED_AT_ONCE = 256, 16  # images of a task of a worker proces
 
 Run = Callable[..., Iterator[Any]]  # a `map`
 Progress = Callable[[str, int, int], None]  # (what, done, total)
+Sample = dict[str, Any]  # for webdataset's TarWriter
 T = TypeVar("T")
 
 
@@ -54,12 +55,6 @@ class _Member:
     row: dict[str, Any]  # of the caption table
     place: Place
     digest: str  # content hash of its file
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    sample: dict[str, Any]  # for webdataset's TarWriter
-    thumbnail: bytes
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
 
 def read_collection(folder: Path) -> Collection:
     """The captioned images of a folder: files (`folders.read_folder`) or members of WebDataset tars (`tars.read_tars`)."""
-    suffixes = {PurePosixPath(name).suffix.lower() for name, _ in walk(folder)} if folder.is_dir() else set()
+    suffixes = {PurePosixPath(name).suffix.lower() for name, _ in walk(folder)}
     if ".tar" not in suffixes:
         return read_folder(folder)
     if images := ", ".join(sorted(suffixes & SUFFIXES)):
@@ -116,12 +111,11 @@ def write_shards(
     collection = read_collection(folder)
     prompts = _find_prompts(folder, collection.table)
     recipe = Preprocessing(**preprocessing)
-    bad, total, done = list(collection.refused.items()), len(collection.places), 0  # bad: file name and reason
-    found = total + len(bad)
+    bad, total, done = dict(collection.refused), len(collection.places), 0  # bad: file name -> reason
     with replacing(out) as partial, processes(min(workers, total // IMAGES_PER_WORKER)) as run:
         digests = _digests(collection.places, run, progress)
-        planned = _plan(_group(collection, digests, bad, val_fraction, test_fraction), shard_size)
-        encode = functools.partial(_encode_all, preprocessing=recipe, limits={"min_side": min_side, "max_pixels": max_pixels})
+        planned = _plan(collection, digests, bad, val_fraction, test_fraction, shard_size)
+        encode = functools.partial(_encode, preprocessing=recipe, limits={"min_side": min_side, "max_pixels": max_pixels})
         chunks = _chunks([member for _, _, members in planned for member in members], ENCODED_AT_ONCE)
         encoded = chain.from_iterable(run(encode, chunks))
         shards = []
@@ -134,10 +128,10 @@ def write_shards(
                 (partial / name).unlink()
             done += len(members)
             progress("write", done, total)
-        quarantined = pd.DataFrame(sorted(bad), columns=["file_name", "reason"])
-        _refuse_too_many(folder, quarantined, found, max_bad_fraction)
+        found = total + len(collection.refused)
+        quarantined = pd.DataFrame(sorted(bad.items()), columns=["file_name", "reason"])
         sizes = {split: sum(len(shard.members) for shard in shards if shard.split == split) for split in SPLITS}
-        _refuse_small_splits(folder, found, sizes)
+        _check(folder, found, quarantined, max_bad_fraction, sizes)
         if prompts:
             shutil.copyfile(prompts, partial / PROMPTS)
         quarantined.to_csv(partial / "quarantine.csv", index=False, errors="backslashreplace")
@@ -164,22 +158,6 @@ def _write_index(out: Path, shards: list[_Shard], sizes: dict[str, int], facts: 
     return index
 
 
-def _group(
-    collection: Collection, digests: list[tuple[str, str]], bad: list[tuple[str, str]], val_fraction: float, test_fraction: float
-) -> dict[tuple[str, str], list[_Member]]:
-    """Images by split and top-level folder. Those without a hash go to `bad`."""
-    groups: dict[tuple[str, str], list[_Member]] = {}
-    for row, place, (digest, reason) in zip(collection.table.to_dict("records"), collection.places, digests, strict=True):
-        name = row["file_name"]
-        if reason:
-            bad.append((name, reason))
-            continue
-        top = name.split("/")[0] if "/" in name else ""
-        member = _Member({str(column): value for column, value in row.items()}, place, digest)
-        groups.setdefault((split_of(digest, val_fraction, test_fraction), top), []).append(member)
-    return groups
-
-
 def _digests(places: list[Place], run: Run, progress: Progress) -> list[tuple[str, str]]:
     digests: list[tuple[str, str]] = []
     progress("hash", 0, len(places))
@@ -200,8 +178,20 @@ def _hash(places: list[Place]) -> list[tuple[str, str]]:
     return results
 
 
-def _plan(groups: dict[tuple[str, str], list[_Member]], shard_size: int) -> list[tuple[str, str, list[_Member]]]:
-    """Name, split and members of each shard."""
+def _plan(
+    collection: Collection, digests: list[tuple[str, str]], bad: dict[str, str],
+    val_fraction: float, test_fraction: float, shard_size: int,
+) -> list[tuple[str, str, list[_Member]]]:  # fmt: skip
+    """Name, split and members of each shard. Images without a hash go to `bad`."""
+    groups: dict[tuple[str, str], list[_Member]] = {}  # by split and top-level folder
+    for row, place, (digest, reason) in zip(collection.table.to_dict("records"), collection.places, digests, strict=True):
+        name = row["file_name"]
+        if reason:
+            bad[name] = reason
+            continue
+        top = name.split("/")[0] if "/" in name else ""
+        member = _Member({str(column): value for column, value in row.items()}, place, digest)
+        groups.setdefault((split_of(digest, val_fraction, test_fraction), top), []).append(member)
     return [
         (f"{split}-{_plain(top)}{number:05d}.tar", split, members)
         for split, top in sorted(groups, key=lambda group: (SPLITS.index(group[0]), group[1]))
@@ -221,87 +211,70 @@ def _plain(top: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', top)[:80]}-{content_hash(top.encode())[:8]}-"
 
 
-def _write_shard(
-    path: Path, split: str, members: list[_Member], encoded: Iterator[_Encoded | str], bad: list[tuple[str, str]]
-) -> _Shard:
-    """Write one tar from the next of `encoded`, one for each member; unreadable images go to `bad`."""
-    kept: list[_Member] = []
-    thumbnails: list[bytes] = []
-
-    def samples() -> Iterator[dict[str, Any]]:
-        for member, found in zip(members, islice(encoded, len(members)), strict=True):
-            if isinstance(found, str):
-                bad.append((member.row["file_name"], found))
-                continue
-            kept.append(member)
-            thumbnails.append(found.thumbnail)
-            yield found.sample
-
-    offsets = _write_tar(path, samples())
-    return _Shard(path.name, split, kept, thumbnails, offsets, {"sha256": file_hash(path), "bytes": path.stat().st_size})
-
-
-def _encode_all(members: list[_Member], *, preprocessing: Preprocessing, limits: dict[str, int]) -> list[_Encoded | str]:
-    """Each image as a sample, or why it cannot be read."""
-    results: list[_Encoded | str] = []
+def _encode(members: list[_Member], *, preprocessing: Preprocessing, limits: dict[str, int]) -> list[tuple[Sample, bytes] | str]:
+    """Each image as a sample for a tar, with its thumbnail, or why it cannot be read."""
+    results: list[tuple[Sample, bytes] | str] = []
     for member in members:
         try:
-            results.append(_encode(member, preprocessing, limits))
+            blob = member.place.read()
+            if content_hash(blob) != member.digest:
+                path = member.place.path
+                raise InputError(f"{path}: changed while it was read; run the `shard` stage when nothing writes there")
+            image = preprocessing.read(blob, **limits)
+            stored = {"jpg": blob} if preprocessing.is_stored(blob) else {"png": to_png(image)}
+            results.append((_sample(member, stored), thumbnail(image)))
         except UnreadableImage as error:
             results.append(str(error))
     return results
 
 
-def _encode(member: _Member, preprocessing: Preprocessing, limits: dict[str, int]) -> _Encoded:
-    blob = member.place.read()
-    if content_hash(blob) != member.digest:
-        raise InputError(f"{member.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
-    image = preprocessing.read(blob, **limits)
-    stored = {"jpg": blob} if preprocessing.is_stored(blob) else {"png": to_png(image)}
+def _sample(member: _Member, image: Sample) -> Sample:
+    name, text = member.row["file_name"], member.row["text"]
     # Equal files may have several names, so the key is made of both: content first, then name.
-    key = member.digest[:16] + content_hash(member.row["file_name"].encode(errors="backslashreplace"))[:8]
-    meta = {name: value for name, value in member.row.items() if name != "text" and value == value}  # NaN: the row has no value
+    key = member.digest[:16] + content_hash(name.encode(errors="backslashreplace"))[:8]
+    meta = {column: value for column, value in member.row.items() if column != "text" and value == value}  # NaN: no value
     try:
         json.dumps(meta, allow_nan=False)
-        sample = {"__key__": key, **stored, "txt": member.row["text"].encode(), "json": canonical_json(meta).encode()}
+        return {"__key__": key, **image, "txt": text.encode(), "json": canonical_json(meta).encode()}
     except ValueError as error:
-        name = member.row["file_name"]
         raise InputError(f"{name!r}: caption and columns cannot be written as UTF-8 and JSON: {error}") from None
-    return _Encoded(sample, thumbnail(image))
 
 
-def _write_tar(path: Path, samples: Iterator[dict[str, Any]]) -> np.ndarray:
-    """Write one tar; returns offset and size of each part, int64 (N, 2 * len(PARTS))."""
+def _write_shard(
+    path: Path, split: str, members: list[_Member], encoded: Iterator[tuple[Sample, bytes] | str], bad: dict[str, str]
+) -> _Shard:
+    """Write one tar from the next of `encoded`, one for each member. Unreadable images go to `bad`."""
     import webdataset  # only to write: a machine that trains on shards need not have it
 
+    kept, thumbnails = [], []
     with webdataset.TarWriter(str(path), user="", group="", mtime=0, encoder=False) as tar:
-        for sample in samples:
-            tar.write(sample)
+        for member, found in zip(members, islice(encoded, len(members)), strict=True):
+            if isinstance(found, str):
+                bad[member.row["file_name"]] = found
+                continue
+            tar.write(found[0])
+            kept.append(member)
+            thumbnails.append(found[1])
     places: dict[str, dict[str, tuple[int, int]]] = {}
     with tarfile.open(path) as written:
-        for member in written:
-            key, part = member.name.split(".", 1)
-            places.setdefault(key, {})["image" if f".{part}" in SUFFIXES else part] = (member.offset_data, member.size)
-    table = [[n for part in PARTS for n in place[part]] for place in places.values()]
-    return np.array(table, dtype=np.int64).reshape(-1, 2 * len(PARTS))
+        for info in written:
+            key, part = info.name.split(".", 1)
+            places.setdefault(key, {})["image" if f".{part}" in SUFFIXES else part] = (info.offset_data, info.size)
+    offsets = np.array([[n for part in PARTS for n in place[part]] for place in places.values()], dtype=np.int64)
+    identity: dict[str, str | int] = {"sha256": file_hash(path), "bytes": path.stat().st_size}
+    return _Shard(path.name, split, kept, thumbnails, offsets.reshape(-1, 2 * len(PARTS)), identity)
 
 
-def _refuse_too_many(folder: Path, quarantined: pd.DataFrame, found: int, max_bad_fraction: float) -> None:
+def _check(folder: Path, found: int, quarantined: pd.DataFrame, max_bad_fraction: float, sizes: dict[str, int]) -> None:
+    """Refuse too many unreadable images, and splits that are too small."""
     if len(quarantined) > max_bad_fraction * found:
-        first = quarantined.iloc[0]
-        raise TooManyUnreadable(
-            f"{folder}: {len(quarantined)} of {found} images are unreadable, more than data.max_bad_fraction {max_bad_fraction} "
-            f"allows; the first is {first.file_name!r} ({first.reason}); remove or mend them, or raise the bound",
-            quarantined,
-        )
-
-
-def _refuse_small_splits(folder: Path, found: int, sizes: dict[str, int]) -> None:
+        name, reason = quarantined.iloc[0]
+        many = f"{len(quarantined)} of {found} images are unreadable, more than data.max_bad_fraction {max_bad_fraction} allows"
+        advice = f"the first is {name!r} ({reason}); remove or mend them, or raise the bound"
+        raise TooManyUnreadable(f"{folder}: {many}; {advice}", quarantined)
     if small := " and ".join(split for split in SPLITS if sizes[split] < SMALLEST_SPLIT):
-        raise InputError(
-            f"{folder}: its {found} images leave fewer than {SMALLEST_SPLIT} for the {small} split; "
-            "add images or raise data.val_fraction or data.test_fraction"
-        )
+        few = f"its {found} images leave fewer than {SMALLEST_SPLIT} for the {small} split"
+        raise InputError(f"{folder}: {few}; add images or raise data.val_fraction or data.test_fraction")
 
 
 def _duplicates(shards: list[_Shard]) -> pd.DataFrame:

@@ -16,7 +16,8 @@ from ldm.data.sources.source import Source
 
 HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?@(?P<commit>[0-9a-f]{40})")
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tiff", "GIF": ".gif"}
-STRINGS = ("string", "large_string", "string_view")
+STRINGS = ("string", "large_string", "string_view")  # types of `datasets`
+NUMBER = re.compile(r"(u?int|float)\d+")
 
 
 class HuggingFace(Source):
@@ -37,7 +38,7 @@ class HuggingFace(Source):
         where = f"data.source.dataset {self.dataset!r}"
         name, config, commit = _locate(self.dataset, root, where)
         splits = _load(name, config, commit, where)
-        columns = _choose_columns(next(iter(splits.values())).features, where)
+        columns = _Columns.of(next(iter(splits.values())).features, where)
         count = 0
         with replacing(out) as folder, (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as table:
             for split, rows in sorted(splits.items()):
@@ -59,10 +60,8 @@ def _locate(dataset: str, root: Path, where: str) -> tuple[str, str | None, str 
     for folder, config in ((dataset, None), (dataset.rpartition(":")[0], dataset.rpartition(":")[2])):
         if folder and (root / folder).is_dir():
             return str((root / folder).resolve()), config, None
-    raise InputError(
-        f"{where}: no such folder; a data set on the hub is NAME@COMMIT or NAME:CONFIG@COMMIT with the 40 hex digits of a "
-        "commit, since a name alone, or a branch, would not say which data"
-    )
+    hint = "a data set on the hub is NAME@COMMIT or NAME:CONFIG@COMMIT with the 40 hex digits of a commit"
+    raise InputError(f"{where}: no such folder; {hint}, since a name alone, or a branch, would not say which data")
 
 
 def _load(name: str, config: str | None, commit: str | None, where: str) -> dict[str, Any]:
@@ -97,6 +96,29 @@ class _Columns:
     table: dict[str, str]  # column of metadata.jsonl -> column of the data set
     classes: dict[str, list[str]]  # column of the data set -> names of its classes
 
+    @classmethod
+    def of(cls, features: dict[str, Any], where: str) -> "_Columns":
+        """Choose among the features of a data set."""
+        types = {name: _type(feature) for name, feature in features.items()}
+        found = ", ".join(f"{name} ({type_})" for name, type_ in types.items())
+        images, classes = ([name for name in types if types[name] == kind] for kind in ("Image", "ClassLabel"))
+        if len(images) != 1:
+            raise InputError(f"{where}: expected one column of images, found {len(images)} among its columns {found}")
+        label = classes[0] if len(classes) == 1 else None
+        texts = [name for name, type_ in types.items() if type_.removeprefix("list of ") in STRINGS]
+        caption = next((name for name in ("text", "caption") if name in texts), texts[0] if len(texts) == 1 else label)
+        if caption is None:
+            expected = "expected text or caption, or a single one of strings or of classes, among its columns"
+            raise InputError(f"{where}: which column holds the captions? {expected} {found}")
+        table = {"text": caption} | ({"label": label} if label else {})
+        for name, type_ in types.items():
+            if name not in (caption, label) and (type_ in (*STRINGS, "bool", "ClassLabel") or NUMBER.fullmatch(type_)):
+                free = name
+                while free in ("file_name", *table):
+                    free = f"source_{free}"
+                table[free] = name
+        return cls(images[0], table, {name: features[name].names for name in classes})
+
     def select(self, rows: Any) -> Any:
         """Rows of these columns only, with images as bytes of files."""
         from datasets import Image
@@ -119,43 +141,13 @@ class _Columns:
         return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN or infinity
 
 
-def _choose_columns(features: dict[str, Any], where: str) -> _Columns:
-    from datasets import ClassLabel, Image
-
-    found = ", ".join(f"{name} ({_type(feature)})" for name, feature in features.items())
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if len(images) != 1:
-        raise InputError(f"{where}: expected one column of images, found {len(images)} among its columns {found}")
-    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
-    label = next(iter(classes)) if len(classes) == 1 else None
-    texts = [name for name, feature in features.items() if _type(feature).removeprefix("list of ") in STRINGS]
-    caption = next((name for name in ("text", "caption") if name in texts), texts[0] if len(texts) == 1 else label)
-    if caption is None:
-        raise InputError(
-            f"{where}: which column holds the captions? Neither text nor caption, nor the only one of strings, "
-            f"nor the only one of classes, among its columns {found}"
-        )
-    table = {"text": caption} | ({"label": label} if label else {})
-    for name, feature in features.items():
-        if name not in (caption, label) and (name in classes or _is_scalar(feature)):
-            free = name
-            while free in ("file_name", *table):
-                free = f"source_{free}"
-            table[free] = name
-    return _Columns(images[0], table, classes)
-
-
 def _type(feature: Any) -> str:
-    """A feature's type in words: `string`, `list of string`, `int32`, `ClassLabel`."""
+    """A feature's type in words: `string`, `list of string`, `int32`, `ClassLabel`, `Image`."""
     from datasets import LargeList, List, Value
 
     if isinstance(feature, List | LargeList):
         return f"list of {_type(feature.feature)}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
-
-
-def _is_scalar(feature: Any) -> bool:
-    return _type(feature) in (*STRINGS, "bool") or re.fullmatch(r"(u?int|float)\d+", _type(feature)) is not None
 
 
 def _read(image: dict[str, Any] | None, folder: Path | None, where: str) -> bytes:
