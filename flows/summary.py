@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.supervise import Step
 from ldm.base.paths import AUTOENCODER, DECISION, METRICS_TABLE, REPORT, SAMPLES, SHARDS, UNET
 from ldm.config import Settings
 from ldm.evaluation.value import read_values
@@ -16,16 +17,6 @@ from ldm.versioning.graph import Node
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
     from ldm.registry.registration import Registered
-
-
-@dataclass(frozen=True)
-class Step:
-    """One line of the table of a run."""
-
-    name: str
-    status: str
-    seconds: float
-    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,15 +67,14 @@ def show(summary: Summary) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     print()
-    width = max(16, *(len(step.name) + 2 for step in summary.steps))
+    lines = (*summary.results, *summary.places)
+    width = max(14, *(len(step.name) for step in summary.steps), *(len(what) for what, _ in lines)) + 2
     for step in summary.steps:
         status = f"[{'green' if step.status == 'executed' else 'dim'}]{step.status:<12}[/]"
         console.print(f"{step.name:<{width}}{status}{step.seconds:>8.1f} s  {_memory(step.peak_bytes):>9}".rstrip())
     print()
-    lines = (*summary.results, *summary.places)
-    width = max(15, *(len(what) + 1 for what, _ in lines))
     for what, value in lines:
-        print(f"{what:<{width}} {value}")
+        print(f"{what:<{width}}{value}")
     print("\nnext:")
     for command in summary.next:
         print(f"  {command}")

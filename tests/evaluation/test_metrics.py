@@ -11,8 +11,9 @@ import pytest
 import torch
 from pydantic import BaseModel, ValidationError
 
+from ldm.base.errors import InputError
 from ldm.base.options import OneOf, kinds
-from ldm.evaluation.evaluation import Evaluation, balanced, labelled
+from ldm.evaluation.evaluation import Evaluation, Features, balanced, labelled
 from ldm.evaluation.features.pca import Pca
 from ldm.evaluation.metrics.frechet import Frechet, frechet_distance
 from ldm.evaluation.metrics.kernel import Kernel, kernel_distance
@@ -113,6 +114,15 @@ def test_distances_compare_as_many_samples_as_test_images_in_a_space_fitted_to_t
     assert distance.note == f"N = 40, d = 5; two sets of real images: {floor.value:.3g}"
     assert given.features(Pca(dim=5)) is given.features(Pca(dim=5))  # computed once
     assert Frechet(features=Pca(dim=500)).measure(given)[0].title == "FD-pca39"  # fewer dimensions than samples
+
+
+def test_a_frechet_distance_of_too_few_images_says_what_to_change() -> None:
+    given = evaluation()
+    given._features[Pca()] = Features("large", *np.zeros((3, 40, 2048)))
+    with pytest.raises(
+        InputError, match=r"evaluate.metrics: fd needs more images than dimensions, found N = 40, d = 2048 in large"
+    ):
+        Frechet().measure(given)
 
 
 def test_prompt_accuracy_counts_samples_that_show_what_their_prompts_say() -> None:

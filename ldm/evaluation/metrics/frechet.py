@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from ldm.base.errors import InputError
 from ldm.base.options import OneOf
 from ldm.evaluation.features.feature_space import FeatureSpace, checked
 from ldm.evaluation.features.pca import Pca
@@ -26,6 +27,11 @@ class Frechet(Metric):
 
     def measure(self, evaluation: "Evaluation") -> list[Value]:
         found = evaluation.features(self.features)
+        if found.test.shape[1] >= len(found.test):
+            raise InputError(
+                f"evaluate.metrics: {self.name} needs more images than dimensions, found {found.size} in {found.name}; "
+                "raise evaluate.samples (and test images), or take kind kernel"
+            )
         floor = frechet_distance(found.train, found.test)
         return [
             Value(
