@@ -39,7 +39,7 @@ class DecoderLoss:
     def __init__(
         self, autoencoder: Autoencoder, likelihood: Likelihood, images: Images, count: int, part: Part, seed: int
     ) -> None:
-        """`images` are `count` training images."""
+        """`images` are `count` training images; the parameters of both networks must not require gradients."""
         # GroupNorm's backward in channels-last crashes (torch 2.13) unless all its gradients are asked for. Weights are cloned,
         # because `to` keeps the strides of dimensions of size 1, from which convolutions infer the memory format.
         for weight in autoencoder.parameters():
