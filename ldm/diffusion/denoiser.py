@@ -1,6 +1,6 @@
 """One denoiser for every parameterisation: D(x; sigma) = c_skip x + c_out F(c_in x, c_noise)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from ldm.diffusion.noise.levels import NoiseLevels
 
 
-@dataclass(frozen=True)
-class Scalings:
-    """Preconditioning coefficients, each like `sigma` (Karras et al. 2022, equation 7 and table 1)."""
+class Scalings(NamedTuple):
+    """The coefficients c_skip, c_out, c_in and c_noise, each like `sigma` (Karras et al. 2022, equation 7 and table 1)."""
 
     skip: Tensor
     out: Tensor
@@ -34,26 +33,21 @@ class Denoiser(nn.Module):
         """The coefficients at noise levels `sigma` (B,)."""
         if self.kind == "edm":
             total = (sigma**2 + self.sigma_data**2).sqrt()
-            skip, out = (self.sigma_data / total) ** 2, sigma * self.sigma_data / total
-            return Scalings(skip, out, 1 / total, 250 * sigma.log())
+            return Scalings((self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total, 250 * sigma.log())
         if self.kind == "flow":
             scale = 1 / (1 + sigma)
             return Scalings(scale, -sigma * scale, scale, 1000 * sigma * scale)
-        inp = 1 / (1 + sigma**2).sqrt()
-        skip, out = {
-            "eps": (torch.ones_like(sigma), -sigma),
-            "x0": (torch.zeros_like(sigma), torch.ones_like(sigma)),
-            "v": (inp**2, -sigma * inp),
-        }[self.kind]
+        inp, one = 1 / (1 + sigma**2).sqrt(), torch.ones_like(sigma)
+        skip, out = {"eps": (one, -sigma), "x0": (0 * one, one), "v": (inp**2, -sigma * inp)}[self.kind]
         return Scalings(skip, out, inp, self.levels.timesteps(sigma))
 
     def forward(self, x: Tensor, sigma: Tensor, **cond: Tensor | None) -> Tensor:
-        """Denoise x (B, C, H, W) at noise levels sigma (B,); returns the estimate of x0, like x."""
+        """The estimate of x0, like x (B, C, H, W), at noise levels sigma (B,)."""
         c = self.scalings(sigma)
         return _wide(c.skip, x) * x + _wide(c.out, x) * self.net(_wide(c.inp, x) * x, c.noise, **cond)
 
     def loss(self, x0: Tensor, noise: Tensor, sigma: Tensor, **cond: Tensor | None) -> Tensor:
-        """Each sample's mean squared error of the network's own target, (B,): the kind's standard loss."""
+        """The standard loss of `kind`: each image's mean squared error of the network's own target, (B,)."""
         c = self.scalings(sigma)
         x = x0 + _wide(sigma, x0) * noise
         target = (x0 - _wide(c.skip, x) * x) / _wide(c.out, x)

@@ -1,7 +1,7 @@
 """Guidance wraps a denoiser and is itself a denoiser: D_bad + scale (D_good - D_bad).
 
-The bad one lacks the prompt (classifier-free guidance; Ho & Salimans 2022), or follows another that is not wanted (a negative
-prompt), or is a weaker model (autoguidance; Karras et al. 2024, "Guiding a diffusion model with a bad version of itself").
+D_bad lacks the prompt (classifier-free guidance; Ho & Salimans 2022), follows an unwanted prompt (a negative prompt), or is a
+weaker model (autoguidance; Karras et al. 2024, "Guiding a diffusion model with a bad version of itself").
 """
 
 from collections.abc import Callable
@@ -15,20 +15,12 @@ from ldm.diffusion.samplers.sampler import DenoiseFn
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly, and where.
-
-    scale: 1 is none.
-    interval: (low, high]; at noise levels outside there is no guidance (Kynkäänniemi et al. 2024).
-    rescale: from 0 to 1, how far the guided estimate is brought back to the deviation that each image's unguided one has
-        (Lin et al. 2023, equations 15 and 16, here of x0).
-    """
-
-    scale: float = 1.0
-    interval: tuple[float, float] | None = None
-    rescale: float = 0.0
+    scale: float = 1.0  # 1 is no guidance
+    interval: tuple[float, float] | None = None  # only at noise levels in (low, high] (Kynkäänniemi et al. 2024)
+    rescale: float = 0.0  # 0 to 1: how far images get back the deviation of unguided ones (Lin et al. 2023, eq. 15, 16, of x0)
 
     def at(self, sigma: Tensor) -> bool:
-        """Whether anything is guided at levels `sigma` (B,), which are one and the same."""
+        """Whether there is guidance at `sigma` (B,), which is the same level for all images."""
         return self.scale != 1 and (self.interval is None or self.interval[0] < float(sigma[0]) <= self.interval[1])
 
     def combine(self, good: Tensor, bad: Tensor) -> Tensor:
@@ -44,10 +36,9 @@ class Guidance:
 def classifier_free(
     denoiser: Callable[..., Tensor], guidance: Guidance, context: Tensor, context_mask: Tensor, null: Tensor, null_mask: Tensor
 ) -> DenoiseFn:
-    """Guided away from `null`: the empty caption or a negative prompt.
+    """Guide away from `null`, the empty caption or a negative prompt, with both halves in one batch.
 
-    `context` (B, T, D) and its mask (B, T) condition on the prompts; `null` and `null_mask` are alike, or of one image.
-    Both halves run as one batch.
+    `context` (B, T, D) and `context_mask` (B, T) are the prompts. `null` and `null_mask` have the same shapes, or lack B.
     """
     both = torch.cat([context, null.expand_as(context)])
     both_mask = torch.cat([context_mask, null_mask.expand_as(context_mask)])
@@ -62,7 +53,7 @@ def classifier_free(
 
 
 def autoguidance(denoiser: DenoiseFn, weaker: DenoiseFn, guidance: Guidance) -> DenoiseFn:
-    """Guided away from a weaker model of the same data: smaller, or trained less. Both are conditioned already."""
+    """Guide away from a model of the same data that is smaller or trained less. Both already have their prompts."""
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
         good = denoiser(x, sigma)

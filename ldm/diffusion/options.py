@@ -6,14 +6,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from ldm.base.errors import InputError
 from ldm.base.options import NonNegative, OneOf, Positive, Section, explained
-from ldm.diffusion.noise.distribution import Noise, Schedule
+from ldm.diffusion.noise.levels import Noise
 from ldm.diffusion.samplers.sampler import Sampler
-
-Prediction = Literal["eps", "x0", "v", "edm", "flow"]  # what the network predicts; see ldm/diffusion/denoiser.py
 
 
 class Diffusion(Section):
-    prediction: Prediction
+    prediction: Literal["eps", "x0", "v", "edm", "flow"]  # what the network predicts; see `ldm.diffusion.denoiser`
     noise: Annotated[Noise, OneOf()]  # levels of training
 
     @model_validator(mode="after")
@@ -27,11 +25,11 @@ class Sampling(Section):
     """Defaults of the registered model, which calls may change."""
 
     sampler: Annotated[Sampler, OneOf()]
-    schedule: Schedule  # how the noise levels of the steps are spaced
+    schedule: Literal["karras", "exponential", "uniform"]  # how the noise levels of the steps are spaced
     steps: Positive
     guidance: NonNegative  # 1 is none
-    guidance_interval: tuple[NonNegative, NonNegative] | None  # noise levels with guidance; null: all
-    guidance_rescale: Annotated[float, Field(ge=0, le=1)]  # how far guided estimates get back the unguided ones' deviation
+    guidance_interval: tuple[NonNegative, NonNegative] | None  # the noise levels with guidance; null: all
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)]  # how far guided estimates get back the deviation of unguided ones
 
     @model_validator(mode="after")
     def _interval_ascends(self) -> "Sampling":
@@ -41,10 +39,9 @@ class Sampling(Section):
 
 
 def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampling:
-    """A model's sampling defaults with some of them changed; None changes nothing.
+    """A model's sampling defaults with some of them changed; None changes nothing. `InputError` if the schema refuses a value.
 
-    `sampler` is a dictionary with options, or a kind alone: then with the model's own options, if it is the model's sampler.
-    Raises `InputError` for what the schema refuses.
+    `sampler` is a dictionary with options, or a kind alone, which keeps the model's options if it is the model's sampler.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     if isinstance(kind := given.get("sampler"), str):

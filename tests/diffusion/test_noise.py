@@ -12,10 +12,8 @@ from scipy import stats
 
 from ldm.base.errors import InputError
 from ldm.base.options import kinds
-from ldm.diffusion.noise.continuous import LogNormal, Uniform
-from ldm.diffusion.noise.distribution import Noise
-from ldm.diffusion.noise.levels import NoiseLevels
-from ldm.diffusion.noise.tables import ScaledLinear
+from ldm.diffusion.noise.distributions import LogNormal, ScaledLinear, Uniform
+from ldm.diffusion.noise.levels import Noise, NoiseLevels
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}  # the last is not read
@@ -87,7 +85,8 @@ def test_shift_is_that_of_flow_matching():
 
 @pytest.mark.parametrize("noise", SCHEDULES)
 def test_a_shift_leaves_levels_below_sigma_max(noise):
-    assert len(make(noise, sigma_max=1.0, shift=16.0).table) > 1  # the smallest sigma_max and the largest shift
+    for rescaled in (False, True):  # at the smallest sigma_max and the largest shift
+        assert len(make(noise, sigma_max=1.0, shift=16.0, zero_terminal_snr=rescaled).table) > 1
     with pytest.raises(ValidationError, match=r"shift\n.*less than or equal to 16"):
         make(noise, shift=1e5)
     with pytest.raises(ValidationError, match=r"sigma_max\n.*greater than or equal to 1"):

@@ -1,30 +1,50 @@
-"""Noise levels in use: drawn for training, as fractional timesteps, and as the descending grid of a sampler's steps."""
+"""Noise levels sigma, x = x0 + sigma n: their distribution in training, as timesteps, and as the grid of a sampler's steps."""
+
+from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from typing import Annotated
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
 from ldm.base.errors import InputError
-from ldm.diffusion.noise.distribution import Noise, Schedule
+from ldm.base.lazy import Tensor, torch
+from ldm.base.options import Choice
 
 
-@dataclass(frozen=True)
+class Noise(Choice):
+    """A distribution over noise levels of latents with unit variance.
+
+    `shift` multiplies noise levels, because an image of twice the side needs twice the noise to hide what it shows (Hoogeboom et
+    al. 2023; in terms of sigma, the timestep shift of Esser et al. 2024, equation 23, is the same).
+    """
+
+    sigma_max: Annotated[float, Field(ge=1)] = 80.0  # noise levels stop here
+    shift: Annotated[float, Field(ge=1 / 16, le=16)] = 1.0  # side of the latents over the side the schedule was made for
+
+    def build(self) -> NoiseLevels:
+        return NoiseLevels(self, self.table())
+
+    def table(self) -> Tensor:
+        """The sigmas of the training timesteps, ascending, float64 (T,)."""
+        raise NotImplementedError
+
+    def quantile(self, u: Tensor, table: Tensor) -> Tensor:
+        """The quantile function of the training distribution: sigmas for u in [0, 1), like u."""
+        raise NotImplementedError
+
+    def uniform_grid(self, t: Tensor, table: Tensor) -> Tensor:
+        """Sigmas for times t, which descend evenly from 1 to above 0: timesteps, or the time of flow matching."""
+        raise NotImplementedError
+
+
 class NoiseLevels:
     """Training noise levels: `table` (T,) of sigmas, ascending, and the distribution `noise` that levels are drawn from."""
 
-    noise: Noise
-    table: Tensor
-    _logs: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def sigma_min(self) -> float:
-        return float(self.table[0])
-
-    @property
-    def sigma_max(self) -> float:
-        return float(self.table[-1])
+    def __init__(self, noise: Noise, table: Tensor) -> None:
+        self.noise, self.table = noise, table
+        self.sigma_min, self.sigma_max = float(table[0]), float(table[-1])
+        self._logs: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Sigmas for a training batch, float32 (count,)."""
@@ -33,42 +53,32 @@ class NoiseLevels:
         return self.quantile((start + torch.arange(count, dtype=torch.float64) / count) % 1).float()
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The training distribution's quantile function of u in [0, 1), like u."""
         return self.noise.quantile(u, self.table)
 
     def timesteps(self, sigma: Tensor) -> Tensor:
         """Fractional training timesteps of noise levels, interpolated in ln sigma, like `sigma`."""
-        logs = self._log_table(sigma)
-        log_sigma = sigma.log()
+        place = sigma.device, sigma.dtype
+        if place not in self._logs:  # kept, because a copy for each call would make a GPU wait
+            self._logs[place] = self.table.log().to(sigma)
+        logs, log_sigma = self._logs[place], sigma.log()
         upper = torch.searchsorted(logs, log_sigma).clamp(1, len(logs) - 1)
         low, high = logs[upper - 1], logs[upper]
         return (upper - 1 + (log_sigma - low) / (high - low)).clamp(0, len(logs) - 1)
 
-    def grid(self, schedule: Schedule, steps: int) -> Tensor:
+    def grid(self, schedule: str, steps: int) -> Tensor:
         """Noise levels for `steps` sampler steps, descending from sigma_max and ending in 0, float64 (steps + 1,).
 
-        `karras` (Karras et al. 2022, equation 5); `exponential`, evenly apart in ln sigma, down to sigma_min; `uniform`, evenly
-        apart in training timesteps (diffusers' "trailing"; Lin et al. 2023) or, for a continuous distribution, in t.
+        `karras`: Karras et al. 2022, equation 5, with rho = 7. `exponential`: evenly spaced in ln sigma, down to sigma_min.
+        `uniform`: evenly spaced in timesteps (diffusers' "trailing"; Lin et al. 2023) or in the time of flow matching.
         """
         if steps < 1:
             raise InputError(f"steps {steps}: a sampler takes at least one")
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
         if schedule == "karras":
-            sigmas = _karras(ramp, self.sigma_min, self.sigma_max)
+            low, high = self.sigma_min ** (1 / 7), self.sigma_max ** (1 / 7)
+            sigmas = (high + ramp * (low - high)) ** 7.0
         elif schedule == "exponential":
             sigmas = self.sigma_max * (ramp * math.log(self.sigma_min / self.sigma_max)).exp()
         else:
             sigmas = self.noise.uniform_grid(1 - torch.arange(steps, dtype=torch.float64) / steps, self.table)
         return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
-
-    def _log_table(self, like: Tensor) -> Tensor:
-        """ln of the table where `like` is, kept there: a copy for each call would make a GPU wait."""
-        place = like.device, like.dtype
-        if place not in self._logs:
-            self._logs[place] = self.table.log().to(like)
-        return self._logs[place]
-
-
-def _karras(ramp: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho

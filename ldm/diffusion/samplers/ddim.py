@@ -1,26 +1,20 @@
-"""The first-order samplers: DDIM, and its ends DDPM and Euler."""
-
-from __future__ import annotations
+"""The first-order samplers: DDIM, and its two extremes, DDPM and Euler."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ldm.base.lazy import Tensor
-from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, draw, level
+from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, SampleFn, Sampler, draw, level
 
 
 def ddim(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None, *, eta: float = 0.0) -> Tensor:
-    """Song et al. 2021, equations 12 and 16, divided by the square root of alpha_bar.
-
-    `eta` from 0, deterministic, to 1, where each step draws from the posterior of the noising Markov chain.
-    """
+    """Song et al. 2021, equations 12 and 16, divided by the square root of alpha_bar."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        fresh = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)  # standard deviation of the noise that is new
+        fresh = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)  # standard deviation of the new noise
         x0 = denoiser(x, level(x, sigma))
         x = x0 + math.sqrt(sigma_next**2 - fresh**2) / sigma * (x - x0)
         if fresh:
@@ -32,7 +26,7 @@ class Ddim(Sampler):
     kind: Literal["ddim"] = "ddim"
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0  # 0 is deterministic, 1 is ddpm
 
-    def build(self, sigma_max: float) -> Callable[..., Any]:
+    def build(self, sigma_max: float) -> SampleFn:
         return partial(ddim, eta=self.eta)
 
 
@@ -41,7 +35,7 @@ class Ddpm(Sampler):
 
     kind: Literal["ddpm"] = "ddpm"
 
-    def build(self, sigma_max: float) -> Callable[..., Any]:
+    def build(self, sigma_max: float) -> SampleFn:
         return partial(ddim, eta=1.0)
 
 
@@ -50,5 +44,5 @@ class Euler(Sampler):
 
     kind: Literal["euler"] = "euler"
 
-    def build(self, sigma_max: float) -> Callable[..., Any]:
+    def build(self, sigma_max: float) -> SampleFn:
         return ddim

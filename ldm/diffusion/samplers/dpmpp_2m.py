@@ -1,13 +1,10 @@
 """DPM-Solver++ 2M."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from ldm.base.lazy import Tensor
-from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, level
+from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, SampleFn, Sampler, level
 
 
 def dpmpp_2m(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None) -> Tensor:
@@ -15,8 +12,7 @@ def dpmpp_2m(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None
     previous: Tensor | None = None
     logs = sigmas.log().neg().tolist()  # lambda = -ln sigma
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x0 = denoiser(x, level(x, sigma))
-        estimate = x0
+        x0 = estimate = denoiser(x, level(x, sigma))
         if previous is not None and sigma_next > 0:
             ratio = (logs[i] - logs[i - 1]) / (logs[i + 1] - logs[i])
             estimate = x0 + (x0 - previous) / (2 * ratio)
@@ -28,5 +24,5 @@ def dpmpp_2m(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None
 class DpmPP2M(Sampler):
     kind: Literal["dpmpp_2m"] = "dpmpp_2m"
 
-    def build(self, sigma_max: float) -> Callable[..., Any]:
+    def build(self, sigma_max: float) -> SampleFn:
         return dpmpp_2m

@@ -1,34 +1,22 @@
 """Annealed Langevin dynamics as a corrector."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from ldm.base.lazy import Tensor
 from ldm.base.options import Count, Rate
-from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, draw, level
+from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, SampleFn, Sampler, draw, level
 
 
 def langevin(
-    denoiser: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    noise: Noise | None = None,
-    *,
-    corrections: int = 1,
-    step: float = 0.3,
+    denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None, *, corrections: int = 1, step: float = 0.3
 ) -> Tensor:
     """Predictor and corrector (Song et al. 2021, "Score-based generative modeling", algorithm 1).
 
-    An Euler step to the next level, and there `corrections` steps of Langevin dynamics, annealed as the level falls (Song &
-    Ermon 2019): x <- x + (eps / 2) grad log p(x; sigma) + N(0, eps), eps = (step sigma)²,
-    grad log p = (D(x; sigma) - x) / sigma².
-
-    This is the update of stochastic gradient Langevin dynamics with -log p for the energy. If p is normal with variance
-    v >= sigma², it settles at v / (1 - eps / (4 v)): at most step² / 4 of v too wide, to leading order.
+    Each Euler step to the next level is followed by `corrections` steps of Langevin dynamics there (Song & Ermon 2019):
+    x <- x + (eps / 2) grad log p(x; sigma) + N(0, eps), eps = (step sigma)², grad log p = (D(x; sigma) - x) / sigma².
+    For a normal p of variance v >= sigma², the chain's variance is v / (1 - eps / (4 v)): at most about step² / 4 of v too wide.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = denoiser(x, level(x, sigma))
@@ -42,7 +30,7 @@ def langevin(
 class Langevin(Sampler):
     kind: Literal["langevin"] = "langevin"
     corrections: Count = 1  # steps of Langevin dynamics at each level
-    step: Rate = 0.3  # of these steps, in units of the level
+    step: Rate = 0.3  # their size, in units of the level
 
-    def build(self, sigma_max: float) -> Callable[..., Any]:
+    def build(self, sigma_max: float) -> SampleFn:
         return partial(langevin, corrections=self.corrections, step=self.step)

@@ -1,27 +1,24 @@
 """What all samplers share: plain functions `(denoiser, x, sigmas, noise) -> x0`, with `x` at noise level `sigmas[0]`.
 
 `denoiser(x, sigma (B,))` estimates x0; `sigmas` descends and may end in 0; `noise(i)` is the i-th standard normal draw, like x
-(fresh from torch's generator if None). The deterministic ones follow the probability-flow ODE
-dx/dsigma = (x - D(x; sigma)) / sigma, the others a stochastic equation with the same marginals (Karras et al. 2022,
-equations 3 and 6).
+(by default from torch's generator). Deterministic samplers follow the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma,
+others a stochastic equation with the same marginals (Karras et al. 2022, equations 3 and 6).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
 
 from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Choice
 
 DenoiseFn = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
+SampleFn = Callable[..., Tensor]
 
 
 class Sampler(Choice):
     """The options of one sampler."""
 
-    def build(self, sigma_max: float) -> Callable[..., Any]:
+    def build(self, sigma_max: float) -> SampleFn:
         """The function, with these options; `sigma_max` is the highest noise level of training."""
         raise NotImplementedError
 
