@@ -9,18 +9,24 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from tiny import REPOSITORY, set_params
+from tiny import REPOSITORY, metrics, set_params
 
 SIZE = 16
 SMALL: dict[str, Any] = {
     "data": {"path": "images", "image_size": SIZE, "resize_filter": "box", "val_fraction": 0.2, "test_fraction": 0.2},
     "text": {"max_tokens": 4},
-    "autoencoder": {"latent_channels": 2, "block_out_channels": [8, 16], "norm_num_groups": 4, "num_vq_embeddings": 32},
-    "train_vae": {"images": 512, "batch_size": 32, "warmup_images": 64, "ema_halflife_images": 100, "log_scale": -2.0},
-    "unet": {"block_out_channels": [8, 16], "num_heads": 2, "norm_num_groups": 4},
+    "autoencoder": {"latent_channels": 2, "block_out_channels": [8, 16], "norm_num_groups": 4},
+    "train_vae": {
+        "images": 512,
+        "batch_size": 32,
+        "warmup_images": 64,
+        "ema_halflife_images": 100,
+        "likelihood": {"kind": "discretized_logistic", "log_scale": -2.0},
+    },
+    "backbone": {"block_out_channels": [8, 16], "num_heads": 2, "norm_num_groups": 4},
     "train_unet": {"images": 64, "batch_size": 32, "warmup_images": 0},
     "sampling": {"steps": 2},
-    "evaluate": {"samples": 8, "features": 4, "bound_levels": 2, "importance_samples": 2},
+    "evaluate": {"samples": 8, "bound_levels": 2, "importance_samples": 2, "metrics": metrics(4)},
 }
 
 

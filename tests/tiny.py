@@ -12,20 +12,20 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 
-PCA = {"kind": "pca", "dim": 8}
-METRICS = [
-    {"kind": "psnr"},
-    {"kind": "frechet", "features": PCA},
-    {"kind": "kernel", "features": PCA},
-    *({"kind": kind} for kind in ("prompt_accuracy", "variance_ratio", "latents")),
-]
+
+def metrics(dim: int) -> list[dict[str, Any]]:
+    """All metrics, distances in a feature space of so many dimensions."""
+    distances = [{"kind": kind, "features": {"kind": "pca", "dim": dim}} for kind in ("frechet", "kernel")]
+    return [*distances, *({"kind": kind} for kind in ("psnr", "prompt_accuracy", "variance_ratio", "latents"))]
+
+
 TINY: dict[str, dict[str, Any]] = {
     "autoencoder": {"block_out_channels": [8, 8, 16]},
     "train_vae": {"images": 512, "batch_size": 32, "checkpoint_images": 256},
     "backbone": {"block_out_channels": [16, 16], "num_heads": 2},
     "train_unet": {"images": 512, "batch_size": 64, "checkpoint_images": 256},
     "sampling": {"steps": 2},
-    "evaluate": {"samples": 40, "unseen_samples": 40, "bound_levels": 2, "importance_samples": 2, "metrics": METRICS},
+    "evaluate": {"samples": 40, "unseen_samples": 40, "bound_levels": 2, "importance_samples": 2, "metrics": metrics(8)},
 }
 
 

@@ -13,26 +13,29 @@ from blobs import make_project, run_stages
 from safetensors.torch import load_file
 from tiny import set_params
 
+from ldm.base.options import value_at
 from ldm.model import LatentDiffusion
 from ldm.nets.unet import UNet
 
 CHOICES: dict[str, dict[str, Any]] = {
     "flow": {
-        "unet": {"attention": ["self", "cross"], "qk_norm": True, "transformer_layers_per_block": 2},
-        "diffusion": {"kind": "flow", "noise": "logitnormal", "shift": 2.0, "sigma_max": 200.0},
-        "train_unet": {"loss_weight": "learned"},
-        "sampling": {"sampler": "heun", "schedule": "uniform", "churn": 1.0, "guidance": 2.0, "guidance_interval": [0.1, 10.0]},
+        "backbone": {"attention": ["self", "cross"], "qk_norm": True, "transformer_layers_per_block": 2},
+        "diffusion": {"prediction": "flow", "noise": {"kind": "logitnormal", "shift": 2.0, "sigma_max": 200.0}},
+        "train_unet": {"loss_weight": {"kind": "learned"}},
+        "sampling": {
+            "sampler": {"kind": "heun", "churn": 1.0}, "schedule": "uniform", "guidance": 2.0, "guidance_interval": [0.1, 10.0],
+        },
     },
     "zero-terminal v": {
-        "diffusion": {"kind": "v", "noise": "scaled_linear", "zero_terminal_snr": True},
-        "train_unet": {"loss_weight": "min_snr"},
-        "sampling": {"sampler": "ddim", "schedule": "uniform", "eta": 0.5, "guidance_rescale": 0.7},
+        "diffusion": {"prediction": "v", "noise": {"kind": "scaled_linear", "zero_terminal_snr": True}},
+        "train_unet": {"loss_weight": {"kind": "min_snr"}},
+        "sampling": {"sampler": {"kind": "ddim", "eta": 0.5}, "schedule": "uniform", "guidance_rescale": 0.7},
     },
     "edm": {
-        "diffusion": {"kind": "edm", "noise": "lognormal"},
-        "sampling": {"sampler": "langevin", "schedule": "exponential"},
+        "diffusion": {"prediction": "edm", "noise": {"kind": "lognormal"}},
+        "sampling": {"sampler": {"kind": "langevin", "step": 0.2}, "schedule": "exponential"},
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +54,13 @@ def test_every_choice_goes_from_settings_to_the_saved_system(name, encoded, tmp_
     assert all(math.isfinite(metrics[key]) for key in ("nats", "bits_per_dim", "fd"))
     model = LatentDiffusion.load(root / "models/ldm")
     recipe = vars(model.recipe)
-    assert {key: recipe[key] for key in chosen["diffusion"]} == chosen["diffusion"]
-    assert {key: recipe["sampling"][key] for key in chosen["sampling"]} == chosen["sampling"]
-    assert {key: model.unet.config[key] for key in chosen.get("unet", {})} == chosen.get("unet", {})
-    assert model.levels.sigma_max == pytest.approx(chosen["diffusion"].get("sigma_max", 80.0), rel=0.2)
+    assert recipe["diffusion"]["prediction"] == chosen["diffusion"]["prediction"]
+    for choice in ("diffusion.noise", "sampling.sampler"):
+        assert value_at(chosen, choice).items() <= value_at(recipe, choice).items()
+    plain = chosen["sampling"].keys() - {"sampler"}
+    assert {key: recipe["sampling"][key] for key in plain} == {key: chosen["sampling"][key] for key in plain}
+    assert {key: model.unet.config[key] for key in chosen.get("backbone", {})} == chosen.get("backbone", {})
+    assert model.levels.sigma_max == pytest.approx(chosen["diffusion"]["noise"].get("sigma_max", 80.0), rel=0.2)
     weights = load_file(root / "models/unet/diffusion_pytorch_model.safetensors")
     assert weights.keys() == UNet(**model.unet.config).state_dict().keys()  # nothing of what only training needs
     own, spelled_out = model.sample(["a blob"] * 2, seed=1), model.sample(["a blob"] * 2, seed=1, **recipe["sampling"])
