@@ -1,4 +1,4 @@
-"""`python -m flows.run` runs the pipeline once, here, and shows at a console what someone there wants to see."""
+"""`python -m flows.run` runs the pipeline once, on this machine, and shows the stages' own lines."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 
 
 class _Plain(logging.Handler):
-    """Marked lines as they are: on stdout, a stage's `error: …` on stderr."""
+    """Shows marked lines as they are: on stdout, a stage's `error: …` on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "plain", False):
@@ -25,15 +25,15 @@ class _Plain(logging.Handler):
             print(line, file=sys.stderr if line.startswith("error: ") else sys.stdout, flush=True)
 
 
-def _of_interest(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING and not record.name.startswith(RUN_LOGGERS)
-
-
 @contextlib.contextmanager
 def _plain_console() -> Iterator[None]:
-    """At a console, show the stages' own lines and Prefect's warnings, not Prefect's account of the run."""
+    """Show the stages' lines and Prefect's warnings, not Prefect's account of the run."""
+
+    def is_warning(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING and not record.name.startswith(RUN_LOGGERS)
+
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_of_interest)  # for good: Prefect goes on to speak at exit
+        handler.addFilter(is_warning)  # never removed: Prefect also logs at exit
     plain = _Plain()
     for name in RUN_LOGGERS:
         logging.getLogger(name).addHandler(plain)
@@ -45,7 +45,7 @@ def _plain_console() -> Iterator[None]:
 
 
 def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None) -> int:
-    """While Prefect's temporary server starts, which takes seconds, import Prefect and MLflow, and open MLflow's store."""
+    """Import Prefect and MLflow and open MLflow's store while Prefect's temporary server starts, which takes seconds."""
     from prefect.exceptions import TerminationSignal
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -57,7 +57,7 @@ def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None
         temporary.stop()
         temporary = None
     tracking.use_default_store(root)
-    with contextlib.suppress(Exception), mlflow_run.short_patience():  # the run itself says what is wrong
+    with contextlib.suppress(Exception), mlflow_run.short_patience():  # the run itself reports what is wrong
         mlflow_run.experiment_id(mlflow_run.mlflow_client())
     if temporary:
         temporary.wait()
@@ -68,7 +68,7 @@ def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None
         show(summary)
     except supervise.StageFailed as failure:
         if failure.bad_input:
-            return supervise.BAD_INPUT  # the stage's own line says it all, and it is the last one shown
+            return supervise.BAD_INPUT  # the last line shown is the stage's own error
         print(f"{failure}; `ldm run` goes on from the last checkpoint", file=sys.stderr)
         return 1
     except TerminationSignal:
@@ -78,14 +78,14 @@ def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.run", description=__doc__)
-    parser.add_argument("--ingest", metavar="FOLDER", help="first take in what is new in this folder; see `ldm data ingest`")
+    parser.add_argument("--ingest", metavar="FOLDER", help="first ingest what is new in this folder; see `ldm data ingest`")
     inbox = parser.parse_args().ingest
     try:
         root = find_root()
         settings = load_settings(root)
         print(f"pipeline in {root}: starting Prefect and MLflow", flush=True)
         temporary = None if os.environ.get("PREFECT_API_URL") else server.start()
-        if not inbox:  # which may bring the first images
+        if not inbox:  # it may bring the first images
             check_data(root, settings.data.path)
         return _run(root, inbox, temporary)
     except InputError as error:

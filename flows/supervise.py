@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import psutil
 
@@ -33,13 +33,13 @@ MEMORY_POLL = 0.5  # seconds between looks at the memory
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a stage went: its command ran, DVC's run-cache had the outs, or nothing had changed."""
+class Step:
+    """One step of a run: a stage whose command ran, whose outs DVC's run-cache had, or for which nothing had changed."""
 
-    stage: str
-    status: Literal["executed", "restored", "cached"]
+    name: str
+    status: str  # executed, restored, cached
     seconds: float
-    peak_bytes: int  # resident memory of its largest process, as seen every `MEMORY_POLL` seconds; 0 where there is no /proc
+    peak_bytes: int = 0  # resident memory of the largest process, as seen every `MEMORY_POLL` seconds; 0 if unknown
 
 
 class StageFailed(Exception):
@@ -59,7 +59,7 @@ def run_stage(
     on_line: Callable[[str], object] = print,
     timeout: float | None = None,
     env: Mapping[str, str] | None = None,
-) -> Outcome:
+) -> Step:
     """Bring one stage up to date; on return, whatever happened, none of its processes is left.
 
     Waits if another process holds DVC's lock. Raises `StageFailed`, also after `timeout` seconds.
@@ -68,7 +68,7 @@ def run_stage(
     tail: deque[str] = deque(maxlen=TAIL)
     status = status or Status(root)
     if status.is_up_to_date(stage):
-        return Outcome(stage, "cached", time.monotonic() - start, 0)
+        return Step(stage, "cached", time.monotonic() - start)
     status.changed()
     peak, looked = 0, 0.0
     with _child(root, stage, env or {}) as (child, result):
@@ -88,7 +88,7 @@ def run_stage(
             found = Reproduced(**json.loads(file.read() or "{}"))  # nothing if it was killed
     if code != 0:
         raise StageFailed(stage, found.exit_code or code, tuple(tail))
-    return Outcome(stage, found.status, time.monotonic() - start, peak)
+    return Step(stage, found.status, time.monotonic() - start, peak)
 
 
 def peak_memory(session: int) -> int:

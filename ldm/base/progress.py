@@ -1,4 +1,4 @@
-"""How far a step has come: a bar on a terminal, elsewhere a line at least every ten seconds."""
+"""Progress of a step: a bar on a terminal, elsewhere a line at least every ten seconds."""
 
 import atexit
 import contextlib
@@ -9,31 +9,31 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
-# Held while a line is printed: no fork copies half a line, and the interpreter does not shut down in the middle of one.
+# Held while a line is printed, so that no fork copies half a line and the interpreter does not shut down in the middle of one.
 _printing = threading.RLock()
 os.register_at_fork(before=_printing.acquire, after_in_parent=_printing.release, after_in_child=_printing.release)
 atexit.register(_printing.acquire)
 
 
 def _write(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more; the work goes on until it is stopped
-        print(f"{line}\n", end="", flush=True)  # one write: what others print comes before or after it
+    with contextlib.suppress(OSError):  # nobody reads any more; the work goes on until it is stopped
+        print(f"{line}\n", end="", flush=True)  # a single write, which other output cannot split
 
 
 class Progress:
-    """A bar with speed and time left on a terminal; elsewhere plain lines, of which a thread repeats the last when none follows.
+    """A bar with speed and time left on a terminal; elsewhere plain lines. If no line follows, a thread repeats the last one.
 
-    It ends when all of `total` is done, or with `close()`. A step that counts nothing is wrapped:
-    `with Progress("evaluate: samples"): ...` says how long it has taken so far.
+    It ends when `total` is reached, or with `close()`. A step without a count is wrapped,
+    `with Progress("evaluate: samples"): ...`, and shows how long it has taken so far.
     """
 
-    INTERVAL = 5.0  # seconds between plain lines at least
-    HEARTBEAT = 8.0  # seconds between plain lines at most; the rest of the ten is for a busy machine
+    INTERVAL = 5.0  # least seconds between plain lines
+    HEARTBEAT = 8.0  # most seconds between plain lines; two more are for a busy machine
 
     def __init__(self, label: str, total: int | None = None, unit: str = "images"):
         self.label, self.total, self.unit = label, total, unit
         self._started = self._updated = self._printed = time.monotonic()
-        self._origin: tuple[float, int] | None = None  # when and where the first call found the work
+        self._origin: tuple[float, int] | None = None  # time and count of the first call
         self._done, self._note = 0, ""
         self._closed = threading.Event()
         self._bar: Any = None
@@ -46,9 +46,9 @@ class Progress:
         self._thread.start()
 
     def __call__(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
-        """`done` of the total are through. The first call says where the work stands before it begins.
+        """Show that `done` of the total are done; the first call gives the count at the start.
 
-        Cheap enough to be called for every batch. Metrics are shown until there are others.
+        It is cheap enough to be called for every batch. Metrics are shown until others replace them.
         """
         finished = self.total is not None and done >= self.total
         with _printing:
@@ -60,14 +60,14 @@ class Progress:
             if metrics:
                 self._note = " ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:3])
             if self._bar is not None:
-                self._bar.update(self._task, completed=done, rate=self._speed(), note=self._note)
+                self._bar.update(self._task, completed=done, rate=self._speed()[0], note=self._note)
             elif first or finished or now - self._printed >= self.INTERVAL:
-                self._print(self._position(), self._speed(), self._time_left(), self._note)
+                self._print(self._position(), *self._speed(), self._note)
         if finished:
             self.close()
 
     def close(self) -> None:
-        """Nothing is printed from here on."""
+        """Print nothing from here on."""
         with _printing:
             self._closed.set()
         if self._bar is not None:
@@ -95,7 +95,7 @@ class Progress:
         atexit.register(self._bar.stop)  # also after a failure, or the terminal keeps a hidden cursor
 
     def _beat(self) -> None:
-        """Say that the step goes on whenever no line was printed for `HEARTBEAT` seconds."""
+        """Print a line whenever none was printed for `HEARTBEAT` seconds."""
         while not self._closed.wait(max(self._printed + self.HEARTBEAT - time.monotonic(), 0)):
             with _printing:
                 now = time.monotonic()
@@ -113,15 +113,11 @@ class Progress:
     def _position(self) -> str:
         return f"{self._done:,}{'' if self.total is None else f'/{self.total:,}'} {self.unit}"
 
-    def _rate(self) -> float:
-        """What this process did in a second; 0 before it did anything."""
+    def _speed(self) -> tuple[str, str]:
+        """Speed of this process and time left, in words; empty before anything is done."""
         start, first = self._origin or (self._updated, self._done)
-        return (self._done - first) / max(self._updated - start, 1e-9)
-
-    def _speed(self) -> str:
-        rate = self._rate()
-        return f"{rate:{',.0f' if rate >= 10 else '.2g'}} {self.unit}/s" if rate > 0 else ""
-
-    def _time_left(self) -> str:
-        rate = self._rate()
-        return f"{max(self.total - self._done, 0) / rate:,.0f} s left" if self.total is not None and rate > 0 else ""
+        rate = (self._done - first) / max(self._updated - start, 1e-9)
+        if rate <= 0:
+            return "", ""
+        left = "" if self.total is None else f"{max(self.total - self._done, 0) / rate:,.0f} s left"
+        return f"{rate:{',.0f' if rate >= 10 else '.2g'}} {self.unit}/s", left

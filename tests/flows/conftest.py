@@ -1,11 +1,12 @@
 """Fixtures for tests of the flow: a small DVC project, Prefect's server, processes that must end."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from dvc_project import project, template  # noqa: F401
+
+import flows  # noqa: F401  # sets what Prefect reads on import
 
 
 def alive(pid: int) -> bool:
@@ -33,7 +34,6 @@ def gone() -> Callable[[int], bool]:
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
     """One temporary Prefect server for all tests of flows."""
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=120):

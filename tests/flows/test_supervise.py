@@ -26,7 +26,7 @@ def wait_for(path: Path, seconds: float = 20) -> int:
 def test_a_stage_runs_once_and_its_lines_arrive(project: Path) -> None:
     lines: list[str] = []
     first = run_stage(project, "shard", on_line=lines.append)
-    assert (first.stage, first.status) == ("shard", "executed")
+    assert (first.name, first.status) == ("shard", "executed")
     assert lines == ["shard starts"]
     assert first.peak_bytes > 5 * 2**20
     second = run_stage(project, "shard", on_line=lines.append)
