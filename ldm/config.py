@@ -21,7 +21,7 @@ from ldm.diffusion.options import Diffusion, Sampling
 from ldm.evaluation.metrics.metric import Metric
 from ldm.nets.backbones.backbone import Backbone
 from ldm.nets.regulariser import Kl, Regulariser
-from ldm.nets.text.options import Text
+from ldm.nets.text.encoder import Text
 from ldm.training.objectives import ElboChoice
 from ldm.training.optimizers import Sgld
 from ldm.training.options import TrainUnet, TrainVae

