@@ -21,7 +21,6 @@ from scipy import stats
 from tiny import environment, set_params
 
 from ldm.base.errors import InputError
-from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.bayes.likelihoods.likelihood import load_likelihood
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
@@ -108,7 +107,7 @@ def test_its_scale_is_the_likeliest_of_the_validation_images(as_it_is):
         return float(np.log(np.maximum(upper - lower, 1e-300)).sum())
 
     found = load_likelihood(as_it_is / "models/autoencoder")
-    assert isinstance(found, DiscretizedLogistic) and found.scale == "learned"
+    assert (found.kind, found.scale) == ("discretized_logistic", "learned")
     scales = np.exp(np.linspace(-6, 0, 121))
     best = scales[np.argmax([nats(scale) for scale in scales])]
     assert float(found.log_scale) == pytest.approx(np.log(best), abs=0.1)
@@ -116,7 +115,8 @@ def test_its_scale_is_the_likeliest_of_the_validation_images(as_it_is):
 
 def test_a_likelihood_that_came_along_is_kept_whatever_the_settings_would_train(project):
     """A version of the registry, or a folder of ours, was measured with it."""
-    set_params(project, {"autoencoder": {"pretrained": "ours"}, "train_vae": {"images": 0, "likelihood": "discretized_gaussian"}})
+    changes = {"images": 0, "likelihood": {"kind": "discretized_gaussian"}}
+    set_params(project, {"autoencoder": {"pretrained": "ours"}, "train_vae": changes})
     before = contents(project / "ours")
     run_stages(project, "pretrained", "train_vae")
     assert contents(project / "models/autoencoder") == before
@@ -140,7 +140,7 @@ def test_fine_tuning_starts_from_its_weights_and_likelihood(project):
 
 
 def test_another_kind_of_likelihood_starts_anew(project):
-    changes = {"likelihood": "discretized_gaussian", "log_scale": -1.5}
+    changes = {"likelihood": {"kind": "discretized_gaussian", "log_scale": -1.5}}
     set_params(project, {"autoencoder": {"pretrained": "ours"}, "train_vae": changes})
     run_stages(project, "pretrained")
     likelihood = start(project, load_settings(project))[1]
@@ -244,7 +244,7 @@ def test_a_commit_that_was_fetched_once_needs_no_network(project, hub):
 
 def test_settings_that_do_not_describe_it_are_all_named_with_both_values(project):
     changes = {
-        "regulariser": "vq",
+        "regulariser": {"kind": "vq"},
         "latent_channels": 3,
         "block_out_channels": [8, 8],
         "layers_per_block": 2,
@@ -268,15 +268,16 @@ def test_settings_that_do_not_describe_it_are_all_named_with_both_values(project
         "autoencoder.attention is [1], but it has []",
         "autoencoder.mid_block_add_attention is True, but it has False",
         "data.channels is 3, but it has 1",
-        "out_channels (by data.channels and train_vae.scale) is 3, but it has 1",
+        "out_channels (by data.channels and train_vae.likelihood.scale) is 3, but it has 1",
     }
 
 
 def test_a_scale_for_each_pixel_needs_a_decoder_that_gives_one(project):
-    set_params(project, {"autoencoder": {"pretrained": "theirs"}, "train_vae": {"scale": "per_pixel", "images": 0}})
+    changes = {"likelihood": {"kind": "gaussian", "scale": "per_pixel"}, "images": 0}
+    set_params(project, {"autoencoder": {"pretrained": "theirs"}, "train_vae": changes})
     run_stages(project, "pretrained")
     with pytest.raises(
-        InputError, match=r"describes: out_channels \(by data\.channels and train_vae\.scale\) is 2, but it has 1$"
+        InputError, match=r"out_channels \(by data\.channels and train_vae\.likelihood\.scale\) is 2, but it has 1$"
     ):
         run_stages(project, "train_vae")
     assert (project / "models/autoencoder").is_dir()  # the earlier one
@@ -288,10 +289,10 @@ def test_what_no_setting_speaks_of_may_be_as_it_is(project):
     described, _ = build(settings)
     shape = {"block_out_channels": [8, 16], "norm_num_groups": 4, "mid_block_add_attention": False}
     check_same(described, AutoencoderKL(1, 1, 2, **shape, use_quant_conv=False, use_post_quant_conv=False), "bare")
-    set_params(project, {"autoencoder": {"regulariser": "vq"}})
+    set_params(project, {"autoencoder": {"regulariser": {"kind": "vq", "num_vq_embeddings": 32}}})
     described, _ = build(load_settings(project))
     check_same(described, VQModel(1, 1, 5, **shape, num_vq_embeddings=32, vq_embed_dim=2), "codes of 2 channels")
-    with pytest.raises(InputError, match=r"codes is not .*: autoencoder\.num_vq_embeddings is 32, but it has 64$"):
+    with pytest.raises(InputError, match=r"codes is not .*: autoencoder\.regulariser\.num_vq_embeddings is 32, but it has 64$"):
         check_same(described, VQModel(1, 1, 2, **shape, num_vq_embeddings=64), "codes")
 
 
