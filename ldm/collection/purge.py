@@ -95,6 +95,13 @@ class _Objects:
         with self.open(md5) as file:
             return _sha256(file)
 
+    def matches(self, md5: str, digests: tuple[str, ...]) -> bool:
+        """Whether the sha256 of a file, or of a tar's member, begins with one of `digests`."""
+        if not self.is_tar(md5):
+            return self.sha256(md5).startswith(digests)
+        with self.open(md5) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+            return any(_sha256(part).startswith(digests) for member in tar if (part := tar.extractfile(member)))
+
     def json(self, md5: str) -> Any:
         """None if there is no such object, or it is damaged."""
         try:
@@ -205,18 +212,9 @@ def _originals(objects: _Objects, names: set[str], digests: set[str]) -> set[str
     """
     paths = names | {name[: name.index(".tar/") + 4] for name in names if ".tar/" in name}
     named = {md5 for path, md5 in objects.files if any(path == name or path.endswith(f"/{name}") for name in paths)}
-    found = {md5 for md5 in named if _matches(objects, md5, tuple(digests))}
-    if digests and not found and not names:
-        images = {md5 for path, md5 in objects.files if Path(path).suffix.lower() in SUFFIXES}
-        found = {md5 for md5 in images if _matches(objects, md5, tuple(digests))}
-    return found
-
-
-def _matches(objects: _Objects, md5: str, digests: tuple[str, ...]) -> bool:
-    if objects.is_tar(md5):
-        with objects.open(md5) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            return any(_sha256(part).startswith(digests) for member in tar if (part := tar.extractfile(member)))
-    return objects.sha256(md5).startswith(digests)
+    if digests and not names:
+        named = {md5 for path, md5 in objects.files if Path(path).suffix.lower() in SUFFIXES}
+    return {md5 for md5 in named if objects.matches(md5, tuple(digests))}
 
 
 def _latents(objects: _Objects, shards: set[str]) -> set[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -38,14 +38,6 @@ Run = Callable[..., Iterator[Any]]  # a `map`
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 Sample = dict[str, Any]  # for webdataset's TarWriter
 T = TypeVar("T")
-
-
-class TooManyUnreadable(InputError):
-    """More unreadable images than allowed; `quarantined` (columns `file_name,reason`) lists them."""
-
-    def __init__(self, message: str, quarantined: pd.DataFrame):
-        super().__init__(message)
-        self.quarantined = quarantined
 
 
 @dataclass(frozen=True)
@@ -95,6 +87,7 @@ def write_shards(
     max_bad_fraction: float,
     min_side: int = 1,
     max_pixels: int = MAX_PIXELS,
+    report: Path | None = None,
     workers: int = 1,
     progress: Progress = lambda what, done, total: None,
     **preprocessing: Any,
@@ -105,8 +98,8 @@ def write_shards(
     either in a shard or in `quarantine.csv`. `workers` processes hash, then encode; `progress` is told how many images are
     done. `preprocessing` has the fields of `images.Preprocessing`.
 
-    Raises `InputError` for bad folders and captions and for a split with fewer than `SMALLEST_SPLIT` images, and
-    `TooManyUnreadable` if more than `max_bad_fraction` of the images are unreadable.
+    Raises `InputError` for bad folders and captions, for a split with fewer than `SMALLEST_SPLIT` images, and if more than
+    `max_bad_fraction` of the images are unreadable, which then are listed in the file `report`.
     """
     collection = read_collection(folder)
     prompts = _find_prompts(folder, collection.table)
@@ -131,7 +124,11 @@ def write_shards(
         found = total + len(collection.refused)
         quarantined = pd.DataFrame(sorted(bad.items()), columns=["file_name", "reason"])
         sizes = {split: sum(len(shard.members) for shard in shards if shard.split == split) for split in SPLITS}
-        _check(folder, found, quarantined, max_bad_fraction, sizes)
+        if len(quarantined) > max_bad_fraction * found:
+            _refuse_unreadable(folder, found, quarantined, max_bad_fraction, report)
+        if small := " and ".join(split for split in SPLITS if sizes[split] < SMALLEST_SPLIT):
+            few = f"its {found} images leave fewer than {SMALLEST_SPLIT} for the {small} split"
+            raise InputError(f"{folder}: {few}; add images or raise data.val_fraction or data.test_fraction")
         if prompts:
             shutil.copyfile(prompts, partial / PROMPTS)
         quarantined.to_csv(partial / "quarantine.csv", index=False, errors="backslashreplace")
@@ -265,16 +262,13 @@ def _write_shard(
     return _Shard(path.name, split, kept, thumbnails, offsets.reshape(-1, 2 * len(PARTS)), identity)
 
 
-def _check(folder: Path, found: int, quarantined: pd.DataFrame, max_bad_fraction: float, sizes: dict[str, int]) -> None:
-    """Refuse too many unreadable images, and splits that are too small."""
-    if len(quarantined) > max_bad_fraction * found:
-        name, reason = quarantined.iloc[0]
-        many = f"{len(quarantined)} of {found} images are unreadable, more than data.max_bad_fraction {max_bad_fraction} allows"
-        advice = f"the first is {name!r} ({reason}); remove or mend them, or raise the bound"
-        raise TooManyUnreadable(f"{folder}: {many}; {advice}", quarantined)
-    if small := " and ".join(split for split in SPLITS if sizes[split] < SMALLEST_SPLIT):
-        few = f"its {found} images leave fewer than {SMALLEST_SPLIT} for the {small} split"
-        raise InputError(f"{folder}: {few}; add images or raise data.val_fraction or data.test_fraction")
+def _refuse_unreadable(folder: Path, found: int, bad: pd.DataFrame, max_bad_fraction: float, report: Path | None) -> NoReturn:
+    if report:
+        report.parent.mkdir(exist_ok=True)
+        bad.to_csv(report, index=False, errors="backslashreplace")
+    many = f"{len(bad)} of {found} images are unreadable, more than data.max_bad_fraction {max_bad_fraction} allows"
+    first = f"the first is {bad.file_name[0]!r} ({bad.reason[0]}){f', all are in {report}' if report else ''}"
+    raise InputError(f"{folder}: {many}; {first}; remove or mend them, or raise the bound")
 
 
 def _duplicates(shards: list[_Shard]) -> pd.DataFrame:

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ldm.base.errors import InputError
 from ldm.base.paths import QUARANTINE, SHARDS
 from ldm.base.progress import Progress
 from ldm.config import load_settings
 from ldm.data.parallel import default_workers
-from ldm.data.shards import TooManyUnreadable, write_shards
+from ldm.data.shards import write_shards
 from ldm.registry.tracking import stage_run
 from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
@@ -28,13 +27,8 @@ def run(root: Path) -> None:
         bars[what](done)
 
     with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
-        try:
-            index = write_shards(root / settings.data.path, root / SHARDS, **data, workers=default_workers(), progress=progress)
-        except TooManyUnreadable as error:
-            path = root / QUARANTINE
-            path.parent.mkdir(exist_ok=True)
-            error.quarantined.to_csv(path, index=False, errors="backslashreplace")
-            raise InputError(f"{error}; all are in {path.relative_to(root)}") from None
+        folder, out, workers = root / settings.data.path, root / SHARDS, default_workers()
+        index = write_shards(folder, out, **data, report=root / QUARANTINE, workers=workers, progress=progress)
         counts = {split: stop - start for split, (start, stop) in index["splits"].items()}
         tracker.log({f"{split}_images": float(n) for split, n in counts.items()} | {"quarantined": index["quarantined"]}, 0)
     splits = ", ".join(f"{n} {split}" for split, n in counts.items())

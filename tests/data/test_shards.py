@@ -399,6 +399,14 @@ def test_killed_in_the_middle_of_writing_and_run_again(seed: int, source: Path, 
     assert not (tmp_path / "shards.partial").exists()
 
 
+def test_too_many_unreadable_images_are_listed(source: Path, tmp_path: Path) -> None:
+    too_many_bad(source)
+    with pytest.raises(InputError, match=r"9 of 40 images are unreadable.*'000\.png' .*, all are in .*report/bad\.csv; remove"):
+        write_shards(source, tmp_path / "shards", **OPTIONS, report=tmp_path / "report/bad.csv")
+    bad = pd.read_csv(tmp_path / "report/bad.csv")
+    assert bad.file_name.tolist() == numbered(9) and set(bad.reason) == {"not an image of a known format"}
+
+
 # damage and absence are named
 
 
