@@ -2,16 +2,4 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(
-    __name__,
-    {
-        "compare": "promotion",
-        "find": "versions",
-        "gate_and_promote": "promotion",
-        "load": "versions",
-        "lookup": "versions",
-        "promote": "promotion",
-        "register": "registration",
-        "rollback": "promotion",
-    },
-)
+__getattr__, __all__ = exports(__name__, {"find": "versions", "load": "versions", "lookup": "versions"})

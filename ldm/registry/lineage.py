@@ -1,37 +1,33 @@
 """Lineage: where the outs of a project come from, as tags of its MLflow run and of a registered version."""
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ldm.base.hashing import file_hash
 from ldm.base.paths import METRICS, PLOTS, REPORT, SAMPLES, SHARDS
-from ldm.registry.tracking import Run, open_run
+from ldm.registry.tracking import Run, stage_run
 
 ADOPTED = "adopted.json"  # in an out that several states of the code have trained
 
 
-def pipeline_run(root: Path, params: Mapping[str, Any], name: str = "pipeline") -> AbstractContextManager[Run]:
+def pipeline_run(root: Path, params: Mapping[str, Any], name: str = "pipeline") -> contextlib.AbstractContextManager[Run]:
     """The run of a whole pipeline, parent of its stages' runs."""
-    commit = {key: value for key, value in lineage(root).items() if key.startswith("ldm.git")}
-    return open_run({"ldm.stage": name, **commit}, params)
+    return stage_run(name, params, tags={key: value for key, value in lineage(root).items() if key.startswith("ldm.git")})
 
 
 def log_results(run: Run, root: Path) -> None:
     """Record on a pipeline's run what its stages made: lineage, the data set, metrics, plots and the report."""
-    run.tag(lineage(root))
-    index = root / SHARDS / "index.json"
-    if index.is_file():
+    run.send("tag", lineage(root))
+    if (index := root / SHARDS / "index.json").is_file():
         splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
         profile = {f"{split}_images": stop - start for split, (start, stop) in splits.items()}
-        run.dataset("shards", file_hash(index)[:32], str(index.relative_to(root)), profile)
-    metrics = root / METRICS
-    if metrics.is_file():
-        run.log(numbers(metrics), images_seen=0)
-    run.flush()
+        run.send("dataset", "shards", file_hash(index)[:32], str(index.relative_to(root)), profile)
+    if (root / METRICS).is_file():
+        run.log(numbers(root / METRICS), images_seen=0)
     for path in (METRICS, REPORT, SAMPLES, PLOTS):
         if (root / path).exists():
             run.artifact(root / path, "plots" if path == PLOTS else None)
@@ -40,10 +36,8 @@ def log_results(run: Run, root: Path) -> None:
 def lineage(root: Path) -> dict[str, str]:
     """Where the outs in `root` come from, as tags: commit, `dvc.lock`, data index. What does not exist is left out."""
     tags = {}
-    commit = _git(root, "rev-parse", "HEAD")
-    if commit:
-        # a run itself rewrites dvc.lock and reports
-        dirty = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
+    if commit := _git(root, "rev-parse", "HEAD"):
+        dirty = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")  # which a run itself rewrites
         tags = {"ldm.git_commit": commit, "ldm.git_dirty": str(bool(dirty)).lower()}
     for tag, path in (("ldm.dvc_lock", root / "dvc.lock"), ("ldm.data_index", root / SHARDS / "index.json")):
         if path.is_file():
@@ -71,9 +65,8 @@ def described(stage: str, steps: Iterable[dict[str, Any]]) -> str:
     return f"{stage}: {'; '.join(parts)}"
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+def _git(root: Path, *arguments: str) -> str:
+    """What git prints; nothing if it fails."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=30).strip()
+    return ""

@@ -5,35 +5,49 @@ store it knows nothing, and the caller asks the client.
 """
 
 import contextlib
+import json
 import os
 import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 REVISION = "dc11669786a5"  # of the schema: MLflow 3.17's newest migration
 BUSY_SECONDS = 5.0  # a writer holds the file for as long as a commit takes
 ELSEWHERE = ("MLFLOW_REGISTRY_URI", "MLFLOW_ENABLE_WORKSPACES", "MLFLOW_WORKSPACE")  # these lead MLflow to other answers
 
+VERSIONS = """
+SELECT version, creation_time, run_id, storage_location, source,
+    (SELECT json_group_array(alias) FROM registered_model_aliases
+     WHERE (workspace, name, version) = (found.workspace, found.name, found.version)),
+    (SELECT json_group_object(key, value) FROM model_version_tags
+     WHERE (workspace, name, version) = (found.workspace, found.name, found.version))
+FROM model_versions AS found
+WHERE workspace = 'default' AND name = ? AND current_stage != 'Deleted_Internal' ORDER BY version DESC
+"""  # a deleted version's row and tags stay
 
-class ModelVersion(NamedTuple):
-    """What MLflow's entity of that name says, under its names, and where the version's files lie."""
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version."""
 
     name: str
     version: int
-    creation_timestamp: int  # ms since 1970
+    aliases: tuple[str, ...]
+    created: datetime
     run_id: str | None
-    tags: dict[str, str]
-    folder: Path | None  # None: not a folder of this machine
+    tags: Mapping[str, str]
+    folder: Path | None = None  # of its files, where they lie on this machine and need no download
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
 
 
-class RegisteredModel(NamedTuple):
-    versions: list[ModelVersion]  # newest first
-    aliases: dict[str, str]  # alias: version
-
-
-def read_model(name: str) -> RegisteredModel | None:
-    """A registered model, empty where there is none of this name; None where only MLflow's client can tell."""
+def read_versions(name: str) -> list[Version] | None:
+    """The versions of a model, newest first; None where only MLflow's client can tell."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     refused = not name.strip() or name.startswith(".") or "/" in name or ":" in name  # by MLflow, which says why
     if not uri.startswith("sqlite:///") or "?" in uri or refused or any(map(os.environ.get, ELSEWHERE)):
@@ -47,25 +61,18 @@ def read_model(name: str) -> RegisteredModel | None:
         return None
 
 
-def _read(database: sqlite3.Connection, name: str) -> RegisteredModel | None:
+def _read(database: sqlite3.Connection, name: str) -> list[Version] | None:
     if database.execute("SELECT version_num FROM alembic_version").fetchall() != [(REVISION,)]:
         return None
     if database.execute("SELECT 1 FROM registered_models WHERE workspace != 'default'").fetchone():
         return None  # MLflow refuses to open it without workspaces
-    of = "WHERE workspace = 'default' AND name = ?"
-    aliases = database.execute(f"SELECT alias, version FROM registered_model_aliases {of}", (name,))
-    found = RegisteredModel([], {alias: str(version) for alias, version in aliases})
-    tags: dict[int, dict[str, str]] = {}
-    for version, key, value in database.execute(f"SELECT version, key, value FROM model_version_tags {of}", (name,)):
-        tags.setdefault(version, {})[key] = value
-        if (key, value) == ("mlflow.prompt.is_prompt", "true"):
-            return None  # which searches leave out and look-ups find
-    columns = "version, creation_time, run_id, storage_location, source"
-    kept = f"{of} AND current_stage != 'Deleted_Internal' ORDER BY version DESC"  # a deleted version's row and tags stay
-    for version, created, run_id, location, source in database.execute(f"SELECT {columns} FROM model_versions {kept}", (name,)):
-        version_tags, folder = tags.get(version, {}), _folder(location or source)
-        found.versions.append(ModelVersion(name, version, created, run_id, version_tags, folder))
-    return found
+    versions = [
+        Version(name, version, tuple(sorted(json.loads(aliases))), datetime.fromtimestamp(created / 1000, UTC), run_id,
+                json.loads(tags), _folder(location or source))
+        for version, created, run_id, location, source, aliases, tags in database.execute(VERSIONS, (name,))
+    ]  # fmt: skip
+    is_prompt = any(version.tags.get("mlflow.prompt.is_prompt") == "true" for version in versions)
+    return None if is_prompt else versions  # MLflow's searches leave prompts out, its look-ups find them
 
 
 def _folder(location: str | None) -> Path | None:

@@ -5,17 +5,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 EXPERIMENT = "ldm"
-BATCH = {"metrics": 1000, "params": 100}  # MLflow's limits for one request
+METRICS, PARAMS = 1000, 100  # MLflow's limits for one request
 PATIENCE = {  # of recording, where the user has not set it: MLflow's own defaults wait for minutes
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
-}
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
+}  # fmt: skip
 
 
 def mlflow_client() -> Any:
@@ -32,8 +31,8 @@ def mlflow_client() -> Any:
 @contextlib.contextmanager
 def short_patience() -> Iterator[None]:
     """Give up on a silent server within seconds. MLflow reads `PATIENCE` at every call; uploads of models keep its defaults."""
-    added = [name for name in PATIENCE if name not in os.environ]
-    os.environ.update({name: PATIENCE[name] for name in added})
+    added = {name: value for name, value in PATIENCE.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
@@ -44,25 +43,23 @@ def short_patience() -> Iterator[None]:
 def experiment_id(client: Any) -> str:
     """The id of the experiment, made where it is missing; beside SQLite, artifacts lie in MLflow's usual place."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        uri = os.environ["MLFLOW_TRACKING_URI"]
-        database = uri.removeprefix("sqlite:///")
-        place = str(Path(database).absolute().parent / "mlruns" / name) if database != uri else None
-        try:
-            return str(client.create_experiment(name, artifact_location=place))
-        except Exception:  # another process may have made it meanwhile
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    return str(found.experiment_id)
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    database = Path(uri.removeprefix("sqlite:///")).absolute()
+    place = str(database.parent / "mlruns" / name) if uri.startswith("sqlite:///") else None
+    return str(client.create_experiment(name, artifact_location=place))
+
+
+def milliseconds() -> int:
+    """Now, as MLflow counts."""
+    return time.time_ns() // 1_000_000
 
 
 class WarnOnce:
     """Prints the first warning that it is given."""
 
-    def __init__(self) -> None:
-        self.warned = False
+    warned = False
 
     def __call__(self, text: str) -> None:
         if not self.warned:
@@ -71,7 +68,7 @@ class WarnOnce:
 
 
 class MlflowRun:
-    """A run in MLflow. Its calls are those of a record's lines (`ldm.registry.records`)."""
+    """A run in MLflow."""
 
     def __init__(self, warn: WarnOnce, if_away: str) -> None:
         self.id: str | None = None
@@ -79,14 +76,12 @@ class MlflowRun:
         self._warn, self._if_away = warn, if_away
 
     def send(self, call: str, *arguments: Any) -> bool:
-        """Make one call. False, after one warning, where it failed; a call of another name does nothing."""
-        calls: dict[str, Callable[..., None]] = {"open": self._open, "metrics": self._metrics, "close": self._close}
-        calls |= {"tag": self._tag, "artifact": self._artifact, "dataset": self._dataset}
+        """Make a call: "open", "metrics", "tag", "artifact", "dataset" or "close". False, after one warning, if it fails."""
         if self.id is None and call != "open":
             return False
         try:
             with short_patience():
-                calls.get(call, lambda *_: None)(*arguments)
+                self._open(*arguments) if call == "open" else self._make(call, arguments)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             self._warn(f"{os.environ['MLFLOW_TRACKING_URI']}: {call} failed ({reason}); {self._if_away}")
@@ -96,60 +91,48 @@ class MlflowRun:
     def _open(self, tags: Mapping[str, str], params: Mapping[str, str], key: str | None, start: int) -> None:
         """Begin, or continue an earlier run with the same key or record; `start` in ms."""
         self._client = client = mlflow_client()
+        from mlflow.entities import Param
+
         experiment = experiment_id(client)
         run_id = _earlier_run(client, experiment, tags, key)
         if run_id:
             client.update_run(run_id, status="RUNNING")
         else:
             run_id = client.create_run(experiment, start, dict(tags), tags["ldm.stage"]).info.run_id
-        self._batches(run_id, params=[_entities().Param(name, value) for name, value in params.items()])
+        entities = [Param(name, value) for name, value in params.items()]
+        for first in range(0, len(entities), PARAMS):
+            client.log_batch(run_id, params=entities[first : first + PARAMS])
         self.id = run_id
 
-    def _metrics(self, *metrics: Sequence[Any]) -> None:
-        """Key, value, timestamp in ms and step of each. MLflow ignores one that it has: sending twice stores it once."""
-        self._batches(self.id, metrics=[_entities().Metric(*metric) for metric in metrics])
+    def _make(self, call: str, arguments: tuple[Any, ...]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 
-    def _batches(self, run_id: str | None, **kind: list[Any]) -> None:
-        for name, entities in kind.items():
-            for first in range(0, len(entities), BATCH[name]):
-                self._client.log_batch(run_id, **{name: entities[first : first + BATCH[name]]})
-
-    def _artifact(self, path: str, folder: str | None) -> None:
-        store = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
-        store(self.id, path, folder)
-
-    def _tag(self, tags: Mapping[str, str]) -> None:
-        self._client.log_batch(self.id, tags=[_entities().RunTag(key, value) for key, value in tags.items()])
-
-    def _dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        entities = _entities()
-        dataset = entities.Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(profile))
-        context = entities.InputTag("mlflow.data.context", "training")
-        self._client.log_inputs(self.id, [entities.DatasetInput(dataset, [context])])
-
-    def _close(self, status: str, end: int) -> None:
-        """End the run; runs under it that never ended were killed. `end` in ms."""
-        self._client.set_terminated(self.id, status, end)
-        query = f"tags.`mlflow.parentRunId` = '{self.id}' and attributes.status = 'RUNNING'"
-        for child in self._client.search_runs([experiment_id(self._client)], query):
-            self._client.set_terminated(child.info.run_id, "KILLED")
-
-
-def _entities() -> Any:
-    import mlflow.entities
-
-    return mlflow.entities
+        client = self._client
+        match call, arguments:
+            case "metrics", metrics:  # key, value, timestamp in ms, step; MLflow ignores one that it has: none is stored twice
+                client.log_batch(self.id, [Metric(*metric) for metric in metrics])
+            case "tag", [tags]:
+                client.log_batch(self.id, tags=[RunTag(*tag) for tag in tags.items()])
+            case "artifact", [path, folder]:
+                store = client.log_artifacts if Path(path).is_dir() else client.log_artifact
+                store(self.id, path, folder)
+            case "dataset", [name, digest, source, profile]:
+                dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(profile))
+                client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+            case "close", [status, end]:  # ms
+                client.set_terminated(self.id, status, end)
+                running = f"tags.`mlflow.parentRunId` = '{self.id}' and attributes.status = 'RUNNING'"
+                for child in client.search_runs([experiment_id(client)], running):  # it was killed
+                    client.set_terminated(child.info.run_id, "KILLED")
 
 
 def _earlier_run(client: Any, experiment: str, tags: Mapping[str, str], key: str | None) -> str | None:
     """The run of the same record, or the run that a retry continues: same key and parent; without a parent, an unfinished one."""
-    if record := tags.get("ldm.record"):
-        for run in client.search_runs([experiment], f"tags.`ldm.record` = '{record}'"):
-            return str(run.info.run_id)
-    if not key:
-        return None
-    parent = tags.get("mlflow.parentRunId")
-    for run in client.search_runs([experiment], f"tags.`ldm.key` = '{key}'", order_by=["attributes.start_time DESC"]):
+    record, parent = tags.get("ldm.record"), tags.get("mlflow.parentRunId")
+    if record and (found := client.search_runs([experiment], f"tags.`ldm.record` = '{record}'")):
+        return str(found[0].info.run_id)
+    query = f"tags.`ldm.key` = '{key}'"
+    for run in client.search_runs([experiment], query, order_by=["attributes.start_time DESC"]) if key else ():
         if run.data.tags.get("mlflow.parentRunId") == parent and (parent or run.info.status != "FINISHED"):
             return str(run.info.run_id)
     return None

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from ldm.base.errors import InputError
 from ldm.base.paths import BOUNDS, DECISION, SHARDS
 from ldm.base.progress import Progress
 from ldm.config import load_settings
-from ldm.registry.versions import BITS, GATE, IMAGE, NO_BOUND, Version, by_alias, connect, load, lookup
+from ldm.registry.versions import BITS, GATE, IMAGE, NO_BOUND, Version, by_alias, connect, find, load, lookup, tag
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,29 +26,39 @@ def gate_and_promote(root: Path, version: int) -> "Decision":
     A decision is made once for a champion and level, and a version that was champion does not come back by itself:
     someone, or a better model, replaced it.
     """
+    from ldm.evaluation.gate import Decision, decide
+
     settings = load_settings(root)
     name, level = settings.registry.name, settings.registry.level
     challenger, champion = lookup(f"models:/{name}/{version}"), by_alias(name, "champion")
     earlier = json.loads(challenger.tags.get(GATE, "{}"))
-    if reason := _settled(challenger, champion, earlier, level):
-        decision, is_champion = _undecided(level, reason), "champion" in challenger.aliases
-        if earlier.get("promote") != is_champion or not _fetch_page(challenger, root):
-            _write_page(root, replace(decision, promote=is_champion), None, challenger, champion)
+    settled, frame = _settled(challenger, champion, earlier, level), None
+    if settled:
+        decision = Decision(promote=False, level=level, reason=settled)
+        if earlier.get("promote") == ("champion" in challenger.aliases) and _fetch_page(challenger, root):
+            return decision
+    elif reason := _not_comparable(challenger, champion):
+        reason = f"not comparable: {reason}; `ldm registry promote {version}` decides by hand"
+        decision = Decision(promote=False, level=level, reason=reason)
+    elif champion is None:
+        decision = decide(_nats(root), None, level)
+    else:
+        frame = compare(root, champion.version)
+        decision = decide(frame["challenger"], frame["champion"], level)
+    from ldm.report.decision import decision_page  # draws with matplotlib
+
+    rival = f"{name} version {champion.version}" if champion else None
+    decision_page(root / DECISION, decision, frame, challenger=f"{name} version {version}", champion=rival)
+    if settled:
         return decision
-    decision, frame = _decide(root, challenger, champion, level)
-    _write_page(root, decision, frame, challenger, champion)
-    client = connect()
+
     if challenger.run_id:
-        client.log_artifact(challenger.run_id, str(root / DECISION))
-    record = asdict(decision) | {"champion": champion.version if champion else None}
-
-    def note(applied: bool) -> None:
-        client.set_model_version_tag(name, str(version), GATE, json.dumps(record | {"applied": applied}))
-
-    note(applied=not decision.promote)  # before the aliases: a kill in between leaves a decision to be applied
+        connect().log_artifact(challenger.run_id, str(root / DECISION))
+    record = asdict(decision) | {"champion": champion.version if champion else None, "applied": not decision.promote}
+    tag(challenger, GATE, json.dumps(record))  # before the aliases: a kill in between leaves a decision to be applied
     if decision.promote:
         _set_champion(challenger, champion)
-        note(applied=True)
+        tag(challenger, GATE, json.dumps(record | {"applied": True}))
     return decision
 
 
@@ -61,18 +71,18 @@ def promote(version: int, name: str = "ldm") -> None:
 
 def rollback(name: str = "ldm") -> int:
     """Swap champion and previous; returns the version that is champion now."""
-    champion, previous = by_alias(name, "champion"), by_alias(name, "previous")
-    if champion is None or previous is None:
-        missing = "champion" if champion is None else "previous"
-        raise InputError(f"model {name!r} has no version with the alias {missing!r}: nothing to roll back to")
-    _set_champion(previous, champion)
-    return previous.version
+    aliases = {alias: version for version in find({}, name) for alias in version.aliases}
+    for alias in ("champion", "previous"):
+        if alias not in aliases:
+            raise InputError(f"model {name!r} has no version with the alias {alias!r}: nothing to roll back to")
+    _set_champion(aliases["previous"], aliases["champion"])
+    return aliases["previous"].version
 
 
 def compare(root: Path, champion: int) -> "pd.DataFrame":
     """Lower bounds on log p in nats, a row per test image: columns `challenger`, the model in `root`, and `champion`.
 
-    The champion is read on the test images in `root` as `evaluate` reads the challenger: the same levels and noise.
+    The champion is measured on the test images in `root` as `evaluate` measures the challenger: the same levels and noise.
     """
     import pandas as pd
 
@@ -104,19 +114,6 @@ def _settled(challenger: Version, champion: Version | None, earlier: dict[str, A
     return None
 
 
-def _decide(root: Path, challenger: Version, champion: Version | None, level: float) -> "tuple[Decision, pd.DataFrame | None]":
-    """The decision, and what it compared, if anything."""
-    from ldm.evaluation.gate import decide
-
-    if reason := _not_comparable(challenger, champion):
-        by_hand = f"`ldm registry promote {challenger.version}` decides by hand"
-        return _undecided(level, f"not comparable: {reason}; {by_hand}"), None
-    if champion is None:
-        return decide(_nats(root), None, level), None
-    frame = compare(root, champion.version)
-    return decide(frame["challenger"], frame["champion"], level), frame
-
-
 def _not_comparable(challenger: Version, champion: Version | None) -> str | None:
     for version in filter(None, (challenger, champion)):
         if version.tags.get(BITS) == NO_BOUND:
@@ -137,22 +134,6 @@ def _nats(root: Path) -> "pd.Series":
     import pandas as pd
 
     return pd.read_csv(root / BOUNDS, dtype={"key": str}).set_index("key")["nats"]
-
-
-def _undecided(level: float, reason: str) -> "Decision":
-    from ldm.evaluation.gate import Decision
-
-    nan = float("nan")
-    return Decision(promote=False, n=0, mean=nan, se=nan, lower=nan, level=level, reason=reason)
-
-
-def _write_page(
-    root: Path, decision: "Decision", frame: "pd.DataFrame | None", challenger: Version, champion: Version | None
-) -> None:
-    from ldm.report.decision import decision_page
-
-    rival = f"{champion.name} version {champion.version}" if champion else None
-    decision_page(root / DECISION, decision, frame, challenger=f"{challenger.name} version {challenger.version}", champion=rival)
 
 
 def _fetch_page(version: Version, root: Path) -> bool:

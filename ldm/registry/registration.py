@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import content_hash, folder_hash
+from ldm.base.hashing import folder_hash
 from ldm.base.options import keys, value_at
-from ldm.base.paths import AUTOENCODER, BOUNDS, METRICS, MODEL, REPORT, UNET
+from ldm.base.paths import AUTOENCODER, METRICS, MODEL, REPORT, UNET
 from ldm.config import Settings, load_settings
 from ldm.diffusion.options import Sampling
 from ldm.registry import lineage
-from ldm.registry.mlflow_run import experiment_id
+from ldm.registry.mlflow_run import experiment_id, milliseconds
 from ldm.registry.versions import BITS, HASH, IMAGE, LINEAGE, NO_BOUND, connect, find
 from ldm.versioning.repository import locked_makers, read_params
 
@@ -46,10 +45,11 @@ def register(root: Path, run_id: str | None = None) -> Registered:
     """
     settings = load_settings(root)
     _check_outs(root)
-    digest = folder_hash(root / MODEL)
+    digest, name = folder_hash(root / MODEL), settings.registry.name
     client = connect(create=True)
-    if known := find({HASH: digest}, settings.registry.name):
-        _mark_challenger(client, settings.registry.name)  # a kill may have come between version and alias
+    if known := find({HASH: digest}, name):
+        newest = find({}, name)[0]  # a kill may have come between version and alias
+        client.set_registered_model_alias(name, "challenger", str(newest.version))
         return Registered(known[0].version, created=False)
     if run_id is None:
         with lineage.pipeline_run(root, settings.model_dump(), name="register") as run:
@@ -60,9 +60,9 @@ def register(root: Path, run_id: str | None = None) -> Registered:
 
 def _check_outs(root: Path) -> None:
     """Raise an `InputError` if `dvc.lock` or `params.yaml` no longer match the outs to be registered."""
-    for path in (root / MODEL, *(root / kept for kept in KEPT)):
-        if not path.exists():
-            raise InputError(f"{path}: not found; `dvc repro` (or `ldm run`) makes it")
+    for path in (MODEL, *KEPT):
+        if not (root / path).exists():
+            raise InputError(f"{root / path}: not found; `dvc repro` (or `ldm run`) makes it")
     params = read_params(root)
     for stage, locked in locked_makers(root, MODEL).items():
         for key, value in locked.get("params", {}).get("params.yaml", {}).items():
@@ -79,33 +79,36 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
     name = settings.registry.name
-    logged = client.create_logged_model(experiment_id(client), name, source_run_id=run_id, model_type="latent diffusion")
+    model_id = client.create_logged_model(experiment_id(client), name, run_id, model_type="latent diffusion").model_id
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _save(Path(folder) / "model", root, logged.model_id, run_id)
-            client.log_model_artifacts(logged.model_id, f"{folder}/model")
+            _save(Path(folder) / "model", root, model_id, run_id)
+            client.log_model_artifacts(model_id, f"{folder}/model")
     except BaseException:
-        client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+        client.finalize_logged_model(model_id, LoggedModelStatus.FAILED)
         raise
-    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
     if run_id:
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-        now, values = time.time_ns() // 1_000_000, lineage.numbers(root / METRICS)
-        client.log_batch(run_id, [Metric(key, value, now, 0, model_id=logged.model_id) for key, value in values.items()])
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+        values, now = lineage.numbers(root / METRICS), milliseconds()
+        client.log_batch(run_id, [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()])
     with contextlib.suppress(Exception):  # it exists
         client.create_registered_model(name)
     tags = lineage.lineage(root) | _evaluation_tags(root, settings) | {HASH: digest}
     if adopted := list(filter(None, (lineage.adopted(root / out) for out in (AUTOENCODER, UNET)))):
         tags["ldm.adopted"] = "; ".join(adopted)
-    made = client.create_model_version(name, f"models:/{logged.model_id}", run_id, tags=tags, model_id=logged.model_id)
-    _mark_challenger(client, name)
-    return Registered(int(made.version), created=True)
+    version = client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id).version
+    client.set_registered_model_alias(name, "challenger", str(version))
+    return Registered(int(version), created=True)
 
 
-def _mark_challenger(client: Any, name: str) -> None:
-    newest = find({}, name)[0]
-    if "challenger" not in newest.aliases:
-        client.set_registered_model_alias(name, "challenger", str(newest.version))
+def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
+    """What was measured, and on what: numbers compare only between versions whose evaluation is the same."""
+    metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
+    evaluation = settings.evaluate.model_dump() | settings.data.model_dump(include={"val_fraction", "test_fraction"})
+    evaluation |= {"seed": settings.seed, "image": metrics["image"], "test_images": metrics["test_images"]}
+    bits = str(metrics.get("bits_per_dim", NO_BOUND))
+    return {"ldm.evaluation": json.dumps(evaluation, sort_keys=True), BITS: bits, IMAGE: metrics["image"]}
 
 
 def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
@@ -114,6 +117,7 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
     from mlflow.models import Model
 
     package = Path(__file__).parents[1]
+    defaults = json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))["sampling"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*An input example was not provided")  # it would be run, which takes a while
         mlflow.pyfunc.save_model(
@@ -121,7 +125,7 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
             python_model=str(package / "registry/serving.py"),
             artifacts={"model": str(root / MODEL)},
             code_paths=[str(package)],
-            signature=signature(json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))["sampling"]),
+            signature=_signature(defaults),
             pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS],
             mlflow_model=Model(model_id=model_id, run_id=run_id),
         )
@@ -132,7 +136,7 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
         shutil.copy(root / kept, path / LINEAGE)
 
 
-def signature(defaults: Mapping[str, Any]) -> Any:
+def _signature(defaults: Mapping[str, Any]) -> Any:
     """Prompts in, PNGs out; parameters are the keys of `Sampling`. `defaults`: the model's own, which MLflow fills in.
 
     Options of a single sampler have no default here: it would be filled in for other samplers, too.
@@ -151,20 +155,3 @@ def signature(defaults: Mapping[str, Any]) -> Any:
         outputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "png")]),
         params=ParamSchema(params),
     )
-
-
-def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
-    """What was measured, and on what: numbers compare only between versions whose evaluation identity is equal."""
-    import pandas as pd
-
-    metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
-    keys = pd.read_csv(root / BOUNDS, dtype={"key": str})["key"].sort_values()
-    identity = {key: metrics.get(key) for key in ("image", "test_images", "fd_name", "fd_n", "fd_dim")}
-    identity |= settings.evaluate.model_dump() | {"seed": settings.seed}
-    identity |= {name: getattr(settings.data, name) for name in ("val_fraction", "test_fraction")}
-    identity["test_keys"] = content_hash("\n".join(keys).encode())
-    return {
-        "ldm.evaluation": json.dumps(identity, sort_keys=True),
-        BITS: str(metrics.get("bits_per_dim", NO_BOUND)),
-        IMAGE: str(metrics["image"]),
-    }

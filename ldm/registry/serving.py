@@ -27,20 +27,19 @@ class PromptsToImages(mlflow.pyfunc.PythonModel):
         self._model = LatentDiffusion.load(context.artifacts["model"], default_device())
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        plain = {name: getattr(value, "tolist", lambda value=value: value)() for name, value in (params or {}).items()}
-        options = {name: value for name, value in plain.items() if value not in (None, [])}
+        options = {name: getattr(value, "tolist", lambda value=value: value)() for name, value in (params or {}).items()}
         default_seed, negative = options.pop("seed", 0), options.pop("negative", "")
-        sampling = assigned(self._model.recipe.sampling, [f"{key}={json.dumps(value)}" for key, value in options.items()])
+        changes = [f"{key}={json.dumps(value)}" for key, value in options.items() if value not in (None, [])]
+        sampling = assigned(self._model.recipe.sampling, changes)
         rows = model_input.reset_index(drop=True)
-        out = pd.DataFrame({"prompt": rows["prompt"].astype(str)})
-        out["seed"] = rows["seed"].fillna(default_seed).astype("int64") if "seed" in rows else default_seed
-        out["png"] = pd.Series(index=out.index, dtype=object)
+        seeds = rows["seed"].fillna(default_seed).astype("int64") if "seed" in rows else default_seed
+        out = pd.DataFrame({"prompt": rows["prompt"].astype(str), "seed": seeds})
+        pngs: dict[int, bytes] = {}
         for seed in out["seed"].unique().tolist():
             same = out[out["seed"] == seed]
             images = self._model.sample(list(same["prompt"]), negative=negative, seed=seed, **sampling)  # uint8 (N, C, H, W)
-            out.loc[same.index, "png"] = pd.Series(
-                [to_png(from_array(image)) for image in images.numpy()], index=same.index, dtype=object
-            )
+            pngs |= {row: to_png(from_array(image)) for row, image in zip(same.index, images.numpy(), strict=True)}
+        out["png"] = pd.Series(pngs, dtype=object)
         return out
 
 

@@ -1,21 +1,23 @@
 """MLflow runs of stages, with an honest status and buffered metrics.
 
-Tracking is on where `MLFLOW_TRACKING_URI` is set, and only then is mlflow imported. Stages nest under the run that
-`LDM_PARENT_RUN` names. Where `LDM_RECORDS` names a folder, a stage only writes a record there (`ldm.registry.records`).
+Tracking is on where `MLFLOW_TRACKING_URI` is set. Importing mlflow takes longer than most stages: under the flow, which sets
+`LDM_RECORDS`, a stage records its run in a file, and the flow's process delivers the file to MLflow.
 """
 
 import contextlib
+import fcntl
+import json
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.registry.mlflow_run import BATCH, MlflowRun, WarnOnce
-from ldm.registry.records import RETRY_SECONDS, Record
+from ldm.base.hashing import file_hash, folder_hash
+from ldm.registry.mlflow_run import METRICS, MlflowRun, WarnOnce, milliseconds
+
+RETRY_SECONDS = 300.0  # wait after a failed delivery, so that a dead server costs seconds, not minutes
 
 
 class Run:
@@ -24,7 +26,7 @@ class Run:
     A metric that arrives twice is stored once, so a checkpoint may carry undelivered metrics: write it first, then `flush`.
     """
 
-    def __init__(self, destination: MlflowRun | Record | None = None) -> None:
+    def __init__(self, destination: "MlflowRun | Record | None" = None) -> None:
         self._destination = destination
         self._buffer: list[tuple[str, float, int, int]] = []  # key, value, timestamp in ms, images seen
         self._wait_until = 0.0
@@ -37,24 +39,20 @@ class Run:
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         """Buffer metrics at a position of training; `flush` delivers them."""
         if self._destination:
-            now = _milliseconds()
+            now = milliseconds()
             self._buffer += [(key, float(value), now, images_seen) for key, value in metrics.items()]
 
     def flush(self) -> None:
         """Deliver the buffer; what cannot be delivered stays for a later flush."""
-        if time.monotonic() >= self._wait_until:
-            self._deliver()
+        while self._buffer and time.monotonic() >= self._wait_until:
+            if not self.send("metrics", *self._buffer[:METRICS]):
+                self._wait_until = time.monotonic() + RETRY_SECONDS
+                return
+            del self._buffer[:METRICS]
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or every file of a folder, with the run."""
-        self._send("artifact", str(path), folder)
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        self._send("tag", dict(tags))
-
-    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        """Record a data set as the run's input."""
-        self._send("dataset", name, digest, source, dict(profile))
+        self.send("artifact", str(path), folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The undelivered metrics, JSON-able, for a checkpoint."""
@@ -64,24 +62,14 @@ class Run:
         if self._destination:
             self._buffer += [(key, value, stamp, seen) for key, value, stamp, seen in state["metrics"]]
 
-    def open(self, tags: Mapping[str, str], params: Mapping[str, Any], key: str | None) -> None:
-        """Begin, or continue the run that `key` names. Nested `params` get dotted names."""
-        self._send("open", dict(tags), {name: str(value) for name, value in flatten(params).items()}, key, _milliseconds())
+    def send(self, call: str, *arguments: Any) -> bool:
+        """Make a call of `MlflowRun`, such as "tag" with a dictionary; whether it arrived."""
+        return self._destination is not None and self._destination.send(call, *arguments)
 
     def close(self, status: str) -> None:
-        self._deliver()
-        self._send("close", status, _milliseconds())
-
-    def _deliver(self) -> None:
-        size = BATCH["metrics"]
-        while self._buffer:
-            if not self._send("metrics", *self._buffer[:size]):
-                self._wait_until = time.monotonic() + RETRY_SECONDS
-                return
-            del self._buffer[:size]
-
-    def _send(self, call: str, *arguments: Any) -> bool:
-        return self._destination is not None and self._destination.send(call, *arguments)
+        self._wait_until = 0.0  # there is no later flush
+        self.flush()
+        self.send("close", status, milliseconds())
 
 
 def use_default_store(root: Path) -> None:
@@ -89,67 +77,156 @@ def use_default_store(root: Path) -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
 
 
+@contextlib.contextmanager
 def stage_run(
     stage: str, params: Mapping[str, Any], key: str | None = None, tags: Mapping[str, str] | None = None
-) -> contextlib.AbstractContextManager[Run]:
+) -> Iterator[Run]:
     """A run for one stage, nested under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED, whatever happened.
 
     `key` names the work: a retry with the same key and parent continues the earlier run instead of opening a second.
     """
+    destination: MlflowRun | Record | None = None
+    if os.environ.get("RANK", "0") == "0":
+        if records := os.environ.get("LDM_RECORDS"):
+            destination = Record(Path(records))
+        elif os.environ.get("MLFLOW_TRACKING_URI"):
+            destination = MlflowRun(WarnOnce(), "the work goes on without tracking")
+    run, status = Run(destination), "FINISHED"
     known = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN"), **(tags or {})}
-    return open_run({name: value for name, value in known.items() if value}, params, key)
-
-
-@contextlib.contextmanager
-def open_run(tags: Mapping[str, str], params: Mapping[str, Any], key: str | None = None) -> Iterator[Run]:
-    """A run with these tags, of which "ldm.stage" is its name."""
-    run, status = Run(_destination()), "FINISHED"
-    with _sigterm_raises():
-        run.open(tags, params, key)
-        try:
-            yield run
-        except BaseException as error:
-            status = _status(error)
-            raise
-        finally:
-            run.close(status)
-
-
-def _destination() -> MlflowRun | Record | None:
-    if os.environ.get("RANK", "0") != "0":
-        return None
-    if records := os.environ.get("LDM_RECORDS"):
-        return Record(Path(records))
-    return MlflowRun(WarnOnce(), "the work goes on without tracking") if os.environ.get("MLFLOW_TRACKING_URI") else None
-
-
-def _status(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return "FINISHED" if not error.code else "KILLED" if error.code in (130, 143) else "FAILED"
-    return "FAILED" if isinstance(error, Exception) else "KILLED"  # KeyboardInterrupt, a scheduler's termination signals
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit(143), unless someone handles it already."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    flat = {name: str(value) for name, value in _flat(params).items()}
+    run.send("open", {name: value for name, value in known.items() if value}, flat, key, milliseconds())
     try:
-        yield
+        yield run
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception | SystemExit) else "KILLED"  # by Ctrl-C, a scheduler
+        raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        run.close(status)
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in params.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 
-def _milliseconds() -> int:
-    return time.time_ns() // 1_000_000
+class Record:
+    """Writes the record of one run: a file in `folder` with a JSON line `[call, arguments]` for each call.
+
+    The file is locked while this process lives. A line that a full disk cuts off is ended, and so spoilt, by the next one.
+    """
+
+    id = None
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / f"{time.time_ns()}-{os.getpid()}.jsonl"
+        self._file: Any = None
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def send(self, call: str, *arguments: Any) -> bool:
+        """Append a call; whether it is written."""
+        if self._file is None:
+            return False
+        if call == "artifact":
+            arguments = (*arguments, _digest(Path(arguments[0])))
+        line = f"\n{json.dumps([call, arguments])}".encode()
+        try:
+            return bool(self._file.write(line) == len(line))
+        except OSError:
+            return False
+        finally:
+            if call == "close":
+                self._file.close()
+
+
+class Records:
+    """Delivers the records in a folder to MLflow. What cannot be delivered stays there for a later run of the flow."""
+
+    EVERY = 5.0  # seconds between deliveries while a stage runs
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[Path, tuple[MlflowRun, int]] = {}  # the run of each file, and how many of its lines are delivered
+        self._wait_until = 0.0
+        self._warn = WarnOnce()
+
+    @contextlib.contextmanager
+    def delivering(self) -> Iterator[None]:
+        """Deliver while a stage runs, and once more at its end."""
+        ended = threading.Event()
+
+        def repeat() -> None:
+            while not ended.wait(self.EVERY):
+                self.deliver()
+
+        thread = threading.Thread(target=repeat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Deliver the new lines of every file. A run whose process ended without closing it was killed."""
+        if time.monotonic() < self._wait_until:
+            return
+        failures = 0
+        for path in sorted(self.folder.glob("*.jsonl")):
+            try:
+                failures += not self._deliver(path)
+            except Exception as error:  # tracking never fails the work
+                self._warn(f"{path} cannot be delivered ({error!r:.200})")
+                failures += 1
+            if failures == 2:  # the server fails, not one file
+                self._wait_until = time.monotonic() + RETRY_SECONDS
+                return
+
+    def _deliver(self, path: Path) -> bool:
+        """Deliver the new lines of a file, and delete it after the last; False where MLflow failed."""
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ended = True
+            except BlockingIOError:  # its process lives
+                ended = False
+            lines = file.read().decode("utf-8", "replace").split("\n")[1:]
+        if not lines:
+            return True  # just made, and perhaps not locked yet
+        if ended:
+            lines.append(json.dumps(["close", ["KILLED", milliseconds()]]))  # comes second to the process's own "close"
+        kept = f"its record stays in {self.folder} until a later run delivers it"
+        run, done = self._known.get(path) or (MlflowRun(self._warn, kept), 0)
+        for line in lines[done:]:
+            try:
+                call, arguments = json.loads(line)
+            except ValueError:
+                if done == len(lines) - 1:
+                    return True  # half written
+                call, arguments = "", []
+            if call == "open":
+                arguments[0]["ldm.record"] = path.stem
+            if call == "artifact" and _digest(Path(arguments[0])) != arguments.pop():
+                call = ""  # the file has changed since
+            if call and (run.id or call == "open") and not run.send(call, *arguments):
+                return False  # the next delivery goes on here; another process begins again, and nothing doubles
+            if call == "close":
+                self._known.pop(path, None)
+                path.unlink()
+                return True
+            done += 1
+            self._known[path] = run, done
+        return True
+
+
+def _digest(path: Path) -> str | None:
+    """Hash of a file's or folder's content; None where there is none."""
+    if not path.exists():
+        return None
+    return folder_hash(path) if path.is_dir() else file_hash(path)

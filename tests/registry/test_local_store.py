@@ -65,31 +65,35 @@ def store(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return file
 
 
+def aliases(versions: list[local_store.Version]) -> dict[str, int]:
+    return {alias: version.version for version in versions for alias in version.aliases}
+
+
 @pytest.mark.parametrize("name", [*NAMES, "without versions", "deleted", "never made"])
 def test_a_model_is_what_mlflow_says(store: Path, name: str) -> None:
-    client, model = MlflowClient(), local_store.read_model(name)
-    assert model is not None
+    client, versions = MlflowClient(), local_store.read_versions(name)
+    assert versions is not None
     query = f'name = "{name}"' if "'" in name else f"name = '{name}'"
     page = client.search_model_versions(query) if query.count('"') < 3 else []  # its query language has no such name
-    numbers = {int(version.version) for version in page} or {version.version for version in model.versions}
-    assert [version.version for version in model.versions] == sorted(numbers, reverse=True)
+    numbers = {int(version.version) for version in page} or {version.version for version in versions}
+    assert [version.version for version in versions] == sorted(numbers, reverse=True)
     known = {found.name: found.aliases for found in client.search_registered_models()}
-    assert model.aliases == {alias: str(number) for alias, number in known.get(name, {}).items()}
-    for found in model.versions:
+    assert aliases(versions) == {alias: int(number) for alias, number in known.get(name, {}).items()}
+    for found in versions:
         theirs = client.get_model_version(name, str(found.version))
         expected = (theirs.name, theirs.creation_timestamp, theirs.run_id, theirs.tags)
-        assert (found.name, found.creation_timestamp, found.run_id, found.tags) == expected
-    assert (name in NAMES) == bool(model.versions)
+        assert (found.name, found.created.timestamp() * 1000, found.run_id, found.tags) == expected
+    assert (name in NAMES) == bool(versions)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_folders_are_where_mlflow_reads_them(store: Path, name: str) -> None:
-    model = local_store.read_model(name)
-    assert model is not None
-    for version in model.versions:
+    versions = local_store.read_versions(name)
+    assert versions is not None
+    for version in versions:
         place = Path(local_file_uri_to_path(MlflowClient().get_model_version_download_uri(name, str(version.version))))
         assert version.folder == (place if place.is_dir() else None)
-    assert sum(version.folder is not None for version in model.versions) == 2  # version 2, the third, is deleted
+    assert sum(version.folder is not None for version in versions) == 2  # version 2, the third, is deleted
 
 
 def test_the_registry_answers_alike_through_mlflow(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +110,7 @@ def test_the_registry_answers_alike_through_mlflow(store: Path, monkeypatch: pyt
 
     direct = answers()
     monkeypatch.setattr(local_store, "REVISION", "of another MLflow")
-    assert local_store.read_model("ldm") is None
+    assert local_store.read_versions("ldm") is None
     assert answers() == direct
 
 
@@ -121,7 +125,7 @@ def test_look_ups_import_nothing_heavy(store: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", ".", "..", "..a"])
 def test_names_that_mlflow_refuses_are_left_to_it(store: Path, name: str) -> None:
-    assert local_store.read_model(name) is None
+    assert local_store.read_versions(name) is None
 
 
 @pytest.mark.parametrize(
@@ -129,13 +133,13 @@ def test_names_that_mlflow_refuses_are_left_to_it(store: Path, name: str) -> Non
 )
 def test_other_stores_are_left_to_mlflow(store: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(store=store))
-    assert local_store.read_model("ldm") is None
+    assert local_store.read_versions("ldm") is None
 
 
 @pytest.mark.parametrize("variable", local_store.ELSEWHERE)
 def test_a_registry_that_lies_elsewhere_is_left_to_mlflow(store: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "true")
-    assert local_store.read_model("ldm") is None
+    assert local_store.read_versions("ldm") is None
 
 
 @pytest.mark.parametrize(
@@ -151,15 +155,15 @@ def test_a_registry_that_lies_elsewhere_is_left_to_mlflow(store: Path, monkeypat
 def test_what_this_module_was_not_written_for_is_left_to_mlflow(store: Path, change: str) -> None:
     with sqlite3.connect(store) as database:
         database.execute(change)
-    assert local_store.read_model("ldm") is None
+    assert local_store.read_versions("ldm") is None
 
 
 def test_a_file_that_is_no_store_is_left_to_mlflow_and_stays_as_it_is(store: Path) -> None:
     for content in (b"", b"not a database" * 1000):
         store.write_bytes(content)
-        assert local_store.read_model("ldm") is None and store.read_bytes() == content
+        assert local_store.read_versions("ldm") is None and store.read_bytes() == content
     store.unlink()
-    assert local_store.read_model("ldm") is None and not store.exists()
+    assert local_store.read_versions("ldm") is None and not store.exists()
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal"])
@@ -167,19 +171,19 @@ def test_a_writer_at_work_is_waited_for_or_not_seen(store: Path, journal: str, m
     monkeypatch.setattr(local_store, "BUSY_SECONDS", 0.1)
     writer = sqlite3.connect(store, isolation_level=None)
     writer.execute(f"PRAGMA journal_mode = {journal}")
-    before = local_store.read_model("ldm")
+    before = local_store.read_versions("ldm")
     writer.execute("BEGIN EXCLUSIVE")
     writer.execute("UPDATE registered_model_aliases SET version = 1")
-    during = local_store.read_model("ldm")
+    during = local_store.read_versions("ldm")
     assert before is not None
     assert during == (None if journal == "delete" else before)  # None: MLflow waits longer
     writer.execute("COMMIT")
-    after = local_store.read_model("ldm")
-    assert after is not None and set(after.aliases.values()) == {"1"}
+    after = local_store.read_versions("ldm")
+    assert after is not None and set(aliases(after).values()) == {1}
     writer.close()
 
 
 def test_reading_leaves_no_trace(store: Path) -> None:
     before = store.read_bytes()
-    assert local_store.read_model("ldm")
+    assert local_store.read_versions("ldm")
     assert store.read_bytes() == before and os.listdir(store.parent) == [store.name]

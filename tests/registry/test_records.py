@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from ldm.registry.mlflow_run import experiment_id
-from ldm.registry.records import Records
-from ldm.registry.tracking import stage_run
+from ldm.registry.tracking import Records, stage_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,8 +42,8 @@ def test_a_record_arrives_as_the_stage_itself_would_have_delivered_it(
             for step in range(1200):
                 run.log({"loss": 1 / (step + 1), "nan": float("nan")}, images_seen=64 * step)
             run.flush()
-            run.tag({"a": "b"})
-            run.dataset("shards", "abc", "data/shards/index.json", {"train_images": 9})
+            run.send("tag", {"a": "b"})
+            run.send("dataset", "shards", "abc", "data/shards/index.json", {"train_images": 9})
             run.artifact(tmp_path / "plot.png", "plots")
             run.log({"loss": 7.0}, images_seen=10**6)
 
@@ -149,19 +148,18 @@ def test_half_a_line_is_left_for_the_next_delivery_while_its_process_lives(clien
     assert [run.info.status for run in runs(client)] == ["KILLED"] and not path.exists()
 
 
-def test_a_garbled_record_spoils_nothing(client: Any, records: Records, capfd: Any) -> None:
+def test_a_garbled_record_spoils_nothing(client: Any, records: Records) -> None:
     """What a full disk did to one, and one whose beginning is gone: the run after them is delivered."""
     for step in range(3):
         with stage_run("shard", {"step": step}) as run:
             run.log({"images": 3.0}, 0)
     first, second, _ = sorted(records.folder.iterdir())
-    lines = first.read_text().splitlines(keepends=True)
-    first.write_text("".join([lines[0], lines[1][:20] + lines[1], *lines[2:]]))
-    second.write_text("".join(second.read_text().splitlines(keepends=True)[1:]))
+    _, opened, metrics, *rest = first.read_text().splitlines()
+    first.write_text("\n".join(["", opened, metrics[:20] + metrics, metrics[:-1], *rest]))
+    second.write_text("\n".join(["", *second.read_text().splitlines()[2:]]))
     records.deliver()
     assert {(run.info.status, run.data.params["step"]) for run in runs(client)} == {("FINISHED", "0"), ("FINISHED", "2")}
-    assert [path.name for path in records.folder.iterdir()] == [second.with_suffix(".bad").name]
-    assert capfd.readouterr().err.count("warning: ") == 1
+    assert not list(records.folder.iterdir())
 
 
 def test_a_full_disk_leaves_whole_lines_and_the_metrics_for_later(client: Any, records: Records) -> None:
