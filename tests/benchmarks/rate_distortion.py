@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ldm.base.device import default_device
+from ldm.base.options import assigned
+from ldm.base.randomness import seed_for
 from ldm.bayes.elbo import Elbo
-from ldm.bayes.likelihoods import Likelihood
+from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.config import Settings, load_settings
 from ldm.data import open_shards, write_shards
 from ldm.data.batches import Batches
@@ -29,8 +31,9 @@ from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.autoencoder import Autoencoder
 from ldm.registry.tracking import Run
 from ldm.report.plots import rate_distortion
-from ldm.stages.train_vae import build, objective
+from ldm.stages.train_vae import build
 from ldm.training.fit import fit
+from ldm.training.objectives import Parts
 
 ROOT = Path(__file__).parents[2]
 PLOT = Path(__file__).with_suffix(".png")
@@ -62,19 +65,19 @@ def train(settings: Settings, reader: ShardReader, save: Save = lambda *_: None)
     device = default_device()
     autoencoder, likelihood = build(settings)
     autoencoder.place(device), likelihood.to(device)
-    loss = objective(ROOT, settings, autoencoder, likelihood, Batches(reader, settings.seed), settings.data.image_size)
+    parts = Parts(autoencoder, likelihood, Batches(reader, settings.seed), settings.autoencoder.regulariser)
+    image = (settings.data.channels, settings.data.image_size, settings.data.image_size)
+    loss = settings.train_vae.objective.build(parts, ROOT, seed_for(settings.seed, "initialise", "discriminator"), image)
     fitted = fit(
-        loss, settings.train_vae, seed=settings.seed, journal=Run(), store=Watched(save), progress=lambda done, row: None
+        loss, settings.train_vae, seed=settings.seed, tracker=Run(), store=Watched(save), progress=lambda done, row: None
     )  # fmt: skip
     loss.module.load_state_dict(fitted.ema)
     return autoencoder, likelihood
 
 
-def with_options(settings: Settings, **options: Any) -> Settings:
-    """The settings with other values in their section `train_vae`, validated."""
-    values = settings.model_dump()
-    values["train_vae"] |= options
-    return Settings.model_validate(values)
+def with_settings(settings: Settings, *assignments: str) -> Settings:
+    """The settings with some changed, as `ldm run --set` takes them, validated."""
+    return Settings.model_validate(assigned(settings.model_dump(), assignments))
 
 
 def measure(autoencoder: Autoencoder, likelihood: Likelihood, readers: dict[str, ShardReader], seed: int) -> Elbo:
@@ -91,15 +94,16 @@ def standard_error(values: Tensor) -> float:
 def main() -> None:
     settings = load_settings(ROOT)
     images = settings.train_vae.images
-    ldm = {"objective": "ldm", "likelihood": "laplace", "beta": 1e-6}
-    ldm["ldm"] = settings.train_vae.ldm.model_dump() | {"discriminator_start": images // 2}
-    runs = {"ELBO": {}, "LDM objective": ldm, **{f"beta {beta:g}": {"beta": beta} for beta in BETAS}}
+    beta = "autoencoder.regulariser.beta"
+    ldm = ["train_vae.objective.kind=ldm", f"train_vae.objective.discriminator_start={images // 2}", f"{beta}=1e-6"]
+    runs = {"ELBO": [], "LDM objective": [*ldm, "train_vae.likelihood.kind=laplace"]}
+    runs |= {f"beta {value:g}": [f"{beta}={value}"] for value in BETAS}
     bits, rows = {}, []
     with tempfile.TemporaryDirectory() as folder:
         readers = digits(Path(folder), settings)
-        for name, options in runs.items():
+        for name, changes in runs.items():
             start = time.perf_counter()
-            bound = measure(*train(with_options(settings, **options), readers["train"]), readers, settings.seed)
+            bound = measure(*train(with_settings(settings, *changes), readers["train"]), readers, settings.seed)
             bits[name] = bound.bits_per_dim.cpu()
             series = "LDM objective" if name == "LDM objective" else f"ELBO, beta {min(BETAS):g} to {max(BETAS):g}"
             row = {"run": name, "series": series, **summary(bound), "bits_per_dim_se": standard_error(bits[name])}

@@ -17,14 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmarks.peer_autoencoder import Peer, Training
-from benchmarks.rate_distortion import ROOT, digits, measure, standard_error, train, with_options
+from benchmarks.rate_distortion import ROOT, digits, measure, standard_error, train, with_settings
 from benchmarks.timing import LAYOUTS, Stopwatch, activations, compare, first_losses, interleaved, peak_flops, times_faster
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.base.device import default_device
 from ldm.base.pixels import to_float, to_uint8
-from ldm.bayes.likelihoods import Likelihood
+from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.config import load_settings
 from ldm.data.batches import Batches
 from ldm.data.latents import write_latents
@@ -32,7 +32,6 @@ from ldm.data.reader import ShardReader
 from ldm.evaluation.autoencoder import fit_scale
 from ldm.evaluation.metrics.psnr import psnr as psnr_of
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL
-from ldm.nets.text import TextEncoder
 from ldm.stages.train_vae import build
 
 SETTINGS = load_settings(ROOT)
@@ -197,7 +196,7 @@ def psnr(autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader) 
 
 def our_run(images: int, every: int, readers: dict[str, ShardReader]) -> list[Point]:
     """The default recipe in as many images, its averaged weights looked at on the way."""
-    settings = with_options(SETTINGS, images=images, checkpoint_images=every)
+    settings = with_settings(SETTINGS, f"train_vae.images={images}", f"train_vae.checkpoint_images={every}")
     autoencoder, likelihood = build(settings)
     average = nn.ModuleDict({"autoencoder": autoencoder, "likelihood": likelihood}).to(default_device())
     points: list[Point] = []
@@ -286,7 +285,7 @@ def test_encoding_for_the_latent_cache(network: str, tmp_path: Path) -> None:
     device, readers = default_device(), digits(tmp_path, SETTINGS)
     readers = {split: readers[split] for split in ("train", "val")}
     autoencoder = AutoencoderKL(**NETWORKS[network][0]).place(device).eval()
-    embed = TextEncoder.from_pretrained(SETTINGS.text.encoder, SETTINGS.text.max_tokens)
+    embed = SETTINGS.text.build()
     embedded: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     @torch.inference_mode()

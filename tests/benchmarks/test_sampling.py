@@ -51,7 +51,8 @@ def ours(folder: Path, texts: Texts) -> LatentDiffusion:
     unet = UNet.from_pretrained(folder / "unet").place(default_device())
     count = autoencoder.latent_channels
     recipe = Recipe(
-        kind="v", noise="scaled_linear", sigma_max=80.0, autoencoder="", preprocessing={"image_size": SIDE}, text={},
+        diffusion={"prediction": "v", "noise": {"kind": "scaled_linear"}},
+        autoencoder="", preprocessing={"image_size": SIDE}, text={},
         latent_mean=[0.0] * count, latent_std=[1.0] * count, sampling=test_autoencoder.SETTINGS.sampling.model_dump(),
     )  # fmt: skip
     model = LatentDiffusion(autoencoder, DiscretizedLogistic().build().to(default_device()), unet, recipe)

@@ -17,7 +17,6 @@ from ldm.base.device import set_up
 from ldm.config import load_settings
 from ldm.data.latents import Latents
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise import noise_levels
 from ldm.nets.unet import UNet
 from ldm.registry.tracking import Run
 from ldm.training.fit import Fitted, fit
@@ -52,18 +51,18 @@ def test_latents_resident_loop(network: str) -> None:
     chosen, diffusion, options = NETWORKS[network], SETTINGS.diffusion, SETTINGS.train_unet
     device = set_up(SETTINGS.deterministic)
     options = options.model_copy(update={"images": STEPS * options.batch_size})
-    levels = noise_levels(**diffusion.model_dump(exclude={"kind"}))
+    levels = diffusion.noise.build()
     width = chosen.arguments["cross_attention_dim"]
     latents = random_latents(chosen.arguments["in_channels"], chosen.side, chosen.tokens, width)
 
     def fresh() -> Watching:
         torch.manual_seed(0)
-        return Watching(UNet(**chosen.arguments).place(device), diffusion.kind, levels)
+        return Watching(UNet(**chosen.arguments).place(device), diffusion.prediction, levels)
 
     def loop(denoiser: Watching | None = None, images: int = options.images) -> Fitted:
         objective = UnetObjective(denoiser or fresh(), latents, options, SETTINGS.seed, device)
         schedule = options.model_copy(update={"images": images})
-        return fit(objective, schedule, seed=SETTINGS.seed, journal=Run(), store=Watched(), progress=lambda done, row: None)
+        return fit(objective, schedule, seed=SETTINGS.seed, tracker=Run(), store=Watched(), progress=lambda done, row: None)
 
     first = fresh()
     once = loop(first, options.batch_size)

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.base.device import default_device, reuse_freed_memory
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise import noise_levels
+from ldm.diffusion.noise import Linear
 from ldm.nets.unet import UNet
 from ldm.training.ema import global_norm
 from ldm.training.fit import GRADIENT_NORM
@@ -60,7 +60,7 @@ class Network:
 
 CHANNELS = {"in_channels": PARAMS["autoencoder"]["latent_channels"], "out_channels": PARAMS["autoencoder"]["latent_channels"]}
 NETWORKS = {
-    "default": Network(CHANNELS | {"cross_attention_dim": 384} | PARAMS["unet"]),
+    "default": Network(CHANNELS | {"cross_attention_dim": 384} | {k: v for k, v in PARAMS["backbone"].items() if k != "kind"}),
     "64-128": Network(unet([64, 128], True, True)),
 }
 TINY = {"tiny": Network(unet([8, 16], True, True, num_heads=2, norm_num_groups=4), tokens=3, batch=2)}
@@ -96,7 +96,7 @@ class Ours:
 
     def __init__(self, net: UNet, forward: Callable[..., Tensor] | None = None, optimizer: torch.optim.Optimizer | None = None):
         self.net = net.train()
-        self.levels = noise_levels("linear", 1e3)  # the 1000 levels of DDPMScheduler
+        self.levels = Linear(sigma_max=1e3).build()  # the 1000 levels of DDPMScheduler
         self.denoiser = Denoiser(net if forward is None else forward, "eps", self.levels)
         self.optimizer = optimizer or torch.optim.AdamW(net.parameters(), LR, weight_decay=1e-2, fused=True)
 

@@ -33,13 +33,12 @@ from ldm.data.batches import Batches, order
 from ldm.data.latents import Latents, open_latents, write_latents
 from ldm.data.reader import ShardReader
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise import noise_levels
 from ldm.diffusion.recipe import Recipe
 from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.evaluation import balanced, labelled
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import Autoencoder
-from ldm.nets.text import TextEncoder, trim
+from ldm.nets.text.encoder import TextEncoder, trim
 from ldm.registry.tracking import Run
 from ldm.stages.train_unet import build, recipe
 from ldm.training.fit import fit
@@ -95,7 +94,7 @@ def first(points: list[Point]) -> Point | None:
 
 def cached(settings: Settings, autoencoder: Autoencoder, readers: dict[str, ShardReader], folder: Path) -> Latents:
     """What the stage `cache_latents` makes of the training images."""
-    encoder = TextEncoder.from_pretrained(settings.text.encoder, settings.text.max_tokens)
+    encoder = settings.text.build()
     identity = {"autoencoder": "", "text_encoder": encoder.sha256, "text": settings.text.model_dump()}
 
     @torch.inference_mode()
@@ -119,7 +118,7 @@ def our_run(settings: Settings, readers: dict[str, ShardReader], folder: Path, a
     latents = cached(settings, autoencoder, readers, folder)
     unet, average = (build(settings, latents.text.shape[-1]).place(device) for _ in range(2))
     diffusion = settings.diffusion
-    denoiser = Denoiser(unet, diffusion.kind, noise_levels(**diffusion.model_dump(exclude={"kind"})))
+    denoiser = Denoiser(unet, diffusion.prediction, diffusion.noise.build())
     system = Recipe(**recipe(settings, latents), sampling=settings.sampling.model_dump())
     model = LatentDiffusion(autoencoder, likelihood, average, system)
 
@@ -133,7 +132,7 @@ def our_run(settings: Settings, readers: dict[str, ShardReader], folder: Path, a
 
     objective = UnetObjective(denoiser, latents, options, settings.seed, device)
     fitted = fit(
-        objective, options, seed=settings.seed, journal=Run(), store=Watched(save), progress=lambda done, row: None
+        objective, options, seed=settings.seed, tracker=Run(), store=Watched(save), progress=lambda done, row: None
     )  # fmt: skip
     look(options.images, fitted.ema)
     return points
@@ -169,7 +168,7 @@ def prepare(settings: Settings, reader: ShardReader) -> Prepared:
         parts = [peer.encode(to_float(part).to(device)) for part in images]
     mean, std = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "std"))
     scale = float(1 / (mean.var() + std.square().mean()).sqrt())
-    encoder = TextEncoder.from_pretrained(settings.text.encoder, settings.text.max_tokens)
+    encoder = settings.text.build()
     captions = reader.captions.text.tolist()
     distinct = [*dict.fromkeys(captions), ""]
     text, _ = trim(*encoder(distinct))
