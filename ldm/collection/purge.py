@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tarfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,12 +58,11 @@ class Purged:
 
     def lines(self) -> list[str]:
         """The report without the versions, for people."""
-        count, size = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+        sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
         for copy in self.copies:
-            count[copy.place, copy.kind] += 1
-            size[copy.place, copy.kind] += copy.size
+            sizes[copy.place, copy.kind].append(copy.size)
         title = f"{', '.join(self.names) or 'image'} (sha256 {', '.join(f'{digest}…' for digest in self.digests)})"
-        return [title, *(f"{place:<8}{kind:<10}{n:>6} files{size[place, kind]:>16,} bytes" for (place, kind), n in count.items())]
+        return [title, *(f"{place:<8}{kind:<10}{len(of):>6} files{sum(of):>16,} bytes" for (place, kind), of in sizes.items())]
 
 
 class _Objects:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -67,13 +68,11 @@ def processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Callable[..., Any], items: Iterable[Any]) -> Iterator[Any]:
     """Like `pool.map`, with at most `ahead` results that wait to be read."""
-    pending: deque[Future[Any]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) >= ahead:
-            yield _result(pool, pending.popleft())
+    submitted = (pool.submit(function, item) for item in items)
+    pending = deque(islice(submitted, ahead))
     while pending:
         yield _result(pool, pending.popleft())
+        pending.extend(islice(submitted, 1))
 
 
 def _result(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:

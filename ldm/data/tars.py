@@ -65,12 +65,19 @@ def _samples(path: Path, ignored: Counter[str]) -> dict[str, Parts]:
             for member in tar:
                 if member.isdir():
                     continue
-                name, extension = _check(path, member)
-                part = f".{extension}" in SUFFIXES or extension in (*TEXTS, "json", "cls")
-                if not name.name.partition(".")[0] or not part:
+                name = PurePosixPath(member.name)
+                stem, _, suffix = name.name.partition(".")
+                extension = suffix.lower()
+                if name.is_absolute() or ".." in name.parts:
+                    raise InputError(f"{path}: member {member.name!r} leads out of the tar; write it again with plain names")
+                if not member.isreg() or member.issparse():
+                    raise InputError(f"{path}: member {member.name!r} is a link, a device or sparse; only plain files are read")
+                if extension.rpartition(".")[2] in PICKLES:
+                    raise InputError(f"{path}: member {member.name!r} is a pickle, which can run any program; remove it")
+                if not stem or (f".{extension}" not in SUFFIXES and extension not in (*TEXTS, "json", "cls")):
                     ignored[f".{extension}"] += 1
                     continue
-                key = str(name.with_name(name.name.partition(".")[0]))
+                key = str(name.with_name(stem))
                 if extension in samples.setdefault(key, {}):
                     raise InputError(f"{path}: member {member.name!r} is there twice; keep one")
                 if f".{extension}" not in SUFFIXES and member.size > MAX_TEXT:
@@ -84,19 +91,6 @@ def _samples(path: Path, ignored: Counter[str]) -> dict[str, Parts]:
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: not a readable plain tar: {error}; restore it") from None
     return samples
-
-
-def _check(path: Path, member: tarfile.TarInfo) -> tuple[PurePosixPath, str]:
-    """The name of a member and its extension; raises `InputError` for a member that could do harm."""
-    name = PurePosixPath(member.name)
-    extension = name.name.lower().partition(".")[2]
-    if name.is_absolute() or ".." in name.parts:
-        raise InputError(f"{path}: member {member.name!r} leads out of the tar; write it again with plain names")
-    if not member.isreg() or member.issparse():
-        raise InputError(f"{path}: member {member.name!r} is a link, a device or sparse; only plain files are read")
-    if extension.rpartition(".")[2] in PICKLES:
-        raise InputError(f"{path}: member {member.name!r} is a pickle, which can run any program; remove it")
-    return name, extension
 
 
 def _caption(path: Path, key: str, parts: Parts) -> dict[str, Any]:
