@@ -1,6 +1,5 @@
 """The latent diffusion paper's objective for autoencoders (Rombach et al. 2022, appendix G; Esser et al. 2021, eq. 6, 7)."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,25 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.base import distributed
-from ldm.bayes.likelihoods.likelihood import Likelihood
-from ldm.data.batches import Batches
 from ldm.nets.adversary import PatchDiscriminator, Perceptual
-from ldm.nets.autoencoder import Autoencoder
-from ldm.nets.regulariser import Regulariser
+from ldm.training.objectives import LdmChoice, Parts
 from ldm.training.vae import VaeObjective
 
 LARGEST_WEIGHT, SMALL = 1e4, 1e-4  # of the adaptive weight, and in its denominator
-
-
-@dataclass(frozen=True)
-class Adversary:
-    """What is added to the absolute error: a perceptual distance and, from an image count on, a discriminator."""
-
-    perceptual: Perceptual
-    perceptual_weight: float
-    discriminator: PatchDiscriminator
-    discriminator_weight: float
-    discriminator_start: int  # images seen
 
 
 class AdversarialObjective(VaeObjective):
@@ -37,15 +22,13 @@ class AdversarialObjective(VaeObjective):
     paper's code alternates): the discriminator's weights are constants in the decoder's loss, the image in the discriminator's.
     """
 
-    def __init__(
-        self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, regulariser: Regulariser, adversary: Adversary
-    ):
-        super().__init__(autoencoder, likelihood, batches, regulariser)
-        self.adversary = adversary
-        self.module["discriminator"] = adversary.discriminator
+    def __init__(self, parts: Parts, options: LdmChoice, perceptual: Perceptual, discriminator: PatchDiscriminator):
+        super().__init__(*parts)
+        self.options, self.perceptual, self.discriminator = options, perceptual, discriminator
+        self.module["discriminator"] = discriminator
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        discriminator = list(self.adversary.discriminator.parameters())
+        discriminator = list(self.discriminator.parameters())
         return [*super().parameter_groups(lr), {"params": discriminator, "clip_group": 1, "betas": (0.5, 0.9)}]
 
     def compile(self) -> None:
@@ -55,28 +38,24 @@ class AdversarialObjective(VaeObjective):
         super().compile()
 
     def _distortion(self, x: Tensor, output: Tensor, images_seen: int) -> tuple[Tensor, dict[str, Tensor]]:
-        adversary = self.adversary
+        options, discriminator = self.options, self.discriminator
         likelihood = -self.likelihood.log_prob(x, output).mean()
         mean = self.likelihood.mean(output)
-        perceptual = adversary.perceptual(x, mean).mean()
-        negative = likelihood + adversary.perceptual_weight * perceptual * torch.exp(-self.likelihood.log_scale)
+        perceptual = self.perceptual(x, mean).mean()
+        negative = likelihood + options.perceptual_weight * perceptual * torch.exp(-self.likelihood.log_scale)
         metrics = {"distortion_nats": likelihood * x[0].numel(), "perceptual": perceptual, "l1": (x - mean).abs().mean()}
-        if images_seen < adversary.discriminator_start or not adversary.discriminator_weight:
+        if images_seen < options.discriminator_start or not options.discriminator_weight:
             # DDP waits for the gradients of every parameter: let each take part in every loss
-            idle = sum(0.0 * p.sum() for p in adversary.discriminator.parameters())
+            idle = sum(0.0 * p.sum() for p in discriminator.parameters())
             nothing = torch.zeros((), device=x.device)
             return negative + idle, metrics | dict.fromkeys(("adversarial_weight", "real_logits", "fake_logits"), nothing)
-        constant = {name: p.detach() for name, p in adversary.discriminator.named_parameters()}
-        fooling = -torch.func.functional_call(adversary.discriminator, constant, (mean,)).float().mean()
-        weight = adversary.discriminator_weight * adaptive_weight(negative, fooling, last_layer(self.autoencoder))
-        real, fake = (adversary.discriminator(images).float() for images in (x, mean.detach()))
+        constant = {name: p.detach() for name, p in discriminator.named_parameters()}
+        fooling = -torch.func.functional_call(discriminator, constant, (mean,)).float().mean()
+        weight = options.discriminator_weight * adaptive_weight(negative, fooling, self.autoencoder.decoder.conv_out.weight)
+        real, fake = (discriminator(images).float() for images in (x, mean.detach()))
         hinge = 0.5 * (F.relu(1 - real) + F.relu(1 + fake)).mean()
         metrics |= {"adversarial_weight": weight, "real_logits": real.mean(), "fake_logits": fake.mean()}
         return negative + weight * fooling + hinge, metrics
-
-
-def last_layer(autoencoder: Autoencoder) -> Tensor:
-    return autoencoder.decoder.conv_out.weight
 
 
 def adaptive_weight(negative: Tensor, fooling: Tensor, layer: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -75,25 +76,20 @@ class LdmChoice(VaeChoice):
 
     def build(self, parts: Parts, root: Path, seed: int, image: tuple[int, int, int]) -> VaeObjective:
         from ldm.nets.adversary import PatchDiscriminator, Perceptual
-        from ldm.training.adversarial import AdversarialObjective, Adversary
+        from ldm.training.adversarial import AdversarialObjective
 
         torch.manual_seed(seed)
         discriminator = PatchDiscriminator(image[0], self.discriminator_channels, self.discriminator_layers)
-        perceptual = Perceptual()
-        if self.perceptual_sha256 is not None:
-            perceptual = Perceptual.from_file(root / self.perceptual, self.perceptual_sha256)
+        file, sha256 = root / self.perceptual, self.perceptual_sha256
+        perceptual = Perceptual() if sha256 is None else Perceptual.from_file(file, sha256)
         x = torch.zeros(1, *image)
-        networks: dict[str, Any] = {"discriminator_layers": discriminator, "perceptual": lambda x: perceptual(x, x)}
-        for name, network in networks.items():
+        for name, network in (("discriminator_layers", discriminator), ("perceptual", partial(perceptual, x))):
             try:
                 with torch.no_grad():
                     network(x)
             except RuntimeError as error:
-                size = f"images of {image[-1]} pixels (data.image_size)"
-                raise InputError(f"train_vae.objective.{name}: too deep for {size}") from error
+                pixels = f"images of {image[-1]} pixels (data.image_size)"
+                raise InputError(f"train_vae.objective.{name}: too deep for {pixels}") from error
         device = next(parts.autoencoder.parameters()).device
         placed = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        adversary = Adversary(
-            perceptual.to(device), self.perceptual_weight, placed, self.discriminator_weight, self.discriminator_start
-        )
-        return AdversarialObjective(*parts, adversary)
+        return AdversarialObjective(parts, self, perceptual.to(device), placed)

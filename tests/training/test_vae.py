@@ -2,7 +2,6 @@
 
 import math
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +24,10 @@ from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
 from ldm.nets.regulariser import Kl, Vq
 from ldm.registry.tracking import Run
-from ldm.training.adversarial import AdversarialObjective, Adversary
+from ldm.training.adversarial import AdversarialObjective
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, fit
+from ldm.training.objectives import LdmChoice, Parts
 from ldm.training.optimizers import AdamW, Sgld
 from ldm.training.vae import VaeObjective
 
@@ -57,8 +57,9 @@ def elbo_objective(**rate: float) -> VaeObjective:
 def adversarial(*, start: int = 0, weight: float = 0.5, perceptual: float = 1.0, images: Images | None = None, **rate: float):
     net = autoencoder()
     torch.manual_seed(3)
-    adversary = Adversary(Perceptual(), perceptual, PatchDiscriminator(3, 8, 1), weight, start)
-    return AdversarialObjective(net, Laplace(log_scale=-0.5).build(), images or Images(), Kl(**rate), adversary)
+    options = LdmChoice(discriminator_start=start, discriminator_weight=weight, perceptual_weight=perceptual)
+    parts = Parts(net, Laplace(log_scale=-0.5).build(), images or Images(), Kl(**rate))
+    return AdversarialObjective(parts, options, Perceptual(), PatchDiscriminator(3, 8, 1))
 
 
 def loss_of(objective: VaeObjective, images_seen: int = 0) -> Tensor:
@@ -152,17 +153,18 @@ def test_bfloat16_reaches_neither_pixels_nor_posterior():
 
 def by_hand(objective: AdversarialObjective) -> dict[str, Tensor]:
     """Gradients of autoencoder and discriminator, each with the other's weights held fixed, and the loss put together anew."""
-    ours, net = objective.adversary, objective.autoencoder
+    ours, net, options = objective, objective.autoencoder, objective.options
     x = to_float(PIXELS)
     posterior = net.encode(x)
     back = net.decode(posterior.sample(net.latent_noise(x, torch.Generator().manual_seed(2))))
     b = objective.likelihood.log_scale
-    error = (x - back).abs() + ours.perceptual_weight * ours.perceptual(x, back).view(-1, 1, 1, 1)  # as the paper's code has it
+    # as the paper's code has it
+    error = (x - back).abs() + options.perceptual_weight * ours.perceptual(x, back).view(-1, 1, 1, 1)
     negative = (error / b.exp() + b + math.log(2)).mean()
     fooling = -ours.discriminator(back).mean()
     last = net.decoder.conv_out.weight
     ratio = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (negative, fooling)]
-    weight = ours.discriminator_weight * float(ratio[0] / (ratio[1] + 1e-4))
+    weight = options.discriminator_weight * float(ratio[0] / (ratio[1] + 1e-4))
     kl = objective.regulariser.beta * posterior.kl().flatten(1).sum(1).mean() / 768
     others = [p for name, p in objective.module.named_parameters() if not name.startswith("discriminator")]
     total = torch.autograd.grad(negative + kl + weight * fooling, others, retain_graph=True)
@@ -213,7 +215,7 @@ def test_the_term_reaches_the_decoder(term):
 def test_a_perceptual_network_without_gradient_would_be_noticed():
     def muted(**options: float) -> AdversarialObjective:
         objective = adversarial(**options)
-        objective.adversary = replace(objective.adversary, perceptual=Mute(objective.adversary.perceptual))
+        objective.perceptual = Mute(objective.perceptual)
         return objective
 
     assert reach(muted, {"perceptual": 1.0}) < 1e-6
