@@ -1,6 +1,6 @@
 """Prefect flows: when and where the stages of dvc.yaml run.
 
-Prefect and MLflow read these on import; what the user has set stands.
+Sets what Prefect and MLflow read on import; values that the user has set stay.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Prefect's temporary server, for a run where nobody has named one: a process that ends with the one that started it.
+"""A temporary Prefect server for a run without one: a child process that ends with the run.
 
-Prefect can start such a server itself, but it imports the whole server for that, which takes seconds, and leaves it behind
-when it is killed.
+Prefect can start such a server itself, but imports the whole server into this process for it, which takes seconds, and leaves
+it behind if this process is killed.
 """
 
 import os
@@ -21,19 +21,18 @@ ENVIRONMENT = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PRE
 
 @dataclass(frozen=True)
 class TemporaryServer:
-    """A server that listens at `url` as soon as it has started."""
+    """A server that will listen at `url`."""
 
     url: str
-    process: "subprocess.Popen[bytes]"  # its stdin is a pipe that only this process holds open
+    process: "subprocess.Popen[bytes]"  # its stdin is a pipe of which only this process holds the other end
 
     def wait(self) -> None:
-        """Until it answers; `InputError` where it does not start."""
+        """Wait until it answers; `InputError` if it does not start."""
         deadline = time.monotonic() + START_SECONDS
         while not answers(f"{self.url}/health"):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise InputError(
-                    "Prefect's temporary server does not start; `prefect server start` says why, or set PREFECT_API_URL"
-                )
+                hint = "`prefect server start` says why, or set PREFECT_API_URL"
+                raise InputError(f"Prefect's temporary server does not start; {hint}")
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -42,14 +41,14 @@ class TemporaryServer:
 
 
 def start() -> TemporaryServer:
-    """Start a server on a free port of this machine. It stops when this process ends, whatever ends it."""
+    """Start a server on a free port of this machine. It stops when this process ends, also by `kill -9`."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.server", str(listening.fileno())],
             stdin=subprocess.PIPE,
             pass_fds=(listening.fileno(),),
             env={**os.environ, **ENVIRONMENT},
-            start_new_session=True,  # Ctrl-C, which reaches all of a terminal's group, is for us to handle
+            start_new_session=True,  # Ctrl-C reaches the terminal's whole group; this process handles it
         )
         return TemporaryServer(f"http://127.0.0.1:{listening.getsockname()[1]}/api", process)
 
@@ -64,7 +63,7 @@ def answers(url: str) -> bool:
 
 
 def main() -> None:
-    """Serve on the listening socket whose number is the argument, until stdin closes."""
+    """Serve on the listening socket whose file descriptor is the argument, until stdin closes."""
     listening = socket.socket(fileno=int(sys.argv[1]))
     import uvicorn
 
@@ -76,7 +75,7 @@ def main() -> None:
             pass
         server.should_exit = True
         time.sleep(5)
-        os._exit(0)  # it waits for connections that nobody will close
+        os._exit(0)  # it would wait for open connections
 
     threading.Thread(target=watch, daemon=True).start()
     server.run(sockets=[listening])

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from ldm.stages.runtime import BAD_INPUT
 from ldm.versioning.reproduce import Reproduced, Status
 
 GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # seconds to end after each signal
-TAIL = 50  # lines kept for an error message
 POLL = 0.2  # seconds between looks at the clock
 MEMORY_POLL = 0.5  # seconds between looks at the memory
 
@@ -43,11 +41,10 @@ class Step:
 
 
 class StageFailed(Exception):
-    """A stage ended with an error; `exit_code` is its command's own (2: bad input), `tail` its last lines."""
+    """A stage ended with an error; `exit_code` is that of its command (2: bad input)."""
 
-    def __init__(self, stage: str, exit_code: int, tail: tuple[str, ...], reason: str = "") -> None:
-        self.stage, self.exit_code, self.tail = stage, exit_code, tail
-        self.bad_input = exit_code == BAD_INPUT
+    def __init__(self, stage: str, exit_code: int, reason: str = "") -> None:
+        self.stage, self.exit_code, self.bad_input = stage, exit_code, exit_code == BAD_INPUT
         super().__init__(reason or f"stage {stage} failed with exit code {exit_code}")
 
 
@@ -65,7 +62,6 @@ def run_stage(
     Waits if another process holds DVC's lock. Raises `StageFailed`, also after `timeout` seconds.
     """
     start = time.monotonic()
-    tail: deque[str] = deque(maxlen=TAIL)
     status = status or Status(root)
     if status.is_up_to_date(stage):
         return Step(stage, "cached", time.monotonic() - start)
@@ -75,11 +71,10 @@ def run_stage(
         assert child.stdout
         for line in _lines(child.stdout):
             if timeout is not None and time.monotonic() - start > timeout:
-                raise StageFailed(stage, -signal.SIGTERM, tuple(tail), f"stage {stage} took more than {timeout:g} s")
+                raise StageFailed(stage, -signal.SIGTERM, f"stage {stage} took more than {timeout:g} s")
             if time.monotonic() > looked + MEMORY_POLL:
                 peak, looked = max(peak, peak_memory(child.pid)), time.monotonic()
             if line is not None:
-                tail.append(line)
                 on_line(line)
             elif child.poll() is not None:  # a process that left the session may still hold the output open
                 break
@@ -87,7 +82,7 @@ def run_stage(
         with open(result, closefd=False) as file:
             found = Reproduced(**json.loads(file.read() or "{}"))  # nothing if it was killed
     if code != 0:
-        raise StageFailed(stage, found.exit_code or code, tuple(tail))
+        raise StageFailed(stage, found.exit_code or code)
     return Step(stage, found.status, time.monotonic() - start, peak)
 
 
@@ -101,17 +96,25 @@ def peak_memory(session: int) -> int:
     return peak
 
 
-def _running(session: int) -> list[psutil.Process]:
-    """Processes of a session. Zombies do not count: in a container they may stay for as long as its init lets them."""
-    found = []
+def _runs(process: psutil.Process) -> bool:
+    """False for a zombie, too: in a container it may stay for as long as the init lets it."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _running(session: int) -> set[psutil.Process]:
+    """The processes of a session that run."""
+    found = set()
     for pid in psutil.pids():
         with contextlib.suppress(OSError, psutil.Error):  # it has ended
-            if os.getsid(pid) == session and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+            if os.getsid(pid) == session and _runs(process := psutil.Process(pid)):
+                found.add(process)
     return found
 
 
-def _with_descendants(processes: list[psutil.Process]) -> set[psutil.Process]:
+def _with_descendants(processes: set[psutil.Process]) -> set[psutil.Process]:
     """With those that they started in sessions of their own, as the ranks of a training are."""
     found = set(processes)
     for process in processes:
@@ -123,13 +126,15 @@ def _with_descendants(processes: list[psutil.Process]) -> set[psutil.Process]:
 def _stop(session: int) -> None:
     """End all processes, gently first. The leader may be gone while others are not."""
     for number, grace in GRACE:
-        if not (running := _running(session)):
+        if not (processes := _running(session)):
             return
-        for process in _with_descendants(running) if number == signal.SIGKILL else running:
+        if number == signal.SIGKILL:
+            processes = _with_descendants(processes)
+        for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
         deadline = time.monotonic() + grace
-        while _running(session) and time.monotonic() < deadline:
+        while any(map(_runs, processes)) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 

@@ -1,4 +1,4 @@
-"""Public names of a package that cost nothing until they are used."""
+"""Imports that wait until a name is used."""
 
 import importlib
 from collections.abc import Callable

@@ -10,21 +10,21 @@ import time
 from pathlib import Path
 
 from torch.distributed import TCPStore
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, SubprocessContext
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std, SubprocessContext
 
 from ldm.stages.runtime import BAD_INPUT, CHECKPOINT_SECONDS, END_SECONDS, INTERRUPTED, ignore_signals
 
-HARMLESS = signal.SIGCONT  # for `close`, which sends a signal, waits, and kills: the pipe stops the ranks
+HARMLESS = signal.SIGCONT  # `close` sends a signal, waits, and kills; ranks are stopped by their pipe, and need none
 
-logging.getLogger("torch.distributed.elastic").propagate = False  # its account of what this module says itself
+logging.getLogger("torch.distributed.elastic").propagate = False  # this module reports what happened
 logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
 
 
 def run_ranks(stage: str, count: int) -> int:
-    """Run a stage as `count` ranks; its exit code, once all of them have ended.
+    """Run a stage as `count` ranks. Returns the stage's exit code when all of them have ended.
 
-    The ranks' stdin is a pipe of which only this process holds the other end: they stop when it closes, also by `kill -9`. Of
-    ranks other than 0, stderr is shown only if they fail.
+    The ranks' stdin is a pipe of which only this process holds the other end: they stop when this process closes it or is
+    killed. The stderr of ranks other than 0 is shown only if they fail.
     """
     with socket.create_server(("127.0.0.1", 0)) as listening:  # TCPStore itself would listen on all interfaces
         port = listening.getsockname()[1]
@@ -45,17 +45,15 @@ def run_ranks(stage: str, count: int) -> int:
             envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)},
             logs_specs=DefaultLogsSpecs(folder, redirects=dict.fromkeys(range(1, count), Std.ERR)),
         )
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        ranks.start()
-        for number, handler in handlers.items():  # `start` has set its own
-            signal.signal(number, handler)
         try:
+            ranks.start()  # from here on, signals raise `SignalException`
             failed = _wait(ranks)
-        except KeyboardInterrupt:
+        except SignalException:
             ignore_signals()
             os.close(write)
             ranks.close(HARMLESS, timeout=CHECKPOINT_SECONDS)
-            return INTERRUPTED if any(_exit_codes(ranks).values()) else 0
+            codes = _exit_codes(ranks).values()
+            return 0 if codes and not any(codes) else INTERRUPTED
         ranks.close(HARMLESS, timeout=END_SECONDS)  # those that wait for one that failed notice by themselves, or are killed
         return _report(ranks, failed)
 

@@ -42,17 +42,19 @@ def test_outs_from_the_run_cache_are_restored(project: Path) -> None:
 @pytest.mark.parametrize("code", [1, 2, 77])
 def test_the_commands_own_exit_code_and_last_words(project: Path, code: int) -> None:
     (project / "knob.txt").write_text(f"shard exit {code}")
+    lines: list[str] = []
     with pytest.raises(StageFailed) as failure:
-        run_stage(project, "shard")
+        run_stage(project, "shard", on_line=lines.append)
     assert failure.value.exit_code == code
     assert failure.value.bad_input == (code == 2)
-    assert failure.value.tail == ("shard starts", "error: shard cannot")
+    assert lines == ["shard starts", "error: shard cannot"]
 
 
 def test_a_failure_of_dvc_itself_is_a_failure_with_its_words(project: Path) -> None:
-    with pytest.raises(StageFailed) as failure:
-        run_stage(project, "train_unet")  # its dependency was never made
-    assert "data/shards" in failure.value.tail[-1]
+    lines: list[str] = []
+    with pytest.raises(StageFailed):
+        run_stage(project, "train_unet", on_line=lines.append)  # its dependency was never made
+    assert "data/shards" in lines[-1]
 
 
 def test_a_stage_that_takes_too_long_is_ended(project: Path, gone: Callable[[int], bool]) -> None:
@@ -67,15 +69,38 @@ def test_a_stage_that_takes_too_long_is_ended(project: Path, gone: Callable[[int
     run_stage_again(project)
 
 
+OTHER_SESSION = """
+import subprocess
+with open("other.pid", "w") as file:
+    file.write(str(subprocess.Popen(["sleep", "60"], start_new_session=True).pid))
+"""
+
+
 def test_a_deaf_stage_is_killed(project: Path, gone: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "GRACE", ((signal.SIGINT, 0.5), (signal.SIGTERM, 0.5), (signal.SIGKILL, 5.0)))
     deaf = "import signal\nfor number in (2, 15): signal.signal(number, signal.SIG_IGN)\n"
-    (project / "stage.py").write_text(deaf + (project / "stage.py").read_text())
+    (project / "stage.py").write_text(deaf + OTHER_SESSION + (project / "stage.py").read_text())
     (project / "knob.txt").write_text("shard sleep")
     with pytest.raises(StageFailed):
         run_stage(project, "shard", timeout=3)
-    pid = project / "shard.pid"
-    assert not pid.exists() or gone(int(pid.read_text()), 0)  # a slow machine may not have come that far
+    for pid in (project / "shard.pid", project / "other.pid"):  # the other one has a session of its own, as ranks have
+        assert not pid.exists() or gone(int(pid.read_text()), 0)  # a slow machine may not have come that far
+
+
+def test_a_process_that_left_the_session_and_holds_the_output_holds_nobody_up(project: Path) -> None:
+    (project / "stage.py").write_text(OTHER_SESSION + (project / "stage.py").read_text())
+    lines: list[str] = []
+    assert run_stage(project, "shard", on_line=lines.append).seconds < 40
+    assert lines == ["shard starts"]
+    os.kill(int((project / "other.pid").read_text()), signal.SIGKILL)  # it was still there
+
+
+def test_a_zombie_does_not_run() -> None:
+    """In a container, those that lost their parent may stay zombies."""
+    leader = subprocess.Popen(["true"], start_new_session=True)
+    os.waitid(os.P_PID, leader.pid, os.WEXITED | os.WNOWAIT)
+    assert os.getsid(leader.pid) == leader.pid and not supervise._running(leader.pid)
+    leader.wait()
 
 
 def test_nothing_outlives_an_owner_killed_with_9(project: Path, gone: Callable[[int], bool]) -> None:
