@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands.shared import Name, champion, model_name, new_group, table, tracked_project
+from ldm.commands.shared import Name, model_name, new_group, table, tracked_project
 
 app = new_group()
 
@@ -31,8 +31,8 @@ def show(
     """One version: aliases, where it came from, how it was evaluated, why it was promoted or not."""
     from ldm.registry.versions import describe, lookup
 
-    tracked_project()
-    uri = f"models:/{model_name()}/{model}" if model and model.isdecimal() else model or champion()
+    name = model_name()
+    uri = f"models:/{name}/{model}" if model and model.isdecimal() else model or f"models:/{name}@champion"
     for key, value in describe(lookup(uri)).items():
         print(f"{key:<16}{value}")
 

@@ -80,13 +80,9 @@ def model_name(name: str | None = None) -> str:
     return name or load_settings(root).registry.name
 
 
-def champion() -> str:
-    return f"models:/{model_name()}@champion"
-
-
 def load_model(model: str | None) -> "LatentDiffusion":
     """The model of that name or folder, or the champion, on the default device."""
-    model = model or champion()
+    model = model or f"models:/{model_name()}@champion"
     typer.echo(f"loading {model} …", err=True)
     place: contextlib.AbstractContextManager[Path] = contextlib.nullcontext(Path(model))
     if model.startswith("models:"):
@@ -175,7 +171,7 @@ def table(rows: list[Any]) -> None:
         pretty = Table(*rows[0], box=None, pad_edge=False)
         for row in rows:
             pretty.add_row(*row.values())
-        Console().print(pretty)
+        Console(markup=False).print(pretty)  # cells may hold lists in brackets
         return
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     for row in ({name: name for name in widths}, *rows):

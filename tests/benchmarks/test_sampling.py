@@ -20,6 +20,7 @@ from benchmarks.timing import LAYOUTS, interleaved, times_faster
 from torch import Tensor, nn
 
 from ldm.base.device import default_device, reuse_freed_memory
+from ldm.base.randomness import generator
 from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.diffusion.recipe import Recipe
 from ldm.model import LatentDiffusion
@@ -135,7 +136,7 @@ def test_sampling(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     texts = Texts(torch.randn(11, unet.tokens, unet.arguments["cross_attention_dim"]))
     prompts = [str(number % 10) for number in range(IMAGES)]
     model = ours(tmp_path, texts)
-    noise = model._noise(0, range(IMAGES))
+    noise = model.latent_noise([generator(0, "sample", number) for number in range(IMAGES)])
     trailing = Theirs(pipeline(tmp_path, torch.contiguous_format, timestep_spacing="trailing"), texts, prompts)
     check_latents(model, trailing, noise, prompts, monkeypatch)
 
