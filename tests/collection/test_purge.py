@@ -110,7 +110,7 @@ def register(root: Path, number: int) -> None:
     sampling = load_settings(root).sampling.model_dump()
     (root / "models/ldm/model.json").write_text(json.dumps({"sampling": sampling, "number": number}))
     (root / "reports/bounds.csv").write_text("key,nats\na,-1.5\n")
-    (root / "reports/metrics.json").write_text(json.dumps({"bits_per_dim": 3.0, "image": "8x8x1, box"}))
+    (root / "reports/metrics.json").write_text(json.dumps({"bits_per_dim": 3.0, "image": "8x8x1, box", "test_images": 1}))
     (root / "reports/report.html").write_text("<p>report</p>")
     assert registration.register(root).version == number
 
