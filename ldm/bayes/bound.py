@@ -1,12 +1,4 @@
-"""One number for the whole system: an evidence lower bound of autoencoder and diffusion model together.
-
-log p(x) >= E_q[log p(x | z)] - E_q[log q(z | x)] + E_q[log p_diffusion(z)], where the diffusion model gives the bound
--log p_diffusion(z) <= KL(N(z, sigma_max²) || N(0, sigma_max² + 1))
-                       + (ln sigma_max - ln sigma_min) E_u[|z - D(z + sigma n; sigma)|² / sigma²]
-                       + (d / 2) (1 + ln 2 pi sigma_min²),    u = ln sigma uniform on [ln sigma_min, ln sigma_max]
-(Kingma et al. 2021, "Variational diffusion models", in the variance-exploding form). All terms are computed in standardised
-latents, so no Jacobian is missing. With prompts it bounds log p(x | prompt).
-"""
+"""One number for the whole system: an evidence lower bound of autoencoder and diffusion model together (`README.md`)."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +17,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # from x at noise level sigma (B,)
 
 @dataclass(frozen=True)
 class Bound(LowerBound):
-    """A lower bound on log p(x | prompt); every term in nats per image (B,)."""
+    """log p(x | prompt) >= reconstruction + entropy + prior, nats per image (B,)."""
 
     reconstruction: Tensor  # E_q[log p(x | z)]
     entropy: Tensor  # -E_q[log q(z | x)]
@@ -38,51 +30,39 @@ class Bound(LowerBound):
 
 
 def diffusion_bound(denoise: Denoise, z: Tensor, sigma_min: float, sigma_max: float, u: Tensor, noise: Tensor) -> Tensor:
-    """A lower bound on log p(z) for standardised latents z (B, C, H, W), in nats, (B,).
+    """A lower bound on log p(z) for standardised latents z (B, C, H, W), d values each, in nats, (B,).
 
-    The expectation over noise levels is the mean over L draws: `u` (L, B) uniform in [0, 1), a position between ln sigma_min and
-    ln sigma_max, and `noise` (L, B, C, H, W) standard normal.
+    -log p(z) <= KL(N(z, sigma_max²) || N(0, sigma_max² + 1)) + span E_u[|z - D(z + sigma n; sigma)|² / sigma²]
+                 + (d / 2) (1 + ln 2 pi sigma_min²),    sigma = sigma_min exp(u span), span = ln sigma_max - ln sigma_min
+    (Kingma et al. 2021, "Variational diffusion models", in the variance-exploding form). The expectation is a mean over L draws
+    `u` (L, B), uniform in [0, 1), and n, `noise` (L, B, C, H, W), standard normal.
     """
-    d = z[0].numel()
-    span = math.log(sigma_max / sigma_min)
+    d, span, variance = z[0].numel(), math.log(sigma_max / sigma_min), sigma_max**2
     error = torch.zeros(len(z), dtype=torch.float64)
     for position, n in zip(u, noise, strict=True):
         sigma = sigma_min * torch.exp(position * span)
         residual = z - denoise(z + sigma.view(-1, 1, 1, 1).to(z) * n, sigma.to(z))
         error += residual.flatten(1).square().sum(1).double().cpu() / sigma.double().cpu() ** 2
     square = z.flatten(1).square().sum(1).double().cpu()
-    variance = sigma_max**2
     endpoint = 0.5 * (d * (variance / (variance + 1) - 1 - math.log(variance / (variance + 1))) + square / (variance + 1))
     return -(endpoint + span * error / len(u) + 0.5 * d * (1 + math.log(2 * math.pi * sigma_min**2)))
 
 
 def whole_bound(
-    autoencoder: Autoencoder,
-    likelihood: Likelihood,
-    denoise: Denoise,
-    x: Tensor,
-    *,
-    latent_mean: Tensor,
-    latent_std: Tensor,
-    sigma_min: float,
-    sigma_max: float,
-    latent_noise: Tensor,
-    u: Tensor,
-    noise: Tensor,
-) -> Bound:
-    """The bound for images x (B, C, H, W), 8-bit values in [-1, 1], with one sample of q(z | x) an image.
+    autoencoder: Autoencoder, likelihood: Likelihood, denoise: Denoise, x: Tensor, *, latent_mean: Tensor, latent_std: Tensor,
+    sigma_min: float, sigma_max: float, latent_noise: Tensor, u: Tensor, noise: Tensor,
+) -> Bound:  # fmt: skip
+    """log p(x) >= E_q[log p(x | z)] - E_q[log q(z | x)] + E_q[log p_diffusion(z)], from one sample of q(z | x) an image.
 
-    `latent_noise` (B, c, h, w) makes that sample, `latent_mean` and `latent_std` (1, c, 1, 1) standardise it. `u` and `noise` are
-    those of `diffusion_bound`. Raises `InputError` for a VQ autoencoder, whose latents have no density, and for a likelihood that
-    is a density itself.
+    Images x (B, C, H, W) are 8-bit values in [-1, 1]. `latent_noise` (B, c, h, w) makes the samples, and `latent_mean` and
+    `latent_std` (1, c, 1, 1) standardise them. All terms use standardised latents, so no Jacobian is missing. `u` and `noise` are
+    those of `diffusion_bound`. `InputError` for a VQ autoencoder, whose latents have no density, and if p(x | z) is a density.
     """
     if hasattr(autoencoder, "quantize"):
         raise InputError("the whole system's bound is undefined for a VQ autoencoder: report rate and distortion instead")
     if not likelihood.discrete:
-        raise InputError(
-            f"the whole system's bound needs probabilities of 8-bit values and a {likelihood.kind} likelihood gives densities: "
-            "take discretized_gaussian or discretized_logistic (bernoulli for binary images)"
-        )
+        found, take = f"a {likelihood.kind} likelihood gives densities", "discretized_gaussian, discretized_logistic or bernoulli"
+        raise InputError(f"the whole system's bound needs probabilities of 8-bit values and {found}: take {take}")
     posterior = autoencoder.encode(x)
     sample = posterior.sample(latent_noise)
     reconstruction = likelihood.log_prob(x, autoencoder.decode(sample)).double().flatten(1).sum(1)

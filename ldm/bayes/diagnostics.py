@@ -26,7 +26,7 @@ STANDARD_NORMAL = DiagonalGaussian(torch.zeros(()), torch.zeros(()))
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Of the posteriors of a split's images; information in nats; tensors per channel (c,)."""
+    """Of the posteriors of a split's images; information in nats; tensors per channel (c,), float64."""
 
     positions: int  # h w
     active_units: int  # latents, of c h w, whose posterior mean has a variance above ACTIVE
@@ -48,12 +48,12 @@ class Diagnostics:
         """Which channels have collapsed and what to change; None if all are in use."""
         if not (found := self.collapsed):
             return None
-        total = len(self.kl)
-        fewer = f", or use fewer autoencoder.latent_channels ({total - len(found)} carry all there is)"
+        used, most = len(self.kl) - len(found), float(self.kl[found].max()) / self.positions
+        fewer = f", or use fewer autoencoder.latent_channels ({used} carry all there is)" if used else ""
         return (
-            f"posterior collapse: {len(found)} of {total} latent channels ({', '.join(map(str, found))}) carry less than "
-            f"{COLLAPSED} nats a position, at most {float(self.kl[found].max()) / self.positions:.2g}: lower train_vae.beta, "
-            f"set train_vae.beta_warmup_images or train_vae.free_bits{fewer if len(found) < total else ''}"
+            f"posterior collapse: {len(found)} of {len(self.kl)} latent channels ({', '.join(map(str, found))}) carry less than "
+            f"{COLLAPSED} nats a position, at most {most:.2g}: lower train_vae.beta, "
+            f"set train_vae.beta_warmup_images or train_vae.free_bits{fewer}"
         )
 
     def metrics(self) -> dict[str, float]:
@@ -84,59 +84,50 @@ def diagnose(mean: Tensor, logvar: Tensor, seed: int = 0) -> Diagnostics:
     """
     if mean.shape != logvar.shape or mean.ndim != 4:
         raise ValueError(f"expected mean and logvar (N, c, h, w), found {tuple(mean.shape)} and {tuple(logvar.shape)}")
-    if len(mean) < 2:
-        raise InputError(f"diagnostics compare posteriors of different images: found {len(mean)}, give 2 or more")
+    if (count := len(mean)) < 2:
+        raise InputError(f"diagnostics compare posteriors of different images: found {count}, give 2 or more")
     rng, positions = generator(seed, "diagnostics"), mean.shape[2] * mean.shape[3]
-    active, kl, centre, std = _moments(mean, logvar)
-    aggregate = torch.stack([_aggregate_kl(mean[:, c], logvar[:, c], rng) for c in range(mean.shape[1])])
-    return Diagnostics(
-        positions=positions,
-        active_units=active,
-        kl=kl,
-        mean=centre,
-        std=std,
-        aggregate_kl=aggregate,
-        value_information=kl / positions - aggregate,
-        value_ceiling=math.log(min(len(mean) * positions, VALUES)),
-        mutual_information=_mutual_information(mean, logvar, rng),
-        ceiling=math.log(min(len(mean), IMAGES)),
-    )
-
-
-def _moments(mean: Tensor, logvar: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Active units; KL per image, mean and standard deviation of the aggregate posterior, each (c,) in float64."""
     sums = torch.zeros((4, *mean.shape[1:]), dtype=torch.float64, device=mean.device)  # (4, c, h, w)
     rows = max(1, CHUNK // mean[0].numel())
     for m, v in zip(mean.split(rows), logvar.split(rows), strict=True):
         m, v = m.double(), v.double()
         sums += torch.stack([part.sum(0) for part in (m, m.square(), v.exp(), DiagonalGaussian(m, v).kl())])
-    centre, square, variance, kl = sums.cpu() / len(mean)
-    spread = (square - centre.square()) * len(mean) / (len(mean) - 1)  # unbiased variance of E[z | x] over x
+    centre, square, variance, kl = sums.cpu() / count
+    spread = (square - centre.square()) * count / (count - 1)  # unbiased variance of E[z | x] over x
     total = square.mean((1, 2)) - centre.mean((1, 2)).square() + variance.mean((1, 2))
-    return int((spread > ACTIVE).sum()), kl.sum((1, 2)), centre.mean((1, 2)), total.sqrt()
+    kl = kl.sum((1, 2))
+    aggregate = torch.stack([_aggregate_kl(mean[:, c], logvar[:, c], rng) for c in range(mean.shape[1])])
+    return Diagnostics(
+        positions=positions,
+        active_units=int((spread > ACTIVE).sum()),
+        kl=kl,
+        mean=centre.mean((1, 2)),
+        std=total.sqrt(),
+        aggregate_kl=aggregate,
+        value_information=kl / positions - aggregate,
+        value_ceiling=math.log(min(count * positions, VALUES)),
+        mutual_information=_mutual_information(mean, logvar, rng),
+        ceiling=math.log(min(count, IMAGES)),
+    )
 
 
 def _aggregate_kl(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> Tensor:
     """KL between the marginal of one channel (N, h, w), over images and positions, and N(0, 1)."""
-    _, h, w = mean.shape
     at = _spread_out(mean.numel(), VALUES, rng).to(mean.device)
-    chosen = (at // (h * w), at // w % h, at % w)  # `torch.unravel_index` imports sympy
-    q = DiagonalGaussian(mean[chosen].double().cpu(), logvar[chosen].double().cpu())  # (M,)
+    q = DiagonalGaussian(*(t.take(at).double().cpu() for t in (mean, logvar)))  # (M,)
     noise = torch.randn(len(q.mean), generator=rng, dtype=torch.float64)
-    z = q.sample(noise)[:, None]  # (M, 1)
-    pairs = q.log_prob(z)  # (M, M): of draw i under posterior j
+    z = q.sample(noise)
+    pairs = q.log_prob(z[:, None])  # (M, M): of draw i under posterior j
     pairs.diagonal().copy_(STANDARD_NORMAL.log_prob(noise) - 0.5 * q.logvar)  # exact, however narrow q is
-    return (pairs.logsumexp(1) - math.log(len(z)) - STANDARD_NORMAL.log_prob(z[:, 0])).mean()
+    return (pairs.logsumexp(1) - math.log(len(z)) - STANDARD_NORMAL.log_prob(z)).mean()
 
 
 def _mutual_information(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> float:
     """I(x; z): how much better a draw's own posterior explains it than the mixture of all."""
     chosen = _spread_out(len(mean), IMAGES, rng)
-    pairs = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
-    own = torch.zeros(len(chosen), dtype=torch.float64)
+    own, pairs = (torch.zeros(shape, dtype=torch.float64) for shape in ((len(chosen),), (len(chosen), len(chosen))))
     for channel in range(mean.shape[1]):  # one at a time, to save memory
-        rows = chosen.to(mean.device)
-        q = DiagonalGaussian(*(t[rows, channel].double().cpu().flatten(1) for t in (mean, logvar)))  # (M, h w)
+        q = DiagonalGaussian(*(t[chosen.to(t.device), channel].double().cpu().flatten(1) for t in (mean, logvar)))  # (M, h w)
         noise = torch.randn(q.mean.shape, generator=rng, dtype=torch.float64)
         z, precision = q.sample(noise), torch.exp(-q.logvar)
         # log q(z_i | x_j): the square expanded into matrix products, and the terms without z, which are log q(0 | x_j)

@@ -11,7 +11,6 @@ from ldm.base.errors import InputError
 from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian
 
-LOG_2PI = math.log(2 * math.pi)
 LogPrior = Callable[[Tensor], Tensor]  # from latents (B, c, h, w) to log p(z) in nats (B,)
 
 
@@ -26,7 +25,7 @@ class LowerBound:
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """The bound as a code length, -nats / (dims ln 2), (B,): of 8-bit values only under a discrete likelihood."""
+        """-nats / (dims ln 2), (B,): the length of a code for 8-bit values if the likelihood is discrete."""
         return -self.nats / (self.dims * math.log(2))
 
     @property
@@ -37,10 +36,10 @@ class LowerBound:
 
 @dataclass(frozen=True)
 class Elbo(LowerBound):
-    """log p(x) >= reconstruction - kl."""
+    """log p(x) >= reconstruction - kl, nats per image (B,)."""
 
-    reconstruction: Tensor  # E_q[log p(x | z)], nats per image (B,)
-    kl: Tensor  # KL(q(z | x) || p(z)), nats per image (B,)
+    reconstruction: Tensor  # E_q[log p(x | z)]
+    kl: Tensor  # KL(q(z | x) || p(z))
     dims: int
 
     @property
@@ -60,11 +59,12 @@ def elbo(autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noise: Ten
     if vq and log_prior is not None:
         raise InputError("a VQ autoencoder's prior is uniform over its codes: call elbo without log_prior")
     z = posterior.mean if vq else posterior.sample(noise)  # the decoder of a VQ autoencoder quantises first
-    reconstruction = _total(likelihood.log_prob(x, autoencoder.decode(z)))
+    reconstruction = likelihood.log_prob(x, autoencoder.decode(z)).flatten(1).sum(1)
     if log_prior is not None:
         kl = _log_q(posterior, noise) - log_prior(z)
     else:
-        kl = _total(torch.full_like(z[:, :1], math.log(autoencoder.config["num_vq_embeddings"])) if vq else posterior.kl())
+        each = torch.full_like(z[:, :1], math.log(autoencoder.config["num_vq_embeddings"])) if vq else posterior.kl()
+        kl = each.flatten(1).sum(1)
     return Elbo(reconstruction, kl, x[0].numel())
 
 
@@ -83,8 +83,8 @@ def importance_bound(
     total, count = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device), 0
     for count, noise in enumerate(noises, start=1):  # noqa: B007 (count is K in the end)
         z = posterior.sample(noise)
-        reconstruction = _total(likelihood.log_prob(x, autoencoder.decode(z)).double())
-        prior = _total(standard_normal(z.double())) if log_prior is None else log_prior(z).double()
+        reconstruction = likelihood.log_prob(x, autoencoder.decode(z)).double().flatten(1).sum(1)
+        prior = standard_normal(z.double()).flatten(1).sum(1) if log_prior is None else log_prior(z).double()
         total = torch.logaddexp(total, reconstruction + prior - _log_q(posterior, noise).double())
     if count == 0:
         raise InputError("importance_bound got no noises: give K >= 1 draws from N(0, I) of the latents' shape")
@@ -93,14 +93,9 @@ def importance_bound(
 
 def standard_normal(z: Tensor) -> Tensor:
     """log N(z; 0, 1) of every dimension."""
-    return -0.5 * (LOG_2PI + z.square())
+    return -0.5 * (math.log(2 * math.pi) + z.square())
 
 
 def _log_q(posterior: DiagonalGaussian, noise: Tensor) -> Tensor:
-    """log q(z | x) (B,) of the sample that `noise` makes. Computing it from z would lose precision if the posterior is narrow."""
-    return _total(standard_normal(noise) - 0.5 * posterior.logvar)
-
-
-def _total(values: Tensor) -> Tensor:
-    """Sum over all dimensions but the batch."""
-    return values.flatten(1).sum(1)
+    """log q(z | x) (B,) of the sample that `noise` makes: computed from z, it would lose precision if q is narrow."""
+    return (standard_normal(noise) - 0.5 * posterior.logvar).flatten(1).sum(1)
