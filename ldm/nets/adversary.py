@@ -1,5 +1,6 @@
 """The discriminator and the perceptual distance of the latent diffusion paper's autoencoder (Rombach et al. 2022, appendix G)."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,25 +15,21 @@ from torch import Tensor, nn
 from ldm.base.errors import InputError
 from ldm.base.hashing import file_hash
 
-NEGATIVE_SLOPE = 0.2
-
 
 class PatchDiscriminator(nn.Module):
     """Logits (B, 1, h, w), one for each patch, of images (B, C, H, W) being real (Isola et al. 2017, "PatchGAN").
 
-    With group instead of batch normalisation, so that an image's logits depend on no other image, and a batch may be
-    parted between processes without changing them.
+    Group norms take the place of batch norms: an image's logits then depend on no other image, however a batch is divided.
     """
 
     def __init__(self, inputs: int, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
-        blocks: list[nn.Module] = [nn.Conv2d(inputs, channels, 4, 2, 1), nn.LeakyReLU(NEGATIVE_SLOPE)]
-        width = channels
+        widths = [channels * min(2**layer, 8) for layer in range(layers + 1)]
+        blocks: list[nn.Module] = [nn.Conv2d(inputs, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for layer in range(1, layers + 1):
-            before, width = width, channels * min(2**layer, 8)
-            convolution = nn.Conv2d(before, width, 4, 1 if layer == layers else 2, 1, bias=False)
-            blocks += [convolution, nn.GroupNorm(1, width), nn.LeakyReLU(NEGATIVE_SLOPE)]
-        self.net = nn.Sequential(*blocks, nn.Conv2d(width, 1, 4, 1, 1))
+            convolution = nn.Conv2d(widths[layer - 1], widths[layer], 4, 1 if layer == layers else 2, 1, bias=False)
+            blocks += [convolution, nn.GroupNorm(1, widths[layer]), nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -41,50 +38,42 @@ class PatchDiscriminator(nn.Module):
 class Perceptual(nn.Module):
     """Distance between images in the feature maps of a frozen VGG (Zhang et al. 2018, "LPIPS", equation 1), (B,).
 
-    Its weights are a file of yours, checked by its sha256, with torchvision's keys of VGG-16 (`features.N.weight`) and, where
-    they are in it too, LPIPS's learned channel weights (`linK.model.1.weight`). Without a file a small VGG with random
-    orthogonal filters takes its place: such features compare the distributions of patches, and do so nearly as well
-    as trained ones (Amir & Weiss 2021, "Understanding and simplifying perceptual distances").
+    By default a small VGG with random orthogonal filters, whose features compare the distributions of patches nearly as well as
+    trained ones (Amir & Weiss 2021, "Understanding and simplifying perceptual distances").
     """
 
     VGG16: ClassVar = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-    RANDOM: ClassVar = ((32, 32), (64, 64), (128, 128))
-    # torchvision's normalisation, for images in [-1, 1]
-    MEAN: ClassVar = (-0.030, -0.088, -0.188)
-    STD: ClassVar = (0.458, 0.448, 0.450)
-
     mean: Tensor
     std: Tensor
 
-    def __init__(self, widths: Sequence[Sequence[int]] = RANDOM, seed: int = 0) -> None:
+    def __init__(self, widths: Sequence[Sequence[int]] = ((32, 32), (64, 64), (128, 128))) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         self._taps: list[int] = []  # the last activation before each halving
-        before = 3
+        rng, before = torch.Generator().manual_seed(0), 3
         for level, convolutions in enumerate(widths):
-            if level:
-                layers.append(nn.MaxPool2d(2))
+            layers += [nn.MaxPool2d(2)] if level else []
             for width in convolutions:
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+                nn.init.orthogonal_(layers[-2].weight, gain=2**0.5, generator=rng)  # type: ignore[arg-type]
+                nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
                 before = width
             self._taps.append(len(layers) - 1)
+            self.register_buffer(f"lin{level}", torch.ones(before))
         self.features = nn.Sequential(*layers)
-        rng = torch.Generator().manual_seed(seed)
-        for layer in self.features:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=rng)
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        for level, convolutions in enumerate(widths):
-            self.register_buffer(f"lin{level}", torch.full((convolutions[-1],), 1.0))
-        self.register_buffer("mean", torch.tensor(self.MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(self.STD).view(1, 3, 1, 1))
+        # torchvision's normalisation, for images in [-1, 1]
+        self.register_buffer("mean", torch.tensor((-0.030, -0.088, -0.188)).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor((0.458, 0.448, 0.450)).view(1, 3, 1, 1))
         self.requires_grad_(False)
 
     @classmethod
     def from_file(cls, path: Path, sha256: str) -> "Perceptual":
-        """VGG-16 with the weights of a safetensors file, or of torch's own format read without unpickling objects."""
+        """VGG-16 with the weights of a safetensors file, or of torch's own format read without unpickling objects.
+
+        The file has torchvision's keys, `features.N.weight`, and may have LPIPS's channel weights, `linK.model.1.weight`.
+        """
         if not path.is_file():
-            raise InputError(f"{path}: no such file; train_vae.ldm.perceptual is `random`, or a file of VGG-16 weights")
+            raise InputError(f"{path}: no such file; train_vae.objective.perceptual is `random`, or a file of VGG-16 weights")
         if (found := file_hash(path)) != sha256:
             raise InputError(f"{path}: sha256 is {found}, perceptual_sha256 says {sha256}; fetch it again, or set that")
         try:
@@ -92,17 +81,13 @@ class Perceptual(nn.Module):
         except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
             raise InputError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]})") from error
         net = cls(cls.VGG16)
-        own = net.state_dict()
-        used = {key: value for key, value in state.items() if key.startswith("features.")}
-        for level in range(len(cls.VGG16)):
-            if (learned := state.get(f"lin{level}.model.1.weight")) is not None:
-                used[f"lin{level}"] = learned.flatten()
-        for key, value in own.items():
-            if key.startswith("features.") and (key not in used or used[key].shape != value.shape):
-                raise InputError(f"{path}: {key} of shape {tuple(value.shape)} is not in it; it must hold torchvision's VGG-16")
-        if extra := sorted(used.keys() - own.keys()):
-            raise InputError(f"{path}: {extra[0]} is not of torchvision's VGG-16 (without batch normalisation)")
-        net.load_state_dict(own | used)
+        kept = {key: value for key, value in net.state_dict().items() if not key.startswith("features.")}
+        learned = {key.partition(".")[0]: value.flatten() for key, value in state.items() if key.startswith("lin")}
+        try:
+            net.load_state_dict(kept | learned | {key: value for key, value in state.items() if key.startswith("features.")})
+        except RuntimeError as error:
+            found = textwrap.shorten(str(error).partition(":")[2], 400)
+            raise InputError(f"{path}: not torchvision's VGG-16 (without batch normalisation): {found}") from error
         return net
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -116,7 +101,7 @@ class Perceptual(nn.Module):
         return total
 
     def _maps(self, x: Tensor) -> list[Tensor]:
-        """Each level's features, of unit length at every position."""
+        """The features of each level, normalised to length 1 at every position."""
         h = (x.expand(-1, 3, -1, -1) - self.mean) / self.std  # a grey image is an RGB one of equal channels
         maps = []
         for index, layer in enumerate(self.features):

@@ -4,36 +4,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ldm.base.errors import InputError
-from ldm.nets.blocks import (
-    Block,
-    Downsample,
-    ImageAttention,
-    Resnet,
-    Upsample,
-    check_levels,
-    check_multiples,
-    full_precision,
-    norm_silu,
-)
-from ldm.nets.diffusers import CONFIG, Pretrained, read_config, registered
+from ldm.nets.blocks import Block, Downsample, ImageAttention, Resnet, Upsample, check_divisor, norm_silu, per_level
+from ldm.nets.diffusers import Pretrained, load_network, registered
 
 EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 BETA = 0.25  # commitment cost of van den Oord et al. 2017, equation 3
-DISTANCES = 2**24  # between points and codes, held at once
+DISTANCES = 2**24  # between latents and codes, at a time
+# diffusers' names of blocks without and with attention
 DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 LOG_2PI = math.log(2 * math.pi)
 
 
 @dataclass(frozen=True, eq=False)
 class DiagonalGaussian:
-    """N(mean, exp(logvar)); every method works elementwise, and the caller sums over dimensions."""
+    """N(mean, exp(logvar)). Methods work elementwise: the caller sums over dimensions."""
 
     mean: Tensor
     logvar: Tensor
@@ -56,41 +46,35 @@ class DiagonalGaussian:
         return 0.5 * (1 + LOG_2PI + self.logvar)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What encoder and decoder share; sequences are by level, at full resolution first."""
-
-    channels: Sequence[int]
-    attention: Sequence[bool]
-    layers: int
-    groups: int
-    middle_attention: bool
+def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer without autocast: the 8 bits of bfloat16 are too few to compare pixels, means and variances."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return layer(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float())
 
 
-def _attentions(count: int, channels: int, groups: int, attends: bool) -> list[ImageAttention]:
-    return [ImageAttention(channels, groups, EPS) for _ in range(count if attends else 0)]
-
-
-def _middle(channels: int, groups: int, attends: bool) -> Block:
-    resnets = (Resnet(channels, channels, groups, EPS) for _ in range(2))
-    return Block(resnets, _attentions(1, channels, groups, attends))
+def _block(inputs: int, width: int, layers: int, groups: int, attentions: int, resample: Any = None) -> Block:
+    """`layers` resnets, of which the first goes from `inputs` to `width` channels; `attentions`; `Downsample` or `Upsample`."""
+    resnets = (Resnet(inputs if i == 0 else width, width, groups, EPS) for i in range(layers))
+    attention = [ImageAttention(width, groups, EPS) for _ in range(attentions)]
+    return Block(resnets, attention, resample(width) if resample else None)
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) to moments (AutoencoderKL) or features (VQModel)."""
+    """Images (B, C, H, W) to moments (AutoencoderKL) or features (VQModel). `channels` and `attention` are by level."""
 
-    def __init__(self, inputs: int, outputs: int, shape: Shape) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, channels: list[int], attention: list[bool], layers: int, groups: int, middle: bool
+    ) -> None:
         super().__init__()
-        channels, groups = shape.channels, shape.groups
         self.conv_in = nn.Conv2d(inputs, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(channels):
-            before = channels[max(level - 1, 0)]
-            resnets = (Resnet(before if i == 0 else width, width, groups, EPS) for i in range(shape.layers))
-            attentions = _attentions(shape.layers, width, groups, shape.attention[level])
-            last = level == len(channels) - 1
-            self.down_blocks.append(Block(resnets, attentions, down=None if last else Downsample(width, symmetric=False)))
-        self.mid_block = _middle(channels[-1], groups, shape.middle_attention)
+            before, attentions = channels[max(level - 1, 0)], layers if attention[level] else 0
+            resample = Downsample if level < len(channels) - 1 else None
+            self.down_blocks.append(_block(before, width, layers, groups, attentions, resample))
+        self.mid_block = _block(channels[-1], channels[-1], 2, groups, 1 if middle else 0)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
 
@@ -102,17 +86,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, inputs: int, outputs: int, shape: Shape) -> None:
+    """The encoder's mirror, with one more resnet in each level."""
+
+    def __init__(
+        self, inputs: int, outputs: int, channels: list[int], attention: list[bool], layers: int, groups: int, middle: bool
+    ) -> None:
         super().__init__()
-        channels, groups = shape.channels, shape.groups
         self.conv_in = nn.Conv2d(inputs, channels[-1], 3, padding=1)
-        self.mid_block = _middle(channels[-1], groups, shape.middle_attention)
+        self.mid_block = _block(channels[-1], channels[-1], 2, groups, 1 if middle else 0)
         self.up_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(channels))):
-            before = channels[min(level + 1, len(channels) - 1)]
-            resnets = (Resnet(before if i == 0 else width, width, groups, EPS) for i in range(shape.layers + 1))
-            attentions = _attentions(shape.layers + 1, width, groups, shape.attention[level])
-            self.up_blocks.append(Block(resnets, attentions, up=None if level == 0 else Upsample(width)))
+        for level in reversed(range(len(channels))):
+            before, attentions = channels[min(level + 1, len(channels) - 1)], layers + 1 if attention[level] else 0
+            self.up_blocks.append(_block(before, channels[level], layers + 1, groups, attentions, Upsample if level else None))
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], outputs, 3, padding=1)
 
@@ -124,11 +109,10 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(Pretrained):
-    """What both kinds share: images (B, in_channels, H, W) to latents (B, C, H/f, W/f), rounded down, and back.
+    """Images (B, in_channels, H, W) to latents (B, C, H/f, W/f), rounded down, and back.
 
-    The factor f is 2 for each level of `block_out_channels` after the first. `attention` says level by level, for the
-    encoder and its mirror in the decoder, whether attention follows each resnet (None: nowhere); that of the middle is
-    `mid_block_add_attention`.
+    Each level of `block_out_channels` after the first doubles the factor f. `attention` says for each level whether attention
+    follows its resnets, in encoder and decoder (None: nowhere); `mid_block_add_attention` is that of the middle.
     """
 
     DEFAULTS: ClassVar = {
@@ -137,20 +121,16 @@ class Autoencoder(Pretrained):
     }  # fmt: skip
     FIXED: ClassVar = {"act_fn": "silu"}
     CARRIED: ClassVar[tuple[str, ...]] = ("sample_size", "scaling_factor", "force_upcast")
-    quant_conv: nn.Module
     post_quant_conv: nn.Module
 
     def _build(self, encoded: int, latents: int) -> None:
-        """Make encoder and decoder; `encoded` and `latents` are the channels of the encoder's output and of the latents."""
-        config, channels = self.config, self.config["block_out_channels"]
-        groups, attention = config["norm_num_groups"], config["attention"] or [False] * len(channels)
-        check_levels(attention, channels, "attention (down_block_types)")
-        check_multiples(channels, [groups] * len(channels), "norm_num_groups")
-        config["attention"] = attention  # equal networks, equal configurations
-        shape = Shape(channels, attention, config["layers_per_block"], groups, config["mid_block_add_attention"])
-        self.latent_channels = latents
-        self.encoder = Encoder(config["in_channels"], encoded, shape)
-        self.decoder = Decoder(config["latent_channels"], config["out_channels"], shape)
+        """Make encoder and decoder, for `encoded` channels of the encoder's output and `latents` of the latents."""
+        config, channels, self.latent_channels = self.config, self.config["block_out_channels"], latents
+        config["attention"] = per_level(config["attention"] or False, channels, "attention (down_block_types)")
+        check_divisor(channels, config["norm_num_groups"], "norm_num_groups")
+        shape = [config[key] for key in ("attention", "layers_per_block", "norm_num_groups", "mid_block_add_attention")]
+        self.encoder = Encoder(config["in_channels"], encoded, channels, *shape)
+        self.decoder = Decoder(config["latent_channels"], config["out_channels"], channels, *shape)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         raise NotImplementedError
@@ -184,9 +164,9 @@ class Autoencoder(Pretrained):
 
 
 class AutoencoderKL(Autoencoder):
-    """The autoencoder whose posterior is a Gaussian, held near N(0, 1) by a KL term (Rombach et al. 2022, section 3.1).
+    """With a Gaussian posterior, which a KL term keeps near N(0, 1) (Rombach et al. 2022, section 3.1).
 
-    Some published ones (Stable Diffusion 3, Flux) go without the 1x1 convolutions around the latents.
+    Some published ones (Stable Diffusion 3, Flux) do not have the 1x1 convolutions around the latents.
     """
 
     CLASS = "AutoencoderKL"
@@ -216,9 +196,8 @@ class AutoencoderKL(Autoencoder):
         return DiagonalGaussian(mean, logvar.clamp(*LOGVAR_RANGE))
 
 
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    latents: Tensor  # (B, C, H, W): the nearest codes; their gradient is handed to what was quantised
+class Quantized(NamedTuple):
+    latents: Tensor  # (B, C, H, W): the nearest codes; their gradient is that of what was quantised
     indices: Tensor  # (B, H, W), int64
     commitment: Tensor  # (B,)
 
@@ -232,7 +211,7 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
 
     def forward(self, h: Tensor) -> Quantized:
-        """`commitment` is ‖sg[h] − e‖² + 0.25·‖h − sg[e]‖² (equation 3, last two terms), a mean over an image's latents."""
+        """`commitment` is the mean of ‖sg[h] − e‖² + 0.25·‖h − sg[e]‖² over an image's latents (equation 3, last two terms)."""
         indices = self.nearest(h)
         codes = self.embedding(indices).permute(0, 3, 1, 2)  # (B, C, H, W)
         commitment = (h.detach() - codes).square() + BETA * (h - codes.detach()).square()
@@ -241,23 +220,22 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, h: Tensor) -> Tensor:
-        """Indices (B, H, W) of the codes nearest to h (B, C, H, W), in float32 at least, also under autocast."""
+        """Indices (B, H, W) of the codes nearest to h (B, C, H, W), computed in float32 or float64, also under autocast."""
         dtype = torch.promote_types(h.dtype, torch.float32)
         codes = self.embedding.weight.to(dtype)  # (K, C)
         points = h.movedim(1, -1).flatten(0, -2).to(dtype)  # (B·H·W, C)
         with torch.autocast(h.device.type, enabled=False):
             squares = codes.square().sum(1)
-            found = [  # ‖h − e‖² but for ‖h‖², which is the same for every code
-                torch.addmm(squares, part, codes.T, alpha=-2).argmin(1) for part in points.split(max(DISTANCES // len(codes), 1))
-            ]
+            parts = points.split(max(DISTANCES // len(codes), 1))
+            found = [torch.addmm(squares, part, codes.T, alpha=-2).argmin(1) for part in parts]  # of ‖h − e‖² − ‖h‖²
         return torch.cat(found).view(len(h), *h.shape[2:])
 
 
 class VQModel(Autoencoder):
-    """The autoencoder whose decoder sees only codes: `encode` stops before the quantisation, and `decode` begins with it.
+    """With a codebook; quantisation is the decoder's first layer (Rombach et al. 2022, section 3.1).
 
-    So the diffusion model learns the continuous latents, and quantisation is the decoder's first layer (Rombach et al.
-    2022, section 3.1). `vq_embed_dim` is the number of channels of latents and codes (None: `latent_channels`).
+    `encode` stops before it, so the diffusion model learns continuous latents. `vq_embed_dim` is the number of channels of
+    latents and codes (None: `latent_channels`).
     """
 
     CLASS = "VQModel"
@@ -285,10 +263,7 @@ class VQModel(Autoencoder):
         self.post_quant_conv = nn.Conv2d(self.latent_channels, latent_channels, 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """The latents before quantisation, as the mean of a Gaussian with a standard deviation of 3e-7.
-
-        So caching, sampling and decoding treat both autoencoders alike. Its KL and entropy mean nothing.
-        """
+        """The latents before quantisation, as the mean of a Gaussian with standard deviation 3e-7. Its KL means nothing."""
         h = full_precision(self.quant_conv, self.encoder(x))
         return DiagonalGaussian(h, torch.full_like(h, LOGVAR_RANGE[0]))
 
@@ -296,10 +271,6 @@ class VQModel(Autoencoder):
         return super().decode(self.quantize(z).latents)
 
 
-def load_autoencoder(folder: str | Path) -> AutoencoderKL | VQModel:
-    """The autoencoder of a folder in diffusers' format, of the kind that its config.json names."""
-    found = read_config(folder).get("_class_name")
-    for kind in (AutoencoderKL, VQModel):
-        if found == kind.CLASS:
-            return kind.from_pretrained(folder)
-    raise InputError(f"{Path(folder) / CONFIG}: _class_name is {found!r}; expected AutoencoderKL or VQModel")
+def load_autoencoder(folder: str | Path) -> Autoencoder:
+    """The autoencoder of a folder in diffusers' format, of the class that its config.json names."""
+    return load_network(folder, AutoencoderKL, VQModel)

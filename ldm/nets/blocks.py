@@ -1,5 +1,6 @@
-"""The layers of both networks, under diffusers' key names."""
+"""The layers of autoencoders and U-Nets, under diffusers' key names."""
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -16,26 +17,18 @@ def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
-def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
-    """The layer outside of autocast: bfloat16 has 8 bits, too few for pixels, means and variances that are to be compared."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return layer(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return layer(x.float())
-
-
 def to_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H·W, C); a view where x is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def to_map(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, H·W, C) -> (B, C, H, W), always a view: what it is added to decides the layout."""
+    """(B, H·W, C) -> (B, C, H, W), a view: the tensor that it is added to decides the layout."""
     return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Resnet(nn.Module):
-    """norm, SiLU, convolution, twice, with the time embedding (already activated) added in between."""
+    """Twice norm, SiLU and convolution, with the time embedding, after its SiLU, added in between."""
 
     def __init__(self, inputs: int, outputs: int, groups: int, eps: float, time_channels: int | None = None) -> None:
         super().__init__()
@@ -49,7 +42,7 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h: Tensor = self.conv1(norm_silu(self.norm1, x))  # (B, outputs, H, W)
         if self.time_emb_proj is not None:
-            h = h.add_(self.time_emb_proj(time)[:, :, None, None])  # no backward needs a convolution's output
+            h = h.add_(self.time_emb_proj(time)[:, :, None, None])  # in place: no backward needs a convolution's output
         h = self.conv2(norm_silu(self.norm2, h))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -57,11 +50,8 @@ class Resnet(nn.Module):
 class HeadNorm(nn.RMSNorm):
     """RMS norm (Zhang & Sennrich 2019) of each head's queries or keys, so that logits cannot grow without bound."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-5)
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # fused only where types agree
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # only equal types are fused
 
 
 class Attention(nn.Module):
@@ -76,11 +66,11 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias)
         self.to_k = nn.Linear(source, channels, bias)
         self.to_v = nn.Linear(source, channels, bias)
-        self.norm_q, self.norm_k = (HeadNorm(width) if qk_norm else nn.Identity() for _ in range(2))
+        self.norm_q, self.norm_k = (HeadNorm(width, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, tokens: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`mask` (B, 1, 1, T') is added to the logits; what it has beyond T must be -inf."""
+        """`mask` (B, 1, 1, T'), T' >= T, is added to the logits; beyond T it must be -inf."""
         source = tokens if context is None else context
         q, k, v = self.to_q(tokens), self.to_k(source), self.to_v(source)
         if mask is not None and (missing := mask.shape[-1] - k.shape[1]):
@@ -92,7 +82,7 @@ class Attention(nn.Module):
 
 
 class ImageAttention(Attention):
-    """Biased attention over all positions, normalised, with a residual."""
+    """Attention over all positions, with biases, a group norm before and a residual."""
 
     def __init__(self, channels: int, groups: int, eps: float, heads: int = 1, qk_norm: bool = False) -> None:
         super().__init__(channels, heads, bias=True, qk_norm=qk_norm)
@@ -108,28 +98,20 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # two maps rather than two halves of one: halves are strided, and their gradients would be copied into one
+        # two maps, because the halves of one would be strided, and their gradients copied into one tensor
         value, gate = (F.linear(tokens, *half) for half in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True))
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.net(tokens)
-
-
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a feed-forward network, each pre-normalised with a residual."""
+    """Self-attention, cross-attention and a feed-forward network, each with a layer norm before and a residual."""
 
     def __init__(self, channels: int, heads: int, context_channels: int, qk_norm: bool) -> None:
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, heads, qk_norm=qk_norm)
         self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context_channels, qk_norm=qk_norm)
-        self.norm3, self.ff = nn.LayerNorm(channels), FeedForward(channels)
+        net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.norm3, self.ff = nn.LayerNorm(channels), nn.Sequential(OrderedDict(net=net))
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         tokens = tokens + self.attn1(self.norm1(tokens))
@@ -138,7 +120,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The U-Net's attention: transformer blocks over all positions between two projections (1x1 or linear)."""
+    """The U-Net's attention: transformer blocks over all positions, between two projections (1x1 or linear)."""
 
     def __init__(
         self, channels: int, heads: int, context_channels: int, groups: int, layers: int, linear: bool, qk_norm: bool
@@ -151,7 +133,7 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        # a 1x1 convolution is a linear map of tokens, and so takes either kind of weight without another copy
+        # a 1x1 convolution is a linear map of tokens: no copy into another layout
         tokens = F.linear(to_tokens(self.norm(x)), self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:
             tokens = block(tokens, context, mask)
@@ -159,9 +141,9 @@ class Transformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the size: padded on all sides in the U-Net, only right and below in the autoencoder."""
+    """Halves the size; pads all sides (U-Net), or only right and below (autoencoder)."""
 
-    def __init__(self, channels: int, symmetric: bool) -> None:
+    def __init__(self, channels: int, symmetric: bool = False) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
 
@@ -170,7 +152,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to twice the size, or to the odd size that the downsampler met, then a convolution."""
+    """Nearest neighbour to `size` or twice the input's, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -186,20 +168,16 @@ class Block(nn.Module):
     recompute = False  # keep only the inputs, and compute the rest again in the backward pass
 
     def __init__(
-        self,
-        resnets: Iterable[Resnet],
-        attentions: Iterable[nn.Module] = (),
-        down: Downsample | None = None,
-        up: Upsample | None = None,
+        self, resnets: Iterable[Resnet], attentions: Iterable[nn.Module], resampler: Downsample | Upsample | None = None
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList([down] if down else [])
-        self.upsamplers = nn.ModuleList([up] if up else [])
+        self.downsamplers = nn.ModuleList([resampler] if isinstance(resampler, Downsample) else [])
+        self.upsamplers = nn.ModuleList([resampler] if isinstance(resampler, Upsample) else [])
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
-        """The output, and what each layer gave (the skips of a later block); arguments as for `_run`."""
+        """The output, and that of each layer (the skips of a later block); arguments as for `_run`."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
         return self._run(*args, **kwargs)
@@ -213,7 +191,7 @@ class Block(nn.Module):
         skips: Sequence[Tensor] = (),
         size: Sequence[int] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """`skips` go in last first; `size` is what the upsampler is to reach, twice its input if None."""
+        """The last of `skips` goes into the first resnet; `size` is the upsampler's."""
         outputs = []
         for resnet, attention, skip in zip_longest(self.resnets, self.attentions, reversed(skips)):
             x = resnet(x if skip is None else torch.cat([x, skip], dim=1), time)
@@ -227,20 +205,15 @@ class Block(nn.Module):
         return x, outputs
 
 
-def per_level(value: int | Sequence[int], channels: Sequence[int], name: str) -> list[int]:
-    """One value for each level, given as that or as one for all."""
-    if isinstance(value, int):
-        return [value] * len(channels)
-    check_levels(value, channels, name)
-    return list(value)
-
-
-def check_levels(values: Sequence[Any], channels: Sequence[int], name: str) -> None:
+def per_level(value: Any, channels: Sequence[int], name: str) -> list[Any]:
+    """A value for each level, from a list of them or one for all; `InputError` if their number is wrong."""
+    values = [value] * len(channels) if isinstance(value, int) else list(value)
     if len(values) != len(channels):
         raise InputError(f"{name} has {len(values)} values for {len(channels)} of block_out_channels")
+    return values
 
 
-def check_multiples(channels: Sequence[int], divisors: Sequence[int], name: str) -> None:
-    for count, divisor in zip(channels, divisors, strict=True):
+def check_divisor(channels: Sequence[int], divisors: int | Sequence[int], name: str) -> None:
+    for count, divisor in zip(channels, per_level(divisors, channels, name), strict=True):
         if count % divisor:
             raise InputError(f"block_out_channels: {count} is not a multiple of {name} = {divisor}")

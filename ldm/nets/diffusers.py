@@ -3,21 +3,22 @@
 import functools
 import inspect
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.base.errors import InputError
 from ldm.base.hashing import content_hash, file_hash
 from ldm.nets.blocks import Block
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-OLD_KEYS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+OLD_KEYS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # diffusers before 0.12
 
 
 def network_hash(folder: Path) -> str:
@@ -26,7 +27,7 @@ def network_hash(folder: Path) -> str:
 
 
 def registered(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor whose arguments are kept in `config`, as `save_pretrained` writes them."""
+    """Decorate a constructor so that its arguments are kept in `config`, from which `save_pretrained` writes config.json."""
 
     @functools.wraps(init)
     def constructor(self: "Pretrained", *args: Any, **kwargs: Any) -> None:
@@ -42,22 +43,22 @@ def registered(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class Pretrained(nn.Module):
-    """A network kept as diffusers keeps it: `config.json` and `diffusion_pytorch_model.safetensors` in one folder."""
+    """A network that is saved and loaded as diffusers does."""
 
     CLASS: ClassVar[str]  # diffusers' name of the network
     DEFAULTS: ClassVar[dict[str, Any]]  # diffusers' defaults of the configuration keys that are read
-    FIXED: ClassVar[dict[str, Any]]  # configuration keys of which one value is supported; any other key must be null
+    FIXED: ClassVar[dict[str, Any]]  # configuration keys with one supported value; keys in none of these must be null
     CARRIED: ClassVar[tuple[str, ...]]  # configuration keys that change no output, written back as they were read
 
     config: dict[str, Any]  # the constructor's arguments
     carried: dict[str, Any]
 
     def blocks(self) -> list[Block]:
-        """The parts that memory is saved by: sharded one by one, or computed twice."""
+        """The parts that are sharded, or computed twice, one by one."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
     def set_gradient_checkpointing(self, on: bool) -> None:
-        """Let training keep only the inputs of the blocks and compute the rest twice (Chen et al. 2016)."""
+        """Whether training keeps only the inputs of the blocks and computes the rest twice (Chen et al. 2016)."""
         for block in self.blocks():
             block.recompute = on
 
@@ -67,12 +68,12 @@ class Pretrained(nn.Module):
 
     @classmethod
     def to_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's arguments as diffusers' configuration."""
+        """diffusers' configuration from the constructor's arguments."""
         raise NotImplementedError
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """diffusers' configuration, nothing missing, as the constructor's arguments."""
+        """The constructor's arguments from diffusers' configuration, defaults included."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -89,43 +90,47 @@ class Pretrained(nn.Module):
         """The network of a folder that this class or diffusers wrote, in float32 on the CPU."""
         config, weights = read_config(folder), _present(folder, WEIGHTS)
         try:
-            state = {_new_key(key): value for key, value in load_file(weights).items()}
+            state = load_file(weights)
         except (ValueError, SafetensorError) as error:
             raise InputError(f"{weights} is damaged ({error}); fetch it again") from error
-        net = cls._skeleton(Path(folder) / CONFIG, config)
-        _check_state(weights, net.state_dict(), state)
-        net.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
-        return net
-
-    @classmethod
-    def _skeleton(cls, file: Path, config: dict[str, Any]) -> Self:
-        """The network that `config` describes, without memory for its weights."""
+        for old, new in OLD_KEYS.items():
+            state = {key.replace(old, new): value for key, value in state.items()}
         found = cls.DEFAULTS | {key: value for key, value in config.items() if not key.startswith("_")}
         try:
             arguments = cls.from_diffusers(found)
             expected = cls.FIXED | cls.to_diffusers(arguments) | {"_class_name": cls.CLASS}
             for key, value in {**found, "_class_name": config.get("_class_name")}.items():
                 only = expected.get(key)
-                repeated = [only] * len(found["block_out_channels"])  # how diffusers may write one value for all levels
+                repeated = [only] * len(found["block_out_channels"])  # diffusers may write one value once for each level
                 if value not in (None, only, repeated) and key not in cls.CARRIED:
                     raise InputError(f"{key} = {value!r} is not supported, only {only!r}")
-            with torch.device("meta"):
+            with torch.device("meta"):  # no memory for weights that are replaced
                 net = cls(**arguments)
         except (InputError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            raise InputError(f"{file}: {error}") from error
+            raise InputError(f"{Path(folder) / CONFIG}: {error}") from error
         net.carried = {key: config[key] for key in cls.CARRIED if key in config}
+        try:
+            net.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
+        except RuntimeError as error:
+            reason = textwrap.shorten(str(error).partition(":")[2], 400)
+            raise InputError(f"{weights}: these weights are not of the network in {CONFIG}: {reason}") from error
         return net
 
 
-def _present(folder: str | Path, name: str) -> Path:
-    path = Path(folder) / name
-    if not path.is_file():
-        raise InputError(f"{path} is missing: expected a folder that save_pretrained wrote (safetensors)")
-    return path
+Network = TypeVar("Network", bound=Pretrained)
+
+
+def load_network(folder: str | Path, *kinds: type[Network]) -> Network:
+    """The network of a folder, of the class among `kinds` that its config.json names."""
+    found = read_config(folder).get("_class_name")
+    for kind in kinds:
+        if found == kind.CLASS:
+            return kind.from_pretrained(folder)
+    raise InputError(f"{Path(folder) / CONFIG}: _class_name is {found!r}; expected {' or '.join(kind.CLASS for kind in kinds)}")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of a network's folder in diffusers' format."""
+    """`config.json` of a folder in diffusers' format."""
     file = _present(folder, CONFIG)
     try:
         return dict(json.loads(file.read_bytes()))
@@ -133,19 +138,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{file} is damaged ({error}); fetch it again") from error
 
 
-def _new_key(key: str) -> str:
-    """Published autoencoders still carry the names that diffusers gave attention weights before version 0.12."""
-    for old, new in OLD_KEYS.items():
-        key = key.replace(old, new)
-    return key
-
-
-def _check_state(file: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    for what, keys in (("misses", expected.keys() - found.keys()), ("has unexpected", found.keys() - expected.keys())):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise InputError(f"{file} {what} key {min(keys)}{more}: these weights are not of the network in {CONFIG}")
-    for key, value in expected.items():
-        if value.shape != found[key].shape:
-            shapes = f"{tuple(found[key].shape)}, expected {tuple(value.shape)}"
-            raise InputError(f"{file}: {key} has shape {shapes}: these weights are not of the network in {CONFIG}")
+def _present(folder: str | Path, name: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        raise InputError(f"{path} is missing: expected a folder that save_pretrained wrote (safetensors)")
+    return path

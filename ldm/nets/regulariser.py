@@ -34,7 +34,7 @@ class Kl(Regulariser):
 
 
 class Vq(Regulariser):
-    """Latents are quantised to the nearest of the codes (van den Oord et al. 2017)."""
+    """The nearest of `num_vq_embeddings` learned codes (van den Oord et al. 2017)."""
 
     kind: Literal["vq"] = "vq"
     num_vq_embeddings: Positive = 512

@@ -9,8 +9,6 @@ from torch import Tensor
 from ldm.base.errors import InputError
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian
 
-Window = tuple[slice, slice, Tensor]  # of the input, of the output, and the weights of the latter's pixels
-
 
 def encode_tiled(autoencoder: Autoencoder, x: Tensor, tile: int, overlap: int) -> DiagonalGaussian:
     """`autoencoder.encode` of images x (B, C, H, W); `tile` and `overlap` in pixels, multiples of the factor f.
@@ -22,66 +20,60 @@ def encode_tiled(autoencoder: Autoencoder, x: Tensor, tile: int, overlap: int) -
         posterior = autoencoder.encode(part)
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    ratio = Fraction(1, autoencoder.factor)
-    return DiagonalGaussian(*tiled(moments, x, tile, overlap, ratio, _device(autoencoder)).chunk(2, dim=1))
+    device = next(autoencoder.parameters()).device
+    return DiagonalGaussian(*tiled(moments, x, tile, overlap, Fraction(1, autoencoder.factor), device).chunk(2, dim=1))
 
 
 def decode_tiled(autoencoder: Autoencoder, z: Tensor, tile: int, overlap: int) -> Tensor:
     """`autoencoder.decode` of latents z (B, C, H/f, W/f); `tile` and `overlap` in pixels, multiples of the factor f."""
-    factor = autoencoder.factor
+    factor, device = autoencoder.factor, next(autoencoder.parameters()).device
     _check(tile, overlap, factor)
-    return tiled(autoencoder.decode, z, tile // factor, overlap // factor, Fraction(factor), _device(autoencoder))
+    return tiled(autoencoder.decode, z, tile // factor, overlap // factor, Fraction(factor), device)
 
 
 @torch.no_grad()
 def tiled(
-    function: Callable[[Tensor], Tensor],
-    x: Tensor,
-    tile: int,
-    overlap: int,
-    ratio: Fraction,
-    device: torch.device | str | None = None,
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, ratio: Fraction, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """`function` of x (B, C, H, W) by square tiles, `tile` input pixels a side, that share `overlap` or more.
+    """`function` of x (B, C, H, W) by square tiles of `tile` input pixels a side, which overlap by `overlap` or more.
 
     `ratio`: output pixels per input pixel, on a side; 1/f for an encoder, f for a decoder. One tile at a time is moved to
     `device`; the output lies where x does. Where tiles overlap, their weights run linearly from one to the other.
-    A function of single pixels is unchanged by all this. Convolutions differ near the inner edges of tiles, which the
-    weights all but hide; group norms and attention differ throughout, for they see no more than their tile.
+    A function of single pixels gives the same by tiles. Convolutions differ near the inner edges of tiles, where the weights are
+    small. Group norms and attention differ throughout, because they see one tile only.
     """
-    unit = ratio.denominator
-    _check(tile, overlap, unit)
+    _check(tile, overlap, ratio.denominator)
     rows, columns = (_windows(side, tile, overlap, ratio, x.device) for side in x.shape[2:])
-    out = None
+    out = torch.empty(0)
     for above, below, down in rows:
         for left, right, across in columns:
-            part = function(x[:, :, above, left].to(device or x.device)).to(x.device)
-            if out is None:
-                out = part.new_zeros(*part.shape[:2], *(side // unit * ratio.numerator for side in x.shape[2:]))
+            part = function(x[:, :, above, left].to(device)).to(x.device)
+            if not len(out):
+                height, width = (side // ratio.denominator * ratio.numerator for side in x.shape[2:])
+                out = part.new_zeros(*part.shape[:2], height, width)
             out[:, :, below, right] += part * (down[:, None] * across)
-    assert out is not None
     return out
 
 
-def _windows(side: int, tile: int, overlap: int, ratio: Fraction, device: torch.device) -> list[Window]:
-    """The fewest tiles that cover a side, evenly spread; at every output pixel their weights sum to 1."""
-    unit, scale = ratio.denominator, ratio.numerator  # input pixels per cell, output pixels per cell
-    cells, size, shared = side // unit, tile // unit, overlap // unit  # tiles hold whole cells, so that outputs align
+def _windows(side: int, tile: int, overlap: int, ratio: Fraction, device: torch.device) -> list[tuple[slice, slice, Tensor]]:
+    """The fewest tiles that cover a side, evenly spread: slices of input and output, and the weights of the output's pixels.
+
+    At every output pixel the weights of all tiles sum to 1.
+    """
+    unit, scale = ratio.denominator, ratio.numerator  # input and output pixels of a cell; tiles hold whole cells
+    cells, size, shared = side // unit, tile // unit, overlap // unit
     count = max(-(-(cells - shared) // (size - shared)), 1)
     starts = [i * (cells - size) // max(count - 1, 1) for i in range(count)]
     ends = [min(start + size, cells) for start in starts]
-
-    def column(positions: list[int]) -> Tensor:
-        return torch.tensor(positions)[:, None] * scale
-
-    start, end, before, after = map(column, (starts, ends, [0, *ends[:-1]], [*starts[1:], cells]))
+    edges = torch.tensor([starts, ends, [0, *ends[:-1]], [*starts[1:], cells]])[..., None] * scale
+    start, end, before, after = edges  # (count, 1); `before` ends the tile before, and `after` begins the tile after
     centre = torch.arange(cells * scale) + 0.5  # of the output's pixels
     rise, fall = (centre - start) / (before - start), (end - centre) / (end - after)  # 0 to 1 over the overlap; else ±inf
     weights = torch.minimum(rise, fall).clamp(0, 1)
     weights = (weights / weights.sum(0)).to(device)  # more than two tiles may meet
     windows = []
     for i, (first, last) in enumerate(zip(starts, ends, strict=True)):
-        until = side if i == count - 1 else last * unit  # pixels short of a cell are seen by the last tile
+        until = side if i == count - 1 else last * unit  # the last tile also has the pixels short of a cell
         inside = slice(first * scale, last * scale)
         windows.append((slice(first * unit, until), inside, weights[i, inside]))
     return windows
@@ -90,7 +82,3 @@ def _windows(side: int, tile: int, overlap: int, ratio: Fraction, device: torch.
 def _check(tile: int, overlap: int, unit: int) -> None:
     if not 0 <= overlap < tile or tile % unit or overlap % unit:
         raise InputError(f"tile = {tile}, overlap = {overlap}: expected multiples of {unit}, 0 <= overlap < tile")
-
-
-def _device(autoencoder: Autoencoder) -> torch.device:
-    return next(autoencoder.parameters()).device

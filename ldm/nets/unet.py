@@ -1,7 +1,8 @@
 """The U-Nets of latent diffusion, with the keys and outputs of diffusers' `UNet2DConditionModel` and `UNet2DModel`."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,23 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.base.errors import InputError
-from ldm.nets.blocks import (
-    Block,
-    Downsample,
-    ImageAttention,
-    Resnet,
-    Transformer,
-    Upsample,
-    check_levels,
-    check_multiples,
-    norm_silu,
-    per_level,
-)
+from ldm.nets.blocks import Block, Downsample, ImageAttention, Resnet, Transformer, Upsample, check_divisor, norm_silu, per_level
 from ldm.nets.diffusers import Pretrained, registered
 
 EPS = 1e-5
-MASKED = -1e4  # diffusers' bias of a masked token; finite, so that a context masked throughout still gives numbers
-KEYS = 16  # attention to a number of tokens that is no multiple of this takes up to four times as long on CPUs
+MASKED = -1e4  # diffusers' bias of a masked token; finite, so that a context with no other tokens gives no NaN
+KEYS = 16  # tokens are padded to a multiple of this: CPUs take up to four times as long otherwise
 
 
 def timestep_features(timesteps: Tensor, channels: int) -> Tensor:
@@ -36,16 +26,6 @@ def timestep_features(timesteps: Tensor, channels: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, channels % 2))
 
 
-class TimeEmbedding(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, 4 * channels)
-        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(features)))
-
-
 DOWN = {"none": "DownBlock2D", "self": "AttnDownBlock2D", "cross": "CrossAttnDownBlock2D"}
 UP = {"none": "UpBlock2D", "self": "AttnUpBlock2D", "cross": "CrossAttnUpBlock2D"}
 
@@ -53,13 +33,13 @@ UP = {"none": "UpBlock2D", "self": "AttnUpBlock2D", "cross": "CrossAttnUpBlock2D
 class UNet(Pretrained):
     """Noisy latents (B, C, H, W), timesteps (B,) and a text (B, T, D) to an output like the latents.
 
-    `attention` says level by level, outermost first, what follows the resnets: "none", "self" (attention over the
-    image's positions) or "cross" (transformers, which attend to the text too). The middle always has a transformer.
-    `num_heads` and `transformer_layers_per_block` are one number, or one per level. `in_channels` counts those of
-    `concat`. `num_class_embeds` labels are embedded into the time embedding. `qk_norm` normalises queries and keys.
+    `attention` says for each level, outermost first, what follows the resnets: "none", "self" (attention over the image's
+    positions) or "cross" (a transformer, which attends to the text too). The middle always has a transformer. `num_heads` and
+    `transformer_layers_per_block` are one number, or one for each level. `in_channels` includes those of `concat`. Embeddings of
+    `num_class_embeds` class labels are added to the time embedding. `qk_norm` normalises queries and keys.
 
-    diffusers knows no `qk_norm`, and its `attention_head_dim` cannot express every choice of heads beside "self". Such
-    a network is saved with keys of its own, and an `attention_head_dim` that diffusers refuses to open.
+    diffusers has no `qk_norm`, and its `attention_head_dim` cannot express every choice of heads with "self". Such a network is
+    saved with further keys, and with an `attention_head_dim` that makes diffusers refuse it.
     """
 
     CLASS = "UNet2DConditionModel"
@@ -97,55 +77,54 @@ class UNet(Pretrained):
         num_class_embeds: int | None = None,
         qk_norm: bool = False,
     ) -> None:
-        channels, levels, groups = list(block_out_channels), len(block_out_channels), norm_num_groups
+        channels, last, groups = list(block_out_channels), len(block_out_channels) - 1, norm_num_groups
         heads = per_level(num_heads, channels, "num_heads")
         depths = per_level(transformer_layers_per_block, channels, "transformer_layers_per_block")
         self._check_attention(attention, cross_attention_dim)
-        check_multiples(channels, [groups] * levels, "norm_num_groups")
-        attending = [*attention[:-1], self.MIDDLE]  # the middle's width and heads are those of the last level
+        check_divisor(channels, groups, "norm_num_groups")
+        attending = [*attention[:-1], self.MIDDLE]  # the middle has the width and heads of the last level
         used = [count if kind != "none" else 1 for count, kind in zip(heads, attending, strict=True)]
-        check_multiples(channels, used, "num_heads")
+        check_divisor(channels, used, "num_heads")
         time_channels, self.layers = 4 * channels[0], layers_per_block
 
-        def resnets(inputs: Iterable[int], level: int) -> list[Resnet]:
-            return [Resnet(count, channels[level], groups, EPS, time_channels) for count in inputs]
-
-        def attentions(count: int, level: int, kind: str) -> list[nn.Module]:
+        def attention_layer(level: int, kind: str) -> nn.Module:
             if kind == "self":
-                return [ImageAttention(channels[level], groups, EPS, heads[level], qk_norm) for _ in range(count)]
+                return ImageAttention(channels[level], groups, EPS, heads[level], qk_norm)
             shape = channels[level], heads[level], cross_attention_dim or 0, groups, depths[level]
-            return [Transformer(*shape, use_linear_projection, qk_norm) for _ in range(count if kind == "cross" else 0)]
+            return Transformer(*shape, use_linear_projection, qk_norm)
+
+        def block(inputs: list[int], level: int, kind: str, count: int, resampler: Downsample | Upsample | None = None) -> Block:
+            resnets = [Resnet(before, channels[level], groups, EPS, time_channels) for before in inputs]
+            return Block(resnets, [attention_layer(level, kind) for _ in range(count if kind != "none" else 0)], resampler)
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(channels[0])
+        first, second = nn.Linear(channels[0], time_channels), nn.Linear(time_channels, time_channels)
+        self.time_embedding = nn.Sequential(OrderedDict(linear_1=first, act=nn.SiLU(), linear_2=second))
         self.class_embedding = nn.Embedding(num_class_embeds, time_channels) if num_class_embeds is not None else None
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        skips = [channels[0]]  # channels of what the way down hands over to the way up
+        skips = [channels[0]]  # channels of the skips, from the way down to the way up
         for level, kind in enumerate(attention):
             inputs = [skips[-1], *[channels[level]] * (layers_per_block - 1)]
-            down = Downsample(channels[level], symmetric=True) if level < levels - 1 else None
-            self.down_blocks.append(Block(resnets(inputs, level), attentions(len(inputs), level, kind), down=down))
+            down = Downsample(channels[level], symmetric=True) if level < last else None
+            self.down_blocks.append(block(inputs, level, kind, layers_per_block, down))
             skips += [channels[level]] * (layers_per_block + (down is not None))
-        last = levels - 1
-        self.mid_block = Block(resnets([channels[last]] * 2, last), attentions(1, last, self.MIDDLE))
+        self.mid_block = block([channels[last]] * 2, last, self.MIDDLE, 1)
         before = channels[last]
         for level, kind in reversed(list(enumerate(attention))):
             inputs = [count + skips.pop() for count in [before, *[channels[level]] * layers_per_block]]
             up, before = Upsample(channels[level]) if level else None, channels[level]
-            self.up_blocks.append(Block(resnets(inputs, level), attentions(len(inputs), level, kind), up=up))
+            self.up_blocks.append(block(inputs, level, kind, layers_per_block + 1, up))
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
-    def _check_attention(self, attention: Sequence[str], cross_attention_dim: int | None) -> None:
-        reads_text = self.MIDDLE == "cross"
-        check_levels(attention, self.config["block_out_channels"], "attention")
-        for kind in attention:
-            if kind not in DOWN:
-                raise InputError(f"attention has {kind!r}; known are {', '.join(DOWN)}")
-        if reads_text and cross_attention_dim is None:
+    def _check_attention(self, attention: Sequence[str], width: int | None) -> None:
+        per_level(attention, self.config["block_out_channels"], "attention")
+        if unknown := [kind for kind in attention if kind not in DOWN]:
+            raise InputError(f"attention has {unknown[0]!r}; known are {', '.join(DOWN)}")
+        if self.MIDDLE == "cross" and width is None:
             raise InputError("cross_attention_dim is missing; without text, use UnconditionalUNet")
-        if not reads_text and ("cross" in attention or cross_attention_dim is not None):
-            found = f"attention {list(attention)} and cross_attention_dim {cross_attention_dim}"
+        if self.MIDDLE != "cross" and ("cross" in attention or width is not None):
+            found = f"attention {list(attention)} and cross_attention_dim {width}"
             raise InputError(f"{type(self).__name__} reads no text: found {found}; use UNet")
 
     def forward(
@@ -160,12 +139,14 @@ class UNet(Pretrained):
     ) -> Tensor:
         """`timesteps` may be fractional; `context_mask` (B, T) is True at the tokens to attend to.
 
-        `class_labels` are int64 (B,). `concat` (B, C', H, W) are further channels: of an image to fill in or to enlarge.
+        `class_labels` are int64 (B,). `concat` (B, C', H, W) are further input channels, such as an image to fill in or enlarge.
         """
-        _check_given("context", context, "cross_attention_dim", self.config["cross_attention_dim"])
+        given = (("context", context, "cross_attention_dim"), ("class_labels", class_labels, "num_class_embeds"))
+        for name, value, option in given:
+            if (value is None) != ((setting := self.config[option]) is None):
+                raise InputError(f"{name} is {'missing' if value is None else 'given'}, and the network's {option} is {setting}")
         if context is None and context_mask is not None:
-            raise InputError("context_mask is given, and no context that it could mask")
-        _check_given("class_labels", class_labels, "num_class_embeds", self.config["num_class_embeds"])
+            raise InputError("context_mask is given without context")
         x = x if concat is None else torch.cat([x, concat], dim=1)
         if x.shape[1] != self.conv_in.in_channels:
             raise InputError(f"x and concat have {x.shape[1]} channels, expected {self.conv_in.in_channels} (in_channels)")
@@ -192,17 +173,16 @@ class UNet(Pretrained):
 
     @staticmethod
     def head_dim(config: dict[str, Any]) -> int | list[int] | None:
-        """diffusers' `attention_head_dim`; [] where it cannot express `num_heads`.
+        """diffusers' `attention_head_dim`; [] if it cannot express `num_heads`.
 
-        To transformers it is the number of heads, to other attention the width of one, and that reads it from the wrong
-        end on the way up.
+        Transformers take it as the number of heads. Other attention takes it as a head's width, on the way up in reverse order.
         """
         kinds, channels = config["attention"], config["block_out_channels"]
         heads = per_level(config["num_heads"], channels, "num_heads")
         dims = [c // n if kind == "self" else n for kind, c, n in zip(kinds, channels, heads, strict=True)]
         selves = [level for level, kind in enumerate(kinds) if kind == "self"]
         for level in selves:
-            if level and kinds[-1 - level] == "none":  # whose own value nothing reads
+            if level and kinds[-1 - level] == "none":  # nothing reads that level's value
                 dims[-1 - level] = dims[level]
         same = all(dims[level] == dims[-1 - level] for level in selves)
         return _one_if_equal(dims) if same and dims[-1] == heads[-1] else []
@@ -228,13 +208,11 @@ class UNet(Pretrained):
     def from_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
         names = {name: kind for kind, name in DOWN.items()}
         kinds = [names.get(name, "none") for name in config["down_block_types"]]
-        check_levels(kinds, config["block_out_channels"], "down_block_types")
+        per_level(kinds, config["block_out_channels"], "down_block_types")
         read = {key: config[key] for key in cls.DEFAULTS if not key.endswith("_types") and key != "attention_head_dim"}
         ours = {"cross_attention_dim": None, **read, "attention": kinds, "qk_norm": config.get("qk_norm", False)}
-        if "num_heads" in config:
-            return ours | {"num_heads": config["num_heads"]}
-        ours["num_heads"] = cls.heads(config, kinds)
-        if cls.head_dim(ours) == []:
+        ours["num_heads"] = config.get("num_heads") or cls.heads(config, kinds)
+        if not config.get("num_heads") and cls.head_dim(ours) == []:
             raise InputError(f"attention_head_dim = {config['attention_head_dim']!r} is not supported with these block types")
         return ours
 
@@ -242,8 +220,8 @@ class UNet(Pretrained):
 class UnconditionalUNet(UNet):
     """Noisy latents and timesteps to an output like the latents, without a text: `attention` is "none" or "self".
 
-    The middle attends to the image's positions. diffusers' `UNet2DModel` knows one width of a head for all levels (or one
-    head each): other choices of `num_heads` are saved as the base class says.
+    The middle has "self". diffusers' `UNet2DModel` has one width of a head for all levels, or one head in each: other choices of
+    `num_heads` are saved as those of `UNet` that diffusers cannot express.
     """
 
     CLASS = "UNet2DModel"
@@ -254,17 +232,14 @@ class UnconditionalUNet(UNet):
         "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
         "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
     }  # fmt: skip
-    FIXED: ClassVar = {
-        "mid_block_type": "UNetMidBlock2D", "center_input_sample": False, "time_embedding_type": "positional", "freq_shift": 0,
-        "flip_sin_to_cos": True, "mid_block_scale_factor": 1, "downsample_padding": 1, "downsample_type": "conv",
-        "upsample_type": "conv", "dropout": 0.0, "act_fn": "silu", "norm_eps": EPS, "resnet_time_scale_shift": "default",
-        "add_attention": True,
+    FIXED: ClassVar = UNet.FIXED | {
+        "mid_block_type": "UNetMidBlock2D", "downsample_type": "conv", "upsample_type": "conv", "add_attention": True,
     }  # fmt: skip
     CARRIED = ("sample_size", "num_train_timesteps")
 
     @staticmethod
     def head_dim(config: dict[str, Any]) -> int | list[int] | None:
-        """The width of a head wherever there is attention; None for one head each; [] where widths differ."""
+        """The width of a head, if all levels with attention have the same; None if all have one head; else []."""
         kinds, channels = [*config["attention"][:-1], "self"], config["block_out_channels"]
         heads = per_level(config["num_heads"], channels, "num_heads")
         used = [(c, n) for kind, c, n in zip(kinds, channels, heads, strict=True) if kind == "self"]
@@ -288,9 +263,3 @@ def _heads(channels: int, width: int) -> int:
 
 def _one_if_equal(values: list[int]) -> int | list[int]:
     return values[0] if len(set(values)) == 1 else values
-
-
-def _check_given(name: str, value: Tensor | None, option: str, setting: int | None) -> None:
-    """What the network was built to be told must be given, and nothing that it would ignore."""
-    if (value is None) != (setting is None):
-        raise InputError(f"{name} is {'missing' if value is None else 'given'}, and the network's {option} is {setting}")

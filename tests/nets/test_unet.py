@@ -223,10 +223,10 @@ def test_removed_and_added_keys_are_named(tmp_path: Path) -> None:
     state = load_file(tmp_path / WEIGHTS)
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     save_file({k: v for k, v in state.items() if k != key}, tmp_path / WEIGHTS)
-    with pytest.raises(InputError, match=f"misses key {key}"):
+    with pytest.raises(InputError, match=f"Missing key.*{key}"):
         UNet.from_pretrained(tmp_path)
     save_file(state | {"class_embedding.weight": torch.zeros(3)}, tmp_path / WEIGHTS)
-    with pytest.raises(InputError, match=r"unexpected key class_embedding\.weight"):
+    with pytest.raises(InputError, match=r"Unexpected key.*class_embedding\.weight"):
         UNet.from_pretrained(tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_removed_and_added_keys_are_named(tmp_path: Path) -> None:
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos"),
         ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type"),
         ({"class_embed_type": "timestep"}, "class_embed_type"),
-        ({"num_class_embeds": 10}, "misses key class_embedding.weight"),
+        ({"num_class_embeds": 10}, "Missing key.*class_embedding.weight"),
         ({"down_block_types": ["DownBlock2D", "SimpleCrossAttnDownBlock2D"]}, "down_block_types"),
         ({"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}, "up_block_types"),
         ({"down_block_types": ["AttnDownBlock2D", "CrossAttnDownBlock2D"], "attention_head_dim": [4, 2]}, "attention_head_dim"),

@@ -1,7 +1,6 @@
 """The U-Net as a backbone; the network itself is in `ldm/nets/unet.py`."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,14 +13,19 @@ if TYPE_CHECKING:
 
 class UNetBackbone(Backbone):
     kind: Literal["unet"] = "unet"
-    saved_as: ClassVar[str] = "UNet2DConditionModel"
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)]  # channels of each level
     layers_per_block: Positive = 1
-    attention: tuple[Literal["none", "self", "cross"], ...]  # by level; the middle is always "cross", and so reads the text
+    attention: tuple[Literal["none", "self", "cross"], ...]  # by level; the middle is always "cross"
     transformer_layers_per_block: Positive = 1
     num_heads: Positive = 4
     norm_num_groups: Positive = 8
     qk_norm: bool = False  # RMS norm of queries and keys; diffusers cannot open such a network
+
+    @staticmethod
+    def network() -> "type[UNet]":
+        from ldm.nets.unet import UNet
+
+        return UNet
 
     @model_validator(mode="after")
     def _levels_match(self) -> "UNetBackbone":
@@ -39,12 +43,4 @@ class UNetBackbone(Backbone):
             raise ValueError(f"latents of side {side} cannot be halved {halvings} times by backbone.block_out_channels")
 
     def build(self, channels: int, context_width: int) -> "UNet":
-        from ldm.nets.unet import UNet
-
-        return UNet(channels, channels, cross_attention_dim=context_width, **self.model_dump(exclude={"kind"}))
-
-    @classmethod
-    def load(cls, folder: Path) -> "UNet":
-        from ldm.nets.unet import UNet
-
-        return UNet.from_pretrained(folder)
+        return self.network()(channels, channels, cross_attention_dim=context_width, **self.model_dump(exclude={"kind"}))
