@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,9 +114,9 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
     with _alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
         steps = [Step("start", "", time.monotonic() - STARTED)]
         if inbox:
-            start = time.monotonic()
-            batch = ingest(str(folder), inbox).batch
-            steps.append(_step("ingest", bool(batch), start))
+            ingested, seconds = _timed(ingest, str(folder), inbox)
+            batch = ingested.batch
+            steps.append(Step("ingest", "executed" if batch else "cached", seconds))
             if batch and (folder / POSTERIOR).is_dir():  # of the last run
                 notes.append(("new images", check_drift(str(folder), batch)))
             check_data(folder, settings.data.path)
@@ -125,12 +125,10 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
         if (folder / LATENTS / "manifest.json").is_file():
             prune_store(folder / LATENT_STORE, folder / LATENTS)
         lineage.log_results(run, folder)
-        start = time.monotonic()
-        registered = register(str(folder), run.id)
-        steps.append(_step("register", registered.created, start))
-        start = time.monotonic()
-        decision = gate(str(folder), registered.version)
-        steps.append(_step("gate", bool(decision.n), start))
+        registered, seconds = _timed(register, str(folder), run.id)
+        steps.append(Step("register", "executed" if registered.created else "cached", seconds))
+        decision, seconds = _timed(gate, str(folder), registered.version)
+        steps.append(Step("gate", "executed" if decision.n else "cached", seconds))
         steps += _run_stages(others, *common)  # after the gate: their failure must not keep a model from its promotion
     champion = versions.by_alias(settings.registry.name, "champion")  # None if the first model's bound is not finite
     summary = summarise(folder, settings, steps, others, registered, decision, champion.version if champion else None, notes)
@@ -157,8 +155,9 @@ def _alone(root: Path) -> Iterator[None]:
         yield
 
 
-def _step(name: str, executed: bool, start: float) -> Step:
-    return Step(name, "executed" if executed else "cached", time.monotonic() - start)
+def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    start = time.monotonic()
+    return work(*arguments), time.monotonic() - start
 
 
 def _run_stages(stages: tuple[Node, ...], root: str, parent_run: str | None, status: Status, records: Records) -> list[Step]:

@@ -52,34 +52,29 @@ def run_ranks(stage: str, count: int) -> int:
             ignore_signals()
             os.close(write)
             ranks.close(HARMLESS, timeout=CHECKPOINT_SECONDS)
-            codes = _exit_codes(ranks).values()
-            return 0 if codes and not any(codes) else INTERRUPTED
-        ranks.close(HARMLESS, timeout=END_SECONDS)  # those that wait for one that failed notice by themselves, or are killed
+            return 0 if {handler.proc.returncode for handler in ranks.subprocess_handlers.values()} == {0} else INTERRUPTED
+        ranks.close(HARMLESS, timeout=END_SECONDS)  # ranks that wait for one that failed notice by themselves, or are killed
         return _report(ranks, failed)
 
 
-def _exit_codes(ranks: SubprocessContext) -> dict[int, int | None]:
-    return {rank: handler.proc.poll() for rank, handler in ranks.subprocess_handlers.items()}
-
-
-def _wait(ranks: SubprocessContext) -> list[int]:
-    """Wait until all ranks have succeeded or some have failed, which are returned."""
-    while not any(codes := _exit_codes(ranks).values()) and None in codes:
+def _wait(ranks: SubprocessContext) -> dict[int, int]:
+    """Wait until some ranks have failed, and return their exit codes, or until all have succeeded."""
+    while True:
+        codes = {rank: handler.proc.poll() for rank, handler in ranks.subprocess_handlers.items()}
+        failed = {rank: code for rank, code in codes.items() if code}
+        if failed or None not in codes.values():
+            return failed
         time.sleep(0.1)
-    return [rank for rank, code in _exit_codes(ranks).items() if code]
 
 
-def _report(ranks: SubprocessContext, failed: list[int]) -> int:
+def _report(ranks: SubprocessContext, failed: dict[int, int]) -> int:
     """Say which ranks failed before the others were ended; the stage's exit code."""
-    codes = _exit_codes(ranks)
-    if all(codes[rank] == INTERRUPTED for rank in failed):
+    refused = [rank for rank, handler in ranks.subprocess_handlers.items() if handler.proc.returncode == BAD_INPUT]
+    if not refused and set(failed.values()) <= {INTERRUPTED}:
         return INTERRUPTED if failed else 0
-    refused = [rank for rank, code in codes.items() if code == BAD_INPUT]
     for rank in refused[:1] or failed:
         if rank:
             sys.stderr.write(Path(ranks.stderrs[rank]).read_text())
-    if refused:
-        return BAD_INPUT
-    for rank in failed:
-        print(f"error: process {rank} of this training ended with exit code {codes[rank]}", file=sys.stderr, flush=True)
-    return 1
+        if not refused:
+            print(f"error: process {rank} of this training ended with exit code {failed[rank]}", file=sys.stderr, flush=True)
+    return BAD_INPUT if refused else 1

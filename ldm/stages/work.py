@@ -58,8 +58,8 @@ class Identity:
         return replace(self, code=fingerprint(self.stage), modules=counted(self.stage), versions=versions)
 
     def is_same_work(self, other: "Identity") -> bool:
-        """Whether both have the same stage, settings, inputs and layout."""
-        return all(getattr(self, name) == getattr(other, name) for name in ("stage", "params", "inputs", "layout"))
+        """Whether only code and libraries may differ."""
+        return replace(self, code=other.code, modules=other.modules, versions=other.versions) == other
 
     def changes(self, other: "Identity") -> list[str]:
         """The modules and libraries that differ in `other`; empty if the key is the same."""
@@ -239,12 +239,9 @@ def is_running(work: Work) -> bool:
     """Whether a process is training it now."""
     try:
         with (work.folder / "lock").open("r+") as lock:  # creates nothing
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return not _holds(lock, work.folder / "lock")
     except FileNotFoundError:
-        pass
-    return False
+        return False
 
 
 def _differing(key: str, was: Any, now: Any) -> list[str]:
