@@ -22,6 +22,7 @@ from ldm.base.randomness import generator
 from ldm.nets.diffusers import Pretrained
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 from ldm.training.ema import Ema, global_norm
+from ldm.training.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from ldm.training.options import Training
@@ -120,13 +121,14 @@ def fit(
     groups = objective.parameter_groups(schedule.lr)
     multipliers = [group.pop("lr_multiplier", 1.0) for group in groups]
     clip_groups = [group.pop("clip_group", 0) for group in groups]
-    optimizer = schedule.optimizer.build(groups, schedule.lr, seed, num_data)
+    choice: Optimizer = schedule.optimizer
+    optimizer = choice.build(groups, schedule.lr, seed, num_data)
     run = _Run(objective, optimizer, Ema(objective.module, schedule.ema_halflife_images), tracker, store)
     resumed = run.resume()
     device = next(objective.module.parameters()).device
     if not distributed.all_ranks_equal(resumed, device):
         raise InputError(f"{store.folder}: the ranks found different checkpoints here; they have to share this folder")
-    gradients = _Gradients(loss, optimizer, clip_groups, seed, execution, clip=schedule.optimizer.clips)
+    gradients = _Gradients(loss, optimizer, clip_groups, seed, execution, clip=choice.clips)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
     sync = _Sync(device)
