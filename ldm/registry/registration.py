@@ -85,7 +85,7 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
         client.log_batch(run_id, [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()])
     metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
     evaluation = settings.evaluate.model_dump() | settings.data.model_dump(include={"val_fraction", "test_fraction"})
-    evaluation |= {"seed": settings.seed, "image": metrics["image"], "test_images": metrics["test_images"]}
+    evaluation |= {"seed": settings.seed, "image": metrics["image"], "test_images": metrics.get("test_images")}
     tags = lineage.lineage(root) | {HASH: digest, IMAGE: metrics["image"], BITS: str(metrics.get("bits_per_dim", NO_BOUND))}
     tags["ldm.evaluation"] = json.dumps(evaluation, sort_keys=True)
     if adopted := list(filter(None, (lineage.adopted(root / out) for out in (AUTOENCODER, UNET)))):
