@@ -160,7 +160,7 @@ def test_the_closure_is_what_an_independent_reader_of_imports_finds(stage):
 
 @cache
 def imports() -> grimp.ImportGraph:
-    return grimp.build_graph("ldm", exclude_type_checking_imports=True)
+    return grimp.build_graph("ldm", exclude_type_checking_imports=True, cache_dir=None)
 
 
 def reached(*modules: str, without: Collection[str] = ()) -> set[str]:
