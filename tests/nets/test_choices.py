@@ -1,6 +1,5 @@
 """The networks that settings can name: what is built, and what a folder of weights is loaded as."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -30,8 +29,8 @@ def test_a_unet_is_built_for_latents_and_a_text_and_comes_back_from_its_folder(t
 
 
 def test_a_folder_of_another_network_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Transformer2DModel"}))
-    with pytest.raises(InputError, match=r"config\.json: _class_name is 'Transformer2DModel'; expected UNet2DConditionModel"):
+    Kl().build(**SHAPE).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"config\.json: _class_name is 'AutoencoderKL'; expected UNet2DConditionModel$"):
         load_backbone(tmp_path)
 
 
