@@ -4,37 +4,35 @@ import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from ldm.base.errors import InputError
 from ldm.base.paths import BOUNDS, DECISION, SHARDS
 from ldm.base.progress import Progress
 from ldm.config import load_settings
+from ldm.evaluation.gate import Decision, decide
 from ldm.registry.versions import BITS, GATE, IMAGE, NO_BOUND, Version, by_alias, connect, find, load, lookup, tag
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-    from ldm.evaluation.gate import Decision
-
-
-def gate_and_promote(root: Path, version: int) -> "Decision":
+def gate_and_promote(root: Path, version: int) -> Decision:
     """Make `version` (the outs in `root`) champion if it beats the champion on the test images; writes decision.html.
 
     A decision is made once for a champion and level, and a version that was champion does not come back by itself:
     someone, or a better model, replaced it.
     """
-    from ldm.evaluation.gate import Decision, decide
-
     settings = load_settings(root)
-    name, level = settings.registry.name, settings.registry.level
+    name, level, page = settings.registry.name, settings.registry.level, root / DECISION
     challenger, champion = lookup(f"models:/{name}/{version}"), by_alias(name, "champion")
     earlier = json.loads(challenger.tags.get(GATE, "{}"))
     settled, frame = _settled(challenger, champion, earlier, level), None
     if settled:
         decision = Decision(promote=False, level=level, reason=settled)
-        if earlier.get("promote") == ("champion" in challenger.aliases) and _fetch_page(challenger, root):
-            return decision
+        if earlier.get("promote") == ("champion" in challenger.aliases):  # the page of the earlier decision is still right
+            with contextlib.suppress(Exception):  # each of MLflow's stores has its own
+                connect().download_artifacts(challenger.run_id, page.name, str(page.parent))
+                return decision
     elif reason := _not_comparable(challenger, champion):
         reason = f"not comparable: {reason}; `ldm registry promote {version}` decides by hand"
         decision = Decision(promote=False, level=level, reason=reason)
@@ -44,12 +42,12 @@ def gate_and_promote(root: Path, version: int) -> "Decision":
     from ldm.report.decision import decision_page  # draws with matplotlib
 
     rival = f"{name} version {champion.version}" if champion else None
-    decision_page(root / DECISION, decision, frame, challenger=f"{name} version {version}", champion=rival)
+    decision_page(page, decision, frame, challenger=f"{name} version {version}", champion=rival)
     if settled:
         return decision
 
     if challenger.run_id:
-        connect().log_artifact(challenger.run_id, str(root / DECISION))
+        connect().log_artifact(challenger.run_id, str(page))
     record = asdict(decision) | {"champion": champion.version if champion else None, "applied": not decision.promote}
     tag(challenger, GATE, json.dumps(record))  # before the aliases: a kill in between leaves a decision to be applied
     if decision.promote:
@@ -75,13 +73,11 @@ def rollback(name: str = "ldm") -> int:
     return aliases["previous"].version
 
 
-def compare(root: Path, champion: Version | None) -> "pd.DataFrame":
+def compare(root: Path, champion: Version | None) -> pd.DataFrame:
     """Lower bounds on log p in nats, a row per test image: columns `challenger`, the model in `root`, and `champion`, if any.
 
     The champion is measured on the test images in `root` as `evaluate` measures the challenger: the same levels and noise.
     """
-    import pandas as pd
-
     from ldm.base.device import default_device
     from ldm.data.reader import open_shards
     from ldm.evaluation.bounds import image_bounds
@@ -125,15 +121,6 @@ def _not_comparable(challenger: Version, champion: Version | None) -> str | None
     if test["test_fraction"] > held_out["test_fraction"] + held_out["val_fraction"]:
         return f"champion version {champion.version} was trained on some of its test images"
     return None
-
-
-def _fetch_page(version: Version, root: Path) -> bool:
-    """Bring the page of the earlier decision about a version back to `root`; whether MLflow has it."""
-    page = root / DECISION
-    with contextlib.suppress(Exception):  # each of MLflow's stores has its own
-        connect().download_artifacts(version.run_id, page.name, str(page.parent))
-        return True
-    return False
 
 
 def _set_champion(version: Version, champion: Version | None) -> None:
