@@ -46,6 +46,7 @@ MODULES = {
 USED = {
     "ldm.config": "settings as the file has them",
     "ldm.base.errors": "InputError",
+    "ldm.base.lazy": "Tensor torch",
     "ldm.base.options": (
         "Choice Count Fraction NonNegative OneOf Positive Rate Section chosen explained keys kinds value_at"  # classes by kind
     ),
