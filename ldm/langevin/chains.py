@@ -1,6 +1,7 @@
 """Several chains of a sampler side by side, the draws they keep, and control variates for their gradients."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.base.errors import InputError
-from ldm.langevin.sgld import Sampler
+from ldm.langevin.sgld import SGLD
 
 Loss = Callable[..., Tensor]  # from the weights of a chain (name -> tensor) and the tensors of its minibatch to the mean loss
-MakeSampler = Callable[[list[Tensor]], Sampler]  # such as functools.partial(SGLD, lr=…, num_data=…)
+MakeSampler = Callable[[list[Tensor]], SGLD]  # such as functools.partial(SGLD, lr=…, num_data=…)
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,9 @@ class Chains:
     """
 
     def __init__(
-        self,
-        loss: Loss,
-        start: dict[str, Tensor],
-        sampler: MakeSampler,
-        *,
-        burn_in: int = 0,
-        thin: int = 1,
-        keep: Callable[[int], bool] = lambda step: True,
-        vectorized: bool = True,
-    ) -> None:
+        self, loss: Loss, start: dict[str, Tensor], sampler: MakeSampler, *, burn_in: int = 0, thin: int = 1,
+        keep: Callable[[int], bool] = lambda step: True, vectorized: bool = True,
+    ) -> None:  # fmt: skip
         """`start`: the first weights of each chain, (chains, …) by name. R-hat says most where they differ."""
         if burn_in < 0 or thin < 1:
             raise InputError(f"burn_in {burn_in}, thin {thin}: give 0 or more, and 1 or more")
@@ -111,57 +105,59 @@ class Chains:
             raise InputError("start: give the weights of equally many chains (the first dimension) under every name")
         self.parameters = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
         self.optimizer = sampler(list(self.parameters.values()))
-        self.burn_in, self.thin, self.keep = burn_in, thin, keep
-        self._loss, self._vectorized = loss, vectorized
+        self.loss, self.burn_in, self.thin, self.keep, self.vectorized = loss, burn_in, thin, keep, vectorized
         self.done = 0  # steps
-        self._draws: list[tuple[dict[str, Tensor], float]] = []  # weights and step size
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in start}  # draws, (chains, …) each
+        self.lrs: list[float] = []  # step size of each draw
 
     def step(self, *batch: Tensor) -> Tensor:
         """One step of every chain on its minibatch, tensors (chains, …); returns the mean losses before it, (chains,)."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self._vectorized:
-            losses = torch.func.vmap(self._loss)(self.parameters, *batch)
+        if self.vectorized:
+            losses = torch.func.vmap(self.loss)(self.parameters, *batch)
         else:
-            each = zip(*(tensor.unbind() for tensor in (*self.parameters.values(), *batch)), strict=True)
-            size = len(self.parameters)
-            losses = torch.stack([self._loss(dict(zip(self.parameters, one[:size], strict=True)), *one[size:]) for one in each])
+            names, each = list(self.parameters), zip(*(t.unbind() for t in (*self.parameters.values(), *batch)), strict=True)
+            losses = torch.stack([self.loss(dict(zip(names, one, strict=False)), *one[len(names) :]) for one in each])
         losses.sum().backward()  # the loss of a chain depends on its own weights only
         lr = self.optimizer.step_size()
         self.optimizer.step()
         if self.done >= self.burn_in and (self.done - self.burn_in + 1) % self.thin == 0 and self.keep(self.done):
-            self._draws.append(({n: value.detach().to("cpu", copy=True) for n, value in self.parameters.items()}, lr))
+            self.lrs.append(lr)
+            for name, value in self.parameters.items():
+                self.kept[name].append(value.detach().to("cpu", copy=True))
         self.done += 1
         return losses.detach()
 
     def draws(self) -> Draws:
         """The draws kept so far."""
-        if not self._draws:
+        if not self.lrs:
             burn_in = f"{self.burn_in} are burn-in, thinned by {self.thin}"
             raise InputError(f"no draws after {self.done} steps of which {burn_in}: take more")
-        values = {name: torch.stack([draw[name] for draw, _ in self._draws], 1) for name in self.parameters}
-        if not all(bool(value.isfinite().all()) for value in values.values()):
+        values = {name: torch.stack(kept, 1) for name, kept in self.kept.items()}
+        if not all(value.isfinite().all() for value in values.values()):
             raise InputError(f"the chains diverged: weights are not finite after {self.done} steps; take a smaller step size")
-        return Draws(values, torch.tensor([lr for _, lr in self._draws], dtype=torch.float64))
+        return Draws(values, torch.tensor(self.lrs, dtype=torch.float64))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, draws and the sampler's state; `load_state_dict` also needs `done`."""
-        kept = self.draws().values if self._draws else {}
         sampler = self.optimizer.state_dict()["state"]
         return {
             **{f"parameters.{name}": value.detach() for name, value in self.parameters.items()},
-            **{f"draws.{name}": value for name, value in kept.items()},
+            **{f"draws.{name}": torch.stack(kept, 1) for name, kept in self.kept.items() if kept},
             **{f"optimizer.{index}.{name}": value for index, entry in sampler.items() for name, value in entry.items()},
-            "lrs": torch.tensor([lr for _, lr in self._draws], dtype=torch.float64),
+            "lrs": torch.tensor(self.lrs, dtype=torch.float64),
         }
 
     def load_state_dict(self, state: dict[str, Tensor], done: int) -> None:
-        with torch.no_grad():
-            for name, value in self.parameters.items():
-                value.copy_(state[f"parameters.{name}"])
-        kept = [{name: state[f"draws.{name}"][:, i] for name in self.parameters} for i in range(len(state["lrs"]))]
-        self._draws, self.done = list(zip(kept, state["lrs"].tolist(), strict=True)), done
-        sampler: dict[int, dict[str, Tensor]] = {}
-        for key in (key for key in state if key.startswith("optimizer.")):
-            _, index, name = key.split(".")
-            sampler.setdefault(int(index), {})[name] = state[key]
+        sampler: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            if kind == "parameters":
+                self.parameters[name].detach().copy_(value)
+            elif kind == "draws":
+                self.kept[name] = list(value.unbind(1))
+            elif kind == "optimizer":
+                index, _, entry = name.partition(".")
+                sampler[int(index)][entry] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": sampler})
+        self.lrs, self.done = state["lrs"].tolist(), done

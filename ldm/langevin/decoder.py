@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
@@ -21,7 +21,7 @@ from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.langevin.chains import Chains, control_variates
 from ldm.langevin.sgld import SAMPLERS
 from ldm.langevin.step_size import StepSize, find_step_size
-from ldm.nets.autoencoder import Autoencoder
+from ldm.nets.autoencoder import Autoencoder, Decoder
 
 CHECKPOINT_STEPS = 50
 MINIBATCHES = 16  # whose gradients' variance limits the step size
@@ -36,17 +36,14 @@ Stoppable = Callable[[], AbstractContextManager[Callable[[], bool]]]  # yields a
 class DecoderLoss:
     """The mean -log p(x | z, θ) of minibatches of images in nats, a function of the weights θ of a part of the decoder."""
 
-    def __init__(
-        self, autoencoder: Autoencoder, likelihood: Likelihood, images: Images, count: int, part: Part, seed: int
-    ) -> None:
+    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, images: Images, count: int, part: Part, seed: int):
         """`images` are `count` training images; the parameters of both networks must not require gradients."""
         # GroupNorm's backward in channels-last crashes (torch 2.13) unless all its gradients are asked for. Weights are cloned,
         # because `to` keeps the strides of dimensions of size 1, from which convolutions infer the memory format.
         for weight in autoencoder.parameters():
             weight.data = weight.detach().clone(memory_format=torch.contiguous_format)
         self.autoencoder, self.likelihood, self.images, self.count, self.seed = autoencoder, likelihood, images, count, seed
-        self.device = likelihood.log_scale.device
-        self.start = part_of(autoencoder.decoder, part)
+        self.device, self.start = likelihood.log_scale.device, part_of(autoencoder.decoder, part)
 
     def __call__(self, weights: dict[str, Tensor], h: Tensor, x: Tensor) -> Tensor:
         output = torch.func.functional_call(self.autoencoder.decoder, weights, (h,))
@@ -69,15 +66,13 @@ class DecoderLoss:
         return torch.stack(h), torch.stack(x)
 
 
-def part_of(decoder: nn.Module, part: Part) -> dict[str, Tensor]:
+def part_of(decoder: Decoder, part: Part) -> dict[str, Tensor]:
     """The weights of a part of the decoder, by name."""
-    modules = [name for name, _ in decoder.named_modules() if name]
-    last = max(name for name in modules if name.startswith("up_blocks.") and name.count(".") == 1)
-    names = part or (last, "conv_norm_out", "conv_out")
-    for name in names:
-        if name not in modules:
-            known = sorted({module for module in modules if module.count(".") < 2})
-            raise InputError(f"posterior.part: the decoder has no {name!r}; it has {', '.join(known)}, and their submodules")
+    modules = {name for name, _ in decoder.named_modules() if name}
+    names = part or (f"up_blocks.{len(decoder.up_blocks) - 1}", "conv_norm_out", "conv_out")
+    if unknown := [name for name in names if name not in modules]:
+        known = ", ".join(sorted(module for module in modules if module.count(".") < 2))
+        raise InputError(f"posterior.part: the decoder has no {unknown[0]!r}; it has {known}, and their submodules")
     prefixes = tuple(f"{name}." for name in names)
     weights = {key: value.detach() for key, value in decoder.named_parameters() if key.startswith(prefixes)}
     if not weights:
@@ -95,30 +90,20 @@ class DecoderChains(Chains):
     at_start: StepSize | None = None
 
     def __init__(
-        self,
-        loss: DecoderLoss,
-        sampler: str,
-        *,
-        lr: float | None,
-        friction: float,
-        prior_precision: float,
-        temperature: float,
-        chains: int,
-        batch_size: int,
-        burn_in: int,
-        thin: int,
-        draws: int,
-    ) -> None:
+        self, loss: DecoderLoss, sampler: str, *, lr: float | None, friction: float, prior_precision: float, temperature: float,
+        chains: int, batch_size: int, burn_in: int, thin: int, draws: int,
+    ) -> None:  # fmt: skip
         self.label, self.steps, self.adapts = f"sample_posterior: {sampler}", burn_in + thin * draws, lr is None
         options: dict[str, Any] = {"num_data": loss.count, "prior_precision": prior_precision, "temperature": temperature}
         options |= {"friction": friction} if sampler == "sghmc" else {}
         with Progress(f"{self.label}: the gradient of all {loss.count:,} images"):
             data = (loss.data(part.tolist()) for part in torch.arange(loss.count).split(batch_size))
             corrected = control_variates(loss, loss.start, data)
+        seed = seed_for(loss.seed, "posterior", sampler)
         super().__init__(
             corrected,
             {name: value.expand(chains, *value.shape) for name, value in loss.start.items()},
-            partial(SAMPLERS[sampler], lr=lambda step: self.lr, seed=seed_for(loss.seed, "posterior", sampler), **options),
+            partial(SAMPLERS[sampler], lr=lambda step: self.lr, seed=seed, **options),
             burn_in=burn_in,
             thin=thin,
             vectorized=loss.device.type != "cpu",  # vmap makes grouped convolutions, which are slow on a CPU
@@ -132,7 +117,7 @@ class DecoderChains(Chains):
     def limits(self) -> StepSize:
         """What limits the step size at the first chain's weights; of these, only gradient noise is measured after the start."""
         weights = {name: value[0].detach().clone().requires_grad_() for name, value in self.parameters.items()}
-        loss = lambda i: self._loss(weights, *(tensor[0] for tensor in self.measured_on[i]))  # noqa: E731
+        loss = lambda i: self.loss(weights, *(tensor[0] for tensor in self.measured_on[i]))  # noqa: E731
         with Progress(f"{self.label}: the curvature"):
             return self.find(loss, list(weights.values()), nearby=self.at_start)
 
@@ -142,27 +127,23 @@ class DecoderChains(Chains):
         Raises `KeyboardInterrupt` after a checkpoint when a stop was asked for, `InputError` when the chains diverge.
         """
         if saved:
-            tensors, state = saved
-            self.load_state_dict(tensors, state["images_seen"])
-            self.lr = state["lr"]
-        if self.done < self.burn_in:
-            self._advance(self.burn_in, f"{self.label}, burn-in", save, stoppable)
-        if self.done == self.burn_in and self.adapts:
-            now = self.limits()  # noisier than at the start
-            noises = {name: GROWTH * getattr(now, name) for name in ("gradient_noise", "mean_gradient_noise")}
-            self.lr = min(self.lr, replace(now, **noises).recommended())
-        self._advance(self.steps, self.label, save, stoppable)
-
-    def _advance(self, steps: int, label: str, save: Callable[..., None], stoppable: Stoppable) -> None:
-        with Progress(label, steps, "steps") as progress, stoppable() as should_stop:
-            progress(self.done)
-            while self.done < steps:
-                losses = self.step(*self.minibatch(self.done))
-                if not torch.isfinite(losses).all():
-                    raise InputError(f"{label}: the chains diverged by step {self.done}; set a smaller posterior.lr, or null")
-                stop = should_stop()
-                if stop or self.done % CHECKPOINT_STEPS == 0:
-                    save(self.state_dict(), {"images_seen": self.done, "lr": self.lr})
-                if stop:
-                    raise KeyboardInterrupt(f"stopped at a checkpoint after {self.done} steps")
-                progress(self.done, {"loss": float(losses.mean())})
+            self.load_state_dict(saved[0], saved[1]["images_seen"])
+            self.lr = saved[1]["lr"]
+        while self.done < self.steps:
+            label, end = (self.label, self.steps) if self.done >= self.burn_in else (f"{self.label}, burn-in", self.burn_in)
+            if self.done == self.burn_in and self.adapts:
+                now = self.limits()  # noisier than at the start
+                noises = {name: GROWTH * getattr(now, name) for name in ("gradient_noise", "mean_gradient_noise")}
+                self.lr = min(self.lr, replace(now, **noises).recommended())
+            with Progress(label, end, "steps") as progress, stoppable() as should_stop:
+                progress(self.done)
+                while self.done < end:
+                    losses = self.step(*self.minibatch(self.done))
+                    if not torch.isfinite(losses).all():
+                        raise InputError(f"{label}: the chains diverged by step {self.done}; set a smaller posterior.lr, or null")
+                    stop = should_stop()
+                    if stop or self.done % CHECKPOINT_STEPS == 0:
+                        save(self.state_dict(), {"images_seen": self.done, "lr": self.lr})
+                    if stop:
+                        raise KeyboardInterrupt(f"stopped at a checkpoint after {self.done} steps")
+                    progress(self.done, {"loss": float(losses.mean())})

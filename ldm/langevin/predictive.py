@@ -44,32 +44,34 @@ class DecoderPosterior:
 
     def spread(self, log_prob: Tensor) -> Tensor:
         """Standard deviation of `log_prob` (S, B) over draws, nats (B,). It is also that of the bound: no other term has θ."""
-        return _moments(log_prob, self.weights)[1]
+        return self._moments(log_prob)[1]
 
     @torch.no_grad()
     def scores(self, pixels: Tensor) -> Tensor:
         """How unlike the training data uint8 images (N, C, H, W) are: `spread` at the mean of q(z | x), nats (N,)."""
-        xs = (to_float(part).to(self.device) for part in pixels.split(BATCH))
-        return torch.cat([self.spread(self.log_prob(x, self.autoencoder.encode(x).mean)) for x in xs])
+        return torch.cat([self.spread(self.log_prob(x, z)) for x, z in self._encoded(pixels)])
 
     @torch.no_grad()
     def uncertainty(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over draws of the decoded images, each (B, C, H, W) in [-1, 1]."""
-        return _moments(torch.stack([self.likelihood.mean(output).clamp(-1, 1) for output in self.outputs(z)]), self.weights)
+        return self._moments(torch.stack([self.likelihood.mean(output).clamp(-1, 1) for output in self.outputs(z)]))
 
     @torch.no_grad()
     def reconstructions(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """`uncertainty` at the mean of q(z | x) of uint8 images (N, C, H, W), on the CPU."""
-        xs = (to_float(part).to(self.device) for part in pixels.split(BATCH))
-        mean, std = zip(*(self.uncertainty(self.autoencoder.encode(x).mean) for x in xs), strict=True)
+        mean, std = zip(*(self.uncertainty(z) for _, z in self._encoded(pixels)), strict=True)
         return torch.cat(mean).cpu(), torch.cat(std).cpu()
 
+    def _encoded(self, pixels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images in [-1, 1] and the means of q(z | x), batch after batch."""
+        for x in (to_float(part).to(self.device) for part in pixels.split(BATCH)):
+            yield x, self.autoencoder.encode(x).mean
 
-def _moments(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean and unbiased standard deviation over the first dimension."""
-    if len(values) < 2:
-        raise InputError("a standard deviation takes 2 or more posterior samples")
-    w = weights.to(values).view(-1, *[1] * (values.ndim - 1))
-    mean = (w * values).sum(0)
-    variance = (w * (values - mean).square()).sum(0) / (1 - float(weights.square().sum()))
-    return mean, variance.sqrt()
+    def _moments(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted mean and unbiased standard deviation over the first dimension, the draws."""
+        if len(values) < 2:
+            raise InputError("a standard deviation takes 2 or more posterior samples")
+        w = self.weights.to(values).view(-1, *[1] * (values.ndim - 1))
+        mean = (w * values).sum(0)
+        variance = (w * (values - mean).square()).sum(0) / (1 - float(self.weights.square().sum()))
+        return mean, variance.sqrt()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.base.errors import InputError
-from ldm.base.randomness import fill_normal
-from ldm.langevin.sgld import shaped
+from ldm.langevin.sgld import normal_like
 
 TOLERANCE = 0.05  # relative error of a posterior variance
 ITERATIONS = 20  # of the power method at most
@@ -36,9 +35,8 @@ class StepSize:
         """
         kept = 1 - self.friction
         half = (1 + kept - lr * self.curvature / 2) / 2
-        if half**2 < kept:
-            return math.sqrt(kept)
-        return half + math.copysign(math.sqrt(half**2 - kept), half)
+        root = half**2 - kept
+        return math.sqrt(kept) if root < 0 else half + math.copysign(math.sqrt(root), half)
 
     def noise_ratio(self, lr: float) -> float:
         """Variance of the injected noise of a step over that of its gradient noise, 4αT/(εV); it should be far above 1."""
@@ -51,9 +49,8 @@ class StepSize:
         return math.inf if shrink <= 0 else (1 + 1 / self.noise_ratio(lr)) / shrink
 
     def recommended(self, tolerance: float = TOLERANCE) -> float:
-        """The largest ε whose `inflation` is at most 1 + tolerance."""
-        b = 1 / self.noise_ratio(1.0)  # solves 1 + εb = (1 + tolerance) (1 - εc)
-        c = self.curvature / (4 * (2 - self.friction))
+        """The largest ε whose `inflation` is at most 1 + tolerance: 1 + εb = (1 + tolerance) (1 - εc)."""
+        b, c = 1 / self.noise_ratio(1.0), self.curvature / (4 * (2 - self.friction))
         if b + c == 0:
             raise InputError("the loss has neither curvature nor gradient noise here: it does not depend on these weights")
         return tolerance / (b + (1 + tolerance) * c)
@@ -65,8 +62,8 @@ class StepSize:
             found.append(f"step size {lr:.3g} diverges: {left}")
         elif inflation > 1 + 2 * tolerance:
             why = f"injected noise is {self.noise_ratio(lr):.3g} times the gradients', {left}"
-            better = f"take {self.recommended(tolerance):.3g}, or larger batches"
-            found.append(f"step size {lr:.3g} gives variances about {inflation:.2f} times what they should be ({why}): {better}")
+            wide = f"step size {lr:.3g} gives variances about {inflation:.2f} times what they should be ({why})"
+            found.append(f"{wide}: take {self.recommended(tolerance):.3g}, or larger batches")
         if (t := self.temperature) != 1:
             found.append(f"temperature {t:g}: samples are of the posterior to the power of {1 / t:g}")
         return found
@@ -78,22 +75,14 @@ class StepSize:
 
 
 def find_step_size(
-    loss: Callable[[int], Tensor],
-    params: list[Tensor],
-    *,
-    num_data: int,
-    prior_precision: float = 0.0,
-    minibatches: int = 16,
-    friction: float = 1.0,
-    temperature: float = 1.0,
-    seed: int = 0,
-    nearby: StepSize | None = None,
-) -> StepSize:
+    loss: Callable[[int], Tensor], params: list[Tensor], *, num_data: int, prior_precision: float = 0.0, minibatches: int = 16,
+    friction: float = 1.0, temperature: float = 1.0, seed: int = 0, nearby: StepSize | None = None,
+) -> StepSize:  # fmt: skip
     """Measure curvature and gradient noise at the present weights. `loss(i)` is the mean loss of minibatch i.
 
-    The curvature is the eigenvalue of largest modulus of the Hessian over the first minibatches together. The noise is the
-    variance of all their gradients along its eigenvector. A Laplace prior adds no curvature. `nearby`, measured at other weights,
-    provides the curvature: only the noise is measured anew.
+    The curvature is the eigenvalue of largest modulus of the Hessian over the first minibatches together (power method). The
+    noise is the variance of all their gradients along its eigenvector. A Laplace prior adds no curvature. `nearby`, measured at
+    other weights, provides the curvature: only the noise is measured anew.
     """
     if minibatches < 2:
         raise InputError(f"minibatches {minibatches}: a variance takes 2 or more")
@@ -111,29 +100,22 @@ def find_step_size(
                 torch._foreach_add_(product, torch.autograd.grad(slope, params, materialize_grads=True), alpha=1 / few)
         return product
 
-    curvature, unit = (nearby.curvature, list(nearby.direction)) if nearby else _largest(hessian_times, params, seed)
+    if nearby:
+        curvature, unit = nearby.curvature, list(nearby.direction)
+    else:
+        curvature, vector = 0.0, normal_like(params, seed, "step size")
+        for _ in range(ITERATIONS):
+            norm = _dot(vector, vector).sqrt()
+            unit = [v / norm for v in vector]
+            vector = hessian_times(unit)
+            before, curvature = curvature, float(_dot(vector, unit))
+            if abs(curvature - before) <= CONVERGED * abs(curvature):
+                break
     gradients = [gradient(i) for i in range(minibatches)]
     along = torch.stack([_dot(g, unit) for g in gradients]).var()
     each = torch.stack([torch.stack(parts).double().var(0).sum() for parts in zip(*gradients, strict=True)]).sum()
     mean = float(each) / sum(p.numel() for p in params)
     return StepSize(abs(curvature), float(along), mean, friction, temperature, tuple(unit))
-
-
-def _largest(times: Callable[[list[Tensor]], list[Tensor]], params: list[Tensor], seed: int) -> tuple[float, list[Tensor]]:
-    """Eigenvalue of largest modulus and its eigenvector (power method), of the symmetric matrix that `times` multiplies by."""
-    flat = fill_normal(torch.empty(sum(p.numel() for p in params), device=params[0].device), seed, "step size")
-    vector = shaped(flat, params)
-    found = 0.0
-    for _ in range(ITERATIONS):
-        norm = _dot(vector, vector).sqrt()
-        if norm == 0:
-            break
-        unit = [v / norm for v in vector]
-        vector = times(unit)
-        before, found = found, float(_dot(vector, unit))
-        if abs(found - before) <= CONVERGED * abs(found):
-            break
-    return found, unit
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ldm.base.errors import InputError
 from ldm.base.randomness import fill_normal
 from ldm.langevin import sgld
-from ldm.langevin.sgld import PSGLD, SAMPLERS, SGHMC, SGLD, Cyclical, Polynomial
+from ldm.langevin.sgld import PSGLD, SAMPLERS, SGHMC, SGLD, Cyclical, Polynomial, normal_like
 
 TARGETS = [
     Target(lr=0.4, precision=1.0),
@@ -115,7 +115,7 @@ MISTAKES = {
     "N/n missing": ("SGLD", 'alpha=scale * group["num_data"])', "alpha=scale)"),
     "preconditioned noise unscaled": ("PSGLD", "mul_(noise, torch._foreach_sqrt(roots))", "mul_(noise, roots)"),
     "noise preconditioned like the drift": ("PSGLD", "torch._foreach_mul_(noise, torch._foreach_sqrt(roots))", "pass"),
-    "prior left out": ("SGLD", 'precision = group["prior_precision"]', "precision = 0.0"),
+    "prior left out": ("SGLD", 'group["params"], group["prior_precision"]', 'group["params"], 0.0'),
     "Gaussian prior as Laplace": ("SGLD", "precision and group", "False and group"),
     "prior as weight decay of the mean loss": (
         "SGLD", "params, alpha=scale * precision)", 'params, alpha=scale * precision * group["num_data"])',
@@ -167,7 +167,7 @@ def test_mistakes_are_caught(mistake):
 
 @pytest.mark.parametrize("name", ["SGLD", "PSGLD", "SGHMC"])
 def test_the_copy_without_a_mistake_passes(name):
-    module = changed("class Sampler(", "class Sampler(")
+    module = changed("class SGLD(", "class SGLD(")
     assert getattr(module, name) is not getattr(sgld, name)
     assert_exact(module, name, TARGETS[2])
 
@@ -261,7 +261,7 @@ def test_a_parameter_without_a_gradient():
 # Runs
 
 
-def walk(optimizer: sgld.Sampler, params: list[Tensor], steps: int) -> bytes:
+def walk(optimizer: SGLD, params: list[Tensor], steps: int) -> bytes:
     """Steps on a quadratic loss; the parameters' bytes after them."""
     for _ in range(steps):
         optimizer.zero_grad()
@@ -308,7 +308,7 @@ def test_resumed_run(make, lr, tmp_path):
 
 def test_noise_does_not_depend_on_the_default_dtype():
     def noise() -> Tensor:
-        return SGLD([p], 1.0, num_data=1, seed=0)._draw(0, 0, 1.0)[0]
+        return normal_like([p], 0)[0]
 
     p = parameter()
     before = noise()
