@@ -5,11 +5,7 @@ from ldm.base.lazy import exports
 __getattr__, __all__ = exports(
     __name__,
     {
-        "AutoencoderKL": "autoencoder",
-        "TextEncoder": "text.encoder",
-        "UNet": "unet",
-        "UnconditionalUNet": "unet",
-        "VQModel": "autoencoder",
-        "load_autoencoder": "autoencoder",
+        "AutoencoderKL": "autoencoder", "VQModel": "autoencoder", "load_autoencoder": "autoencoder",
+        "TextEncoder": "text.encoder", "UNet": "unet", "UnconditionalUNet": "unet",
     },
-)
+)  # fmt: skip

@@ -49,7 +49,6 @@ class Perceptual(nn.Module):
     def __init__(self, widths: Sequence[Sequence[int]] = ((32, 32), (64, 64), (128, 128))) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        self._taps: list[int] = []  # the last activation before each halving
         rng, before = torch.Generator().manual_seed(0), 3
         for level, convolutions in enumerate(widths):
             layers += [nn.MaxPool2d(2)] if level else []
@@ -58,7 +57,6 @@ class Perceptual(nn.Module):
                 nn.init.orthogonal_(layers[-2].weight, gain=2**0.5, generator=rng)  # type: ignore[arg-type]
                 nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
                 before = width
-            self._taps.append(len(layers) - 1)
             self.register_buffer(f"lin{level}", torch.ones(before))
         self.features = nn.Sequential(*layers)
         # torchvision's normalisation, for images in [-1, 1]
@@ -101,11 +99,10 @@ class Perceptual(nn.Module):
         return total
 
     def _maps(self, x: Tensor) -> list[Tensor]:
-        """The features of each level, normalised to length 1 at every position."""
-        h = (x.expand(-1, 3, -1, -1) - self.mean) / self.std  # a grey image is an RGB one of equal channels
-        maps = []
-        for index, layer in enumerate(self.features):
-            h = layer(h)
-            if index in self._taps:
+        """The last activations of each level, normalised to length 1 at every position."""
+        h, maps = (x.expand(-1, 3, -1, -1) - self.mean) / self.std, []  # a grey image is an RGB one of equal channels
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
                 maps.append(F.normalize(h.float(), dim=1, eps=1e-10))
-        return maps
+            h = layer(h)
+        return [*maps, F.normalize(h.float(), dim=1, eps=1e-10)]

@@ -164,10 +164,7 @@ class Autoencoder(Pretrained):
 
 
 class AutoencoderKL(Autoencoder):
-    """With a Gaussian posterior, which a KL term keeps near N(0, 1) (Rombach et al. 2022, section 3.1).
-
-    Some published ones (Stable Diffusion 3, Flux) do not have the 1x1 convolutions around the latents.
-    """
+    """With a Gaussian posterior, which a KL term keeps near N(0, 1) (Rombach et al. 2022, section 3.1)."""
 
     CLASS = "AutoencoderKL"
     DEFAULTS = Autoencoder.DEFAULTS | {"latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True}
@@ -184,7 +181,7 @@ class AutoencoderKL(Autoencoder):
         norm_num_groups: int = 32,
         mid_block_add_attention: bool = True,
         attention: Sequence[bool] | None = None,
-        use_quant_conv: bool = True,
+        use_quant_conv: bool = True,  # Stable Diffusion 3 and Flux have neither of these 1x1 convolutions
         use_post_quant_conv: bool = True,
     ) -> None:
         self._build(encoded=2 * latent_channels, latents=latent_channels)
@@ -232,11 +229,7 @@ class Codebook(nn.Module):
 
 
 class VQModel(Autoencoder):
-    """With a codebook; quantisation is the decoder's first layer (Rombach et al. 2022, section 3.1).
-
-    `encode` stops before it, so the diffusion model learns continuous latents. `vq_embed_dim` is the number of channels of
-    latents and codes (None: `latent_channels`).
-    """
+    """With a codebook. Quantisation is the decoder's first layer (Rombach et al. 2022, section 3.1): latents are continuous."""
 
     CLASS = "VQModel"
     DEFAULTS = Autoencoder.DEFAULTS | {"latent_channels": 3, "num_vq_embeddings": 256, "vq_embed_dim": None}
@@ -255,7 +248,7 @@ class VQModel(Autoencoder):
         mid_block_add_attention: bool = True,
         attention: Sequence[bool] | None = None,
         num_vq_embeddings: int = 256,
-        vq_embed_dim: int | None = None,
+        vq_embed_dim: int | None = None,  # channels of latents and codes; None: latent_channels
     ) -> None:
         self._build(encoded=latent_channels, latents=vq_embed_dim or latent_channels)
         self.quant_conv = nn.Conv2d(latent_channels, self.latent_channels, 1)

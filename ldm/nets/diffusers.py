@@ -6,7 +6,7 @@ import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -34,8 +34,8 @@ def registered(init: Callable[..., None]) -> Callable[..., None]:
         nn.Module.__init__(self)
         arguments = inspect.signature(init).bind(self, *args, **kwargs)
         arguments.apply_defaults()
-        given = {name: value for name, value in arguments.arguments.items() if name != "self"}
-        self.config = {name: list(v) if isinstance(v, list | tuple) else v for name, v in given.items()}
+        _, *given = arguments.arguments.items()
+        self.config = {name: list(value) if isinstance(value, list | tuple) else value for name, value in given}
         self.carried = {}
         init(self, *args, **kwargs)
 
@@ -88,7 +88,7 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """The network of a folder that this class or diffusers wrote, in float32 on the CPU."""
-        config, weights = read_config(folder), _present(folder, WEIGHTS)
+        config, weights = read_config(folder), Path(folder) / WEIGHTS
         try:
             state = load_file(weights)
         except (ValueError, SafetensorError) as error:
@@ -117,10 +117,7 @@ class Pretrained(nn.Module):
         return net
 
 
-Network = TypeVar("Network", bound=Pretrained)
-
-
-def load_network(folder: str | Path, *kinds: type[Network]) -> Network:
+def load_network(folder: str | Path, *kinds: type[Pretrained]) -> Any:
     """The network of a folder, of the class among `kinds` that its config.json names."""
     found = read_config(folder).get("_class_name")
     for kind in kinds:
@@ -130,16 +127,11 @@ def load_network(folder: str | Path, *kinds: type[Network]) -> Network:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of a folder in diffusers' format."""
-    file = _present(folder, CONFIG)
+    """`config.json` of a network's folder; `InputError` if it is damaged, or if it or the weights are missing."""
+    for path in (Path(folder) / name for name in (CONFIG, WEIGHTS)):
+        if not path.is_file():
+            raise InputError(f"{path} is missing: expected a folder that save_pretrained wrote (safetensors)")
     try:
-        return dict(json.loads(file.read_bytes()))
+        return dict(json.loads((Path(folder) / CONFIG).read_bytes()))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{file} is damaged ({error}); fetch it again") from error
-
-
-def _present(folder: str | Path, name: str) -> Path:
-    path = Path(folder) / name
-    if not path.is_file():
-        raise InputError(f"{path} is missing: expected a folder that save_pretrained wrote (safetensors)")
-    return path
+        raise InputError(f"{Path(folder) / CONFIG} is damaged ({error}); fetch it again") from error

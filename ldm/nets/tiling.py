@@ -38,9 +38,9 @@ def tiled(
     """`function` of x (B, C, H, W) by square tiles of `tile` input pixels a side, which overlap by `overlap` or more.
 
     `ratio`: output pixels per input pixel, on a side; 1/f for an encoder, f for a decoder. One tile at a time is moved to
-    `device`; the output lies where x does. Where tiles overlap, their weights run linearly from one to the other.
-    A function of single pixels gives the same by tiles. Convolutions differ near the inner edges of tiles, where the weights are
-    small. Group norms and attention differ throughout, because they see one tile only.
+    `device`; the output lies where x does. Where tiles overlap, their weights run linearly from one to the other. Convolutions
+    differ from those of the whole image near the inner edges of tiles, where weights are small; group norms and attention differ
+    everywhere, because they see one tile only.
     """
     _check(tile, overlap, ratio.denominator)
     rows, columns = (_windows(side, tile, overlap, ratio, x.device) for side in x.shape[2:])

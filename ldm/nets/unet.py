@@ -33,23 +33,17 @@ UP = {"none": "UpBlock2D", "self": "AttnUpBlock2D", "cross": "CrossAttnUpBlock2D
 class UNet(Pretrained):
     """Noisy latents (B, C, H, W), timesteps (B,) and a text (B, T, D) to an output like the latents.
 
-    `attention` says for each level, outermost first, what follows the resnets: "none", "self" (attention over the image's
-    positions) or "cross" (a transformer, which attends to the text too). The middle always has a transformer. `num_heads` and
-    `transformer_layers_per_block` are one number, or one for each level. `in_channels` includes those of `concat`. Embeddings of
-    `num_class_embeds` class labels are added to the time embedding. `qk_norm` normalises queries and keys.
-
     diffusers has no `qk_norm`, and its `attention_head_dim` cannot express every choice of heads with "self". Such a network is
     saved with further keys, and with an `attention_head_dim` that makes diffusers refuse it.
     """
 
     CLASS = "UNet2DConditionModel"
-    MIDDLE: ClassVar = "cross"
+    MIDDLE: ClassVar = "cross"  # attention in the middle
     DEFAULTS: ClassVar = {
         "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
-        "cross_attention_dim": 1280, "norm_num_groups": 32, "use_linear_projection": False,
-        "transformer_layers_per_block": 1, "num_class_embeds": None, "attention_head_dim": 8,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "cross_attention_dim": 1280, "norm_num_groups": 32, "use_linear_projection": False, "transformer_layers_per_block": 1,
+        "num_class_embeds": None, "attention_head_dim": 8, "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
     }  # fmt: skip
     FIXED: ClassVar = {
         "mid_block_type": "UNetMidBlock2DCrossAttn", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
@@ -64,18 +58,18 @@ class UNet(Pretrained):
     @registered
     def __init__(
         self,
-        in_channels: int,
+        in_channels: int,  # those of `concat` included
         out_channels: int,
         block_out_channels: Sequence[int],
         layers_per_block: int,
-        attention: Sequence[str],
+        attention: Sequence[str],  # by level: "none", "self" (of positions) or "cross" (a transformer, of positions and text)
         cross_attention_dim: int | None,
-        num_heads: int | Sequence[int],
+        num_heads: int | Sequence[int],  # one for all levels, or one each
         norm_num_groups: int = 32,
         use_linear_projection: bool = False,
         transformer_layers_per_block: int | Sequence[int] = 1,
-        num_class_embeds: int | None = None,
-        qk_norm: bool = False,
+        num_class_embeds: int | None = None,  # labels, whose embeddings are added to the time embedding
+        qk_norm: bool = False,  # of queries and keys
     ) -> None:
         channels, last, groups = list(block_out_channels), len(block_out_channels) - 1, norm_num_groups
         heads = per_level(num_heads, channels, "num_heads")
@@ -220,8 +214,7 @@ class UNet(Pretrained):
 class UnconditionalUNet(UNet):
     """Noisy latents and timesteps to an output like the latents, without a text: `attention` is "none" or "self".
 
-    The middle has "self". diffusers' `UNet2DModel` has one width of a head for all levels, or one head in each: other choices of
-    `num_heads` are saved as those of `UNet` that diffusers cannot express.
+    diffusers' `UNet2DModel` has one width of a head for all levels, or one head in each. Others are saved as by `UNet`.
     """
 
     CLASS = "UNet2DModel"
@@ -229,8 +222,7 @@ class UnconditionalUNet(UNet):
     DEFAULTS: ClassVar = {
         "in_channels": 3, "out_channels": 3, "block_out_channels": [224, 448, 672, 896], "layers_per_block": 2,
         "norm_num_groups": 32, "num_class_embeds": None, "attention_head_dim": 8,
-        "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
-        "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
+        "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3], "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
     }  # fmt: skip
     FIXED: ClassVar = UNet.FIXED | {
         "mid_block_type": "UNetMidBlock2D", "downsample_type": "conv", "upsample_type": "conv", "add_attention": True,

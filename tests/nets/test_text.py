@@ -113,7 +113,7 @@ ODD = [
 def test_minilm_is_transformers_own_bit_for_bit(max_tokens):
     options, rng = MiniLM(max_tokens=max_tokens), random.Random(0)
     folder = options.locate()
-    ours, theirs = options.network(folder), transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    (ours, width), theirs = options.network(folder), transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="right")
     drawn = ["".join(chr(rng.randrange(32, 0xD800)) for _ in range(rng.randrange(40))) for _ in range(40)]
     for texts in ([TEXTS[0]], ["word " * 700], [*TEXTS, *ODD], drawn):  # padded alone, not padded, mixed
@@ -121,7 +121,7 @@ def test_minilm_is_transformers_own_bit_for_bit(max_tokens):
         vectors, mask = ours(texts)
         assert torch.equal(mask, tokens["attention_mask"].bool())
         assert torch.equal(vectors, theirs(**tokens).last_hidden_state)
-    assert ours.width == theirs.config.hidden_size
+    assert width == theirs.config.hidden_size
 
 
 def test_minilm_has_the_hash_that_registered_models_name(minilm):

@@ -1,9 +1,7 @@
 """Frozen text encoders: what the setting `text` can name, and what it builds."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ldm.base.errors import InputError
 from ldm.base.hashing import content_hash, file_hash
@@ -11,13 +9,14 @@ from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Choice, Positive
 
 BATCH = 64  # texts embedded at once
-SUFFIXES = {".safetensors", ".json", ".txt", ".model"}  # files of weights, configuration and tokenizer
+SUFFIXES = (".json", ".safetensors", ".txt", ".model")  # files of weights, configuration and tokenizer
+Embed = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
 class Text(Choice):
     max_tokens: Positive
 
-    def build(self, sha256: str | None = None) -> TextEncoder:
+    def build(self, sha256: str | None = None) -> "TextEncoder":
         """Load the encoder; `InputError` if it cannot be found, or if its files have another hash than `sha256`."""
         encoder = TextEncoder(self)
         if sha256 not in (None, encoder.sha256):
@@ -32,8 +31,8 @@ class Text(Choice):
         """The folder of weights and tokenizer."""
         raise NotImplementedError
 
-    def network(self, folder: Path) -> Any:
-        """A function of N texts to the last layer (N, max_tokens, width) and its mask, bool (N, max_tokens); it has a `width`."""
+    def network(self, folder: Path) -> tuple[Embed, int]:
+        """A function of N texts to the last layer (N, max_tokens, width) and its mask, bool (N, max_tokens); and the width."""
         raise NotImplementedError
 
 
@@ -44,15 +43,14 @@ class TextEncoder:
         self.folder = options.locate()
         files = sorted(path for path in self.folder.iterdir() if path.suffix in SUFFIXES)
         self.sha256 = content_hash("".join(f"{path.name}\0{file_hash(path)}\n" for path in files).encode())
-        self._network = options.network(self.folder)
-        self.width: int = self._network.width
+        self._embed, self.width = options.network(self.folder)
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Embed texts: float32 (N, max_tokens, width), zero beyond each text's end, and its mask, bool (N, max_tokens)."""
         embeddings, masks = [], []
         for start in range(0, len(texts), BATCH):
             with torch.no_grad():
-                hidden, mask = self._network(texts[start : start + BATCH])
+                hidden, mask = self._embed(texts[start : start + BATCH])
             embeddings.append(hidden * mask[..., None])
             masks.append(mask)
         return torch.cat(embeddings), torch.cat(masks)

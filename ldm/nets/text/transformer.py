@@ -1,13 +1,11 @@
 """Any text model that `transformers` loads, from a folder or the hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
 from ldm.base.errors import InputError
 from ldm.base.lazy import Tensor, torch
-from ldm.nets.text.encoder import Text
+from ldm.nets.text.encoder import SUFFIXES, Embed, Text
 
 
 class Transformer(Text):
@@ -27,39 +25,30 @@ class Transformer(Text):
         from huggingface_hub import snapshot_download
 
         try:
-            files = ["*.json", "*.safetensors", "*.txt", "*.model"]
-            return Path(snapshot_download(repository, revision=commit, allow_patterns=files))
+            return Path(snapshot_download(repository, revision=commit, allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
         except Exception as error:  # of many kinds, all of which mean that there is no such model
             reason = str(error).splitlines()[0]
             raise InputError(f"text.model {self.model!r}: neither a folder here nor loadable from the hub ({reason})") from None
 
-    def network(self, folder: Path) -> Network:
-        try:
-            return Network(folder, self.max_tokens)
-        except Exception as error:  # of many kinds, all of which mean that the folder holds no complete model
-            raise InputError(f"text.model {self.model!r}: {folder} does not load as a transformers model: {error}") from error
-
-
-class Network:
-    """The text model of a folder; `ValueError` if weights are missing."""
-
-    def __init__(self, folder: Path, max_tokens: int):
+    def network(self, folder: Path) -> tuple[Embed, int]:
         from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.max_tokens = max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
-        encodes = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_TEXT_ENCODING_MAPPING  # T5: its encoder alone
-        loader = AutoModelForTextEncoding if encodes else AutoModel
-        model, report = loader.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-        missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a pooler's output is not used
-        if missing:  # transformers would draw them at random
-            raise ValueError(f"it lacks weights, the first {missing[0]}; fetch the whole model")
-        self._model = getattr(model, "text_model", model)  # CLIP and its like have an image tower beside it
-        self._model.eval().requires_grad_(False)
-        self.width = int(self._model.config.hidden_size)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+            encodes = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_TEXT_ENCODING_MAPPING  # T5: its encoder alone
+            loader = AutoModelForTextEncoding if encodes else AutoModel
+            model, report = loader.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        except Exception as error:  # of many kinds, all of which mean that the folder holds no complete model
+            raise InputError(f"text.model {self.model!r}: {folder} does not load as a transformers model: {error}") from error
+        if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):  # a pooler's output is not used
+            raise InputError(f"text.model: {folder} lacks weights, the first {missing[0]}; fetch the whole model")
+        model = getattr(model, "text_model", model)  # CLIP and its like have an image tower beside it
+        model.eval().requires_grad_(False)
 
-    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        tokens = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        return self._model(**tokens).last_hidden_state, tokens["attention_mask"].bool()
+        def embed(texts: list[str]) -> tuple[Tensor, Tensor]:
+            tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt")
+            return model(**tokens).last_hidden_state, tokens["attention_mask"].bool()
+
+        return embed, int(model.config.hidden_size)
