@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: more thr
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
-LONG = ("test_end_to_end.py", "test_resume.py", "test_sample_posterior.py", "test_unet.py", "test_fit.py")
+LONG = ("test_end_to_end.py", "test_extensions.py", "test_resume.py", "test_sample_posterior.py", "test_unet.py", "test_fit.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -104,7 +104,8 @@ def test_comments_and_docstrings_run_nothing_and_neither_do_tools(ran, tmp_path,
         text = path.read_text()
         assert text.startswith('"""'), path
         path.write_text(text.replace('"""', '"""Edited. ', 1) + "\n# a comment\n")
-    for name in ("cli", "registry", "tracking", "lineage", "progress", "versioning", "evaluation/gate"):
+    names = ("cli", "base/progress", "evaluation/gate", "versioning/graph")
+    for name in (*names, "registry/versions", "registry/tracking", "registry/lineage"):
         append(root / f"ldm/{name}.py", "\n_EDITED = True\n")
     printed = succeed(shell(root, "ldm", "run", **home))
     assert re.findall(r"^(\w+) +executed", printed, re.M) == ["code"] and "registered before" in printed
@@ -113,8 +114,8 @@ def test_comments_and_docstrings_run_nothing_and_neither_do_tools(ran, tmp_path,
 def test_a_changed_sampler_is_evaluated_and_a_changed_source_trains_nothing_again_unless_its_images_changed(again):
     root, run = again
     append(root / "ldm/data/sources/digits.py", "\n_EDITED = True\n")
-    path = root / "ldm/diffusion/samplers.py"
-    path.write_text(path.read_text().replace('"dpmpp_2m": dpmpp_2m,', '"dpmpp_2m": heun,'))
+    path = root / "ldm/diffusion/samplers/dpmpp_2m.py"
+    path.write_text(path.read_text().replace("x0 + (x0 - previous) / (2 * ratio)", "x0"))
     before = (root / "reports/samples.png").read_bytes()
     assert run() == ["code", "source", "evaluate"]
     assert (root / "reports/samples.png").read_bytes() != before and run() == []

@@ -2,4 +2,15 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(__name__, {"find": "versions", "load": "versions", "lookup": "versions"})
+__getattr__, __all__ = exports(
+    __name__,
+    {
+        "compare": "promotion",
+        "find": "versions",
+        "load": "versions",
+        "lookup": "versions",
+        "promote": "promotion",
+        "register": "registration",
+        "rollback": "promotion",
+    },
+)

@@ -48,7 +48,12 @@ def experiment_id(client: Any) -> str:
     uri = os.environ["MLFLOW_TRACKING_URI"]
     database = Path(uri.removeprefix("sqlite:///")).absolute()
     place = str(database.parent / "mlruns" / name) if uri.startswith("sqlite:///") else None
-    return str(client.create_experiment(name, artifact_location=place))
+    try:
+        return str(client.create_experiment(name, artifact_location=place))
+    except Exception:
+        if (found := client.get_experiment_by_name(name)) is None:  # else another process made it meanwhile
+            raise
+        return str(found.experiment_id)
 
 
 def milliseconds() -> int:

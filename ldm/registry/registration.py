@@ -75,9 +75,13 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
 
     name = settings.registry.name
     model_id = client.create_logged_model(experiment_id(client), name, run_id, model_type="latent diffusion").model_id
-    with tempfile.TemporaryDirectory() as folder:
-        _save(Path(folder) / "model", root, model_id, run_id)
-        client.log_model_artifacts(model_id, f"{folder}/model")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _save(Path(folder) / "model", root, model_id, run_id)
+            client.log_model_artifacts(model_id, f"{folder}/model")
+    except BaseException:
+        client.finalize_logged_model(model_id, LoggedModelStatus.FAILED)
+        raise
     client.finalize_logged_model(model_id, LoggedModelStatus.READY)
     if run_id:
         client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])

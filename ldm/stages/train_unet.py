@@ -28,7 +28,7 @@ def build(settings: Settings, context_width: int) -> Pretrained:
 
 
 def recipe(settings: Settings, latents: Latents) -> dict[str, Any]:
-    """What the weights alone do not say: a `ldm.model.Recipe` but for the sampling defaults."""
+    """What the weights alone do not say: a `ldm.diffusion.recipe.Recipe` but for the sampling defaults."""
     manifest = latents.manifest
     kept = {name: manifest[name] for name in ("autoencoder", "preprocessing", "latent_mean", "latent_std")}
     text = {"options": manifest["text"], "sha256": manifest["text_encoder"]}
