@@ -1,8 +1,4 @@
-"""Guidance wraps a denoiser and is itself a denoiser: D_bad + scale (D_good - D_bad).
-
-D_bad lacks the prompt (classifier-free guidance; Ho & Salimans 2022), follows an unwanted prompt (a negative prompt), or is a
-weaker model (autoguidance; Karras et al. 2024, "Guiding a diffusion model with a bad version of itself").
-"""
+"""Guidance wraps a denoiser and is itself a denoiser: D_bad + scale (D_good - D_bad)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +32,7 @@ class Guidance:
 def classifier_free(
     denoiser: Callable[..., Tensor], guidance: Guidance, context: Tensor, context_mask: Tensor, null: Tensor, null_mask: Tensor
 ) -> DenoiseFn:
-    """Guide away from `null`, the empty caption or a negative prompt, with both halves in one batch.
+    """Guide away from `null`, the empty caption or a negative prompt (Ho & Salimans 2022), with both halves in one batch.
 
     `context` (B, T, D) and `context_mask` (B, T) are the prompts. `null` and `null_mask` have the same shapes, or lack B.
     """
@@ -53,7 +49,7 @@ def classifier_free(
 
 
 def autoguidance(denoiser: DenoiseFn, weaker: DenoiseFn, guidance: Guidance) -> DenoiseFn:
-    """Guide away from a model of the same data that is smaller or trained less. Both already have their prompts."""
+    """Guide away from a model that is smaller or trained less (Karras et al. 2024). Both already have their prompts."""
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
         good = denoiser(x, sigma)

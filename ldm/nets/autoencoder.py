@@ -54,8 +54,9 @@ def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x.float())
 
 
-def _block(inputs: int, width: int, layers: int, groups: int, attentions: int, resample: Any = None) -> Block:
-    """`layers` resnets, of which the first goes from `inputs` to `width` channels; `attentions`; `Downsample` or `Upsample`."""
+def _block(
+    inputs: int, width: int, layers: int, groups: int, attentions: int, resample: type[Downsample] | type[Upsample] | None = None
+) -> Block:
     resnets = (Resnet(inputs if i == 0 else width, width, groups, EPS) for i in range(layers))
     attention = [ImageAttention(width, groups, EPS) for _ in range(attentions)]
     return Block(resnets, attention, resample(width) if resample else None)

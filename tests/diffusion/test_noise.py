@@ -10,7 +10,6 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from pydantic import ValidationError
 from scipy import stats
 
-from ldm.base.errors import InputError
 from ldm.base.options import kinds
 from ldm.diffusion.noise.distributions import LogNormal, ScaledLinear, Uniform
 from ldm.diffusion.noise.levels import Noise, NoiseLevels
@@ -196,11 +195,6 @@ def test_grids_in_closed_form():
     np.testing.assert_allclose(table.timesteps(between[:-1]), 1000 - 1 - np.arange(30) * 1000 / 30, atol=1e-6)
     finest = table.grid("uniform", 1500)  # more steps than timesteps: the last ones go below the first timestep
     assert (finest.diff() < 0).all() and finest[-1] == 0
-
-
-def test_a_grid_has_a_step():
-    with pytest.raises(InputError, match="steps 0: a sampler takes at least one"):
-        ScaledLinear().build().grid("karras", 0)
 
 
 def test_a_batch_is_stratified():

@@ -11,14 +11,12 @@ SIGMA_MIN = 0.002  # Karras et al. 2022
 
 
 class Table(Noise):
-    """A variance-preserving schedule, whose entries training draws uniformly.
+    """A variance-preserving schedule, whose entries training draws uniformly. Timesteps beyond `sigma_max` are left out.
 
-    sigma = sqrt((1 - alpha_bar) / alpha_bar), where alpha_bar is the cumulative product of 1 - beta (Karras et al. 2022,
-    appendix C). `zero_terminal_snr` rescales it so that the last timestep is noise alone (Lin et al. 2023, algorithm 1). Sigma
-    then grows without bound, as it nearly does in the cosine table, and timesteps beyond `sigma_max` are left out.
+    sigma = sqrt((1 - alpha_bar) / alpha_bar), where alpha_bar is the cumulative product of 1 - beta (Karras et al. 2022, app. C).
     """
 
-    zero_terminal_snr: bool = False
+    zero_terminal_snr: bool = False  # rescale it, so that the last timestep is noise alone (Lin et al. 2023, algorithm 1)
 
     def betas(self) -> Tensor:
         """float64 (TIMESTEPS,)."""
@@ -80,15 +78,11 @@ class Continuous(Noise):
         return self.shift * t / (1 - t)
 
 
-def _time(sigma: float) -> float:
-    return sigma / (1 + sigma)
-
-
 class _Normal(Continuous):
     """ln sigma is normal, truncated to the range."""
 
-    mean: ClassVar[float]
-    std: ClassVar[float]
+    mean: ClassVar[float] = 0.0
+    std: ClassVar[float] = 1.0
 
     def quantile(self, u: Tensor, table: Tensor) -> Tensor:
         ends = torch.tensor([float(table[0]), float(table[-1])], dtype=u.dtype)
@@ -104,10 +98,9 @@ class LogNormal(_Normal):
 
 
 class LogitNormal(_Normal):
-    """The logit of t is standard normal (Esser et al. 2024)."""
+    """The logit of t, which is ln sigma, is standard normal (Esser et al. 2024)."""
 
     kind: Literal["logitnormal"] = "logitnormal"
-    mean, std = 0.0, 1.0
 
 
 class LogUniform(Continuous):
@@ -130,3 +123,7 @@ class Uniform(Continuous):
         low, high = (_time(float(sigma) / self.shift) for sigma in (table[0], table[-1]))
         t = low + u * (high - low)
         return self.shift * t / (1 - t)
+
+
+def _time(sigma: float) -> float:
+    return sigma / (1 + sigma)

@@ -7,20 +7,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ldm.base.errors import InputError
 from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Choice
 
 
 class Noise(Choice):
-    """A distribution over noise levels of latents with unit variance.
-
-    `shift` multiplies noise levels, because an image of twice the side needs twice the noise to hide what it shows (Hoogeboom et
-    al. 2023; in terms of sigma, the timestep shift of Esser et al. 2024, equation 23, is the same).
-    """
+    """A distribution over noise levels of latents with unit variance."""
 
     sigma_max: Annotated[float, Field(ge=1)] = 80.0  # noise levels stop here
-    shift: Annotated[float, Field(ge=1 / 16, le=16)] = 1.0  # side of the latents over the side the schedule was made for
+    # Multiplies noise levels: an image of twice the side needs twice the noise to hide what it shows (Hoogeboom et al. 2023; in
+    # terms of sigma, the timestep shift of Esser et al. 2024, equation 23, is the same).
+    shift: Annotated[float, Field(ge=1 / 16, le=16)] = 1.0
 
     def build(self) -> NoiseLevels:
         return NoiseLevels(self, self.table())
@@ -71,8 +68,6 @@ class NoiseLevels:
         `karras`: Karras et al. 2022, equation 5, with rho = 7. `exponential`: evenly spaced in ln sigma, down to sigma_min.
         `uniform`: evenly spaced in timesteps (diffusers' "trailing"; Lin et al. 2023) or in the time of flow matching.
         """
-        if steps < 1:
-            raise InputError(f"steps {steps}: a sampler takes at least one")
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
         if schedule == "karras":
             low, high = self.sigma_min ** (1 / 7), self.sigma_max ** (1 / 7)
