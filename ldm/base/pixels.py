@@ -1,9 +1,10 @@
 """The coding of 8-bit pixels as floats in [-1, 1]."""
 
+from __future__ import annotations
+
 from typing import Any
 
-import torch
-from torch import Tensor
+from ldm.base.lazy import Tensor, torch
 
 BIN = 2 / 255  # distance between neighbouring 8-bit values in [-1, 1]
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from ldm.base.errors import InputError
 from ldm.base.lazy import Tensor, torch
+from ldm.base.pixels import BIN, centred_levels, to_uint8
 from ldm.bayes.likelihoods.family import Family
 
 
@@ -20,8 +21,6 @@ class DiscretizedLogistic(Family):
     discrete: ClassVar[bool] = True
 
     def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-        from ldm.base.pixels import BIN, centred_levels
-
         width = BIN * torch.exp(-log_scale)  # of a bin, in units of the scale
         # Counted in bins, neighbours share exactly the same edge: the 256 probabilities sum to 1 in float32 too.
         distance = torch.sub(centred_levels(x), location, alpha=1 / BIN)
@@ -42,8 +41,6 @@ class DiscretizedGaussian(Family):
     discrete: ClassVar[bool] = True
 
     def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-        from ldm.base.pixels import BIN, centred_levels
-
         # In float64 whatever x is: a narrow bin's mass is a difference of two nearly equal numbers.
         distance = centred_levels(x.double()) * BIN - location.double()
         precision = torch.exp(-log_scale.double())
@@ -73,8 +70,6 @@ class Bernoulli(Family):
     log_scale: ClassVar = 0.0  # type: ignore[misc]
 
     def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-        from ldm.base.pixels import to_uint8
-
         if bool((grey := x.abs() != 1).any()):
             found = f"train_vae.likelihood bernoulli needs images of 0 and 255 only, found {int(to_uint8(x[grey][0]))}"
             raise InputError(f"{found}; threshold them, or choose a discretized likelihood")
