@@ -39,7 +39,13 @@ class ShardCache:
 
     def text(self, name: str) -> str | None:
         """The text of a small file at the URL, never from the folder; None if there is no such file."""
-        return self._attempt(name, lambda filesystem, url: filesystem.cat_file(url).decode(), optional=True)
+
+        def read(filesystem: Any, url: str) -> str | None:
+            with contextlib.suppress(FileNotFoundError):
+                return filesystem.cat_file(url).decode()
+            return None
+
+        return self._attempt(name, read)
 
     def open(self, name: str, sha256: str, size: int) -> int:
         """A read-only descriptor of the local copy, readable even after the copy was evicted. The caller closes it."""
@@ -48,15 +54,21 @@ class ShardCache:
         if size > self.max_bytes:
             room = f"do not fit in {self.folder}, which may hold {self.max_bytes:,}"
             raise InputError(f"{self.url}/{name}: its {size:,} bytes {room}; raise that bound or write smaller shards")
+        part = self.folder / f"{sha256}{PART}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self._kept(sha256, size)
-            if file is None:
-                with _held(self.folder / f"{sha256}{PART}") as part:
-                    file = self._kept(sha256, size)  # another process may have fetched it meanwhile
-                    if file is None:
-                        file = self._fetch(name, sha256, size, part)
-            return file
+            while (kept := self._kept(sha256, size)) is None:
+                with _locked(part) as file:
+                    if not _is_at(file, part):
+                        continue  # another process renamed or removed it while this one waited
+                    try:
+                        if (kept := self._kept(sha256, size)) is None:
+                            kept = self._fetch(name, sha256, size, file)
+                        return kept
+                    finally:
+                        if _is_at(file, part):
+                            part.unlink()
+            return kept
         except OSError as error:  # of this disk: `_attempt` turns the server's into InputErrors
             raise InputError(f"{self.folder}: {error}; shards of {self.url} are kept there, make it writable") from None
 
@@ -71,80 +83,62 @@ class ShardCache:
         return None
 
     def _fetch(self, name: str, sha256: str, size: int, part: IO[bytes]) -> int:
+        def download(filesystem: Any, url: str) -> None:
+            # Over http, fsspec takes any failure to find the size for an absent file, and not every server has its ranges.
+            stream = {"block_size": 0, "size": size} if url.startswith("http") else {"cache_type": "none"}
+            digest, found = hashlib.sha256(), 0
+            part.seek(0)
+            with filesystem.open(url, "rb", **stream) as remote:
+                while found <= size and (chunk := remote.read(CHUNK)):
+                    digest.update(chunk)
+                    part.write(chunk[: size - found])
+                    found += len(chunk)
+            part.flush()
+            if found != size:
+                raise OSError(f"{'over ' * (found > size)}{min(found, size):,} bytes, expected {size:,}; upload the shards again")
+            if digest.hexdigest() != sha256:
+                raise OSError(f"sha256 {digest.hexdigest()}, expected {sha256}; upload the shards again")
+
         self._make_room(part, size)
-        self._attempt(name, lambda filesystem, url: _download(filesystem, url, sha256, size, part))
+        self._attempt(name, download)
         os.fsync(part.fileno())  # it had its full size before its bytes: after a power cut the size would prove nothing
         path = self.folder / sha256
         file = os.open(f"{path}{PART}", os.O_RDONLY)
-        with _locked(self.folder):  # a listing during a rename may show neither name
+        with _locked(self.folder / "lock"):  # a listing during a rename may show neither name
             os.replace(f"{path}{PART}", path)
         return file
 
     def _make_room(self, part: IO[bytes], size: int) -> None:
         """Evict files until `size` bytes fit, and claim these as the length of `part`; wait for other parts if need be."""
+        part.truncate(0)
         while True:
-            with _locked(self.folder):
-                names = os.listdir(self.folder)
-                parts = [self.folder / name for name in names if SHA256.fullmatch(name.removesuffix(PART)) and PART in name]
-                stats = {path: path.stat() for path in map(self.folder.joinpath, names) if SHA256.fullmatch(path.name)}
-                claimed = size + sum(map(_claimed, parts))
-                if claimed <= self.max_bytes:
-                    excess = claimed + sum(stat.st_size for stat in stats.values()) - self.max_bytes
-                    for path in sorted(stats, key=lambda path: stats[path].st_mtime_ns):
-                        if excess > 0:
-                            path.unlink()
-                            excess -= stats[path].st_size
+            with _locked(self.folder / "lock"):
+                files = [path for path in self.folder.iterdir() if SHA256.fullmatch(path.name.removesuffix(PART))]
+                room = self.max_bytes - size - sum(_claimed(path) for path in files if path.suffix == PART)
+                if room >= 0:
+                    kept = sorted((path for path in files if path.suffix != PART), key=lambda path: path.stat().st_mtime_ns)
+                    while sum(path.stat().st_size for path in kept) > room:
+                        kept.pop(0).unlink()
                     part.truncate(size)
                     return
             time.sleep(0.1)
 
-    def _attempt(self, name: str, read: Callable[[Any, str], Any], optional: bool = False) -> Any:
-        """`read(filesystem, url)` of a file, again after errors that may pass. None if an optional file is absent."""
-        url = f"{self.url}/{quote(name) if _is_http(self.url) else name}"
-        for pause in (*PAUSES, None):
+    def _attempt(self, name: str, read: Callable[[Any, str], Any]) -> Any:
+        """`read(filesystem, url)` of a file, again after errors that may pass."""
+        url = f"{self.url}/{quote(name) if self.url.startswith('http') else name}"
+        for pause in (*PAUSES, 0):
             try:
                 return read(_filesystem(self.url, os.getpid()), url)
             except InputError:
                 raise
             except FileNotFoundError:
-                if optional:
-                    return None
                 raise InputError(f"{url}: not found; check the URL, or upload the shard folder again") from None
-            except _WrongBytes as error:
-                problem = f"found {error}; it was changed or damaged there, upload the shard folder again"
             except Exception as error:  # every filesystem has its own exceptions
                 cause = f"{type(error).__name__} {' '.join(str(error).split())}".strip()
                 if isinstance(error, PermissionError | ValueError) or "Credentials" in type(error).__name__:
                     raise InputError(f"{url}: not readable ({cause}); check the URL and the credentials") from None
-                problem = f"not read in {len(PAUSES) + 1} attempts ({cause}); check the server, the network and this disk"
-            if pause:
-                time.sleep(pause)
-        raise InputError(f"{url}: {problem}")
-
-
-class _WrongBytes(Exception):
-    """A file has another size or hash than expected."""
-
-
-def _download(filesystem: Any, url: str, sha256: str, size: int, part: IO[bytes]) -> None:
-    # Over http, fsspec takes any failure to find the size for an absent file, and its ranges need a server that has them.
-    stream = {"block_size": 0, "size": size} if _is_http(url) else {"cache_type": "none"}
-    digest, found = hashlib.sha256(), 0
-    part.seek(0)
-    with filesystem.open(url, "rb", **stream) as remote:
-        while found <= size and (chunk := remote.read(CHUNK)):
-            digest.update(chunk)
-            part.write(chunk[: size - found])
-            found += len(chunk)
-    part.flush()
-    if found != size:
-        raise _WrongBytes(f"{'over ' * (found > size)}{min(found, size):,} bytes, expected {size:,}")
-    if digest.hexdigest() != sha256:
-        raise _WrongBytes(f"sha256 {digest.hexdigest()}, expected {sha256}")
-
-
-def _is_http(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
+            time.sleep(pause)
+        raise InputError(f"{url}: not read in {len(PAUSES) + 1} attempts ({cause}); check the server, the network and this disk")
 
 
 @cache
@@ -162,7 +156,7 @@ def _filesystem(url: str, pid: int) -> Any:
         if scheme == "s3":
             timeouts = {"connect_timeout": CONNECT, "read_timeout": STALL, "retries": {"total_max_attempts": 1}}
             options = {"config_kwargs": timeouts}
-        elif _is_http(url):
+        elif scheme.startswith("http"):
             from aiohttp import ClientTimeout
 
             options = {"client_kwargs": {"timeout": ClientTimeout(connect=CONNECT, sock_read=STALL)}}
@@ -177,41 +171,20 @@ def _filesystem(url: str, pid: int) -> Any:
 
 
 @contextlib.contextmanager
-def _flock(file: IO[Any]) -> Iterator[None]:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a child that was forked meanwhile would keep the lock
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / "lock", "w") as file, _flock(file):
-        yield
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[IO[bytes]]:
-    """An empty locked file at `path`, removed at the end unless it was renamed."""
-    while True:
-        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file, _flock(file):
-            if not _is_at(file, path):
-                continue  # its holder renamed or removed it while we waited
-            try:
-                file.truncate(0)
-                yield file
-            finally:
-                if _is_at(file, path):
-                    path.unlink()
-            return
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """The file at `path`, created if need be, locked for this thread."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield file
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a child that was forked meanwhile would keep the lock
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def _claimed(part: Path) -> int:
