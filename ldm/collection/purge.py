@@ -10,17 +10,15 @@ import hashlib
 import json
 import re
 import tarfile
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pandas as pd
 import yaml
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import file_hash
+from ldm.base.hashing import content_hash, file_hash
 from ldm.base.paths import LATENT_STORE, LATENTS, SHARD_CACHE, SHARDS
 from ldm.config import load_settings
 from ldm.data.images import SUFFIXES
@@ -31,15 +29,13 @@ from ldm.versioning.repository import held, open_repository
 
 TAG = "ldm.purged"  # of a version: hashes (first 16 digits) of images that it saw and that were purged since
 DIGEST = 16  # hexadecimal digits of the file's hash, with which a sample's key of 24 begins
-KINDS = ("leftover", "download", "store", "latents", "image", "shard")  # in the order of their deletion
 UNTOUCHED = "trained weights, reports and sample pictures; file names in git's history and DVC's listings"
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """A file that holds the image or something made of it."""
 
-    kind: str  # one of KINDS
+    kind: str  # "leftover", "download", "store", "latents", "image" or "shard"
     place: str  # "cache", "remote", "data" or ".ldm"
     name: str  # the object's md5, or a path
     size: int  # bytes
@@ -51,18 +47,15 @@ class Purged:
 
     names: tuple[str, ...]  # under which its bytes were stored
     digests: tuple[str, ...]  # sha256 of its files, the first 16 digits
-    shards: frozenset[str]  # md5 of tars that held it
-    copies: tuple[Copy, ...]
+    copies: tuple[Copy, ...]  # in the order of their deletion
     notes: tuple[str, ...]
     versions: pd.DataFrame  # models that saw it, or may have: version, aliases, splits, seen
 
     def lines(self) -> list[str]:
         """The report without the versions, for people."""
-        sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for copy in self.copies:
-            sizes[copy.place, copy.kind].append(copy.size)
         title = f"{', '.join(self.names) or 'image'} (sha256 {', '.join(f'{digest}…' for digest in self.digests)})"
-        return [title, *(f"{place:<8}{kind:<10}{len(of):>6} files{sum(of):>16,} bytes" for (place, kind), of in sizes.items())]
+        groups = pd.DataFrame(self.copies, columns=Copy._fields).groupby(["place", "kind"], sort=False)["size"]
+        return [title, *(f"{place:<8}{kind:<10}{len(of):>6} files{sum(of):>16,} bytes" for (place, kind), of in groups)]
 
 
 class _Objects:
@@ -75,59 +68,49 @@ class _Objects:
             for md5 in set(store.all()):
                 if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5):
                     self.places.setdefault(md5, []).append(place)
-        folders = [self.listing(md5) or {} for md5 in self.places if md5.endswith(".dir")]
-        self.files = {(path, md5) for folder in folders for path, md5 in folder.items() if md5 in self.places}
-        self.latents = [folder for folder in folders if "manifest.json" in folder]
+        self.folders = [self.listing(md5) for md5 in self.places if md5.endswith(".dir")]
+        self.files = {(path, md5) for folder in self.folders for path, md5 in folder.items() if md5 in self.places}
 
-    @contextlib.contextmanager
-    def open(self, md5: str) -> Iterator[IO[bytes]]:
+    def open(self, md5: str) -> Any:
         store = self.stores[self.places[md5][0]]
-        with store.fs.open(store.oid_to_path(md5), "rb") as file:
-            yield file
-
-    def copies(self, kind: str, md5: str) -> Iterator[Copy]:
-        for place in self.places[md5]:
-            store = self.stores[place]
-            yield Copy(kind, place, md5, store.fs.info(store.oid_to_path(md5))["size"])
+        return store.fs.open(store.oid_to_path(md5), "rb")
 
     def sha256(self, md5: str) -> str:
         with self.open(md5) as file:
-            return _sha256(file)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def is_tar(self, md5: str) -> bool:
+        with self.open(md5) as file:
+            return file.read(262)[257:] == b"ustar"
 
     def matches(self, md5: str, digests: tuple[str, ...]) -> bool:
         """Whether the sha256 of a file, or of a tar's member, begins with one of `digests`."""
         if not self.is_tar(md5):
             return self.sha256(md5).startswith(digests)
-        with self.open(md5) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            return any(_sha256(part).startswith(digests) for member in tar if (part := tar.extractfile(member)))
+        with self.open(md5) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            return any(content_hash(part.read()).startswith(digests) for member in tar if (part := tar.extractfile(member)))
 
     def json(self, md5: str) -> Any:
-        """None if there is no such object, or it is damaged."""
+        """Empty if there is no such object, or it is damaged."""
         try:
             with self.open(md5) as file:
-                return json.loads(file.read())
+                return json.load(file)
         except (KeyError, ValueError):
-            return None
+            return {}
 
-    def listing(self, md5: str) -> dict[str, str] | None:
-        """The md5 of each file of a folder by its path; None if the listing is gone."""
-        entries = self.json(md5)
-        return None if entries is None else {entry["relpath"]: entry["md5"] for entry in entries}
+    def listing(self, md5: str) -> dict[str, str]:
+        """The md5 of each file of a folder by its path; empty if the listing is gone."""
+        return {entry["relpath"]: entry["md5"] for entry in self.json(md5)}
 
     def tars(self) -> dict[str, dict[str, str]]:
         """The samples of each tar. An object that only the remote has is opened, by a request, if it may be a tar."""
-        only_remote = {md5 for md5, places in self.places.items() if "cache" not in places}
-        others = {md5 for name, md5 in self.files if not name.endswith(".tar")} if only_remote else set()
+        others = {md5 for name, md5 in self.files if not name.endswith(".tar") and "cache" not in self.places[md5]}
         found = {}
-        for md5 in self.places.keys() - (only_remote & others):
+        for md5 in self.places.keys() - others:
             if not md5.endswith(".dir") and self.is_tar(md5):
                 with self.open(md5) as file:
-                    found[md5] = _samples(file, seekable="cache" in self.places[md5])
+                    found[md5] = _samples(file)
         return found
-
-    def is_tar(self, md5: str) -> bool:
-        with self.open(md5) as file:
-            return file.read(262)[257:] == b"ustar"
 
 
 def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = False) -> Purged:
@@ -139,6 +122,8 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
 
     Raises `InputError` while the image is in the collection or in what the pipeline made of it, and if nothing is left of it.
     """
+    from dvc_data.hashfile.db import get_index
+
     root = root.resolve()
     tracking.use_default_store(root)
     try:
@@ -146,17 +131,22 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
             store, notes = _remote(repo, remote)
             with contextlib.nullcontext() if dry_run else held(repo, root / SHARDS, root / LATENTS):
                 objects = _Objects(repo.cache.local, store)
-                found = _find(root, repo, objects, image)
-                versions = _versions(root, objects, found)
-                if not dry_run:
-                    for version, row in versions:
-                        if row["seen"] != "unknown":
-                            registry.tag(version, TAG, ",".join(sorted({*_purged_before(version), *found.digests})))
-                    _delete(objects, found.copies)
+                names, digests, kinds, unclear = _find(root, repo, objects, image)
+                versions = _versions(root, objects, kinds["shard"], digests, tag=not dry_run)
+                copies = _copies(root, objects, kinds, digests)
+                for copy in () if dry_run else copies:
+                    with contextlib.suppress(FileNotFoundError):
+                        if copy.place in objects.stores:
+                            objects.stores[copy.place].delete(copy.name)
+                        else:
+                            Path(copy.name).unlink()
+                if store is not None and not dry_run:  # DVC remembers what it pushed, and would not push it again
+                    with contextlib.closing(get_index(store)) as index:
+                        index.clear()
     except OSError as error:
         raise InputError(f"{image}: {error}; mend that and purge again") from None
-    table = pd.DataFrame([row for _, row in versions], columns=["version", "aliases", "splits", "seen"])
-    return replace(found, versions=table, notes=(*notes, *found.notes))
+    notes += [f"not purged: files of that name that no shard holds, with sha256 {unclear}"] * bool(unclear)
+    return Purged(tuple(sorted(names)), tuple(sorted(digests)), tuple(copies), tuple(notes), versions)
 
 
 def _remote(repo: Any, name: str | None) -> tuple[Any | None, list[str]]:
@@ -172,7 +162,8 @@ def _remote(repo: Any, name: str | None) -> tuple[Any | None, list[str]]:
         return None, [f"no default remote: not looked at are {known}; name one with --remote"] if known else []
 
 
-def _find(root: Path, repo: Any, objects: _Objects, image: str) -> Purged:
+def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str], set[str], dict[str, set[str]], str]:
+    """Names and digests of the image, the md5 of its objects by kind, and the sha256 of other files of its name."""
     by_name = not re.fullmatch("[0-9a-f]{64}", image)
     collection = load_settings(root).data.path
     again = f"delete it from {collection} (with `dvc add`, if DVC versions that), run the pipeline (`ldm run`), then purge"
@@ -183,25 +174,29 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> Purged:
     shards = {md5 for md5, digest, _ in samples if digest in digests}
     names = {name for _, digest, name in samples if digest in digests}
     originals = _originals(objects, names, digests if by_name else {image})
-    latents = _latents(objects, {objects.sha256(md5) for md5 in shards})
-    others = {md5 for path, md5 in objects.files if path == image} - originals if by_name else set()
+    hashes, latents = {objects.sha256(md5) for md5 in shards}, set()
+    for folder in objects.folders:  # of every autoencoder
+        for file in objects.json(folder.get("manifest.json", "")).get("files", []):
+            if file.get("shard_sha256") in hashes:
+                latents.add(folder[file["name"]])
 
-    current = _current(root, repo, objects, {*originals, *shards, *latents, *others})
+    current: dict[str, str] = {}  # what dvc.lock and the .dvc files name now: md5 -> path in the project
+    for out in repo.index.outs:
+        md5, path = out.hash_info.value if out.hash_info else "", out.fs_path.removeprefix(f"{root}/")
+        files = objects.listing(md5) if md5.endswith(".dir") else {"": md5}
+        current |= {file: f"{path}/{name}".rstrip("/") for name, file in files.items()}
     present = [current[md5] for md5 in (*originals, *shards, *latents) if md5 in current]
     present += [str(path) for path in (root / SHARDS).glob("*.tar") if _holds(path, digests)]
     if present:
         raise InputError(f"{image}: still in {present[0]}; {again}")
+    others = {md5 for path, md5 in objects.files if path == image} - originals if by_name else set()
     unclear = ", ".join(sorted(map(objects.sha256, others - current.keys())))
     if not (shards or originals):
         if unclear:
             raise InputError(f"{image}: in no shard; files of that name have sha256 {unclear}: purge by the one that is meant")
         nothing = f"nothing, or nothing left, of it in DVC's {' or '.join(objects.stores)}"
         raise InputError(f"{image}: {nothing}; a name is the whole path within data.path, as in data/shards")
-    by_kind = {"latents": latents, "image": originals, "shard": shards}
-    copies = [copy for kind, found in by_kind.items() for md5 in sorted(found) for copy in objects.copies(kind, md5)]
-    copies = sorted([*copies, *_local_files(root, digests)], key=lambda copy: (KINDS.index(copy.kind), copy.place))
-    notes = (f"not purged: files of that name that no shard holds, with sha256 {unclear}",) if unclear else ()
-    return Purged(tuple(sorted(names)), tuple(sorted(digests)), frozenset(shards), tuple(copies), notes, pd.DataFrame())
+    return names, digests, {"latents": latents & objects.places.keys(), "image": originals, "shard": shards}, unclear
 
 
 def _originals(objects: _Objects, names: set[str], digests: set[str]) -> set[str]:
@@ -216,51 +211,32 @@ def _originals(objects: _Objects, names: set[str], digests: set[str]) -> set[str
     return {md5 for md5 in named if objects.matches(md5, tuple(digests))}
 
 
-def _latents(objects: _Objects, shards: set[str]) -> set[str]:
-    """md5 of the latents of these shards (sha256), of every autoencoder that encoded them."""
-    found = set()
-    for folder in objects.latents:
-        manifest = objects.json(folder["manifest.json"]) or {}
-        found |= {folder[file["name"]] for file in manifest.get("files", []) if file.get("shard_sha256") in shards}
-    return found & objects.places.keys()
-
-
-def _current(root: Path, repo: Any, objects: _Objects, wanted: set[str]) -> dict[str, str]:
-    """The wanted objects to which dvc.lock and the .dvc files refer now: md5 -> path in the project."""
-    found: dict[str, str] = {}
-    for out in repo.index.outs:
-        md5, path = out.hash_info.value if out.hash_info else "", out.fs_path.removeprefix(f"{root}/")
-        files = objects.listing(md5) or {} if md5.endswith(".dir") else {"": md5}
-        found |= {file: f"{path}/{name}".rstrip("/") for name, file in files.items() if file in wanted}
-    return found
-
-
-def _local_files(root: Path, digests: set[str]) -> Iterator[Copy]:
-    """Downloads that hold the image, leftovers of killed stages, and files of the latents' store that are not in data/latents.
-
-    The store only saves work, and after a kill nothing may name a file in it any more.
+def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: set[str]) -> list[Copy]:
+    """All files to delete, in this order: leftovers of killed stages, downloads that hold the image, and files of the latents'
+    store that are not in data/latents, as after a kill nothing may name a file there; then the objects, shards last.
     """
-    downloads, store, latents = root / SHARD_CACHE, root / LATENT_STORE, root / LATENTS
-    for path in sorted(downloads.glob("*")):
-        if path.is_file() and _holds(path, digests):
-            yield Copy("download", ".ldm", str(path), path.stat().st_size)
-    for path in sorted(left for suffix in ("partial", "replaced") for left in (root / "data").glob(f"*.{suffix}/*")):
-        yield Copy("leftover", "data", str(path), path.stat().st_size)
-    linked = {file_hash(path) for path in latents.glob("*.safetensors")}
-    for path in sorted(store.glob("*")):
-        if path.stem.rpartition("-")[2] not in linked:  # KEY-SHA256.safetensors
-            yield Copy("store", ".ldm", str(path), path.stat().st_size)
+    linked = {file_hash(path) for path in (root / LATENTS).glob("*.safetensors")}
+    downloads = [path for path in (root / SHARD_CACHE).glob("*") if path.is_file() and _holds(path, digests)]
+    unlinked = [path for path in (root / LATENT_STORE).glob("*") if path.stem.rpartition("-")[2] not in linked]  # KEY-SHA256
+    leftovers = [path for suffix in ("partial", "replaced") for path in (root / "data").glob(f"*.{suffix}/*")]
+    local = [("leftover", "data", leftovers), ("download", ".ldm", downloads), ("store", ".ldm", unlinked)]
+    copies = [Copy(kind, place, str(path), path.stat().st_size) for kind, place, paths in local for path in sorted(paths)]
+    for kind, found in kinds.items():
+        for place, store in objects.stores.items():
+            for md5 in sorted(md5 for md5 in found if place in objects.places[md5]):
+                copies.append(Copy(kind, place, md5, store.fs.info(store.oid_to_path(md5))["size"]))
+    return copies
 
 
 def _holds(path: Path, digests: set[str]) -> bool:
     with path.open("rb") as file:
-        return any(key[:DIGEST] in digests for key in _samples(file, seekable=True))
+        return any(key[:DIGEST] in digests for key in _samples(file))
 
 
-def _samples(file: IO[bytes], seekable: bool) -> dict[str, str]:
+def _samples(file: IO[bytes]) -> dict[str, str]:
     """The key of each sample of a tar and its `file_name`, empty if its JSON has none. A damaged tar ends where the damage is."""
     found = {}
-    with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:" if seekable else "r|") as tar:
+    with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             key, _, part = member.name.partition(".")
             if part == "json" and re.fullmatch("[0-9a-f]{24}", key):
@@ -270,12 +246,8 @@ def _samples(file: IO[bytes], seekable: bool) -> dict[str, str]:
     return found
 
 
-def _sha256(file: IO[bytes]) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def _versions(root: Path, objects: _Objects, found: Purged) -> list[tuple[registry.Version, dict[str, str]]]:
-    """Registered versions that saw the image, or of which that is unknown, each with its row of the table."""
+def _versions(root: Path, objects: _Objects, shards: set[str], digests: set[str], tag: bool) -> pd.DataFrame:
+    """Registered versions that saw the image, which get a tag, or of which that is unknown."""
     try:
         registered = registry.find({}, load_settings(root).registry.name)
     except registry.Unreachable:
@@ -286,30 +258,17 @@ def _versions(root: Path, objects: _Objects, found: Purged) -> list[tuple[regist
     for version in registered:
         lock = yaml.safe_load(registry.kept(version, "dvc.lock") or "") or {}
         outs = [out for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])]
-        listing = next((objects.listing(out["md5"]) for out in outs if out["path"] == SHARDS), None)
-        seen = {path.split("-")[0] for path, md5 in (listing or {}).items() if md5 in found.shards}
-        recorded = _purged_before(version) & set(found.digests)  # by a purge that was killed
-        if seen or recorded or listing is None:
-            how = "trained on" if "train" in seen else "only evaluated on" if seen else "recorded" if recorded else "unknown"
-            splits = ", ".join(split for split in SPLITS if split in seen)
-            row = {"version": str(version.version), "aliases": ", ".join(version.aliases), "splits": splits, "seen": how}
-            rows.append((version, row))
-    return rows
-
-
-def _purged_before(version: registry.Version) -> set[str]:
-    return set(filter(None, version.tags.get(TAG, "").split(",")))
-
-
-def _delete(objects: _Objects, copies: tuple[Copy, ...]) -> None:
-    from dvc_data.hashfile.db import get_index
-
-    for copy in copies:
-        with contextlib.suppress(FileNotFoundError):
-            if copy.place in (".ldm", "data"):
-                Path(copy.name).unlink()
-            else:
-                objects.stores[copy.place].delete(copy.name)
-    if "remote" in objects.stores:  # DVC remembers what it pushed, and would not push it again
-        with contextlib.closing(get_index(objects.stores["remote"])) as index:
-            index.clear()
+        listing = next((objects.listing(out["md5"]) for out in outs if out["path"] == SHARDS), {})
+        seen = {path.split("-")[0] for path, md5 in listing.items() if md5 in shards}
+        purged = set(filter(None, version.tags.get(TAG, "").split(",")))
+        if seen or purged & digests:  # the latter by a purge that was killed
+            how = "trained on" if "train" in seen else "only evaluated on" if seen else "recorded"
+            if tag:
+                registry.tag(version, TAG, ",".join(sorted(purged | digests)))
+        elif listing:
+            continue
+        else:
+            how = "unknown"
+        splits = ", ".join(split for split in SPLITS if split in seen)
+        rows.append((str(version.version), ", ".join(version.aliases), splits, how))
+    return pd.DataFrame(rows, columns=["version", "aliases", "splits", "seen"])
