@@ -209,7 +209,8 @@ def change_settings(root: Path, assignments: list[str]) -> list[str]:
     write_text(path, text.getvalue())
     names = dict.fromkeys(assignment.partition("=")[0].removesuffix(".kind") for assignment in assignments)
     changes = ((name, value_at(before, name, None), value_at(after, name, None)) for name in names)
-    return [f"{name}: {old}, now {new}" for name, old, new in changes if old != new]
+    changed = {name: f"{name}: {old}, now {new}" for name, old, new in changes if old != new}
+    return [line for name, line in changed.items() if not any(name.startswith(f"{other}.") for other in changed)]
 
 
 def validated(values: dict[str, Any], root: Path) -> Settings:

@@ -76,7 +76,7 @@ def in_settings(autoencoder: Autoencoder) -> dict[str, Any]:
     same = ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")
     described = {f"autoencoder.{key}": config[key] for key in same}
     described |= {
-        "autoencoder.regulariser": "vq" if isinstance(autoencoder, VQModel) else "kl",
+        "autoencoder.regulariser.kind": "vq" if isinstance(autoencoder, VQModel) else "kl",
         "autoencoder.latent_channels": autoencoder.latent_channels,
         "autoencoder.attention": [level for level, attends in enumerate(config["attention"]) if attends],
         "data.channels": config["in_channels"],

@@ -27,9 +27,9 @@ class AdamW(Optimizer):
 
 
 class Sgld(Optimizer):
-    """Stochastic gradient Langevin dynamics: the last weights are a draw from the posterior; see `ldm/langevin/README.md`.
+    """Stochastic gradient Langevin dynamics, see `ldm/langevin/README.md`. The learning rate is the step size.
 
-    The learning rate is the step size, and gradients are not clipped.
+    The last weights are a draw from the posterior, and their average estimates its mean. Gradients are not clipped.
     """
 
     kind: Literal["sgld"] = "sgld"

@@ -36,7 +36,7 @@ def test_a_folder_of_another_network_is_named(tmp_path: Path) -> None:
 
 def test_latents_that_cannot_be_halved_are_refused() -> None:
     UNET.check(6)
-    with pytest.raises(ValueError, match=r"latents of side 5 cannot be halved 1 times by backbone\.block_out_channels"):
+    with pytest.raises(ValueError, match=r"latents of side 5 are no multiple of 2, as needed by backbone\.block_out_channels"):
         UNET.check(5)
 
 

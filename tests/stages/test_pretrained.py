@@ -260,7 +260,7 @@ def test_settings_that_do_not_describe_it_are_all_named_with_both_values(project
     head, _, rest = str(error.value).partition(": ")
     assert head == "autoencoder.pretrained theirs is not what params.yaml describes"
     assert set(rest.split("; ")) == {
-        "autoencoder.regulariser is vq, but it has kl",
+        "autoencoder.regulariser.kind is vq, but it has kl",
         "autoencoder.latent_channels is 3, but it has 2",
         "autoencoder.block_out_channels is [8, 8], but it has [8, 16]",
         "autoencoder.layers_per_block is 2, but it has 1",

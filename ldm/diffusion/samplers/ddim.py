@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ldm.base.lazy import Tensor
-from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, SampleFn, Sampler, draw, level
+from ldm.diffusion.samplers.sampler import DenoiseFn, NoiseFn, SampleFn, Sampler, draw, level
 
 
-def ddim(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None, *, eta: float = 0.0) -> Tensor:
+def ddim(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: NoiseFn | None = None, *, eta: float = 0.0) -> Tensor:
     """Song et al. 2021, equations 12 and 16, divided by the square root of alpha_bar."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         fresh = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)  # standard deviation of the new noise

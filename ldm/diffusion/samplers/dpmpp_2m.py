@@ -4,10 +4,10 @@ from itertools import pairwise
 from typing import Literal
 
 from ldm.base.lazy import Tensor
-from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, SampleFn, Sampler, level
+from ldm.diffusion.samplers.sampler import DenoiseFn, NoiseFn, SampleFn, Sampler, level
 
 
-def dpmpp_2m(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None) -> Tensor:
+def dpmpp_2m(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: NoiseFn | None = None) -> Tensor:
     """Second order, one evaluation a step (Lu et al. 2022, algorithm 2)."""
     previous: Tensor | None = None
     logs = sigmas.log().neg().tolist()  # lambda = -ln sigma

@@ -7,11 +7,17 @@ from typing import Literal
 
 from ldm.base.lazy import Tensor
 from ldm.base.options import NonNegative
-from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, SampleFn, Sampler, draw, level
+from ldm.diffusion.samplers.sampler import DenoiseFn, NoiseFn, SampleFn, Sampler, draw, level
 
 
 def heun(
-    denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None, *, churn: float = 0.0, churn_max: float = math.inf
+    denoiser: DenoiseFn,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: NoiseFn | None = None,
+    *,
+    churn: float = 0.0,
+    churn_max: float = math.inf,
 ) -> Tensor:
     """Second order, two evaluations a step (Karras et al. 2022, algorithms 1 and 2).
 

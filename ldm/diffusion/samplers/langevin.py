@@ -6,11 +6,11 @@ from typing import Literal
 
 from ldm.base.lazy import Tensor
 from ldm.base.options import Count, Rate
-from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, SampleFn, Sampler, draw, level
+from ldm.diffusion.samplers.sampler import DenoiseFn, NoiseFn, SampleFn, Sampler, draw, level
 
 
 def langevin(
-    denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None, *, corrections: int = 1, step: float = 0.3
+    denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: NoiseFn | None = None, *, corrections: int = 1, step: float = 0.3
 ) -> Tensor:
     """Predictor and corrector (Song et al. 2021, "Score-based generative modeling", algorithm 1).
 

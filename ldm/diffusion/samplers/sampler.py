@@ -11,7 +11,7 @@ from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Choice
 
 DenoiseFn = Callable[[Tensor, Tensor], Tensor]
-Noise = Callable[[int], Tensor]
+NoiseFn = Callable[[int], Tensor]
 SampleFn = Callable[..., Tensor]
 
 
@@ -28,5 +28,5 @@ def level(x: Tensor, sigma: float) -> Tensor:
     return x.new_full((len(x),), sigma)
 
 
-def draw(noise: Noise | None, i: int, x: Tensor) -> Tensor:
+def draw(noise: NoiseFn | None, i: int, x: Tensor) -> Tensor:
     return torch.randn_like(x) if noise is None else noise(i).to(x)

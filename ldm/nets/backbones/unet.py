@@ -40,7 +40,7 @@ class UNetBackbone(Backbone):
     def check(self, side: int) -> None:
         halvings = len(self.block_out_channels) - 1
         if side % 2**halvings:
-            raise ValueError(f"latents of side {side} cannot be halved {halvings} times by backbone.block_out_channels")
+            raise ValueError(f"latents of side {side} are no multiple of {2**halvings}, as needed by backbone.block_out_channels")
 
     def build(self, channels: int, context_width: int) -> "UNet":
         return self.network()(channels, channels, cross_attention_dim=context_width, **self.model_dump(exclude={"kind"}))
