@@ -9,26 +9,26 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any
 
+from ldm.base.environment import env_count
 from ldm.base.errors import InputError
 
-AHEAD = 8  # results that wait, for each process
+Run = Callable[..., Any]
+
+AHEAD = 8  # tasks whose results wait, for each process
 IMAGES_PER_WORKER = 500  # fewer are done before another process has started
 
 
 def default_workers() -> int:
     """`LDM_WORKERS`, else the number of cores that this process may use. Never changes a result."""
-    asked = os.environ.get("LDM_WORKERS", "")
-    if not asked:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not asked.isdecimal():
-        raise InputError(f"LDM_WORKERS is {asked!r}; set it to a number of processes (0: none beside the main one)")
-    return int(asked)
+    if os.environ.get("LDM_WORKERS"):
+        return env_count("LDM_WORKERS", 0)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def loader_workers(device: str) -> int:
@@ -37,14 +37,14 @@ def loader_workers(device: str) -> int:
 
 
 @contextlib.contextmanager
-def processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` that uses `count` processes and gives results in order; the built-in `map` if `count` is below two.
+def processes(count: int) -> Iterator[Run]:
+    """A `map(function, items, chunk)` that uses `count` processes and gives results in order; none but this one below two.
 
-    The mapped function must be importable from its module. Its errors are raised here. The processes end with this one; if
-    one of them dies, `InputError` is raised.
+    A task is a `chunk` of items. The function must be importable from its module. Its errors are raised here. The processes
+    end with this one; if one of them dies, `InputError` is raised.
     """
     if count < 2:
-        yield map
+        yield _here
         return
     # Spawned, not forked: forked siblings would hold each other's sentinel open and outlive a killed parent.
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
@@ -66,21 +66,26 @@ def processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Callable[..., Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Like `pool.map`, with at most `ahead` results that wait to be read."""
-    submitted = (pool.submit(function, item) for item in items)
+def _here(function: Run, items: Iterable[Any], chunk: int = 1) -> Iterator[Any]:
+    return map(function, items)
+
+
+def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Run, items: Iterable[Any], chunk: int = 1) -> Iterator[Any]:
+    """Like `pool.map`, with at most `ahead` tasks that wait to be read."""
+    left = iter(items)
+    submitted = (pool.submit(_each, function, some) for some in iter(lambda: list(islice(left, chunk)), []))
     pending = deque(islice(submitted, ahead))
     while pending:
-        yield _result(pool, pending.popleft())
+        # Of a process that dies while it sends a result, the pool would wait for the rest.
+        while not futures.wait([pending[0]], timeout=1).done:
+            if any(process.exitcode is not None for process in list(pool._processes.values())):
+                raise BrokenProcessPool
+        yield from pending.popleft().result()
         pending.extend(islice(submitted, 1))
 
 
-def _result(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
-    """Like `future.result()`, also if a process dies while it sends a result, for the rest of which the pool would wait."""
-    while not futures.wait([future], timeout=1).done:
-        if any(process.exitcode is not None for process in list(pool._processes.values())):
-            raise BrokenProcessPool
-    return future.result()
+def _each(function: Run, items: list[Any]) -> list[Any]:
+    return list(map(function, items))
 
 
 def _start() -> None:

@@ -7,16 +7,17 @@ if the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever th
 """
 
 import functools
+import io
 import json
 import re
 import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -27,36 +28,33 @@ from ldm.base.hashing import canonical_json, content_hash, file_hash
 from ldm.data.duplicates import SIDE, near_duplicates, thumbnail
 from ldm.data.folders import PROMPTS, Collection, Place, read_folder, walk
 from ldm.data.images import MAX_PIXELS, SUFFIXES, Preprocessing, UnreadableImage, to_png
-from ldm.data.parallel import IMAGES_PER_WORKER, processes
-from ldm.data.reader import PARTS, SPLITS, VERSION
+from ldm.data.parallel import IMAGES_PER_WORKER, Run, processes
+from ldm.data.reader import SPLITS, VERSION
 from ldm.data.tars import read_tars
 
 SMALLEST_SPLIT = 2  # images; a mean of fewer has no standard error
 HASHED_AT_ONCE, ENCODED_AT_ONCE = 256, 16  # images of a task of a worker process
 
-Run = Callable[..., Iterator[Any]]  # a `map`
 Progress = Callable[[str, int, int], None]  # (what, done, total)
-Sample = dict[str, Any]  # for webdataset's TarWriter
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Member:
-    """An image to be written to a shard."""
-
+class _Image:
     row: dict[str, Any]  # of the caption table
     place: Place
     digest: str  # content hash of its file
-
-
-@dataclass(frozen=True)
-class _Shard:
-    name: str
     split: str
-    members: list[_Member]  # those that could be read
-    thumbnails: list[bytes]
-    offsets: np.ndarray  # int64 (N, 2 * len(PARTS))
-    identity: dict[str, str | int]  # sha256, bytes
+    thumbnail: bytes = b""  # once it is written
+    offsets: tuple[int, ...] = ()  # its row of offsets.npy, once it is written
+
+    @property
+    def name(self) -> str:
+        return self.row["file_name"]
+
+    @property
+    def key(self) -> str:
+        """Content first, then name: equal files may have several names."""
+        return self.digest[:16] + content_hash(self.name.encode(errors="backslashreplace"))[:8]
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
@@ -78,20 +76,10 @@ def read_collection(folder: Path) -> Collection:
 
 
 def write_shards(
-    folder: Path,
-    out: Path,
-    *,
-    val_fraction: float,
-    test_fraction: float,
-    shard_size: int,
-    max_bad_fraction: float,
-    min_side: int = 1,
-    max_pixels: int = MAX_PIXELS,
-    report: Path | None = None,
-    workers: int = 1,
-    progress: Progress = lambda what, done, total: None,
-    **preprocessing: Any,
-) -> dict[str, Any]:
+    folder: Path, out: Path, *, val_fraction: float, test_fraction: float, shard_size: int, max_bad_fraction: float,
+    min_side: int = 1, max_pixels: int = MAX_PIXELS, report: Path | None = None, workers: int = 1,
+    progress: Progress = lambda what, done, total: None, **preprocessing: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Write the images of `folder` (see `read_collection`) as shards to `out`, all or nothing, and return the index.
 
     A shard holds images of one split and one top-level subfolder, so a new subfolder changes no other shard. Every image is
@@ -103,101 +91,78 @@ def write_shards(
     """
     collection = read_collection(folder)
     prompts = _find_prompts(folder, collection.table)
-    recipe = Preprocessing(**preprocessing)
-    bad, total, done = dict(collection.refused), len(collection.places), 0  # bad: file name -> reason
+    recipe, bad = Preprocessing(**preprocessing), dict(collection.refused)  # bad: file name -> reason
+    total = len(collection.places)
+    found = total + len(bad)
     with replacing(out) as partial, processes(min(workers, total // IMAGES_PER_WORKER)) as run:
-        digests = _digests(collection.places, run, progress)
-        planned = _plan(collection, digests, bad, val_fraction, test_fraction, shard_size)
-        encode = functools.partial(_encode, preprocessing=recipe, limits={"min_side": min_side, "max_pixels": max_pixels})
-        chunks = _chunks([member for _, _, members in planned for member in members], ENCODED_AT_ONCE)
-        encoded = chain.from_iterable(run(encode, chunks))
-        shards = []
+        images = _hashed(collection, bad, val_fraction, test_fraction, run, progress)
+        encode = functools.partial(_encode, recipe=recipe, min_side=min_side, max_pixels=max_pixels)
+        encoded = run(encode, images, ENCODED_AT_ONCE)
+        shards: list[dict[str, Any]] = []
+        written: list[_Image] = []
+        done = 0
         progress("write", done, total)
-        for name, split, members in planned:
-            shard = _write_shard(partial / name, split, members, encoded, bad)
-            if shard.members:
-                shards.append(shard)
+        for name, members in _planned(images, shard_size):
+            path = partial / name
+            if kept := _write_tar(path, len(shards), members, encoded, bad):
+                entry = {"name": name, "split": kept[0].split, "count": len(kept)}
+                shards.append(entry | {"sha256": file_hash(path), "bytes": path.stat().st_size})
+                written += kept
             else:
-                (partial / name).unlink()
+                path.unlink()
             done += len(members)
             progress("write", done, total)
-        found = total + len(collection.refused)
         quarantined = pd.DataFrame(sorted(bad.items()), columns=["file_name", "reason"])
-        sizes = {split: sum(len(shard.members) for shard in shards if shard.split == split) for split in SPLITS}
-        if len(quarantined) > max_bad_fraction * found:
+        if len(bad) > max_bad_fraction * found:
             _refuse_unreadable(folder, found, quarantined, max_bad_fraction, report)
+        sizes = Counter(image.split for image in written)
         if small := " and ".join(split for split in SPLITS if sizes[split] < SMALLEST_SPLIT):
             few = f"its {found} images leave fewer than {SMALLEST_SPLIT} for the {small} split"
             raise InputError(f"{folder}: {few}; add images or raise data.val_fraction or data.test_fraction")
         if prompts:
             shutil.copyfile(prompts, partial / PROMPTS)
         quarantined.to_csv(partial / "quarantine.csv", index=False, errors="backslashreplace")
-        counts = {"found": found, "quarantined": len(quarantined), "ignored": collection.ignored}
-        return _write_index(partial, shards, sizes, {"preprocessing": asdict(recipe), **counts})
+        facts = {"preprocessing": asdict(recipe), "found": found, "quarantined": len(bad), "ignored": collection.ignored}
+        return _write_index(partial, shards, written, sizes, facts)
 
 
-def _write_index(out: Path, shards: list[_Shard], sizes: dict[str, int], facts: dict[str, Any]) -> dict[str, Any]:
-    """Write offsets, duplicates and `index.json`."""
-    np.save(out / "offsets.npy", np.concatenate([np.insert(s.offsets, 0, number, axis=1) for number, s in enumerate(shards)]))
-    duplicates = _duplicates(shards)
-    duplicates.to_csv(out / "duplicates.csv", index=False)
-    ends = np.cumsum([sizes[split] for split in SPLITS]).tolist()
-    files = [path for path in sorted(out.iterdir()) if path.suffix != ".tar"]
-    index = {
-        "version": VERSION,
-        **facts,
-        "duplicates": dict(sorted(Counter(duplicates.kind).items())),
-        "splits": {split: [start, end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)},
-        "shards": [{"name": s.name, "split": s.split, "count": len(s.members), **s.identity} for s in shards],
-        "files": {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in files},
-    }
-    (out / "index.json").write_text(canonical_json(index), encoding="utf-8")
-    return index
-
-
-def _digests(places: list[Place], run: Run, progress: Progress) -> list[tuple[str, str]]:
-    digests: list[tuple[str, str]] = []
-    progress("hash", 0, len(places))
-    for chunk in run(_hash, _chunks(places, HASHED_AT_ONCE)):
-        digests += chunk
-        progress("hash", len(digests), len(places))
-    return digests
-
-
-def _hash(places: list[Place]) -> list[tuple[str, str]]:
-    """Content hash of each file, and why it cannot be read if so."""
-    results = []
-    for place in places:
-        try:
-            results.append((content_hash(place.read()), ""))
-        except UnreadableImage as error:
-            results.append(("", str(error)))
-    return results
-
-
-def _plan(
-    collection: Collection, digests: list[tuple[str, str]], bad: dict[str, str],
-    val_fraction: float, test_fraction: float, shard_size: int,
-) -> list[tuple[str, str, list[_Member]]]:  # fmt: skip
-    """Name, split and members of each shard. Images without a hash go to `bad`."""
-    groups: dict[tuple[str, str], list[_Member]] = {}  # by split and top-level folder
-    for row, place, (digest, reason) in zip(collection.table.to_dict("records"), collection.places, digests, strict=True):
-        name = row["file_name"]
+def _hashed(
+    collection: Collection, bad: dict[str, str], val_fraction: float, test_fraction: float, run: Run, progress: Progress
+) -> list[_Image]:
+    """The images, those of one shard side by side. Unreadable files go to `bad`."""
+    images, total = [], len(collection.places)
+    progress("hash", 0, total)
+    digests = run(_hash, collection.places, HASHED_AT_ONCE)
+    rows = zip(collection.table.to_dict("records"), collection.places, digests, strict=True)
+    for done, (row, place, (digest, reason)) in enumerate(rows, start=1):
         if reason:
-            bad[name] = reason
-            continue
-        top = name.split("/")[0] if "/" in name else ""
-        member = _Member({str(column): value for column, value in row.items()}, place, digest)
-        groups.setdefault((split_of(digest, val_fraction, test_fraction), top), []).append(member)
-    return [
-        (f"{split}-{_plain(top)}{number:05d}.tar", split, members)
-        for split, top in sorted(groups, key=lambda group: (SPLITS.index(group[0]), group[1]))
-        for number, members in enumerate(_chunks(groups[split, top], shard_size))
-    ]
+            bad[row["file_name"]] = reason
+        else:
+            split = split_of(digest, val_fraction, test_fraction)
+            images.append(_Image({str(column): value for column, value in row.items()}, place, digest, split))
+        progress("hash", done, total)
+    return sorted(images, key=_group)
 
 
-def _chunks(items: list[T], size: int) -> list[list[T]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _hash(place: Place) -> tuple[str, str]:
+    """Content hash of a file, and why it cannot be read if so."""
+    try:
+        return content_hash(place.read()), ""
+    except UnreadableImage as error:
+        return "", str(error)
+
+
+def _group(image: _Image) -> tuple[int, str]:
+    """Split and top-level folder."""
+    return SPLITS.index(image.split), image.name.split("/")[0] if "/" in image.name else ""
+
+
+def _planned(images: list[_Image], shard_size: int) -> Iterator[tuple[str, list[_Image]]]:
+    """Name and images of each shard."""
+    for (split, top), group in groupby(images, _group):
+        members = list(group)
+        for number, start in enumerate(range(0, len(members), shard_size)):
+            yield f"{SPLITS[split]}-{_plain(top)}{number:05d}.tar", members[start : start + shard_size]
 
 
 def _plain(top: str) -> str:
@@ -208,58 +173,76 @@ def _plain(top: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', top)[:80]}-{content_hash(top.encode())[:8]}-"
 
 
-def _encode(members: list[_Member], *, preprocessing: Preprocessing, limits: dict[str, int]) -> list[tuple[Sample, bytes] | str]:
-    """Each image as a sample for a tar, with its thumbnail, or why it cannot be read."""
-    results: list[tuple[Sample, bytes] | str] = []
-    for member in members:
-        try:
-            blob = member.place.read()
-            if content_hash(blob) != member.digest:
-                path = member.place.path
-                raise InputError(f"{path}: changed while it was read; run the `shard` stage when nothing writes there")
-            image = preprocessing.read(blob, **limits)
-            stored = {"jpg": blob} if preprocessing.is_stored(blob) else {"png": to_png(image)}
-            results.append((_sample(member, stored), thumbnail(image)))
-        except UnreadableImage as error:
-            results.append(str(error))
-    return results
-
-
-def _sample(member: _Member, image: Sample) -> Sample:
-    name, text = member.row["file_name"], member.row["text"]
-    # Equal files may have several names, so the key is made of both: content first, then name.
-    key = member.digest[:16] + content_hash(name.encode(errors="backslashreplace"))[:8]
-    meta = {column: value for column, value in member.row.items() if column != "text" and value == value}  # NaN: no value
+def _encode(image: _Image, *, recipe: Preprocessing, min_side: int, max_pixels: int) -> tuple[dict[str, bytes], bytes] | str:
+    """An image's parts by suffix, in the order of `reader.PARTS`, and its thumbnail; or why it cannot be read."""
+    try:
+        blob = image.place.read()
+        if content_hash(blob) != image.digest:
+            raise InputError(f"{image.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
+        pixels = recipe.read(blob, min_side=min_side, max_pixels=max_pixels)
+        stored = {"jpg": blob} if recipe.is_stored(blob) else {"png": to_png(pixels)}
+    except UnreadableImage as error:
+        return str(error)
+    meta = {column: value for column, value in image.row.items() if column != "text" and value == value}  # NaN: no value
     try:
         json.dumps(meta, allow_nan=False)
-        return {"__key__": key, **image, "txt": text.encode(), "json": canonical_json(meta).encode()}
+        return stored | {"txt": image.row["text"].encode(), "json": canonical_json(meta).encode()}, thumbnail(pixels)
     except ValueError as error:
-        raise InputError(f"{name!r}: caption and columns cannot be written as UTF-8 and JSON: {error}") from None
+        raise InputError(f"{image.name!r}: caption and columns cannot be written as UTF-8 and JSON: {error}") from None
 
 
-def _write_shard(
-    path: Path, split: str, members: list[_Member], encoded: Iterator[tuple[Sample, bytes] | str], bad: dict[str, str]
-) -> _Shard:
-    """Write one tar from the next of `encoded`, one for each member. Unreadable images go to `bad`."""
-    import webdataset  # only to write: a machine that trains on shards need not have it
-
-    kept, thumbnails = [], []
-    with webdataset.TarWriter(str(path), user="", group="", mtime=0, encoder=False) as tar:
-        for member, found in zip(members, islice(encoded, len(members)), strict=True):
+def _write_tar(path: Path, number: int, images: list[_Image], encoded: Iterator[Any], bad: dict[str, str]) -> list[_Image]:
+    """Write shard `number` from the next of `encoded`, one for each image. Unreadable images go to `bad`."""
+    written = []
+    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for image, found in zip(images, encoded, strict=False):
             if isinstance(found, str):
-                bad[member.row["file_name"]] = found
+                bad[image.name] = found
                 continue
-            tar.write(found[0])
-            kept.append(member)
-            thumbnails.append(found[1])
-    places: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path) as written:
-        for info in written:
-            key, part = info.name.split(".", 1)
-            places.setdefault(key, {})["image" if f".{part}" in SUFFIXES else part] = (info.offset_data, info.size)
-    offsets = np.array([[n for part in PARTS for n in place[part]] for place in places.values()], dtype=np.int64)
-    identity: dict[str, str | int] = {"sha256": file_hash(path), "bytes": path.stat().st_size}
-    return _Shard(path.name, split, kept, thumbnails, offsets.reshape(-1, 2 * len(PARTS)), identity)
+            parts, preview = found
+            places = {}
+            for part, blob in sorted(parts.items()):
+                info = tarfile.TarInfo(f"{image.key}.{part}")
+                info.size, info.mode = len(blob), 0o444
+                places[part] = file.tell() + tarfile.BLOCKSIZE, len(blob)
+                tar.addfile(info, io.BytesIO(blob))
+            written.append(replace(image, thumbnail=preview, offsets=(number, *chain(*(places[part] for part in parts)))))
+    return written
+
+
+def _write_index(
+    out: Path, shards: list[dict[str, Any]], images: list[_Image], sizes: Counter[str], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write offsets, duplicates and `index.json`."""
+    np.save(out / "offsets.npy", np.array([image.offsets for image in images], dtype=np.int64))
+    duplicates = _duplicates(images)
+    duplicates.to_csv(out / "duplicates.csv", index=False)
+    ends = np.cumsum([sizes[split] for split in SPLITS]).tolist()
+    files = [path for path in sorted(out.iterdir()) if path.suffix != ".tar"]
+    index = {
+        "version": VERSION,
+        **facts,
+        "duplicates": dict(sorted(Counter(duplicates.kind).items())),
+        "splits": {split: [end - sizes[split], end] for split, end in zip(SPLITS, ends, strict=True)},
+        "shards": shards,
+        "files": {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in files},
+    }
+    (out / "index.json").write_text(canonical_json(index), encoding="utf-8")
+    return index
+
+
+def _duplicates(images: list[_Image]) -> pd.DataFrame:
+    """Images that repeat (`exact`: same bytes) or resemble (`near`: see `ldm.data.duplicates`) an earlier one."""
+    thumbnails = np.frombuffer(b"".join(image.thumbnail for image in images), dtype=np.uint8)
+    near = dict(near_duplicates(thumbnails.reshape(-1, SIDE, SIDE, 3)))
+    first: dict[str, int] = {}
+    pairs = []
+    for i, image in enumerate(images):
+        exact = first.setdefault(image.digest, i)
+        j = exact if exact < i else near.get(i)
+        if j is not None:
+            pairs.append((image.name, images[j].name, "exact" if exact < i else "near", image.split, images[j].split))
+    return pd.DataFrame(pairs, columns=["file_name", "of", "kind", "split", "split_of"])
 
 
 def _refuse_unreadable(folder: Path, found: int, bad: pd.DataFrame, max_bad_fraction: float, report: Path | None) -> NoReturn:
@@ -269,21 +252,6 @@ def _refuse_unreadable(folder: Path, found: int, bad: pd.DataFrame, max_bad_frac
     many = f"{len(bad)} of {found} images are unreadable, more than data.max_bad_fraction {max_bad_fraction} allows"
     first = f"the first is {bad.file_name[0]!r} ({bad.reason[0]}){f', all are in {report}' if report else ''}"
     raise InputError(f"{folder}: {many}; {first}; remove or mend them, or raise the bound")
-
-
-def _duplicates(shards: list[_Shard]) -> pd.DataFrame:
-    """Images that repeat (`exact`: same bytes) or resemble (`near`: see `ldm.data.duplicates`) an earlier one."""
-    members = [(member.row["file_name"], member.digest, shard.split) for shard in shards for member in shard.members]
-    thumbnails = np.frombuffer(b"".join(blob for shard in shards for blob in shard.thumbnails), dtype=np.uint8)
-    near = dict(near_duplicates(thumbnails.reshape(-1, SIDE, SIDE, 3)))
-    first: dict[str, int] = {}
-    pairs = []
-    for i, (name, digest, split) in enumerate(members):
-        exact = first.setdefault(digest, i)
-        j = exact if exact < i else near.get(i)
-        if j is not None:
-            pairs.append((name, members[j][0], "exact" if exact < i else "near", split, members[j][2]))
-    return pd.DataFrame(pairs, columns=["file_name", "of", "kind", "split", "split_of"])
 
 
 def _find_prompts(folder: Path, table: pd.DataFrame) -> Path | None:
@@ -297,7 +265,6 @@ def _find_prompts(folder: Path, table: pd.DataFrame) -> Path | None:
         raise InputError(f"{path}: not readable as a table: {error}") from None
     if not {"text", "label"} <= set(prompts.columns):
         raise InputError(f"{path}: expected columns text,label; found {', '.join(prompts.columns)}")
-    unknown = sorted(set(prompts.label) - set(table.get("label", [])))
-    if unknown:
+    if unknown := sorted(set(prompts.label) - set(table.get("label", []))):
         raise InputError(f"{path}: label {unknown[0]!r} is no image's label; mend it, or label the images")
     return path

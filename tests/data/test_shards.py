@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -263,9 +265,14 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_what_a_process_raises_is_raised_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that changes between the two readings: here its hash is told wrong."""
     make_folder(tmp_path / "source", numbered(1200))
-    read = shards._hash
-    monkeypatch.setattr(shards, "_digests", lambda places, *_: [("0" * 64, ""), *read(places[1:])])
-    with pytest.raises(InputError, match=r"000\.png: changed while it was read"):
+    hashed = shards._hashed
+
+    def hash_wrongly(*arguments: Any) -> list[Any]:
+        first, *others = hashed(*arguments)
+        return [replace(first, digest="0" * 64), *others]
+
+    monkeypatch.setattr(shards, "_hashed", hash_wrongly)
+    with pytest.raises(InputError, match=r"\d\.png: changed while it was read"):
         write_shards(tmp_path / "source", tmp_path / "shards", **OPTIONS, workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert not multiprocessing.active_children()
