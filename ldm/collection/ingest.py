@@ -47,18 +47,7 @@ UNNAMED = "with a name that is not UTF-8"
 NO_IMAGE = "no images"
 NO_FILE = "folders or links, which are not looked into"
 
-Row = dict[str, Any]  # of a caption table: `file_name`, `text`, further columns
-Left = dict[str, list[str]]  # reason -> names of files that stay in the inbox
-Images = dict[int, list[Path]]  # size in bytes -> images of the collection
-
-
-@dataclass(frozen=True)
-class _Image:
-    """An image of the inbox that is complete and has a caption."""
-
-    name: str
-    row: Row
-    sidecar: str | None  # sha256 of the .txt that has the caption
+Row = dict[Any, Any]  # of a caption table: `file_name`, `text`, further columns
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,7 @@ class Ingested:
     inbox: Path
     batch: str | None  # the new folder, relative to the project; None if nothing was new
     moved: tuple[str, ...]  # names of the images in it
-    left: Left
+    left: dict[str, list[str]]  # reason -> names of files that stay in the inbox
     pointer: str | None  # the collection's .dvc file, relative to the project; None if there is no collection yet
 
     def lines(self) -> list[str]:
@@ -93,7 +82,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):
         raise InputError(f"{inbox}: no folder that this user may read and write")
     (root / ".ldm").mkdir(exist_ok=True)
-    left: Left = defaultdict(list)
+    left: dict[str, list[str]] = defaultdict(list)
     with (root / ".ldm/ingest.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed; a second ingest waits
         try:
@@ -102,9 +91,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
                 shutil.rmtree(collection / PARTIAL, ignore_errors=True)
                 for originals in sorted(collection.glob(f"*/{ORIGINALS}")):
                     _clear(originals)
-                images, tables = _survey(collection)
-                ready = _labelled(_ready(inbox, settle, left), collection, images, tables, left)
-                batch, taken = None, _copy(ready, inbox, collection / PARTIAL, images, left)
+                batch, taken = None, _copy(inbox, collection, settle, left)
                 if taken:
                     with held(repo, collection):  # a running stage would record the batch as read though it has not seen it
                         batch = _free_name(collection)
@@ -114,8 +101,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
         except OSError as error:
             raise InputError(f"{error.filename or inbox}: {error.strerror}; mend that and run ingest again") from None
         pointer = _version(root, collection) if any(walk(collection)) else None
-    moved = tuple(image.name for image in taken)
-    return Ingested(inbox, batch.relative_to(root).as_posix() if batch else None, moved, dict(left), pointer)
+    return Ingested(inbox, batch.relative_to(root).as_posix() if batch else None, taken, dict(left), pointer)
 
 
 def _collection(root: Path, inbox: Path, repo: Any) -> Path:
@@ -144,9 +130,58 @@ def _collection(root: Path, inbox: Path, repo: Any) -> Path:
     return folder
 
 
-def _survey(collection: Path) -> tuple[Images, list[Path]]:
-    """The images of the collection and its caption tables; raises `InputError` if a batch would not fit in."""
-    images, tables, texts = defaultdict(list), [], set()
+def _copy(inbox: Path, collection: Path, settle: float, left: dict[str, list[str]]) -> tuple[str, ...]:
+    """Write the new images to `PARTIAL` as a complete batch; without new images there is no such folder. Returns their names."""
+    known, labelled = _survey(collection)
+    rows, sidecars = _ready(inbox, settle, left)
+    with_label = next((name for name, row in rows.items() if "label" in row), None)
+    if with_label and labelled is False:
+        raise InputError(f"{with_label}: has a label, and the images of {collection} have none; drop the inbox's column label")
+    known_hash = cache(file_hash)
+    partial, taken = collection / PARTIAL, dict[str, str]()  # sha256 -> name
+    for name, row in rows.items():
+        if "label" not in row and (labelled or with_label):
+            left[UNLABELLED].append(name)
+            continue
+        try:
+            digest, size = file_hash(inbox / name), (inbox / name).stat().st_size
+        except FileNotFoundError:
+            continue
+        except OSError:
+            left[UNREADABLE].append(name)
+            continue
+        if digest in taken or any(known_hash(path) == digest for path in known[size]):
+            left[KNOWN].append(name)
+        else:
+            partial.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inbox / name, partial / name)
+            if file_hash(partial / name) == digest:
+                taken[digest] = name
+            else:
+                (partial / name).unlink()
+                left[WAITING].append(name)
+    if taken:
+        table = pd.DataFrame([rows[name] for name in taken.values()])
+        table = table[["file_name", "text", *table.columns.difference(["file_name", "text"], sort=False)]]
+        # Quote everything: csv leaves a lone carriage return bare, which readers take for the end of a row.
+        table.to_csv(partial / CAPTION_TABLES[0], index=False, quoting=csv.QUOTE_ALL, errors="backslashreplace")
+        originals = {name: digest for digest, name in taken.items()}
+        needed = {sidecar_of(path.name) for path in inbox.iterdir() if _is_image(path.name) and path.name not in originals}
+        read = {sidecar_of(name): sidecars[name] for name in originals if name in sidecars}
+        originals |= {name: digest for name, digest in read.items() if name not in needed}
+        (partial / ORIGINALS).write_text(canonical_json({"inbox": str(inbox), "files": originals}), encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+    return tuple(taken.values())
+
+
+def _survey(collection: Path) -> tuple[dict[int, list[Path]], bool | None]:
+    """The images of the collection by size in bytes, and whether they have labels (None if there are no images yet).
+
+    Raises `InputError` if a batch would not fit in.
+    """
+    images: dict[int, list[Path]] = defaultdict(list)
+    tables, texts, stems = [], set(), set()
     for path in (collection / name for name, refusal in walk(collection) if not refusal):
         if path.name in CAPTION_TABLES:
             tables.append(path)
@@ -154,52 +189,48 @@ def _survey(collection: Path) -> tuple[Images, list[Path]]:
             texts.add(path.with_suffix(""))
         elif path.suffix == ".tar":
             raise InputError(f"{path}: a folder of tars takes no images; {ADVICE}")
-        elif path.suffix.lower() in SUFFIXES:
+        elif _is_image(path.name):
             images[path.stat().st_size].append(path)
-    if images and not tables and texts.isdisjoint(path.with_suffix("") for paths in images.values() for path in paths):
+            stems.add(path.with_suffix(""))
+    if stems and not tables and texts.isdisjoint(stems):
         reason = "its captions are the names of its folders, and a dated folder is no class"
         raise InputError(f"{collection}: {reason}; write a metadata.csv (file_name,text) there first")
-    return images, tables
+    return images, (bool(tables) and "label" in read_table(tables[0])) if stems else None
 
 
-def _ready(inbox: Path, settle: float, left: Left) -> list[_Image]:
-    """Images that are complete and have a caption, by name."""
-    now, files, recent = time.time(), set(), set()
-    for entry in sorted(os.scandir(inbox), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if not entry.is_file(follow_symlinks=False):
-            left[NO_FILE].append(entry.name)
-            continue
-        files.add(entry.name)
-        if abs(now - entry.stat().st_mtime) < settle:  # far in the future: another machine's clock, not a writer
-            recent.add(entry.name)
-    tables = sorted(files & set(CAPTION_TABLES))
-    captions = {} if recent & set(tables) else _captions(inbox, tables)
-    ready = []
-    for name in sorted(files.difference(tables)):
+def _ready(inbox: Path, settle: float, left: dict[str, list[str]]) -> tuple[dict[str, Row], dict[str, str]]:
+    """Images that are complete and have a caption: rows of the batch's table, and the sha256 of the .txt files read, by name."""
+    ages: dict[str, float] = {}
+    now = time.time()
+    for path in sorted(inbox.glob("[!.]*")):
+        if path.is_symlink() or not path.is_file():
+            left[NO_FILE].append(path.name)
+        else:
+            ages[path.name] = abs(now - path.stat().st_mtime)  # far in the future: another machine's clock, not a writer
+    tables = [name for name in CAPTION_TABLES if name in ages]
+    listed = _captions(inbox, tables) if all(ages[name] >= settle for name in tables) else {}
+    rows: dict[str, Row] = {}
+    sidecars: dict[str, str] = {}
+    for name in ages:
+        sidecar = sidecar_of(name)
         if not _is_image(name):
-            if not name.endswith(".txt"):
+            if name not in tables and not name.endswith(".txt"):
                 left[NO_IMAGE].append(name)
         elif not _is_text(name):
             left[UNNAMED].append(name)
-        elif recent & {name, sidecar_of(name), *tables}:
+        elif any(ages[file] < settle for file in (name, sidecar, *tables) if file in ages):
             left[WAITING].append(name)
-        elif image := _captioned(inbox, name, captions.get(normal(name)), sidecar_of(name) in files):
-            ready.append(image)
         else:
-            left[UNCAPTIONED].append(name)
-    return ready
-
-
-def _captioned(inbox: Path, name: str, row: Row | None, beside: bool) -> _Image | None:
-    """An image with its caption: from the table, else from the .txt beside it. None if a table could not hold the caption."""
-    digest = None
-    if row is None and beside:
-        with suppress(OSError, UnicodeDecodeError):
-            blob = (inbox / sidecar_of(name)).read_bytes()
-            row, digest = {"text": decode_caption(blob)}, content_hash(blob)
-    return _Image(name, row | {"file_name": name}, digest) if row and _is_text(row["text"]) else None
+            row = listed.get(normal(name))
+            if row is None and sidecar in ages:
+                with suppress(OSError, UnicodeDecodeError):
+                    blob = (inbox / sidecar).read_bytes()
+                    row, sidecars[name] = {"text": decode_caption(blob)}, content_hash(blob)
+            if row and _is_text(row["text"]):
+                rows[name] = row | {"file_name": name}
+            else:
+                left[UNCAPTIONED].append(name)
+    return rows, sidecars
 
 
 def _captions(inbox: Path, tables: list[str]) -> dict[str, Row]:
@@ -207,10 +238,9 @@ def _captions(inbox: Path, tables: list[str]) -> dict[str, Row]:
     check_tables(inbox, tables)
     captions: dict[str, Row] = {}
     for row in (row for name in tables for row in read_table(inbox / name).to_dict("records")):
-        columns = {str(column): value for column, value in row.items()}
-        earlier = captions.setdefault(normal(columns["file_name"]), columns)
-        if earlier["text"] != columns["text"] and (inbox / columns["file_name"]).exists():
-            raise InputError(f"{inbox / tables[0]}: {columns['file_name']!r} has two captions; keep one")
+        earlier = captions.setdefault(normal(row["file_name"]), row)
+        if earlier["text"] != row["text"] and (inbox / row["file_name"]).exists():
+            raise InputError(f"{inbox / tables[0]}: {row['file_name']!r} has two captions; keep one")
     return captions
 
 
@@ -223,65 +253,6 @@ def _is_text(value: str) -> bool:
     with suppress(UnicodeEncodeError):
         return b"\0" not in value.encode()
     return False
-
-
-def _labelled(ready: list[_Image], collection: Path, images: Images, tables: list[Path], left: Left) -> list[_Image]:
-    """The images that fit in with the collection, whose images all have a label or all have none."""
-    labelled = [image for image in ready if "label" in image.row]
-    wanted = bool(labelled)
-    if images and ready:
-        wanted = bool(tables) and "label" in read_table(tables[0])
-    if labelled and not wanted:
-        name = labelled[0].name
-        raise InputError(f"{name}: has a label, and the images of {collection} have none; drop the inbox's column label")
-    for image in ready:
-        if wanted and "label" not in image.row:
-            left[UNLABELLED].append(image.name)
-    return labelled if wanted else ready
-
-
-def _copy(ready: list[_Image], inbox: Path, partial: Path, known: Images, left: Left) -> list[_Image]:
-    """Write the new images to `partial`, a complete batch; there is no such folder if none is new."""
-    known_hash = cache(file_hash)
-    taken: dict[str, _Image] = {}  # by sha256
-    for image in ready:
-        source = inbox / image.name
-        try:
-            digest, size = file_hash(source), source.stat().st_size
-        except FileNotFoundError:
-            continue
-        except OSError:
-            left[UNREADABLE].append(image.name)
-            continue
-        if digest in taken or any(known_hash(path) == digest for path in known.get(size, [])):
-            left[KNOWN].append(image.name)
-            continue
-        partial.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, partial / image.name)
-        _sync(partial / image.name)
-        if file_hash(partial / image.name) == digest:
-            taken[digest] = image
-        else:
-            (partial / image.name).unlink()
-            left[WAITING].append(image.name)
-    if taken:
-        _complete(taken, inbox, partial)
-    return list(taken.values())
-
-
-def _complete(taken: dict[str, _Image], inbox: Path, partial: Path) -> None:
-    """Write the batch's captions, and the list of files that may then leave the inbox."""
-    table = pd.DataFrame([image.row for image in taken.values()])
-    table = table[["file_name", "text", *table.columns.difference(["file_name", "text"], sort=False)]]
-    # Quote everything: csv leaves a lone carriage return bare, which readers take for the end of a row.
-    table.to_csv(partial / CAPTION_TABLES[0], index=False, quoting=csv.QUOTE_ALL, errors="backslashreplace")
-    originals = {image.name: digest for digest, image in taken.items()}
-    needed = {sidecar_of(name) for name in os.listdir(inbox) if _is_image(name) and name not in originals}
-    sidecars = {sidecar_of(image.name): image.sidecar for image in taken.values() if image.sidecar}
-    originals |= {name: digest for name, digest in sidecars.items() if name not in needed}
-    (partial / ORIGINALS).write_text(canonical_json({"inbox": str(inbox), "files": originals}), encoding="utf-8")
-    for path in (partial / CAPTION_TABLES[0], partial / ORIGINALS, partial):
-        _sync(path)
 
 
 def _free_name(collection: Path) -> Path:
