@@ -80,12 +80,12 @@ def read_folder(folder: Path) -> Collection:
             found.append(name)
         elif path.suffix.lower() in SUFFIXES or reason == LINKED_FOLDER:
             refused[name] = reason
-        elif path.name in CAPTION_TABLES or name == PROMPTS:
-            if reason:
-                raise InputError(f"{folder / name}: {reason}")
-            tables += [name] * (name != PROMPTS)
-        else:
+        elif path.name not in CAPTION_TABLES and name != PROMPTS:
             others.append((name, reason))
+        elif reason:
+            raise InputError(f"{folder / name}: {reason}")
+        elif name != PROMPTS:
+            tables.append(name)
     if not found:
         raise InputError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))}); put captioned images there")
     texts = {name for name, reason in others if name.endswith(".txt") and not reason}
@@ -140,7 +140,16 @@ def _captions(folder: Path, found: list[str], tables: list[str], texts: set[str]
         parts.append(part)
     names = sorted(uncaptioned)
     if names and (parts or any(sidecar_of(name) in texts for name in names)):
-        parts.append(_from_sidecars(folder, names, texts))
+        captions = []
+        for name in names:
+            sidecar = folder / sidecar_of(name)
+            if sidecar_of(name) not in texts:
+                raise InputError(f"{folder / name}: has no caption file {sidecar.name} beside it, as other images here do")
+            try:
+                captions.append(decode_caption(sidecar.read_bytes()))
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{sidecar}: not readable as UTF-8 text: {error}") from None
+        parts.append(pd.DataFrame({"file_name": names, "text": captions}))
     elif names and all("/" in name for name in names):
         classes = [name.rsplit("/", 2)[-2] for name in names]
         parts.append(pd.DataFrame({"file_name": names, "text": classes, "label": classes}))
@@ -198,20 +207,15 @@ def _from_table(path: Path, found: set[str], refused: set[str]) -> pd.DataFrame:
     """The rows of a table: one for each image in `found`, and none for others, except those that were refused."""
     table = read_table(path)
     forms = {normal(name): name for name in found}
-    names = [name if name in found else str(PurePosixPath(name)) for name in table.file_name]
-    table["file_name"] = [name if name in found else forms.get(normal(name), name) for name in names]
+    table["file_name"] = [n if n in found else forms.get(normal(n), str(PurePosixPath(n))) for n in table.file_name]
     duplicated = table.file_name[table.file_name.duplicated()]
     if len(duplicated):
         raise InputError(f"{path}: {duplicated.iloc[0]!r} has more than one row; keep one caption an image")
     table = table[~table.file_name.isin(refused)]
     if missing := sorted(set(table.file_name) - found):
-        raise InputError(
-            f"{path}: names {len(missing)} images that are not there, as {missing[0]!r}; add them or remove the rows"
-        )
-    if uncaptioned := sorted(found - set(table.file_name)):
-        raise InputError(
-            f"{path}: has no row for {len(uncaptioned)} images, as {uncaptioned[0]!r}; add rows or remove the images"
-        )
+        raise InputError(f"{path}: names {len(missing)} images that are absent, as {missing[0]!r}; add them or remove the rows")
+    if missing := sorted(found - set(table.file_name)):
+        raise InputError(f"{path}: has no row for {len(missing)} images, as {missing[0]!r}; add rows or remove the images")
     return table
 
 
@@ -227,20 +231,4 @@ def sidecar_of(name: str) -> str:
 
 def decode_caption(blob: bytes) -> str:
     """The caption in a text file; raises `UnicodeDecodeError` if it is not UTF-8."""
-    with io.TextIOWrapper(io.BytesIO(blob), "utf-8-sig") as text:  # Notepad begins files with a mark
-        return text.read().strip()
-
-
-def _from_sidecars(folder: Path, found: list[str], texts: set[str]) -> pd.DataFrame:
-    captions = []
-    for name in found:
-        sidecar = folder / sidecar_of(name)
-        if sidecar_of(name) not in texts:
-            raise InputError(f"{folder / name}: has no caption file {sidecar.name} beside it, as other images here do")
-        try:
-            captions.append(decode_caption(sidecar.read_bytes()))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{sidecar}: not UTF-8 text: {error}") from None
-        except OSError as error:
-            raise InputError(f"{sidecar}: cannot be read: {error.strerror}") from None
-    return pd.DataFrame({"file_name": found, "text": captions})
+    return io.StringIO(blob.decode("utf-8-sig"), newline=None).read().strip()  # Notepad begins files with a mark

@@ -42,12 +42,11 @@ def read_tars(folder: Path) -> Collection:
             images = [part for part in parts if f".{part}" in SUFFIXES]
             if len(images) > 1:
                 raise InputError(f"{path}: sample {key!r} has {len(images)} images, {' and '.join(images)}; keep one")
-            if not images:
+            if images:
+                rows.append({"file_name": f"{name}/{key}.{images[0]}", **_caption(path, key, parts)})
+                places.append(Place(path, parts[images[0]].offset_data, parts[images[0]].size))
+            else:
                 ignored[f"(samples without an image in {name})"] += 1
-                continue
-            (image,) = images
-            rows.append({"file_name": f"{name}/{key}.{image}", **_caption(path, key, parts)})
-            places.append(Place(path, parts[image].offset_data, parts[image].size))
     if not rows:
         raise InputError(f"{folder}: its tars hold no images ({', '.join(sorted(SUFFIXES))})")
     table = pd.DataFrame(rows)
@@ -65,23 +64,23 @@ def _samples(path: Path, ignored: Counter[str]) -> dict[str, Parts]:
             for member in tar:
                 if member.isdir():
                     continue
-                name = PurePosixPath(member.name)
+                name, where = PurePosixPath(member.name), f"{path}: member {member.name!r}"
                 stem, _, suffix = name.name.partition(".")
                 extension = suffix.lower()
                 if name.is_absolute() or ".." in name.parts:
-                    raise InputError(f"{path}: member {member.name!r} leads out of the tar; write it again with plain names")
+                    raise InputError(f"{where} leads out of the tar; write it again with plain names")
                 if not member.isreg() or member.issparse():
-                    raise InputError(f"{path}: member {member.name!r} is a link, a device or sparse; only plain files are read")
+                    raise InputError(f"{where} is a link, a device or sparse; only plain files are read")
                 if extension.rpartition(".")[2] in PICKLES:
-                    raise InputError(f"{path}: member {member.name!r} is a pickle, which can run any program; remove it")
+                    raise InputError(f"{where} is a pickle, which can run any program; remove it")
                 if not stem or (f".{extension}" not in SUFFIXES and extension not in (*TEXTS, "json", "cls")):
                     ignored[f".{extension}"] += 1
                     continue
                 key = str(name.with_name(stem))
                 if extension in samples.setdefault(key, {}):
-                    raise InputError(f"{path}: member {member.name!r} is there twice; keep one")
+                    raise InputError(f"{where} is there twice; keep one")
                 if f".{extension}" not in SUFFIXES and member.size > MAX_TEXT:
-                    raise InputError(f"{path}: member {member.name!r} has {member.size:,} bytes; at most {MAX_TEXT:,} are read")
+                    raise InputError(f"{where} has {member.size:,} bytes; at most {MAX_TEXT:,} are read")
                 samples[key][extension] = member
             end = tar.offset
         with path.open("rb") as file:  # tarfile takes a damaged header for the end of a tar

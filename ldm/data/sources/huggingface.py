@@ -4,7 +4,6 @@ import io
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,17 +37,25 @@ class HuggingFace(Source):
         where = f"data.source.dataset {self.dataset!r}"
         name, config, commit = _locate(self.dataset, root, where)
         splits = _load(name, config, commit, where)
-        columns = _Columns.of(next(iter(splits.values())).features, where)
+        from datasets import Image  # `_load` says what to install without it
+
+        features = next(iter(splits.values())).features
+        image, columns = _columns(features, where)
         count = 0
         with replacing(out) as folder, (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as table:
             for split, rows in sorted(splits.items()):
                 (folder / split).mkdir()
-                for number, row in enumerate(columns.select(rows)):
+                read = rows.select_columns([image, *set(columns.values())]).cast_column(image, Image(decode=False))
+                for number, row in enumerate(read):
                     here = f"{where}: split {split}, row {number}"
-                    blob = _read(row[columns.image], None if commit else Path(name), here)
+                    blob = _read(row[image], None if commit else Path(name), here)
                     file_name = f"{split}/{number:08d}{_suffix(blob)}"
                     (folder / file_name).write_bytes(blob)
-                    table.write(json.dumps({"file_name": file_name, **columns.record(row, here)}, ensure_ascii=False) + "\n")
+                    record = {key: _value(row[column], features[column]) for key, column in columns.items()}
+                    for key in ("text", "label"):
+                        if record.get(key, "") is None:
+                            raise InputError(f"{here}: column {columns[key]!r} is empty; every image needs its {key}")
+                    table.write(json.dumps({"file_name": file_name, **record}, ensure_ascii=False) + "\n")
                     count += 1
         return count
 
@@ -88,57 +95,36 @@ def _load(name: str, config: str | None, commit: str | None, where: str) -> dict
     return splits
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The columns of a data set that are read, and their names in `metadata.jsonl`."""
+def _columns(features: dict[str, Any], where: str) -> tuple[str, dict[str, str]]:
+    """The column of images, and the column of the data set for each column of `metadata.jsonl`."""
+    types = {name: _type(feature) for name, feature in features.items()}
+    found = ", ".join(f"{name} ({type_})" for name, type_ in types.items())
+    images, classes = ([name for name in types if types[name] == kind] for kind in ("Image", "ClassLabel"))
+    if len(images) != 1:
+        raise InputError(f"{where}: expected one column of images, found {len(images)} among its columns {found}")
+    label = classes[0] if len(classes) == 1 else None
+    texts = [name for name, type_ in types.items() if type_.removeprefix("list of ") in STRINGS]
+    caption = next((name for name in ("text", "caption") if name in texts), texts[0] if len(texts) == 1 else label)
+    if caption is None:
+        expected = "expected text or caption, or a single one of strings or of classes, among its columns"
+        raise InputError(f"{where}: which column holds the captions? {expected} {found}")
+    columns = {"text": caption} | ({"label": label} if label else {})
+    for name, type_ in types.items():
+        if name not in (caption, label) and (type_ in (*STRINGS, "bool", "ClassLabel") or NUMBER.fullmatch(type_)):
+            free = name
+            while free in ("file_name", *columns):
+                free = f"source_{free}"
+            columns[free] = name
+    return images[0], columns
 
-    image: str
-    table: dict[str, str]  # column of metadata.jsonl -> column of the data set
-    classes: dict[str, list[str]]  # column of the data set -> names of its classes
 
-    @classmethod
-    def of(cls, features: dict[str, Any], where: str) -> "_Columns":
-        """Choose among the features of a data set."""
-        types = {name: _type(feature) for name, feature in features.items()}
-        found = ", ".join(f"{name} ({type_})" for name, type_ in types.items())
-        images, classes = ([name for name in types if types[name] == kind] for kind in ("Image", "ClassLabel"))
-        if len(images) != 1:
-            raise InputError(f"{where}: expected one column of images, found {len(images)} among its columns {found}")
-        label = classes[0] if len(classes) == 1 else None
-        texts = [name for name, type_ in types.items() if type_.removeprefix("list of ") in STRINGS]
-        caption = next((name for name in ("text", "caption") if name in texts), texts[0] if len(texts) == 1 else label)
-        if caption is None:
-            expected = "expected text or caption, or a single one of strings or of classes, among its columns"
-            raise InputError(f"{where}: which column holds the captions? {expected} {found}")
-        table = {"text": caption} | ({"label": label} if label else {})
-        for name, type_ in types.items():
-            if name not in (caption, label) and (type_ in (*STRINGS, "bool", "ClassLabel") or NUMBER.fullmatch(type_)):
-                free = name
-                while free in ("file_name", *table):
-                    free = f"source_{free}"
-                table[free] = name
-        return cls(images[0], table, {name: features[name].names for name in classes})
-
-    def select(self, rows: Any) -> Any:
-        """Rows of these columns only, with images as bytes of files."""
-        from datasets import Image
-
-        return rows.select_columns([self.image, *set(self.table.values())]).cast_column(self.image, Image(decode=False))
-
-    def record(self, row: dict[str, Any], where: str) -> dict[str, Any]:
-        """A row's line in `metadata.jsonl`, without its file name."""
-        record = {name: self._value(column, row[column]) for name, column in self.table.items()}
-        for name in ("text", "label"):
-            if record.get(name, "") is None:
-                raise InputError(f"{where}: column {self.table[name]!r} is empty; every image needs its {name}")
-        return record
-
-    def _value(self, column: str, value: Any) -> Any:
-        if isinstance(value, list):  # several captions of one image
-            value = value[0] if value else None
-        if column in self.classes:  # hidden classes are -1
-            value = None if value is None or value < 0 else self.classes[column][value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN or infinity
+def _value(value: Any, feature: Any) -> Any:
+    """A value for `metadata.jsonl`: the first of several captions, the name of a class, None for what is hidden or missing."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is not None and hasattr(feature, "int2str"):  # hidden classes are -1
+        return None if value < 0 else feature.int2str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN or infinity
 
 
 def _type(feature: Any) -> str:
@@ -155,10 +141,10 @@ def _read(image: dict[str, Any] | None, folder: Path | None, where: str) -> byte
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    if image is None or (image["bytes"] is None and image["path"] is None):
+    if image is None:
         return b""
-    if image["bytes"] is not None:
-        return bytes(image["bytes"])
+    if image["bytes"] is not None or image["path"] is None:
+        return image["bytes"] or b""
     path = (folder or Path()) / image["path"]
     # Files of the hub are in its caches. Any other file is not part of the commit, and may be a secret of the user's.
     caches = map(Path, (HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH))
