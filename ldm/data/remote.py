@@ -19,6 +19,7 @@ PAUSES = (0.2, 1.0)  # seconds between attempts
 CONNECT, STALL = 5.0, 20.0  # seconds without a connection, or without a further byte, that end an attempt
 SHA256 = re.compile("[0-9a-f]{64}")
 PART = ".part"  # suffix of a file that is being fetched
+LOCKS = "locks"  # in the cache's folder: an empty file for each of its files, which stays, and one for the folder itself
 
 
 def is_url(place: str | Path) -> bool:
@@ -54,21 +55,11 @@ class ShardCache:
         if size > self.max_bytes:
             room = f"do not fit in {self.folder}, which may hold {self.max_bytes:,}"
             raise InputError(f"{self.url}/{name}: its {size:,} bytes {room}; raise that bound or write smaller shards")
-        part = self.folder / f"{sha256}{PART}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            while (kept := self._kept(sha256, size)) is None:
-                with _locked(part) as file:
-                    if not _is_at(file, part):
-                        continue  # another process renamed or removed it while this one waited
-                    try:
-                        if (kept := self._kept(sha256, size)) is None:
-                            kept = self._fetch(name, sha256, size, file)
-                        return kept
-                    finally:
-                        if _is_at(file, part):
-                            part.unlink()
-            return kept
+            (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / LOCKS / sha256):
+                kept = self._kept(sha256, size)
+                return self._fetch(name, sha256, size) if kept is None else kept
         except OSError as error:  # of this disk: `_attempt` turns the server's into InputErrors
             raise InputError(f"{self.folder}: {error}; shards of {self.url} are kept there, make it writable") from None
 
@@ -82,39 +73,26 @@ class ShardCache:
             os.close(file)
         return None
 
-    def _fetch(self, name: str, sha256: str, size: int, part: IO[bytes]) -> int:
-        def download(filesystem: Any, url: str) -> None:
-            # Over http, fsspec takes any failure to find the size for an absent file, and not every server has its ranges.
-            stream = {"block_size": 0, "size": size} if url.startswith("http") else {"cache_type": "none"}
-            digest, found = hashlib.sha256(), 0
-            part.seek(0)
-            with filesystem.open(url, "rb", **stream) as remote:
-                while found <= size and (chunk := remote.read(CHUNK)):
-                    digest.update(chunk)
-                    part.write(chunk[: size - found])
-                    found += len(chunk)
-            part.flush()
-            if found != size:
-                raise OSError(f"{'over ' * (found > size)}{min(found, size):,} bytes, expected {size:,}; upload the shards again")
-            if digest.hexdigest() != sha256:
-                raise OSError(f"sha256 {digest.hexdigest()}, expected {sha256}; upload the shards again")
-
-        self._make_room(part, size)
-        self._attempt(name, download)
-        os.fsync(part.fileno())  # it had its full size before its bytes: after a power cut the size would prove nothing
-        path = self.folder / sha256
-        file = os.open(f"{path}{PART}", os.O_RDONLY)
-        with _locked(self.folder / "lock"):  # a listing during a rename may show neither name
-            os.replace(f"{path}{PART}", path)
-        return file
+    def _fetch(self, name: str, sha256: str, size: int) -> int:
+        path, part = self.folder / sha256, self.folder / f"{sha256}{PART}"
+        try:
+            with part.open("wb") as file:
+                self._make_room(file, size)
+                self._attempt(name, lambda filesystem, url: _download(filesystem, url, sha256, size, file))
+                os.fsync(file.fileno())  # it had its full size before its bytes: after a power cut the size would prove nothing
+            fetched = os.open(part, os.O_RDONLY)
+            with _locked(self.folder / LOCKS / "folder"):  # a listing during a rename may show neither name
+                os.replace(part, path)
+            return fetched
+        finally:
+            part.unlink(missing_ok=True)
 
     def _make_room(self, part: IO[bytes], size: int) -> None:
         """Evict files until `size` bytes fit, and claim these as the length of `part`; wait for other parts if need be."""
-        part.truncate(0)
         while True:
-            with _locked(self.folder / "lock"):
+            with _locked(self.folder / LOCKS / "folder"):
                 files = [path for path in self.folder.iterdir() if SHA256.fullmatch(path.name.removesuffix(PART))]
-                room = self.max_bytes - size - sum(_claimed(path) for path in files if path.suffix == PART)
+                room = self.max_bytes - size - sum(self._claimed(path) for path in files if path.suffix == PART)
                 if room >= 0:
                     kept = sorted((path for path in files if path.suffix != PART), key=lambda path: path.stat().st_mtime_ns)
                     while sum(path.stat().st_size for path in kept) > room:
@@ -122,6 +100,16 @@ class ShardCache:
                     part.truncate(size)
                     return
             time.sleep(0.1)
+
+    def _claimed(self, part: Path) -> int:
+        """The length of a part that a live process holds. A part of a dead process is removed."""
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                with _locked(self.folder / LOCKS / part.stem, fcntl.LOCK_NB):
+                    part.unlink()
+            except BlockingIOError:
+                return part.stat().st_size
+        return 0
 
     def _attempt(self, name: str, read: Callable[[Any, str], Any]) -> Any:
         """`read(filesystem, url)` of a file, again after errors that may pass."""
@@ -139,6 +127,23 @@ class ShardCache:
                     raise InputError(f"{url}: not readable ({cause}); check the URL and the credentials") from None
             time.sleep(pause)
         raise InputError(f"{url}: not read in {len(PAUSES) + 1} attempts ({cause}); check the server, the network and this disk")
+
+
+def _download(filesystem: Any, url: str, sha256: str, size: int, part: IO[bytes]) -> None:
+    # Over http, fsspec takes any failure to find the size for an absent file, and its ranges need a server that has them.
+    stream = {"block_size": 0, "size": size} if url.startswith("http") else {"cache_type": "none"}
+    digest, found = hashlib.sha256(), 0
+    part.seek(0)
+    with filesystem.open(url, "rb", **stream) as remote:
+        while found <= size and (chunk := remote.read(CHUNK)):
+            digest.update(chunk)
+            part.write(chunk[: size - found])
+            found += len(chunk)
+    part.flush()
+    if found != size:
+        raise OSError(f"{'over ' * (found > size)}{min(found, size):,} bytes, expected {size:,}; upload the shards again")
+    if digest.hexdigest() != sha256:
+        raise OSError(f"sha256 {digest.hexdigest()}, expected {sha256}; upload the shards again")
 
 
 @cache
@@ -171,28 +176,11 @@ def _filesystem(url: str, pid: int) -> Any:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[IO[bytes]]:
-    """The file at `path`, created if need be, locked for this thread."""
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _locked(path: Path, flags: int = 0) -> Iterator[None]:
+    """Hold the lock file at `path`, which is never removed, for this thread."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
         try:
-            yield file
+            yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a child that was forked meanwhile would keep the lock
-
-
-def _is_at(file: IO[bytes], path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    return False
-
-
-def _claimed(part: Path) -> int:
-    """The length of a part that a live process holds. A part of a dead process is removed."""
-    with contextlib.suppress(FileNotFoundError), part.open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return os.fstat(file.fileno()).st_size
-        part.unlink()
-    return 0

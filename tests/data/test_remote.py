@@ -59,7 +59,7 @@ def read(cache: ShardCache, name: str, blob: bytes) -> bytes:
 
 
 def kept(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.name != "lock"} if folder.exists() else set()
+    return {path.name for path in folder.iterdir() if path.name != remote.LOCKS} if folder.exists() else set()
 
 
 @contextlib.contextmanager
@@ -520,7 +520,7 @@ def test_processes_fetch_different_files_at_once_and_stay_below_the_bound(web: W
 def listed(folder: Path) -> int:
     """Bytes in the folder at one instant: under the lock in which files grow and get their names."""
     total = 0
-    with remote._locked(folder / "lock"):
+    with remote._locked(folder / remote.LOCKS / "folder"):
         for path in folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 total += path.stat().st_size
