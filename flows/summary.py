@@ -11,73 +11,63 @@ from ldm.base.paths import AUTOENCODER, DECISION, METRICS_TABLE, REPORT, SAMPLES
 from ldm.config import Settings
 from ldm.evaluation.value import read_values
 from ldm.registry import lineage
-from ldm.report.numbers import shown
 from ldm.versioning.graph import Node
 
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision
     from ldm.registry.registration import Registered
 
+Lines = list[tuple[str, str]]  # each with what it is about
+
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished run: what was done, how good the model is, what became of it, where to look."""
+    """A finished run: what was done, how good the model is and what became of it, where to look, commands to try."""
 
-    steps: tuple[Step, ...]
-    results: tuple[tuple[str, str], ...]
-    places: tuple[tuple[str, str], ...]
+    steps: list[Step]
+    results: Lines
+    places: Lines
     next: tuple[str, ...]
 
 
 def summarise(
-    root: Path,
-    settings: Settings,
-    steps: list[Step],
-    others: tuple[Node, ...],
-    registered: "Registered",
-    decision: "Decision",
-    champion: int | None,
-    notes: list[tuple[str, str]],
-) -> Summary:
-    name = settings.registry.name
-    model = f"models:/{name}/{registered.version} ({'new' if registered.created else 'registered before'})"
-    verdict = "promoted" if decision.promote else "not promoted"
-    if champion == registered.version and not decision.promote:
-        verdict = "champion"
-    results = [
-        *_headlines(root / METRICS_TABLE),
-        *_said(root, others),
-        *notes,
-        *(("adopted", line) for out in (AUTOENCODER, UNET) if (line := lineage.adopted(root / out))),
-        ("model", model),
-        ("gate", f"{verdict}: {decision.reason}"),
-    ]
+    root: Path, settings: Settings, steps: list[Step], others: tuple[Node, ...], registered: "Registered", decision: "Decision",
+    champion: int | None, notes: Lines,
+) -> Summary:  # fmt: skip
+    """`others` are the stages beside the registered model: the `summary` of their metrics is a result."""
+    name, is_champion = settings.registry.name, champion == registered.version
+    model = f"models:/{name}/{registered.version}"
+    verdict = "champion" if is_champion else "not promoted"
+    results = _headlines(root / METRICS_TABLE)
     places = [("samples", SAMPLES), ("report", REPORT), ("decision", DECISION)]
-    places += [(node.name, out) for node in others for out in node.outs if (root / out).is_dir() and out.startswith("reports/")]
-    prompt = first_caption(root / SHARDS) or "…"
-    uri = f"models:/{name}@champion" if champion == registered.version else f"models:/{name}/{registered.version}"
+    for stage, out in ((node.name, out) for node in others for out in node.outs if (root / out).exists()):
+        if (root / out).is_dir() and out.startswith("reports/"):
+            places.append((stage, out))
+        elif out.endswith(".json") and (text := json.loads((root / out).read_text(encoding="utf-8")).get("summary")):
+            results.append((stage, text))
+    results += notes
+    results += [("adopted", line) for out in (AUTOENCODER, UNET) if (line := lineage.adopted(root / out))]
+    results.append(("model", f"{model} ({'new' if registered.created else 'registered before'})"))
+    results.append(("gate", f"{'promoted' if decision.promote else verdict}: {decision.reason}"))
+    uri, prompt = f"models:/{name}@champion" if is_champion else model, first_caption(root / SHARDS)
     commands = (f'ldm sample --model {uri} --prompt "{prompt}" -n 16 --out samples.png', "ldm registry list", "make ui")
-    existing = tuple((what, place) for what, place in places if (root / place).exists())
-    return Summary(tuple(steps), tuple(results), existing, commands)
+    return Summary(steps, results, [place for place in places if (root / place[1]).exists()], commands)
 
 
 def show(summary: Summary) -> None:
     """Print aligned lines, in colour on a terminal."""
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
-    print()
-    lines = (*summary.results, *summary.places)
+    console, lines = Console(highlight=False, soft_wrap=True), summary.results + summary.places
     width = max(14, *(len(step.name) for step in summary.steps), *(len(what) for what, _ in lines)) + 2
+    print()
     for step in summary.steps:
         status = f"[{'green' if step.status == 'executed' else 'dim'}]{step.status:<12}[/]"
         console.print(f"{step.name:<{width}}{status}{step.seconds:>8.1f} s  {_memory(step.peak_bytes):>9}".rstrip())
     print()
     for what, value in lines:
         print(f"{what:<{width}}{value}")
-    print("\nnext:")
-    for command in summary.next:
-        print(f"  {command}")
+    print("\nnext:", *summary.next, sep="\n  ")
 
 
 def markdown(summary: Summary, root: Path) -> str:
@@ -89,31 +79,23 @@ def markdown(summary: Summary, root: Path) -> str:
     return "\n".join(lines)
 
 
-def first_caption(shards: Path) -> str | None:
+def first_caption(shards: Path) -> str:
     """Some caption of the data, as a prompt to try."""
     for path in sorted(shards.glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
-                file = tar.extractfile(member) if member.name.endswith(".txt") else None
-                if file:
-                    return file.read().decode("utf-8").strip()
-    return None
+                if member.name.endswith(".txt") and (file := tar.extractfile(member)):
+                    return file.read().decode("utf-8").strip() or "…"
+    return "…"
 
 
-def _headlines(table: Path) -> list[tuple[str, str]]:
+def _headlines(table: Path) -> Lines:
     """The headline numbers with their units, and facts about them in a column of its own."""
     values = [value for value in read_values(table) if value.headline]
-    numbers = [" ".join(shown(value)).strip() for value in values]
+    numbers = [" ".join(value.shown()).strip() for value in values]
     width = max(map(len, numbers), default=0)
     notes = [f"({value.note})" if value.note else "" for value in values]
     return [(v.title, f"{number:<{width}}  {note}".rstrip()) for v, number, note in zip(values, numbers, notes, strict=True)]
-
-
-def _said(root: Path, others: tuple[Node, ...]) -> list[tuple[str, str]]:
-    """What stages beside the registered model say of themselves: the entry `summary` of their metrics."""
-    files = [(node.name, root / out) for node in others for out in node.outs if out.endswith(".json")]
-    found = [(name, json.loads(file.read_text(encoding="utf-8"))) for name, file in files if file.is_file()]
-    return [(name, values["summary"]) for name, values in found if "summary" in values]
 
 
 def _memory(size: int) -> str:

@@ -48,7 +48,7 @@ def evaluate_importance(autoencoder: Autoencoder, likelihood: Likelihood, reader
     parts = []
     for start, x in _images(autoencoder, reader):
         noises = (autoencoder.latent_noise(x, generator(seed, "importance", start, k)) for k in range(samples))
-        parts.append(importance_bound(autoencoder, likelihood, x, noises).double().cpu())
+        parts.append(importance_bound(autoencoder, likelihood, x, noises).cpu())
     return torch.cat(parts)
 
 
@@ -58,14 +58,13 @@ def fit_scale(autoencoder: Autoencoder, reader: ShardReader, seed: int) -> Likel
 
     It makes bits per dimension comparable for an autoencoder that was trained without a likelihood of 8-bit pixels.
     """
-    from scipy.optimize import minimize_scalar  # imported where it is needed: it takes long
+    from scipy.optimize import minimize_scalar  # takes long to import
 
     device = next(autoencoder.parameters()).device
-    pairs = []
+    likelihood, pairs = DiscretizedLogistic().build().to(device), []
     for start, x in _images(autoencoder, reader, SCALE_IMAGES):
         noise = autoencoder.latent_noise(x, generator(seed, "scale", start))
         pairs.append((x.cpu(), autoencoder.decode(autoencoder.encode(x).sample(noise)).cpu()))
-    likelihood = DiscretizedLogistic().build().to(device)
 
     def negative(log_scale: float) -> float:
         likelihood.log_scale.fill_(log_scale)

@@ -42,16 +42,14 @@ def image_bounds(
     Columns `key`, `reconstruction`, `entropy`, `prior`, `nats` (their sum, a lower bound on log p(x | caption), nats
     per image) and `dims`. An image's draws depend on its key and `seed`, so two models meet the same noise.
     """
-    captions = samples.captions
-    frames = []
+    frames, names = [], ("reconstruction", "entropy", "prior", "nats")
     progress(0)
     for start in range(0, len(samples), BATCH):
-        rows = captions.iloc[start : start + BATCH]
+        rows = samples.captions.iloc[start : start + BATCH]
         pixels = torch.from_numpy(samples.images(range(start, start + len(rows))))
-        keys = rows.key.tolist()
-        bound = model.bound(pixels, rows.text.tolist(), levels=levels, seed=seed, keys=keys)
-        terms = {name: getattr(bound, name).double().numpy() for name in ("reconstruction", "entropy", "prior", "nats")}
-        frames.append(pd.DataFrame({"key": keys, **terms, "dims": bound.dims}))
+        bound = model.bound(pixels, rows.text.tolist(), levels=levels, seed=seed, keys=rows.key.tolist())
+        terms = {name: getattr(bound, name).double().numpy() for name in names}
+        frames.append(pd.DataFrame({"key": rows.key, **terms, "dims": bound.dims}))
         progress(start + len(rows))
     return pd.concat(frames, ignore_index=True)
 
@@ -65,21 +63,21 @@ def measure_bounds(evaluation: Evaluation, levels: int, importance_samples: int)
     numbers = {name: value for name, value in summary(own).items() if "per_dim" in name}
     note = f"{len(test)} test images of {test.preprocessing.described}"
     if isinstance(model.autoencoder, VQModel):
-        terms = {"reconstruction": own.reconstruction, "rate": own.kl}
-        frame = pd.DataFrame({"key": test.captions.key, **{name: value.double().cpu() for name, value in terms.items()}})
+        terms = {"reconstruction": own.reconstruction.double().cpu(), "rate": own.kl.double().cpu()}
+        frame = pd.DataFrame({"key": test.captions.key, **terms, "dims": own.dims})
         about = ABOUT | {"elbo_bits_per_dim": ("bits/dim", "bits/dim", ABOUT["elbo_bits_per_dim"][2])}
         note = f"autoencoder alone, as there is no bound of the whole system with VQ; {note}"
-        return frame.assign(dims=own.dims), described(numbers, about, {"elbo_bits_per_dim": note})
+        return frame, described(numbers, about, {"elbo_bits_per_dim": note})
     with Progress("evaluate: importance-weighted bound"):
         tighter = evaluate_importance(model.autoencoder, model.likelihood, test, evaluation.seed, importance_samples)
     with Progress("evaluate: bound", len(test)) as progress:
         frame = image_bounds(model, test, levels=levels, seed=evaluation.seed, progress=progress)
-    to_bits = -1 / (own.dims * math.log(2))
+    to_bits, nats = -1 / (own.dims * math.log(2)), float(frame.nats.mean())
     numbers |= {
         "importance_bits_per_dim": float(tighter.mean()) * to_bits,
         "importance_gap_nats": float(tighter.mean() - own.nats.double().mean().cpu()),
-        "nats": float(frame.nats.mean()),
-        "bits_per_dim": float(frame.nats.mean()) * to_bits,
+        "nats": nats,
+        "bits_per_dim": nats * to_bits,
         "bits_per_dim_se": -float(frame.nats.std()) / math.sqrt(len(frame)) * to_bits,
         **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
     }

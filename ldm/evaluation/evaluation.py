@@ -1,6 +1,6 @@
 """What metrics and pictures need of a trained system: samples, reconstructions and real images, each computed once."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ldm.base.errors import InputError
 from ldm.base.progress import Progress
 from ldm.base.randomness import seed_for
 from ldm.bayes.diagnostics import Diagnostics, diagnose
@@ -15,61 +16,34 @@ from ldm.bayes.elbo import Elbo
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
 from ldm.evaluation.autoencoder import evaluate_elbo
-from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.features.feature_space import FeatureSpace
-from ldm.nets.autoencoder import VQModel
+from ldm.nets.autoencoder import DiagonalGaussian, VQModel
 
 MOST = 4096  # images of a split that are used at most
 BATCH = 256  # images encoded and decoded at a time
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features of equally many samples, test images and training images, each float64 (N, d)."""
-
-    name: str  # of the feature space
-    samples: np.ndarray
-    test: np.ndarray
-    train: np.ndarray
-
-    @property
-    def size(self) -> str:
-        return f"N = {len(self.test)}, d = {self.test.shape[1]}"
-
-
-@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A trained system beside real images, uint8 (N, C, H, W); whatever is drawn depends on `seed` alone.
+    """A trained system, an `ldm.model.LatentDiffusion`, beside real images, uint8 (N, C, H, W), and their labels (N,), if any.
 
-    Real images come in random order, so that the first few stand for all.
+    Whatever is drawn depends on `seed` alone. Real images come in random order, so that the first few stand for all.
     """
 
-    model: Any  # ldm.model.LatentDiffusion
-    train: ShardReader
-    test: ShardReader
-    seed: int
-    sample_count: int
-    unseen_count: int
-    _features: dict[FeatureSpace, Features] = field(default_factory=dict)
+    def __init__(
+        self, model: Any, train: ShardReader, test: ShardReader, seed: int, sample_count: int, unseen_count: int
+    ) -> None:
+        self.model, self.train, self.test, self.seed = model, train, test, seed
+        (self.train_images, self.train_labels), (self.test_images, self.test_labels) = map(self._real, (train, test))
+        # Samples are drawn for captions, and for labelled prompts that no caption contains, if the data have any.
+        self.labelled = labelled(train.captions)
+        self.prompts = balanced(train.captions if self.labelled is None else self.labelled, sample_count)
+        unseen = train.prompts[~train.prompts.text.isin([*train.captions.text, *test.captions.text])]
+        self.unseen_prompts = None if self.labelled is None or unseen.empty else balanced(unseen, unseen_count)
+        self._features: dict[FeatureSpace, Features] = {}
 
-    def _chosen(self, reader: ShardReader) -> np.ndarray:
-        return order(seed_for(self.seed, "real"), len(reader), 0, min(len(reader), MOST))
-
-    @cached_property
-    def train_images(self) -> np.ndarray:
-        return self.train.images(self._chosen(self.train))
-
-    @cached_property
-    def test_images(self) -> np.ndarray:
-        return self.test.images(self._chosen(self.test))
-
-    @property
-    def train_labels(self) -> np.ndarray:
-        return self.train.captions.label.iloc[self._chosen(self.train)].to_numpy()
-
-    @property
-    def test_labels(self) -> np.ndarray:
-        return self.test.captions.label.iloc[self._chosen(self.test)].to_numpy()
+    def _real(self, reader: ShardReader) -> tuple[np.ndarray, np.ndarray | None]:
+        rows = order(seed_for(self.seed, "real"), len(reader), 0, min(len(reader), MOST))
+        return reader.images(rows), reader.captions.label.to_numpy()[rows] if "label" in reader.captions else None
 
     @cached_property
     def elbo(self) -> Elbo:
@@ -77,12 +51,14 @@ class Evaluation:
         with Progress("evaluate: the autoencoder's bound"):
             return evaluate_elbo(self.model.autoencoder, self.model.likelihood, self.test, self.seed)
 
+    def _encoded(self, images: np.ndarray) -> Iterator[DiagonalGaussian]:
+        return map(self.model.encode, torch.from_numpy(images).split(BATCH))
+
     @cached_property
     def reconstructions(self) -> np.ndarray:
         """The test images, encoded and decoded."""
         with Progress("evaluate: reconstructions"):
-            parts = torch.from_numpy(self.test_images).split(BATCH)
-            return torch.cat([self.model.decode(self.model.encode(part).mean) for part in parts]).numpy()
+            return torch.cat([self.model.decode(q.mean) for q in self._encoded(self.test_images)]).numpy()
 
     @cached_property
     def latents(self) -> Diagnostics | None:
@@ -90,19 +66,8 @@ class Evaluation:
         if isinstance(self.model.autoencoder, VQModel):
             return None
         with Progress("evaluate: latents"):
-            count = min(len(self.test), MOST)
-            parts = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-            encoded = [self.model.encode(torch.from_numpy(self.test.images(part))) for part in parts]
-            return diagnose(torch.cat([p.mean.cpu() for p in encoded]), torch.cat([p.logvar.cpu() for p in encoded]))
-
-    @cached_property
-    def labelled(self) -> pd.DataFrame | None:
-        return labelled(self.train.captions)
-
-    @cached_property
-    def prompts(self) -> pd.DataFrame:
-        """The captions that samples are drawn for: `text`, and `label` if captions have labels."""
-        return balanced(self.train.captions if self.labelled is None else self.labelled, self.sample_count)
+            encoded = list(self._encoded(self.test.images(range(len(self.test_images)))))
+            return diagnose(torch.cat([q.mean.cpu() for q in encoded]), torch.cat([q.logvar.cpu() for q in encoded]))
 
     @cached_property
     def samples(self) -> np.ndarray:
@@ -110,29 +75,36 @@ class Evaluation:
             return self.model.sample(self.prompts.text.tolist(), seed=seed_for(self.seed, "evaluate")).numpy()
 
     @cached_property
-    def unseen_prompts(self) -> pd.DataFrame | None:
-        """Labelled prompts that no caption contains, if the data have any."""
-        seen = self.train.prompts.text.isin([*self.train.captions.text, *self.test.captions.text])
-        return None if self.labelled is None or seen.all() else balanced(self.train.prompts[~seen], self.unseen_count)
-
-    @cached_property
     def unseen_samples(self) -> np.ndarray:
         assert self.unseen_prompts is not None
         with Progress("evaluate: samples of unseen prompts"):
             return self.model.sample(self.unseen_prompts.text.tolist(), seed=seed_for(self.seed, "evaluate unseen")).numpy()
 
-    @cached_property
-    def classifier(self) -> Classifier | None:
-        """Trained on real training images; None without labels."""
-        return None if self.labelled is None else Classifier.fit(self.train_images, self.train_labels)
-
-    def features(self, space: FeatureSpace) -> Features:
+    def features(self, space: FeatureSpace) -> "Features":
         if space not in self._features:
-            sides = self.samples, self.test_images, self.train_images
-            count = min(map(len, sides))
-            name, extract = space.build(self.train_images, count - 1)
-            self._features[space] = Features(name, *(extract(images[:count]) for images in sides))
+            self._features[space] = Features(self, space)
         return self._features[space]
+
+
+class Features:
+    """Features of equally many samples, test images and training images, each (N, d). No sample is drawn before it is needed."""
+
+    def __init__(self, evaluation: Evaluation, space: FeatureSpace) -> None:
+        self._evaluation = evaluation
+        self.count = min(len(evaluation.prompts), len(evaluation.test_images), len(evaluation.train_images))
+        self.name, self._extract = space.build(evaluation.train_images, self.count - 1)
+        self.test, self.train = self._of(evaluation.test_images), self._of(evaluation.train_images)
+        self.size = f"N = {self.count}, d = {self.test.shape[1]}"
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        return self._of(self._evaluation.samples)
+
+    def _of(self, images: np.ndarray) -> np.ndarray:
+        features = self._extract(images[: self.count])
+        if len(bad := np.argwhere(~np.isfinite(features))):
+            raise InputError(f"evaluate.metrics: the features {self.name} of image {bad[0, 0]} are not finite")
+        return features
 
 
 def labelled(captions: pd.DataFrame) -> pd.DataFrame | None:

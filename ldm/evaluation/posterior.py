@@ -19,7 +19,7 @@ from ldm.base.randomness import generator, seed_for
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
 from ldm.langevin.convergence import convergence, warnings
-from ldm.langevin.predictive import BATCH, DecoderPosterior
+from ldm.langevin.decoder import BATCH, DecoderPosterior
 from ldm.report.grid import image_grid
 from ldm.report.plots import histograms, traces
 
@@ -48,18 +48,14 @@ def measure(
 
 
 def average_bound(posterior: DecoderPosterior, bounds: DataFrame, test: ShardReader, latents: Latents, plots: Path) -> Metrics:
-    """Bits/dim of the whole system on the test images, as trained and averaged over the samples; convergence of the chains.
-
-    `bounds` are those of the evaluation, with the same latents. Of their terms only the reconstruction depends on the decoder.
-    """
-    trained, draws = [], []
+    """Bits/dim of the whole system on the test images, as trained and averaged over the samples; convergence of the chains."""
+    trained, draws = [], []  # log p(x | z), the only term of the bound that depends on the decoder
     for rows in np.split(np.arange(len(test)), range(BATCH, len(test), BATCH)):
         images = torch.from_numpy(test.images(rows))
-        z = latents(images, test.captions.key.iloc[rows].tolist())
-        x = to_float(images).to(posterior.device)
+        x, z = to_float(images).to(posterior.device), latents(images, test.captions.key.iloc[rows].tolist())
         with torch.no_grad():
-            output = posterior.autoencoder.decode(z)
-            trained.append(posterior.likelihood.log_prob(x, output).double().flatten(1).sum(1).cpu())
+            log_prob = posterior.likelihood.log_prob(x, posterior.autoencoder.decode(z))
+        trained.append(log_prob.double().flatten(1).sum(1).cpu())
         draws.append(posterior.log_prob(x, z))
     single, each = torch.cat(trained).numpy(), torch.cat(draws, 1)
     if bounds.key.tolist() != test.captions.key.tolist() or not np.allclose(bounds.reconstruction, single, rtol=1e-4, atol=0.1):
@@ -67,8 +63,7 @@ def average_bound(posterior: DecoderPosterior, bounds: DataFrame, test: ShardRea
     gain, to_bits = posterior.average(each).numpy() - single, 1 / (bounds.dims * np.log(2))
     values = each.view(posterior.draws.chains, -1, each.shape[1]).numpy()
     found, names = convergence(values), [f"image {key}" for key in bounds.key[:TRACED]]
-    title = "log p(x | z, θ) of held-out images"
-    traces(values[..., :TRACED], plots / "traces.png", title=title, names=names, y_label="nats")
+    traces(values[..., :TRACED], plots / "traces.png", title="log p(x | z, θ) of held-out images", names=names, y_label="nats")
     return {
         "bits_per_dim": float((-bounds.nats * to_bits).mean()),
         "average_bits_per_dim": float((-(bounds.nats + gain) * to_bits).mean()),
@@ -84,10 +79,7 @@ def average_bound(posterior: DecoderPosterior, bounds: DataFrame, test: ShardRea
 
 
 def uncertainty_maps(posterior: DecoderPosterior, pixels: Tensor, sampled: Tensor, plots: Path) -> Metrics:
-    """Draw each pixel's uncertainty in reconstructions of `pixels`, uint8 (N, C, H, W), and in samples, latents (M, c, h, w).
-
-    The metric is the rank correlation of uncertainty and squared error.
-    """
+    """Draw each pixel's uncertainty in reconstructions of `pixels`, uint8 (N, C, H, W), and in samples, latents (M, c, h, w)."""
     mean, std = posterior.reconstructions(pixels)
     error = (mean - to_float(pixels)).square()
     images = {"real": pixels[:SHOWN], "reconstructed, mean": to_uint8(mean[:SHOWN])}
@@ -103,8 +95,8 @@ def _show(images: dict[str, Tensor], maps: dict[str, Tensor], path: Path) -> Non
     rows = dict(images)
     for name, values in maps.items():
         white = max(float(np.quantile(values.cpu(), 0.99)), TINY)
-        scaled = (values / white * 255).round().clamp(max=255).to(torch.uint8)
-        rows[f"{name}, white: {white / BIN:.2g} of 255 or more"] = scaled
+        label = f"{name}, white: {white / BIN:.2g} of 255 or more"
+        rows[label] = (values / white * 255).round().clamp(max=255).to(torch.uint8)
     pictures = torch.cat([row.cpu() for row in rows.values()]).numpy()
     image_grid(pictures, len(pictures) // len(rows), path, row_labels=list(rows))
 
@@ -114,8 +106,8 @@ def unlike_images(posterior: DecoderPosterior, pixels: Tensor, seed: int, plots:
     noise = torch.randint(0, 256, pixels.shape, generator=generator(seed, "posterior noise")).to(torch.uint8)
     others = {"rotated": pixels.rot90(1, (2, 3)), "inverted": 255 - pixels, "noise": noise}
     scores = {name: posterior.scores(images).numpy() for name, images in {"held out": pixels, **others}.items()}
-    histograms({name: np.maximum(values, TINY) for name, values in scores.items()}, plots / "scores.png",
-               title="Spread of the bound over posterior samples", x_label="nats")  # fmt: skip
+    title = "Spread of the bound over posterior samples"
+    histograms({name: values.clip(TINY) for name, values in scores.items()}, plots / "scores.png", title=title, x_label="nats")
     labels = np.repeat([0, 1], len(pixels))
     areas = {f"ood_auroc_{name}": float(roc_auc_score(labels, np.append(scores["held out"], scores[name]))) for name in others}
     return scores["held out"], areas

@@ -1,6 +1,7 @@
 """A measured number with its unit and how to read it; `reports/metrics.csv` has a row for each."""
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,18 @@ class Value:
     note: str = ""  # facts of this run, such as the number of images
     headline: bool = False  # shown first, and in the summary of a run
 
+    def shown(self) -> tuple[str, str]:
+        """Number and unit as people read them, to two digits of the error: ("2.8857 ± 0.0098", "bits/dim"), ("99.0%", "")."""
+        if not math.isfinite(self.value):
+            return "–", ""
+        if self.unit == "share":
+            return f"{self.value:.1%}", ""
+        unit = "" if self.unit == self.title else self.unit
+        if self.error and math.isfinite(self.error):
+            decimals = max(0, 1 - math.floor(math.log10(self.error)))
+            return f"{self.value:,.{decimals}f} ± {self.error:,.{decimals}f}", unit
+        return f"{self.value:,.0f}" if abs(self.value) >= 1000 else f"{self.value:.4g}", unit
+
 
 def described(numbers: dict[str, float], about: dict[str, tuple[str, str, str]], headlines: dict[str, str]) -> list[Value]:
     """The numbers that `about` gives unit, title and reading of, in its order. Those in `headlines` come with a note."""
@@ -43,8 +56,9 @@ def read_values(path: Path) -> list[Value]:
     with path.open(encoding="utf-8", newline="") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     for row in rows:
-        row |= {"value": float(row["value"] or "nan"), "error": float(row["error"]) if row["error"] else None}
-    return [Value(**row | {"headline": row["headline"] == "True"}) for row in rows]
+        error = float(row["error"]) if row["error"] else None
+        row |= {"value": float(row["value"] or "nan"), "error": error, "headline": row["headline"] == "True"}
+    return [Value(**row) for row in rows]
 
 
 def as_numbers(values: Sequence[Value]) -> dict[str, float]:

@@ -39,7 +39,7 @@ def gate_and_promote(root: Path, version: int) -> Decision:
     else:
         frame = compare(root, champion)
         decision = decide(frame["challenger"], frame.get("champion"), level)
-    from ldm.report.decision import decision_page  # draws with matplotlib
+    from ldm.report.page import decision_page  # draws with matplotlib
 
     rival = f"{name} version {champion.version}" if champion else None
     decision_page(page, decision, frame, challenger=f"{name} version {version}", champion=rival)

@@ -3,28 +3,26 @@
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
-from os import PathLike
 from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ldm.data.images import from_array
+
 CELL = 64  # pixels aimed at for the side of one image in a grid
 MARGIN, GAP, LABEL_GAP = 16, 6, 10
 LABEL, CAPTION = 13, 11  # font sizes, pixels
 INK, HAIRLINE = (70, 70, 76), (222, 222, 226)
+Labels = Sequence[str] | None
+Lines = Sequence[str]  # a label, wrapped
 
 
 def image_grid(
-    images: np.ndarray,
-    columns: int,
-    path: str | PathLike[str],
-    *,
-    row_labels: Sequence[str] | None = None,
-    column_labels: Sequence[str] | None = None,
-    captions: Sequence[str] | None = None,
-) -> None:
+    images: np.ndarray, columns: int, path: Path, *,
+    row_labels: Labels = None, column_labels: Labels = None, captions: Labels = None,
+) -> None:  # fmt: skip
     """Write uint8 images (N, C, H, W), C = 1 or 3, row by row as one PNG, small ones enlarged to about 64 pixels.
 
     Labels name rows and columns, captions stand below each image. Long ones are wrapped.
@@ -55,28 +53,23 @@ def image_grid(
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         x = left + column * pitch_x + (pitch_x - GAP - width) // 2
-        y = top + row * pitch_y + (0 if captions else (pitch_y - GAP - height) // 2)
-        canvas.paste(as_image(image).resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (x, y))
+        y = top + row * pitch_y + (0 if below else (pitch_y - GAP - height) // 2)
+        canvas.paste(from_array(image).resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (x, y))
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline=HAIRLINE)
-        if captions:
+        if below:
             _write(draw, below[index], x + width / 2, y + height + 2, CAPTION, "mm")
     canvas.save(path, format="PNG", optimize=True)
 
 
-def as_image(image: np.ndarray) -> Image.Image:
-    """Of uint8 pixels (C, H, W), C = 1 or 3."""
-    return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(np.moveaxis(image, 0, -1)))
+def _width(labels: Sequence[Lines], size: int) -> int:
+    return max((int(_font(size).getlength(line)) + 1 for lines in labels for line in lines), default=0)
 
 
-def _width(texts: Sequence[Sequence[str]], size: int) -> int:
-    return max((int(_font(size).getlength(line)) + 1 for lines in texts for line in lines), default=0)
+def _height(labels: Sequence[Lines], size: int) -> int:
+    return (size + 4) * max(map(len, labels), default=0)
 
 
-def _height(texts: Sequence[Sequence[str]], size: int) -> int:
-    return (size + 4) * max(map(len, texts), default=0)
-
-
-def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], x: float, y: float, size: int, anchor: str) -> None:
+def _write(draw: ImageDraw.ImageDraw, lines: Lines, x: float, y: float, size: int, anchor: str) -> None:
     """Lines of text from y downward."""
     for number, line in enumerate(lines):
         draw.text((x, y + (number + 0.5) * (size + 4)), line, fill=INK, font=_font(size), anchor=anchor)

@@ -1,63 +1,54 @@
 """Pages: one HTML file with everything in it, no scripts, nothing fetched. Same input, same bytes."""
 
+import math
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from io import BytesIO
-from os import PathLike
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pandas import DataFrame
 from PIL import Image
 
-from ldm.report.grid import as_image
-from ldm.report.numbers import shown
+from ldm.data.images import from_array, to_png
+from ldm.report.plots import differences
 
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-)
-TEMPLATES.filters["shown"] = shown
+SHOWN = 3  # images that gain most, and as many that lose most, on the page of a decision
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A PNG on disk and what it shows."""
-
-    title: str
-    caption: str
-    png_path: Path
-
-
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    about: str,
-    samples: Sequence[tuple[np.ndarray, str]],
-    values: Sequence[Any],
-    figures: Sequence[Figure],
-    settings: Mapping[str, Any],
-) -> None:
-    """Write the report of an evaluation: `samples`, uint8 (C, H, W) with prompts, then `values` (`ldm.evaluation.value`)."""
-    tiles = [(_data_url(_png(image)), max(image.shape) < 64, prompt) for image, prompt in samples]
-    pictures = [(figure, _data_url(figure.png_path.read_bytes()), Image.open(figure.png_path).size) for figure in figures]
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    write_page(path, "report.html", title=title, about=about, tiles=tiles, values=values, pictures=pictures, settings=text)
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Fill in a page of `templates/`. Pictures are PNG files, or uint8 pixels (C, H, W)."""
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    as_yaml = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
+    environment.filters |= {"embedded": _embedded, "opened": Image.open, "as_yaml": as_yaml}
+    text = environment.get_template(template).render(values)
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def write_page(path: str | PathLike[str], template: str, **values: Any) -> None:
-    text = TEMPLATES.get_template(template).render(values)
-    Path(path).write_text(text, encoding="utf-8", newline="\n")
+def decision_page(path: Path, decision: Any, frame: DataFrame | None, *, challenger: str, champion: str | None) -> None:
+    """Write a decision, an `ldm.evaluation.gate.Decision`: what was decided and why, then the numbers.
+
+    `frame` has one row per image key and the columns `challenger` and `champion` (nats), or is None where nothing
+    was compared. `challenger` and `champion` are the models' names, e.g. "ldm version 7".
+    """
+    values: dict[str, Any] = {"compared": False}
+    if frame is not None and champion is not None and math.isfinite(decision.mean):
+        gains = (frame.challenger - frame.champion).sort_values(kind="stable", ascending=False)
+        keys = list(dict.fromkeys([*gains.index[:SHOWN], *gains.index[-SHOWN:]]))
+        values = {
+            "compared": True,
+            "bits": abs(decision.mean) / math.log(2),
+            "share": abs(decision.mean / float(frame.champion.mean())),
+            "better": float((gains > 0).mean()),
+            "changes": [(key, gains[key], frame.challenger[key], frame.champion[key]) for key in keys],
+            "chart": differences(gains.to_numpy(), x_label="improvement, nats"),
+        }
+    write_page(path, "decision.html", decision=decision, challenger=challenger, champion=champion, **values)
 
 
-def _png(image: np.ndarray) -> bytes:
-    file = BytesIO()
-    as_image(image).save(file, "PNG", optimize=True)
-    return file.getvalue()
-
-
-def _data_url(png: bytes) -> str:
+def _embedded(picture: Path | np.ndarray) -> str:
+    png = picture.read_bytes() if isinstance(picture, Path) else to_png(from_array(picture))
     return f"data:image/png;base64,{b64encode(png).decode()}"

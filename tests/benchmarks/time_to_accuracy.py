@@ -34,8 +34,8 @@ from ldm.data.latents import Latents, open_latents, write_latents
 from ldm.data.reader import ShardReader
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.recipe import Recipe
-from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.evaluation import balanced, labelled
+from ldm.evaluation.metrics.prompt_accuracy import fit_classifier
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import Autoencoder
 from ldm.nets.text.encoder import TextEncoder, trim
@@ -69,11 +69,11 @@ class Exam:
     """The prompts, and the classifier of what is drawn for them."""
 
     prompts: pd.DataFrame
-    classifier: Classifier
+    classifier: Any
 
     def look(self, images_seen: int, watch: Stopwatch, sample: Callable[[list[str]], np.ndarray]) -> Point:
         drawn = sample(self.prompts.text.tolist())
-        point = Point(images_seen, watch.total, self.classifier.accuracy(drawn, self.prompts.label.to_numpy()))
+        point = Point(images_seen, watch.total, self.classifier.score(drawn, self.prompts.label.to_numpy()))
         print(point, flush=True)
         return point
 
@@ -81,7 +81,7 @@ class Exam:
 def exam(train: ShardReader, samples: int) -> Exam:
     labels = labelled(train.captions)
     assert labels is not None
-    return Exam(balanced(labels, samples), Classifier.fit(train.images(range(len(train))), train.captions.label.to_numpy()))
+    return Exam(balanced(labels, samples), fit_classifier(train.images(range(len(train))), train.captions.label.to_numpy()))
 
 
 def first(points: list[Point]) -> Point | None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from ldm.base.errors import InputError
 from ldm.base.options import OneOf, kinds
-from ldm.evaluation.evaluation import Evaluation, Features, balanced, labelled
+from ldm.evaluation.evaluation import Evaluation, balanced, labelled
 from ldm.evaluation.features.pca import Pca
 from ldm.evaluation.metrics.frechet import Frechet, frechet_distance
 from ldm.evaluation.metrics.kernel import Kernel, kernel_distance
@@ -116,13 +116,26 @@ def test_distances_compare_as_many_samples_as_test_images_in_a_space_fitted_to_t
     assert Frechet(features=Pca(dim=500)).measure(given)[0].title == "FD-pca39"  # fewer dimensions than samples
 
 
-def test_a_frechet_distance_of_too_few_images_says_what_to_change() -> None:
-    given = evaluation()
-    given._features[Pca()] = Features("large", *np.zeros((3, 40, 2048)))
+def test_too_few_images_for_a_frechet_distance_are_found_before_samples_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = evaluation(sample=None)  # it cannot draw
+    for metric in (Frechet(), Kernel(), Psnr(), PromptAccuracy(), VarianceRatio(), Latents()):
+        metric.check(given)
+    monkeypatch.setattr(Pca, "build", lambda *_: ("large", lambda images: np.zeros((len(images), 2048))))
+    given = evaluation(sample=None)
+    Kernel().check(given)
     with pytest.raises(
-        InputError, match=r"evaluate.metrics: fd needs more images than dimensions, found N = 40, d = 2048 in large"
+        InputError, match=r"evaluate.metrics: fd needs more images than dimensions, found N = 40, d = 2048 in large; raise"
     ):
-        Frechet().measure(given)
+        Frechet().check(given)
+
+
+def test_features_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any) -> Any:
+        return "broken", lambda images: np.where(np.arange(len(images))[:, None] == 4, np.nan, np.zeros((len(images), 3)))
+
+    monkeypatch.setattr(Pca, "build", build)
+    with pytest.raises(InputError, match=r"evaluate.metrics: the features broken of image 4 are not finite"):
+        Kernel().measure(evaluation())
 
 
 def test_prompt_accuracy_counts_samples_that_show_what_their_prompts_say() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from ldm.evaluation.features.pca import Pca, averaged_down, fit_pca
+from ldm.evaluation.features.pca import Pca, flat
 
 RANDOM = np.random.default_rng(0)
 
@@ -17,7 +17,7 @@ def images(n: int, shape: tuple[int, int, int] = (1, 8, 8)) -> np.ndarray:
 
 def test_pca_equals_scikit_learns() -> None:
     real, new = images(120), images(30)
-    pca = fit_pca(real, 10)
+    _, pca = Pca(dim=10).build(real, 119)
     peer = PCA(10, svd_solver="full").fit(real.reshape(120, -1) / 255)
     np.testing.assert_allclose(pca(new), peer.transform(new.reshape(30, -1) / 255), atol=1e-10)
     assert pca(new).dtype == np.float64
@@ -29,19 +29,20 @@ def test_the_dimension_is_what_the_images_allow() -> None:
         name, extract = Pca(dim=dim).build(real, most)
         assert name == f"pca{found}" and extract(new).shape == (5, found)
     assert Pca(dim=100).build(images(90, (1, 4, 4)), 80)[0] == "pca16"
+    assert Pca(dim=2000).build(images(1030, (1, 64, 64)), 1029)[0] == "pca1024"  # of 32 x 32 averages
 
 
 def test_signs_and_order_do_not_depend_on_the_order_of_images() -> None:
     real, new = images(60), images(5)
     reordered = real[RANDOM.permutation(60)]
-    np.testing.assert_allclose(fit_pca(real, 6)(new), fit_pca(reordered, 6)(new), atol=1e-9)
+    first, second = (Pca(dim=6).build(images, 59)[1] for images in (real, reordered))
+    np.testing.assert_allclose(first(new), second(new), atol=1e-9)
 
 
 @pytest.mark.parametrize(("size", "side"), [(32, 16), (10, 4), (7, 3), (5, 8)])
 def test_averaging_down_by_hand(size: int, side: int) -> None:
     picture = images(2, (3, size, size + 1))
-    small = averaged_down(picture, side)
-    assert small.shape == (2, 3, min(size, side), min(size + 1, side))
+    small = flat(picture, side).reshape(2, 3, min(size, side), min(size + 1, side))
     rows, columns = ([n * i // min(n, side) for i in range(min(n, side) + 1)] for n in (size, size + 1))
     block = picture[1, 2, rows[1] : rows[2], columns[2] : columns[3]]
     assert small[1, 2, 1, 2] == pytest.approx(block.mean() / 255)
@@ -49,21 +50,22 @@ def test_averaging_down_by_hand(size: int, side: int) -> None:
 
 def test_large_images_are_averaged_down_first() -> None:
     large = images(20, (3, 80, 70))
-    small = np.stack([averaged_down(large, 32)[i] for i in range(20)]).reshape(20, -1)
+    small = np.concatenate([flat(large[i : i + 1], 32) for i in range(20)])
     assert small.shape == (20, 3 * 32 * 32)
-    np.testing.assert_allclose(fit_pca(large, 4)(large), PCA(4, svd_solver="full").fit_transform(small), atol=1e-10)
+    _, pca = Pca(dim=4).build(large, 19)
+    np.testing.assert_allclose(pca(large), PCA(4, svd_solver="full").fit_transform(small), atol=1e-10)
 
 
-@pytest.mark.parametrize("dim", [0, 20, 65])
-def test_impossible_dimensions_are_refused(dim: int) -> None:
-    with pytest.raises(ValueError, match=f"{dim} components of 20 images of 64 pixels"):
-        fit_pca(images(20), dim)
+@pytest.mark.parametrize("most", [0, 20, 65])
+def test_impossible_dimensions_are_refused(most: int) -> None:
+    with pytest.raises(ValueError, match=f"{min(most, 64)} components of 20 images"):
+        Pca(dim=100).build(images(20), most)
 
 
 def test_wrong_images_are_refused() -> None:
-    pca = fit_pca(images(20), 4)
+    _, pca = Pca(dim=4).build(images(20), 19)
     as_floats: Any = images(3) / 255.0
-    with pytest.raises(ValueError, match=r"\(1, 8, 8\), found \(1, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"\(3,16\) \(64,\)"):
         pca(images(3, (1, 4, 4)))
     with pytest.raises(ValueError, match="uint8 images"):
         pca(as_floats)

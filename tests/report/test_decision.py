@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from ldm.evaluation.gate import Decision, decide
-from ldm.report.decision import decision_page
+from ldm.report.page import decision_page
 
 RANDOM = np.random.default_rng(0)
 

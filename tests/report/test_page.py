@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm.evaluation.value import Value
-from ldm.report.numbers import shown
-from ldm.report.page import Figure, write_report
+from ldm.report.page import write_page
 
 
 def value(name: str, number: float, title: str, **more: Any) -> Value:
@@ -65,10 +64,11 @@ def write(folder: Path, **changes: Any) -> str:
         "about": "Measured on 178 test images.",
         "samples": [(np.full((1, 8, 8), 7, np.uint8), "a seven"), (np.full((3, 80, 80), 9, np.uint8), "a nine")],
         "values": VALUES,
-        "figures": [Figure("Curves", "Against images seen.", png)],
+        "pictures": {"train_vae": png},
+        "warning": None,
         "settings": {"seed": 7, "unet": {"channels": (64, 128), "lr": 0.0003141592653}},
     }
-    write_report(folder / "report.html", **(given | changes))
+    write_page(folder / "report.html", "report.html", **(given | changes))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -83,7 +83,7 @@ def test_samples_come_first_then_headline_numbers_then_details(tmp_path: Path) -
         "PSNR 31.27 dB",
         "prompt accuracy 98.5%",
         "something new 0.001235",
-        "Against images seen.",
+        "Training the autoencoder Mean loss since the last point, against images seen.",
         "All numbers",
         "the bound -1,665 nats How to read the bound. nats",
         "seed: 7",
@@ -125,17 +125,17 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
         about=nasty,
         samples=[(np.zeros((1, 8, 8), np.uint8), nasty)],
         values=[value(nasty, 1.0, nasty, unit="nasty", note=nasty, headline=True)],
-        figures=[Figure(nasty, nasty, tmp_path / "figure.png")],
+        pictures={"latent_channels": tmp_path / "figure.png"},
+        warning=nasty,
         settings={"nasty": nasty},
     )
     reader = Reader(source)
     assert "script" not in {tag for tag, _ in reader.tags}
     assert reader.text.count(nasty) >= 10
-    assert [attributes["alt"] for tag, attributes in reader.tags if tag == "img"][-1] == nasty
 
 
 def test_a_number_that_is_not_finite_is_a_dash(tmp_path: Path) -> None:
-    text = Reader(write(tmp_path, values=[value("nats", math.nan, "the bound", headline=True)], figures=[], settings={})).text
+    text = Reader(write(tmp_path, values=[value("nats", math.nan, "the bound", headline=True)], pictures={}, settings={})).text
     assert "the bound – How to read" in text
     for word in ("PSNR", "nan", "None"):
         assert word not in text
@@ -157,7 +157,7 @@ def test_a_number_that_is_not_finite_is_a_dash(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_are_as_exact_as_they_are_known(number: float, error: float | None, unit: str, expected: tuple[str, str]) -> None:
-    assert shown(value("x", number, "title", error=error, unit=unit)) == expected
+    assert value("x", number, "title", error=error, unit=unit).shown() == expected
 
 
 def test_same_input_same_bytes_and_no_paths(tmp_path: Path) -> None:
@@ -170,5 +170,5 @@ def test_same_input_same_bytes_and_no_paths(tmp_path: Path) -> None:
 
 def test_a_missing_picture_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
-        write(tmp_path, figures=[Figure("Samples", "", tmp_path / "gone.png")])
+        write(tmp_path, pictures={"reconstructions": tmp_path / "gone.png"})
     assert not (tmp_path / "report.html").exists()

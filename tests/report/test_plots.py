@@ -115,7 +115,7 @@ def test_wrong_label_counts_and_images_are_refused(tmp_path: Path) -> None:
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:
     images = noise(4, 1, 8, 8)
-    frame = pd.DataFrame({"images_seen": [0, 64, 128], "loss": [9.0, 3.0, 0.5], "val": [np.nan, 4.0, np.nan]})
+    frame = pd.DataFrame({"images": [0, 64, 128], "loss": [9.0, 3.0, 0.5], "val": [np.nan, 4.0, np.nan]})
     for name, size in (("a", 10), ("b", 20)):
         matplotlib.rcParams["font.size"] = size  # a reader's own matplotlibrc
         image_grid(images, 2, tmp_path / f"{name}-grid.png", row_labels=["seven", "8"])
@@ -131,12 +131,12 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
 
 
 def test_curves_draw_something_and_name_a_missing_column(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"images_seen": range(100), "loss": np.linspace(-1, 1, 100)})
-    loss_curves(frame, tmp_path / "loss.png", title="Loss", columns=["loss"])
+    frame = pd.DataFrame({"images": range(100), "loss": np.linspace(-1, 1, 100)})
+    loss_curves(frame, tmp_path / "loss.png", title="Loss", columns=["loss"], y_label="")
     picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
     assert (picture != 255).any()
     with pytest.raises(KeyError, match="kl"):
-        loss_curves(frame, tmp_path / "x.png", title="Loss", columns=["kl"])
+        loss_curves(frame, tmp_path / "x.png", title="Loss", columns=["kl"], y_label="")
 
 
 def test_rates_are_sorted_into_labelled_curves_over_lines_of_equal_sum(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -1,17 +1,12 @@
 """The kernel distance of samples to real images, in a feature space."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from ldm.base.options import OneOf
-from ldm.evaluation.features.feature_space import FeatureSpace, checked
+from ldm.evaluation.features.feature_space import FeatureSpace
 from ldm.evaluation.features.pca import Pca
-from ldm.evaluation.metrics.metric import Metric
+from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
 from ldm.evaluation.value import Value
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from ldm.evaluation.evaluation import Evaluation
 
 
 class Kernel(Metric):
@@ -21,15 +16,14 @@ class Kernel(Metric):
     name: str = "kd"  # another one for a second feature space
     features: Annotated[FeatureSpace, OneOf()] = Pca()
 
-    def measure(self, evaluation: "Evaluation") -> list[Value]:
+    def measure(self, evaluation: Evaluation) -> list[Value]:
         found = evaluation.features(self.features)
         value, error = kernel_distance(found.samples, found.test)
         reading = "Kernel distance (MMD², cubic kernel) of samples to test images. Lower is better; 0 is as good as real images."
-        title = f"KD-{found.name}"
-        return [Value(name=self.name, value=value, error=error, unit="", title=title, reading=reading, note=found.size)]
+        return [Value(name=self.name, value=value, error=error, title=f"KD-{found.name}", reading=reading, note=found.size)]
 
 
-def kernel_distance(a: "np.ndarray", b: "np.ndarray") -> tuple[float, float]:
+def kernel_distance(a: Array, b: Array) -> tuple[float, float]:
     """Unbiased squared MMD of features (N, d) with the kernel (x·y/d + 1)³, and its standard error.
 
     "KID", Bińkowski et al. 2018. `a` and `b` must be independent samples. The standard error is a jackknife over both; it
@@ -37,20 +31,19 @@ def kernel_distance(a: "np.ndarray", b: "np.ndarray") -> tuple[float, float]:
     """
     import numpy as np
 
-    a, b = checked(a, b)
     m, n = len(a), len(b)
     if min(m, n) < 3:
         raise ValueError(f"a kernel distance needs at least 3 samples on both sides, found {m} and {n}")
     in_a, in_b, cross = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     np.fill_diagonal(in_a, 0)
     np.fill_diagonal(in_b, 0)
+
+    def mmd(sum_a: Any, sum_b: Any, sum_cross: Any, m: int, n: int) -> Any:
+        """From the kernel summed over pairs within m, within n and across; floats, or arrays of leave-one-out sums."""
+        return sum_a / (m * (m - 1)) + sum_b / (n * (n - 1)) - 2 * sum_cross / (m * n)
+
     sum_a, sum_b, sum_cross = in_a.sum(), in_b.sum(), cross.sum()
-    without_a = _mmd(sum_a - 2 * in_a.sum(axis=1), sum_b, sum_cross - cross.sum(axis=1), m - 1, n)
-    without_b = _mmd(sum_a, sum_b - 2 * in_b.sum(axis=1), sum_cross - cross.sum(axis=0), m, n - 1)
+    without_a = mmd(sum_a - 2 * in_a.sum(axis=1), sum_b, sum_cross - cross.sum(axis=1), m - 1, n)
+    without_b = mmd(sum_a, sum_b - 2 * in_b.sum(axis=1), sum_cross - cross.sum(axis=0), m, n - 1)
     variance = (m - 1) * without_a.var() + (n - 1) * without_b.var()
-    return float(_mmd(sum_a, sum_b, sum_cross, m, n)), float(np.sqrt(variance))
-
-
-def _mmd(sum_a: Any, sum_b: Any, sum_cross: Any, m: int, n: int) -> Any:
-    """From the kernel summed over pairs within m, within n and across; floats, or arrays of leave-one-out sums."""
-    return sum_a / (m * (m - 1)) + sum_b / (n * (n - 1)) - 2 * sum_cross / (m * n)
+    return float(mmd(sum_a, sum_b, sum_cross, m, n)), float(np.sqrt(variance))

@@ -1,12 +1,9 @@
 """What the autoencoder's latents carry, channel by channel."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from ldm.evaluation.metrics.metric import Metric
+from ldm.evaluation.metrics.metric import Evaluation, Metric
 from ldm.evaluation.value import Value
-
-if TYPE_CHECKING:
-    from ldm.evaluation.evaluation import Evaluation
 
 READINGS = {  # of the names of `ldm.bayes.diagnostics.Diagnostics.metrics`: unit, title, how to read it
     "active_units": ("", "active units", "Latent units whose posterior mean varies between images by more than 0.01."),
@@ -28,7 +25,7 @@ class Latents(Metric):
 
     kind: Literal["latents"] = "latents"
 
-    def measure(self, evaluation: "Evaluation") -> list[Value]:
+    def measure(self, evaluation: Evaluation) -> list[Value]:
         values = []
         for name, value in evaluation.latents.metrics().items() if evaluation.latents else ():
             about, _, channel = name.partition("_channel_")

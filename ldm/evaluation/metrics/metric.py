@@ -1,18 +1,27 @@
 """The base class of what `evaluate.metrics` can list."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.base.options import Choice
 from ldm.evaluation.value import Value
 
 if TYPE_CHECKING:
-    from ldm.evaluation.evaluation import Evaluation
+    import numpy as np
+
+    from ldm.evaluation.evaluation import Evaluation as Evaluation
+
+    Array = np.ndarray
+else:
+    Array = Evaluation = Any  # for annotations: the command line reads metrics without the libraries that measure
 
 
 class Metric(Choice):
     """Measures the trained system. A subclass has its own options."""
 
+    def check(self, evaluation: Evaluation) -> None:
+        """Called before any sample is drawn: raise an `InputError` if real images alone show that `measure` would fail."""
+
     @abstractmethod
-    def measure(self, evaluation: "Evaluation") -> list[Value]:
+    def measure(self, evaluation: Evaluation) -> list[Value]:
         """The measured numbers; none where the metric does not apply, as one of labels to images without labels."""

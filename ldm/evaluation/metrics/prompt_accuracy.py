@@ -1,14 +1,12 @@
 """Do samples show what their prompts ask for?"""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from ldm.evaluation.metrics.metric import Metric
+from ldm.evaluation.features.pca import flat
+from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
 from ldm.evaluation.value import Value, described
 
-if TYPE_CHECKING:
-    from ldm.evaluation.evaluation import Evaluation
-
-
+SIDE = 16  # the classifier sees images averaged down to at most this many pixels
 ABOUT = {  # unit, title, how to read it
     "prompt_accuracy": (
         "share", "prompt accuracy",
@@ -24,19 +22,32 @@ ABOUT = {  # unit, title, how to read it
 
 
 class PromptAccuracy(Metric):
-    """Share of samples that a classifier, trained on real training images only, gives the label of their prompt.
-
-    Needs captions with labels.
-    """
+    """Share of samples that a classifier gives the label of their prompt. Needs captions with labels."""
 
     kind: Literal["prompt_accuracy"] = "prompt_accuracy"
 
-    def measure(self, evaluation: "Evaluation") -> list[Value]:
-        if (classifier := evaluation.classifier) is None:
+    def measure(self, evaluation: Evaluation) -> list[Value]:
+        if evaluation.labelled is None:
             return []
-        real = classifier.accuracy(evaluation.test_images, evaluation.test_labels)
-        accuracy = classifier.accuracy(evaluation.samples, evaluation.prompts.label)
+        classifier = fit_classifier(evaluation.train_images, evaluation.train_labels)
+        real = classifier.score(evaluation.test_images, evaluation.test_labels)
+        accuracy = classifier.score(evaluation.samples, evaluation.prompts.label)
         numbers = {"prompt_accuracy": accuracy, "classifier_accuracy": real}
         if (unseen := evaluation.unseen_prompts) is not None:
-            numbers["unseen_prompt_accuracy"] = classifier.accuracy(evaluation.unseen_samples, unseen.label)
+            numbers["unseen_prompt_accuracy"] = classifier.score(evaluation.unseen_samples, unseen.label)
         return described(numbers, ABOUT, {"prompt_accuracy": f"real test images: {real:.1%}", "unseen_prompt_accuracy": ""})
+
+
+def fit_classifier(images: Array, labels: Any) -> Any:
+    """A support vector machine on pixels of real images, uint8 (N, C, H, W), with labels (N,) of any sortable type.
+
+    Its `score(images, labels)` is the share of images that it gives their label.
+    """
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer
+    from sklearn.svm import SVC
+
+    pixels = flat(images, SIDE)
+    # twice scikit-learn's "scale": chosen on digits, where 8, 16 and 32 pixels a side all give 99 %
+    gamma = 2 / (pixels.shape[1] * (pixels.var() or 1.0))
+    return make_pipeline(FunctionTransformer(flat, kw_args={"side": SIDE}), SVC(C=10.0, gamma=gamma)).fit(images, labels)

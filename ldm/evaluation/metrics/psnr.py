@@ -1,26 +1,21 @@
 """How closely the autoencoder alone reconstructs images."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from ldm.evaluation.metrics.metric import Metric
+from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
 from ldm.evaluation.value import Value
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from ldm.evaluation.evaluation import Evaluation
 
 
 class Psnr(Metric):
     kind: Literal["psnr"] = "psnr"
 
-    def measure(self, evaluation: "Evaluation") -> list[Value]:
+    def measure(self, evaluation: Evaluation) -> list[Value]:
         value = float(psnr(evaluation.test_images, evaluation.reconstructions).mean())
         reading = "How closely the autoencoder alone reconstructs test images. Higher is better."
         return [Value(name="psnr", value=value, unit="dB", title="PSNR", reading=reading, headline=True)]
 
 
-def psnr(images: "np.ndarray", reconstructions: "np.ndarray") -> "np.ndarray":
+def psnr(images: Array, reconstructions: Array) -> Array:
     """Peak signal-to-noise ratio in dB of each pair of 8-bit images (N, C, H, W) -> (N,).
 
     An identical pair would be infinite; it gets the value of a pair that differs by one level in one value,
@@ -28,13 +23,9 @@ def psnr(images: "np.ndarray", reconstructions: "np.ndarray") -> "np.ndarray":
     """
     import numpy as np
 
-    images, reconstructions = np.asarray(images), np.asarray(reconstructions)
     if images.shape != reconstructions.shape or {images.dtype, reconstructions.dtype} != {np.dtype(np.uint8)}:
-        raise ValueError(
-            f"expected uint8 images of one shape, found {images.dtype} {images.shape} "
-            f"and {reconstructions.dtype} {reconstructions.shape}"
-        )
+        found = " and ".join(f"{side.dtype} {side.shape}" for side in (images, reconstructions))
+        raise ValueError(f"expected uint8 images of one shape, found {found}")
     difference = (images.astype(np.float64) - reconstructions).reshape(len(images), -1)
     squared = (difference**2).sum(axis=1).clip(min=1)
-    decibels: np.ndarray = 10 * np.log10(255**2 * difference.shape[1] / squared)
-    return decibels
+    return np.asarray(10 * np.log10(255**2 * difference.shape[1] / squared))
