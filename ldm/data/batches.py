@@ -1,13 +1,12 @@
 """Batches of images in an order that is a function of (seed, epoch, position): training can resume at any position."""
 
 import itertools
-import math
 from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from ldm.base.errors import InputError
 from ldm.base.randomness import seed_for
@@ -121,36 +120,33 @@ class Batches:
     ):  # fmt: skip
         self.workers, self.rank, self.ranks = workers, rank, ranks
         self._images = _Images(reader, seed, shuffle, flip)
-        self._stream: Iterator[torch.Tensor | InputError] | None = None
-        self._next: tuple[int, int] | None = None
+        self._stream: Iterator[torch.Tensor | InputError] = iter(())
+        self._next: tuple[int, int] | None = None  # position and size of the batch that the stream gives next
 
     def at(self, position: int, batch_size: int) -> torch.Tensor:
         """This rank's part of the `batch_size` images at a global position, uint8 (batch_size / ranks, C, H, W).
 
         Batches in sequence are cheapest. Raises `InputError`, naming the sample, if one cannot be decoded.
         """
-        if self._stream is None or self._next != (position, batch_size):
-            self._stream = self._read(position, batch_size)
-        self._next = position + batch_size, batch_size
+        if self._next != (position, batch_size):
+            share = batch_size // self.ranks
+            spans = ((start, share) for start in itertools.count(position + self.rank * share, batch_size))
+            generator = torch.Generator()  # else the loader would draw a seed for its workers from the global state
+            ahead = AHEAD if self.workers else None
+            loader = DataLoader(
+                self._images, None, sampler=spans, num_workers=self.workers, prefetch_factor=ahead, generator=generator
+            )
+            self._stream = iter(loader)
         batch = next(self._stream)
         if isinstance(batch, InputError):
-            self._stream = None
+            self._next = None
             raise batch
+        self._next = position + batch_size, batch_size
         return batch
-
-    def _read(self, position: int, batch_size: int) -> Iterator[torch.Tensor | InputError]:
-        share = batch_size // self.ranks
-        spans = zip(itertools.count(position + self.rank * share, batch_size), itertools.repeat(share), strict=False)
-        if not self.workers:
-            return (self._images[span] for span in spans)
-        generator = torch.Generator()  # else the loader would draw a seed for its workers from the global state
-        return iter(
-            DataLoader(self._images, None, sampler=spans, num_workers=self.workers, prefetch_factor=AHEAD, generator=generator)
-        )
 
 
 class _Images(Dataset[torch.Tensor | InputError]):
-    """Images by span of global positions. Errors are returned: torch would wrap a worker's error in its traceback."""
+    """Images by span (first global position, count). Errors are returned: torch would wrap a worker's in its traceback."""
 
     def __init__(self, reader: ShardReader, seed: int, shuffle: str, flip: bool):
         self.reader, self.seed, self.flip = reader, seed, flip
@@ -159,15 +155,9 @@ class _Images(Dataset[torch.Tensor | InputError]):
             self.order = partial(order_by_shard, seed, tuple(len(positions) for _, positions in reader.shard_positions()))
 
     def __getitem__(self, span: tuple[int, int]) -> torch.Tensor | InputError:
-        p = self.reader.preprocessing
-        out = None
-        if get_worker_info():  # straight into memory that the main process shares, as torch's own collation does
-            shape = span[1], p.image_size, p.image_size, p.channels
-            shared = torch.UntypedStorage._new_shared(math.prod(shape))
-            out = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+        margin = self.reader.preprocessing.margin
+        chosen = crops(self.seed, *span, margin, self.flip) if margin or self.flip else None
         try:
-            chosen = crops(self.seed, *span, p.margin, self.flip) if p.margin or self.flip else None
-            images = self.reader.images(self.order(*span), chosen, None if out is None else out.numpy())
-            return torch.from_numpy(images) if out is None else out.permute(0, 3, 1, 2)
+            return torch.from_numpy(self.reader.images(self.order(*span), chosen))
         except InputError as error:
             return error

@@ -26,52 +26,51 @@ SHEET, TILE = 48, 96  # images of a contact sheet, and the side of each in pixel
 def check_shards(folder: Path) -> Iterator[str]:
     """Every difference between a shard folder and its index, a line each: hashes, sizes, offsets, images, further files."""
     try:
-        yield from _differences(folder)
+        readers = {split: open_shards(folder, split) for split in SPLITS}
+        index = readers["train"].index
+        expected = {entry["name"]: entry for entry in index["shards"]} | index["files"]
+        damaged = {}
+        for name, entry in expected.items():
+            path = folder / name
+            if not path.is_file():
+                damaged[name] = "missing"
+            elif path.stat().st_size != entry["bytes"]:
+                damaged[name] = f"{path.stat().st_size} bytes, the index says {entry['bytes']}"
+            elif file_hash(path) != entry["sha256"]:
+                damaged[name] = "its sha256 is not that of the index"
+        further = {path.name for path in folder.iterdir()} - {"index.json", *expected}
+        damaged |= dict.fromkeys(sorted(further), "not in the index")
+        yield from (f"{folder / name}: {problem}" for name, problem in damaged.items())
+        for reader in readers.values() if "offsets.npy" not in damaged else ():
+            yield from _check_split(reader, folder)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         yield f"{folder / 'index.json'}: damaged ({type(error).__name__}: {error})"
 
 
-def _differences(folder: Path) -> Iterator[str]:
-    readers = {split: open_shards(folder, split) for split in SPLITS}
-    index = readers["train"].index
-    offsets_are_sound = True
-    for entry in [*index["shards"], *({"name": name, **file} for name, file in index["files"].items())]:
-        path = folder / entry["name"]
-        if not path.is_file():
-            yield f"{path}: missing"
-        elif path.stat().st_size != entry["bytes"]:
-            yield f"{path}: {path.stat().st_size} bytes, the index says {entry['bytes']}"
-        elif file_hash(path) != entry["sha256"]:
-            yield f"{path}: its sha256 is not that of the index"
-            offsets_are_sound &= entry["name"] != "offsets.npy"
-    known = {"index.json", *index["files"], *(shard["name"] for shard in index["shards"])}
-    yield from (f"{folder / name}: not in the index" for name in sorted({path.name for path in folder.iterdir()} - known))
-    for split, reader in readers.items() if offsets_are_sound else ():
-        counted = {shard["name"]: len(positions) for shard, positions in reader.shard_positions()}
-        for shard in index["shards"]:
-            found = counted.get(shard["name"])
-            if shard["split"] == split and found != shard["count"]:
-                yield f"{folder / 'offsets.npy'}: {found or 0} samples of {shard['name']}, the index says {shard['count']}"
-        for shard, positions in reader.shard_positions():
-            yield from _check_shard(reader, folder / shard["name"], positions)
-
-
-def _check_shard(reader: ShardReader, path: Path, positions: range) -> Iterator[str]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = {(member.offset_data, member.size) for member in tar}
-    except (OSError, tarfile.TarError) as error:
-        yield f"{path}: not a readable tar: {error}"
-        return
-    for position in positions:
-        _, *places = reader.offsets(position)
-        for part, offset, size in zip(PARTS, places[::2], places[1::2], strict=True):
-            if (offset, size) not in members:
-                yield f"{path}: no file of {size} bytes at {offset}, where offsets.npy has the {part} of sample {position}"
+def _check_split(reader: ShardReader, folder: Path) -> Iterator[str]:
+    shards = reader.shard_positions()
+    counted = {shard["name"]: len(positions) for shard, positions in shards}
+    for shard in reader.index["shards"]:
+        found = counted.get(shard["name"], 0)
+        if shard["split"] == reader.split and found != shard["count"]:
+            yield f"{folder / 'offsets.npy'}: {found} samples of {shard['name']}, the index says {shard['count']}"
+    for shard, positions in shards:
+        path = folder / shard["name"]
         try:
-            reader[position]
-        except (InputError, ValueError) as error:
-            yield str(error)
+            with tarfile.open(path, "r:") as tar:
+                members = {(member.offset_data, member.size) for member in tar}
+        except (OSError, tarfile.TarError) as error:
+            yield f"{path}: not a readable tar: {error}"
+            continue
+        for position in positions:
+            places = reader.offsets[position, 1:].reshape(-1, 2).tolist()
+            for part, (offset, size) in zip(PARTS, places, strict=True):
+                if (offset, size) not in members:
+                    yield f"{path}: no file of {size} bytes at {offset}, where offsets.npy has the {part} of sample {position}"
+            try:
+                reader[position]
+            except (InputError, ValueError) as error:
+                yield str(error)
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,9 @@ def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) ->
     if (folder / "index.json").is_file():
         return _inspect_shards(folder)
     collection = read_collection(folder)
-    look = partial(_size, min_side=min_side, max_pixels=max_pixels)
+    size = partial(_size, min_side=min_side, max_pixels=max_pixels)
     with processes(min(default_workers(), len(collection.places) // IMAGES_PER_WORKER)) as run:
-        sizes = pd.DataFrame(run(look, collection.places), columns=["width", "height", "bytes", "reason"])
+        sizes = pd.DataFrame(run(size, collection.places), columns=["width", "height", "bytes", "reason"])
     frame = pd.concat([collection.table, sizes], axis=1)
     refused = pd.DataFrame(collection.refused.items(), columns=["file_name", "reason"])
     unreadable = pd.concat([refused, frame.loc[frame.reason != "", ["file_name", "reason"]]], ignore_index=True)
@@ -124,15 +123,10 @@ def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) ->
 
 def _inspect_shards(folder: Path) -> Inventory:
     readers = [open_shards(folder, split) for split in SPLITS]
-    parts, tiles = [], []
-    for reader in readers:
-        side = reader.preprocessing.side
-        sizes = [reader.offsets(i)[2] for i in range(len(reader))]
-        parts.append(reader.captions.assign(width=side, height=side, bytes=sizes, split=reader.split))
-    starts = np.cumsum([0, *map(len, readers)])
-    for i in _drawn(int(starts[-1])):
-        number = int(np.searchsorted(starts, i, side="right")) - 1
-        tiles.append(_tile(from_array(readers[number].images([i - starts[number]])[0])))
+    side = readers[0].preprocessing.side
+    parts = [r.captions.assign(width=side, height=side, bytes=r.offsets[:, 2], split=r.split) for r in readers]
+    images = [(reader, i) for reader in readers for i in range(len(reader))]
+    tiles = [_tile(from_array(reader.images([i])[0])) for reader, i in (images[drawn] for drawn in _drawn(len(images)))]
     quarantined = pd.read_csv(folder / "quarantine.csv", dtype=str, keep_default_na=False)
     return Inventory(pd.concat(parts, ignore_index=True), quarantined, readers[0].index["ignored"], np.array(tiles))
 

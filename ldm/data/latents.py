@@ -7,7 +7,7 @@ folder also has `empty.safetensors` (the embedded empty caption) and `manifest.j
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +29,9 @@ Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # texts -> token embedding
 
 
 def write_latents(
-    readers: dict[str, ShardReader],
-    out: Path,
-    encode: Encode,
-    embed: Embed,
-    identity: dict[str, Any],
-    progress: Callable[[int], None],
-    *,
-    store: Path,
-    code: str,
-    flip: bool = False,
-    batch_size: int = 256,
-) -> tuple[dict[str, Any], int]:
+    readers: dict[str, ShardReader], out: Path, encode: Encode, embed: Embed, identity: dict[str, Any],
+    progress: Callable[[int], None], *, store: Path, code: str, flip: bool = False, batch_size: int = 256,
+) -> tuple[dict[str, Any], int]:  # fmt: skip
     """Encode all images and captions of `readers` (by split) to `out`, all or nothing.
 
     Returns the manifest and how many files came from the store. `identity` (hashes of the autoencoder, of the text encoder, …)
@@ -61,14 +52,17 @@ def write_latents(
                 key = content_hash(canonical_json({**made_from, "shard": shard["sha256"]}).encode())
                 kept = find(store, key)
                 reused += kept is not None
-                kept = kept or _keep(store, key, _encode_shard(reader, positions, encode, embed, batch_size, mirrored))
+                if kept is None:
+                    new = store / f"{key}.{os.getpid()}.partial"
+                    save_file(_encode_shard(reader, positions, encode, embed, batch_size, mirrored), new)
+                    kept = new.rename(store / f"{key}-{file_hash(new)}.safetensors")
                 tensors = load_file(kept)
                 if split == "train":
                     totals = totals + _totals(tensors)
-                entry = {"name": Path(shard["name"]).with_suffix(".safetensors").name, "split": split}
-                link(kept, partial / entry["name"])
-                entry |= {"sha256": kept.stem.rpartition("-")[2], "shard_sha256": shard["sha256"]}
-                files.append({**entry, "count": len(tensors["mean"])})
+                name = Path(shard["name"]).with_suffix(".safetensors").name
+                link(kept, partial / name)
+                hashes = {"sha256": kept.stem.rpartition("-")[2], "shard_sha256": shard["sha256"]}
+                files.append({"name": name, "split": split, **hashes, "count": len(tensors["mean"])})
                 done += len(positions)
                 progress(done)
         text, mask = embed([""])
@@ -86,39 +80,23 @@ def _encode_shard(
     reader: ShardReader, positions: range, encode: Encode, embed: Embed, batch_size: int, mirrored: bool
 ) -> dict[str, Tensor]:
     batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
-    parts = [encode(images) for images in _decoded_ahead(reader, batches)]
-    if mirrored:
-        parts += [encode(np.flip(images, -1).copy()) for images in _decoded_ahead(reader, batches)]
+    plain, flipped = [], []
+    with ThreadPoolExecutor(1) as pool:  # reads the next batch while this one is encoded
+        pending = pool.submit(reader.images, batches[0])
+        for following in [*batches[1:], None]:
+            images = pending.result()
+            if following:
+                pending = pool.submit(reader.images, following)
+            plain.append(encode(images))
+            if mirrored:
+                flipped.append(encode(np.flip(images, -1).copy()))
+    mean, logvar = (torch.cat(moments).contiguous() for moments in zip(*plain, *flipped, strict=True))
     texts = reader.captions_of(positions).text.tolist()
     distinct = sorted(set(texts), key=lambda text: content_hash(text.encode()))
     number = {text: i for i, text in enumerate(distinct)}
     text, mask = embed(distinct)
-    return {
-        "mean": torch.cat([mean for mean, _ in parts]).contiguous(),
-        "logvar": torch.cat([logvar for _, logvar in parts]).contiguous(),
-        "caption": torch.tensor([number[text] for text in texts] * (2 if mirrored else 1)),
-        "text": text,
-        "text_mask": mask,
-    }
-
-
-def _decoded_ahead(reader: ShardReader, batches: list[range]) -> Iterator[np.ndarray]:
-    """The images of each batch; a thread reads the next batch meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(reader.images, batches[0])
-        for batch in batches[1:]:
-            images = pending.result()
-            pending = pool.submit(reader.images, batch)
-            yield images
-        yield pending.result()
-
-
-def _keep(store: Path, key: str, tensors: dict[str, Tensor]) -> Path:
-    partial = store / f"{key}.{os.getpid()}.partial"
-    save_file(tensors, partial)
-    path = store / f"{key}-{file_hash(partial)}.safetensors"
-    os.replace(partial, path)
-    return path
+    caption = torch.tensor([number[text] for text in texts] * (2 if mirrored else 1))
+    return {"mean": mean, "logvar": logvar, "caption": caption, "text": text, "text_mask": mask}
 
 
 def _totals(tensors: dict[str, Tensor]) -> Tensor:
@@ -155,12 +133,12 @@ def open_latents(folder: Path, split: str, **expected: str) -> Latents:
             raise InputError(f"{path}: {name} is {manifest.get(name)}, expected {value}: stale; run `cache_latents` again")
     files = [load_file(folder / file["name"]) for file in manifest["files"] if file["split"] == split]
     empty = load_file(folder / "empty.safetensors")
-    offsets = np.cumsum([0, *(len(file["text"]) for file in files)]).tolist()
+    first_row = np.cumsum([0, *(len(file["text"]) for file in files)]).tolist()
     return Latents(
         mean=torch.cat([file["mean"] for file in files]),
         logvar=torch.cat([file["logvar"] for file in files]),
-        caption=torch.cat([file["caption"] + start for file, start in zip(files, offsets, strict=False)]),
-        text=torch.cat([*(file["text"] for file in files), empty["text"]]),
-        text_mask=torch.cat([*(file["text_mask"] for file in files), empty["text_mask"]]),
+        caption=torch.cat([file["caption"] + row for file, row in zip(files, first_row, strict=False)]),
+        text=torch.cat([file["text"] for file in [*files, empty]]),
+        text_mask=torch.cat([file["text_mask"] for file in [*files, empty]]),
         manifest=manifest,
     )

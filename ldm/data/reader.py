@@ -36,7 +36,8 @@ class Sample:
 class ShardReader:
     """Random access to the samples of one split: `len(reader)`, `reader[i]`. Safe to use in a forked process.
 
-    `place` is a folder, or a URL whose shards come through `cache`, a bounded folder on this disk.
+    `place` is a folder, or a URL whose shards come through `cache`, a bounded folder on this disk. `offsets` are the split's
+    rows of offsets.npy, int64 (N, 7): shard number, then offset and size of each of `PARTS`.
     """
 
     def __init__(self, place: Path | str, split: str, cache: ShardCache | None = None):
@@ -60,50 +61,37 @@ class ShardReader:
             raise InputError(f"{where}: damaged ({type(error).__name__}: {error}); {AGAIN}") from None
         if len(table) < stop:
             raise InputError(f"{place}/offsets.npy: {len(table)} rows, {stop} expected; {AGAIN}")
-        self._rows = table[start:stop]
+        self.offsets = table[start:stop]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.offsets)
 
     def __getitem__(self, position: int) -> Sample:
         """The sample, its image cropped at the centre; raises `InputError`, naming the sample, if it is damaged."""
-        shard, *places = self.offsets(position)
-        text, meta = self._read(shard, *places[2:4]), self._read(shard, *places[4:6])
-        image = self.images([position])[0]
-        return Sample(self._key(shard, places[0]), image, text.decode(), json.loads(meta))
+        key, text, meta = self._caption(self.offsets[position].tolist())
+        return Sample(key, self.images([position])[0], text, meta)
 
-    def images(
-        self, positions: Sequence[int] | np.ndarray, crops: np.ndarray | None = None, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def images(self, positions: Sequence[int] | np.ndarray, crops: np.ndarray | None = None) -> np.ndarray:
         """Decoded pixels of several samples, uint8 (N, C, H, W), cropped at the centre.
 
-        `crops` (N, 3) has other crops: the first row, the first column, and whether to mirror. `out`, uint8 (N, H, W, C), is
-        an array for the result.
+        `crops` (N, 3) has other crops: the first row, the first column, and whether to mirror.
         """
         p = self.preprocessing
-        shape = len(positions), p.image_size, p.image_size, p.channels
-        images = np.empty(shape, dtype=np.uint8) if out is None else out
-        rows = self._rows[np.asarray(positions, dtype=np.int64)].tolist()
-        for i, (shard, offset, size, *_) in enumerate(rows):
-            top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if crops is None else crops[i]
+        images = np.empty((len(positions), p.image_size, p.image_size, p.channels), dtype=np.uint8)
+        for i, (shard, offset, size, *_) in enumerate(self.offsets[np.asarray(positions, dtype=np.int64)].tolist()):
             try:
                 image = decode_stored(self._read(shard, offset, size), p)
             except UnreadableImage as error:
                 key = self._key(shard, offset)
                 raise InputError(f"{self._path(shard)}: sample {key} is damaged ({error}); {AGAIN}") from None
-            if p.margin or mirrored:
-                image = image[top : top + p.image_size, left : left + p.image_size]
-                image = image[:, ::-1] if mirrored else image
-            images[i] = image
+            top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if crops is None else crops[i]
+            image = image[top : top + p.image_size, left : left + p.image_size]
+            images[i] = image[:, ::-1] if mirrored else image
         return images.transpose(0, 3, 1, 2)  # a view: pixels lie as decoders write them and as convolutions like them
-
-    def offsets(self, position: int) -> list[int]:
-        """The row of offsets.npy: shard number, then offset and size of each of `PARTS`."""
-        return self._rows[position].tolist()
 
     def shard_positions(self) -> list[tuple[dict[str, Any], range]]:
         """The shards of this split, each with the positions of its samples."""
-        numbers = np.asarray(self._rows[:, 0])
+        numbers = np.asarray(self.offsets[:, 0])
         edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
         return [(self.index["shards"][int(numbers[a])], range(a, b)) for a, b in pairwise(edges) if a < b]
 
@@ -123,11 +111,15 @@ class ShardReader:
     def captions_of(self, positions: range) -> pd.DataFrame:
         """The rows of `captions` at these positions."""
         rows = []
-        for shard, *places in self._rows[positions.start : positions.stop].tolist():
-            text, meta = self._read(shard, *places[2:4]).decode(), json.loads(self._read(shard, *places[4:6]))
-            sample = {"key": self._key(shard, places[0]), "text": text}
+        for key, text, meta in map(self._caption, self.offsets[positions.start : positions.stop].tolist()):
+            sample = {"key": key, "text": text}
             rows.append(sample | meta | sample)  # a column `key` of the caption table does not replace the sample's
         return pd.DataFrame(rows)
+
+    def _caption(self, offsets: list[int]) -> tuple[str, str, dict[str, Any]]:
+        shard, image, _, *places = offsets
+        text, meta = self._read(shard, *places[:2]), self._read(shard, *places[2:])
+        return self._key(shard, image), text.decode(), json.loads(meta)
 
     def _key(self, shard: int, image_offset: int) -> str:
         header = self._read(shard, image_offset - tarfile.BLOCKSIZE, 100)  # the name field that opens a tar header

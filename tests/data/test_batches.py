@@ -270,7 +270,7 @@ def test_a_damaged_sample_is_named_from_whichever_process(shards: Path, workers:
 
     copy = shutil.copytree(shards, tmp_path / "shards")
     reader = open_shards(copy)
-    _, image, size, *_ = reader.offsets(3)
+    _, image, size, *_ = reader.offsets[3]
     shard, key = reader.shard_positions()[0][0]["name"], reader[3].key
     with (copy / shard).open("r+b") as file:
         file.seek(image + 20)
