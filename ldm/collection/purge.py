@@ -12,7 +12,7 @@ import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import pandas as pd
 import yaml
@@ -32,29 +32,20 @@ DIGEST = 16  # hexadecimal digits of the file's hash, with which a sample's key 
 UNTOUCHED = "trained weights, reports and sample pictures; file names in git's history and DVC's listings"
 
 
-class Copy(NamedTuple):
-    """A file that holds the image or something made of it."""
-
-    kind: str  # "leftover", "download", "store", "latents", "image" or "shard"
-    place: str  # "cache", "remote", "data" or ".ldm"
-    name: str  # the object's md5, or a path
-    size: int  # bytes
-
-
 @dataclass(frozen=True)
 class Purged:
     """What was found of an image, and deleted unless it was a dry run."""
 
     names: tuple[str, ...]  # under which its bytes were stored
     digests: tuple[str, ...]  # sha256 of its files, the first 16 digits
-    copies: tuple[Copy, ...]  # in the order of their deletion
+    copies: pd.DataFrame  # in the order of deletion: kind, place ("cache", "remote", "data", ".ldm"), name (md5 or path), size
     notes: tuple[str, ...]
     versions: pd.DataFrame  # models that saw it, or may have: version, aliases, splits, seen
 
     def lines(self) -> list[str]:
         """The report without the versions, for people."""
         title = f"{', '.join(self.names) or 'image'} (sha256 {', '.join(f'{digest}…' for digest in self.digests)})"
-        groups = pd.DataFrame(self.copies, columns=Copy._fields).groupby(["place", "kind"], sort=False)["size"]
+        groups = self.copies.groupby(["place", "kind"], sort=False)["size"]
         return [title, *(f"{place:<8}{kind:<10}{len(of):>6} files{sum(of):>16,} bytes" for (place, kind), of in groups)]
 
 
@@ -134,19 +125,19 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
                 names, digests, kinds, unclear = _find(root, repo, objects, image)
                 versions = _versions(root, objects, kinds["shard"], digests, tag=not dry_run)
                 copies = _copies(root, objects, kinds, digests)
-                for copy in () if dry_run else copies:
+                for place, name in () if dry_run else zip(copies.place, copies.name, strict=True):
                     with contextlib.suppress(FileNotFoundError):
-                        if copy.place in objects.stores:
-                            objects.stores[copy.place].delete(copy.name)
+                        if place in objects.stores:
+                            objects.stores[place].delete(name)
                         else:
-                            Path(copy.name).unlink()
+                            Path(name).unlink()
                 if store is not None and not dry_run:  # DVC remembers what it pushed, and would not push it again
                     with contextlib.closing(get_index(store)) as index:
                         index.clear()
     except OSError as error:
         raise InputError(f"{image}: {error}; mend that and purge again") from None
     notes += [f"not purged: files of that name that no shard holds, with sha256 {unclear}"] * bool(unclear)
-    return Purged(tuple(sorted(names)), tuple(sorted(digests)), tuple(copies), tuple(notes), versions)
+    return Purged(tuple(sorted(names)), tuple(sorted(digests)), copies, tuple(notes), versions)
 
 
 def _remote(repo: Any, name: str | None) -> tuple[Any | None, list[str]]:
@@ -173,7 +164,12 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str
     digests = {digest for _, digest, name in samples if name == image} if by_name else {image[:DIGEST]}
     shards = {md5 for md5, digest, _ in samples if digest in digests}
     names = {name for _, digest, name in samples if digest in digests}
-    originals = _originals(objects, names, digests if by_name else {image})
+    # Equal files have one md5, so one name leads to all copies; if no name is known, every image is hashed.
+    paths = names | {name[: name.index(".tar/") + 4] for name in names if ".tar/" in name}
+    named = {md5 for path, md5 in objects.files if any(path == name or path.endswith(f"/{name}") for name in paths)}
+    if digests and not names:
+        named = {md5 for path, md5 in objects.files if Path(path).suffix.lower() in SUFFIXES}
+    originals = {md5 for md5 in named if objects.matches(md5, tuple(digests) if by_name else (image,))}
     hashes, latents = {objects.sha256(md5) for md5 in shards}, set()
     for folder in objects.folders:  # of every autoencoder
         for file in objects.json(folder.get("manifest.json", "")).get("files", []):
@@ -199,19 +195,7 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str
     return names, digests, {"latents": latents & objects.places.keys(), "image": originals, "shard": shards}, unclear
 
 
-def _originals(objects: _Objects, names: set[str], digests: set[str]) -> set[str]:
-    """md5 of files whose sha256 begins with one of `digests`, and of tars with such a member.
-
-    Equal files have one md5, so one name leads to all copies; if no name is known, every image is hashed.
-    """
-    paths = names | {name[: name.index(".tar/") + 4] for name in names if ".tar/" in name}
-    named = {md5 for path, md5 in objects.files if any(path == name or path.endswith(f"/{name}") for name in paths)}
-    if digests and not names:
-        named = {md5 for path, md5 in objects.files if Path(path).suffix.lower() in SUFFIXES}
-    return {md5 for md5 in named if objects.matches(md5, tuple(digests))}
-
-
-def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: set[str]) -> list[Copy]:
+def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: set[str]) -> pd.DataFrame:
     """All files to delete, in this order: leftovers of killed stages, downloads that hold the image, and files of the latents'
     store that are not in data/latents, as after a kill nothing may name a file there; then the objects, shards last.
     """
@@ -220,12 +204,12 @@ def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: 
     unlinked = [path for path in (root / LATENT_STORE).glob("*") if path.stem.rpartition("-")[2] not in linked]  # KEY-SHA256
     leftovers = [path for suffix in ("partial", "replaced") for path in (root / "data").glob(f"*.{suffix}/*")]
     local = [("leftover", "data", leftovers), ("download", ".ldm", downloads), ("store", ".ldm", unlinked)]
-    copies = [Copy(kind, place, str(path), path.stat().st_size) for kind, place, paths in local for path in sorted(paths)]
+    copies = [(kind, place, str(path), path.stat().st_size) for kind, place, paths in local for path in sorted(paths)]
     for kind, found in kinds.items():
         for place, store in objects.stores.items():
             for md5 in sorted(md5 for md5 in found if place in objects.places[md5]):
-                copies.append(Copy(kind, place, md5, store.fs.info(store.oid_to_path(md5))["size"]))
-    return copies
+                copies.append((kind, place, md5, store.fs.info(store.oid_to_path(md5))["size"]))
+    return pd.DataFrame(copies, columns=["kind", "place", "name", "size"])
 
 
 def _holds(path: Path, digests: set[str]) -> bool:
