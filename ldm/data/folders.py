@@ -107,24 +107,22 @@ def walk(folder: Path) -> Iterator[tuple[str, str]]:
 
     for here, folders, files in os.walk(folder, onerror=cannot) if folder.is_dir() else ():
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted([*files, *(f for f in folders if os.path.islink(os.path.join(here, f)))]):
-            if not name.startswith("."):
-                relative = Path(here, name).relative_to(folder).as_posix()
-                yield relative.encode(errors="backslashreplace").decode(), _refusal(Path(here, name), relative, root)
-
-
-def _refusal(path: Path, relative: str, root: Path) -> str:
-    try:
-        relative.encode()
-        if path.is_symlink() and path.is_dir():
-            return LINKED_FOLDER
-        if path.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
-            return "a symbolic link that leaves the folder; move the file itself here"
-        return "" if path.is_file() else "not a regular file"
-    except UnicodeEncodeError:
-        return "its name is not UTF-8; rename it"
-    except (OSError, RuntimeError):  # the latter: links that lead to each other
-        return "a symbolic link that leads nowhere; restore its target or remove it"
+        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
+        for path in sorted(Path(here, name) for name in (*files, *links) if not name.startswith(".")):
+            relative, reason = path.relative_to(folder).as_posix(), ""
+            try:
+                relative.encode()
+                if path.is_symlink() and path.is_dir():
+                    reason = LINKED_FOLDER
+                elif path.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
+                    reason = "a symbolic link that leaves the folder; move the file itself here"
+                elif not path.is_file():
+                    reason = "not a regular file"
+            except UnicodeEncodeError:
+                reason = "its name is not UTF-8; rename it"
+            except (OSError, RuntimeError):  # the latter: links that lead to each other
+                reason = "a symbolic link that leads nowhere; restore its target or remove it"
+            yield relative.encode(errors="backslashreplace").decode(), reason
 
 
 def _captions(folder: Path, found: list[str], tables: list[str], texts: set[str], refused: dict[str, str]) -> pd.DataFrame:
