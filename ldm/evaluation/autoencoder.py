@@ -54,10 +54,7 @@ def evaluate_importance(autoencoder: Autoencoder, likelihood: Likelihood, reader
 
 @torch.inference_mode()
 def fit_scale(autoencoder: Autoencoder, reader: ShardReader, seed: int) -> Likelihood:
-    """The discretised logistic whose one scale gives images of a split the highest likelihood.
-
-    It makes bits per dimension comparable for an autoencoder that was trained without a likelihood of 8-bit pixels.
-    """
+    """The discretised logistic whose one scale fits a split best, for an autoencoder trained without one: bits/dim compare."""
     from scipy.optimize import minimize_scalar  # takes long to import
 
     device = next(autoencoder.parameters()).device

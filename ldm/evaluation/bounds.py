@@ -55,10 +55,7 @@ def image_bounds(
 
 
 def measure_bounds(evaluation: Evaluation, levels: int, importance_samples: int) -> tuple[pd.DataFrame, list[Value]]:
-    """The terms of every test image, nats, and their means as values.
-
-    For a VQ model there is no bound of the whole system: the table then holds what codes and pixels cost.
-    """
+    """The terms of every test image, nats, and their means as values; for VQ, those of the autoencoder alone."""
     model, own, test = evaluation.model, evaluation.elbo, evaluation.test
     numbers = {name: value for name, value in summary(own).items() if "per_dim" in name}
     note = f"{len(test)} test images of {test.preprocessing.described}"

@@ -60,11 +60,8 @@ def draw_system(evaluation: Evaluation, plots: Path) -> None:
 
 
 def draw_rate_distortion(own: Elbo, curve: pd.DataFrame, path: Path, *, discrete: bool) -> None:
-    """What latents and pixels of test images cost, beside those of training images in each quarter of the training.
-
-    None for an autoencoder that was not trained, or whose likelihood was a density: its nats are no code length.
-    """
-    if curve.empty or not discrete:
+    """What latents and pixels of test images cost, beside those of training images in each quarter of the training."""
+    if curve.empty or not discrete:  # not trained, or with the likelihood of a density, whose nats are no code length
         return
     rate = float(own.kl.mean())
     terms = curve.assign(rate=curve.get("kl_nats", rate))[["rate", "distortion_nats"]].to_numpy()  # VQ's rate is constant

@@ -16,6 +16,7 @@ from ldm.config import Settings, load_settings
 from ldm.diffusion.recipe import Recipe
 from ldm.evaluation.bounds import measure_bounds
 from ldm.evaluation.evaluation import Evaluation
+from ldm.evaluation.metrics.metric import Metric
 from ldm.evaluation.pictures import draw, prompt_grid
 from ldm.evaluation.value import as_numbers, write_values
 from ldm.model import LatentDiffusion
@@ -35,11 +36,12 @@ def run(root: Path) -> None:
     settings = load_settings(root)
     options, device = settings.evaluate, set_up(settings.deterministic)
     train, test = (stage_shards(root, split) for split in ("train", "test"))
+    metrics: tuple[Metric, ...] = options.metrics
     assemble(root, settings)
     model = LatentDiffusion.load(root / paths.MODEL, device)
     with Progress("evaluate: real images"):
         evaluation = Evaluation(model, train, test, settings.seed, options.samples, options.unseen_samples)
-        for metric in options.metrics:
+        for metric in metrics:
             metric.check(evaluation)
     with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
         bounds, values = measure_bounds(evaluation, options.bound_levels, options.importance_samples)
@@ -48,7 +50,7 @@ def run(root: Path) -> None:
         curves = [pd.read_csv(root / curve) for curve in (paths.VAE_CURVE, paths.UNET_CURVE)]
         draw(evaluation, root / paths.PLOTS, *curves, discrete=settings.train_vae.likelihood.discrete)
         pictures = {path.stem: path for path in sorted((root / paths.PLOTS).iterdir())}
-        for metric in options.metrics:
+        for metric in metrics:
             with Progress(f"evaluate: {metric.kind}"):
                 values += metric.measure(evaluation)
         numbers = as_numbers(values)
