@@ -72,9 +72,8 @@ class Ingested:
 def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
     """Move new images from `inbox` to `data.path/YYYY-MM-DD` (UTC; `-2`, `-3`, … if that exists); `dvc add` the collection.
 
-    An image is new if it is directly in `inbox`, has a caption (a row of the `metadata.csv` or `metadata.jsonl` there, or a
-    `.txt` beside it), equals no image of the collection, and neither it nor its caption has changed for `settle` seconds. Of
-    equal images the first by name is taken. The batch gets a `metadata.csv` of its own; the inbox keeps its table.
+    An image is new if it lies directly in `inbox`, has a caption there, equals no image of the collection and none before it in
+    `inbox`, and neither it nor its caption has changed for `settle` seconds. The batch gets a `metadata.csv`.
 
     Raises `InputError` for a collection that cannot take batches, a damaged table, and labels that do not match the collection's.
     """
@@ -208,9 +207,13 @@ def _ready(inbox: Path, settle: float, left: dict[str, list[str]]) -> tuple[dict
         else:
             ages[path.name] = abs(now - path.stat().st_mtime)  # far in the future: another machine's clock, not a writer
     tables = [name for name in CAPTION_TABLES if name in ages]
-    listed = _captions(inbox, tables) if all(ages[name] >= settle for name in tables) else {}
-    rows: dict[str, Row] = {}
-    sidecars: dict[str, str] = {}
+    listed, rows, sidecars = dict[str, Row](), dict[str, Row](), dict[str, str]()
+    if tables and all(ages[name] >= settle for name in tables):
+        check_tables(inbox, tables)
+        for row in read_table(inbox / tables[0]).to_dict("records"):  # also of images that have left
+            earlier = listed.setdefault(normal(row["file_name"]), row)
+            if earlier["text"] != row["text"] and (inbox / row["file_name"]).exists():
+                raise InputError(f"{inbox / tables[0]}: {row['file_name']!r} has two captions; keep one")
     for name in ages:
         sidecar = sidecar_of(name)
         if not _is_image(name):
@@ -221,27 +224,16 @@ def _ready(inbox: Path, settle: float, left: dict[str, list[str]]) -> tuple[dict
         elif any(ages[file] < settle for file in (name, sidecar, *tables) if file in ages):
             left[WAITING].append(name)
         else:
-            row = listed.get(normal(name))
-            if row is None and sidecar in ages:
+            found = listed.get(normal(name))
+            if found is None and sidecar in ages:
                 with suppress(OSError, UnicodeDecodeError):
                     blob = (inbox / sidecar).read_bytes()
-                    row, sidecars[name] = {"text": decode_caption(blob)}, content_hash(blob)
-            if row and _is_text(row["text"]):
-                rows[name] = row | {"file_name": name}
+                    found, sidecars[name] = {"text": decode_caption(blob)}, content_hash(blob)
+            if found and _is_text(found["text"]):
+                rows[name] = found | {"file_name": name}
             else:
                 left[UNCAPTIONED].append(name)
     return rows, sidecars
-
-
-def _captions(inbox: Path, tables: list[str]) -> dict[str, Row]:
-    """Rows of the inbox's table by name, also of images that have left."""
-    check_tables(inbox, tables)
-    captions: dict[str, Row] = {}
-    for row in (row for name in tables for row in read_table(inbox / name).to_dict("records")):
-        earlier = captions.setdefault(normal(row["file_name"]), row)
-        if earlier["text"] != row["text"] and (inbox / row["file_name"]).exists():
-            raise InputError(f"{inbox / tables[0]}: {row['file_name']!r} has two captions; keep one")
-    return captions
 
 
 def _is_image(name: str) -> bool:
