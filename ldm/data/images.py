@@ -1,8 +1,10 @@
 """Image files, the preprocessing that makes them squares of one size, and arrays of their pixels."""
 
+import contextlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # by content: a suffix 
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box")}
 MAX_PIXELS = 89_478_485  # Pillow warns beyond this
 ORIENTATION = 0x0112  # EXIF tag
+JPEG = b"\xff\xd8"  # first bytes of a file
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our own limit raises an error instead
 Image.core.set_blocks_max(8)  # PILLOW_BLOCKS_MAX: reuses the memory of one image for the next, which saves a quarter of decoding
@@ -51,8 +54,7 @@ class Preprocessing:
         """Size and filter in a few words, such as `32x32x1, lanczos`; results are comparable only if these are equal."""
         words = [f"{self.image_size}x{self.image_size}x{self.channels}", self.resize_filter]
         words += [self.fit] * (self.fit != "cover") + [f"of {self.side}x{self.side}"] * (self.margin > 0)
-        words += [f"on {self.background}"] * (self.background != "#ffffff")
-        return ", ".join(words)
+        return ", ".join(words + [f"on {self.background}"] * (self.background != "#ffffff"))
 
     def read(self, blob: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """Decode an image file and make it a stored image; raises `UnreadableImage`."""
@@ -66,7 +68,7 @@ class Preprocessing:
 
     def is_stored(self, blob: bytes) -> bool:
         """Whether a file is a JPEG that needs no change: it is stored as it is, without loss."""
-        if not blob.startswith(b"\xff\xd8"):
+        if not blob.startswith(JPEG):
             return False
         with Image.open(io.BytesIO(blob), formats=("JPEG",)) as image:
             fits = image.mode == self.mode and image.size == (self.side, self.side)
@@ -82,51 +84,49 @@ def decode(
     """
     if not blob:
         raise UnreadableImage("the file is empty")
-    try:
-        with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels {max_pixels}")
-            if min(width, height) < min_side:
-                raise UnreadableImage(f"{width} x {height} pixels, smaller than data.min_side {min_side}")
-            upright = ImageOps.exif_transpose(image)
-            return _to_eight_bits(upright, background).convert("L" if channels == 1 else "RGB")
-    except UnreadableImage:
-        raise
-    except UnidentifiedImageError:
-        raise UnreadableImage("not an image of a known format") from None
-    except Exception as error:  # decoders of foreign bytes raise anything: struct.error, KeyError, ZeroDivisionError, …
-        raise UnreadableImage(_reason(error)) from None
+    with _reasons(), Image.open(io.BytesIO(blob), formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels {max_pixels}")
+        if min(width, height) < min_side:
+            raise UnreadableImage(f"{width} x {height} pixels, smaller than data.min_side {min_side}")
+        upright = ImageOps.exif_transpose(image)
+        return _to_eight_bits(upright, background).convert("L" if channels == 1 else "RGB")
 
 
 def decode_stored(blob: bytes, preprocessing: Preprocessing) -> np.ndarray:
     """Pixels of a stored image, uint8 (H, W, C); raises `UnreadableImage` if `preprocessing` does not store such images."""
     side, mode = preprocessing.side, preprocessing.mode
-    decoder = JpegImageFile if blob.startswith(b"\xff\xd8") else PngImageFile  # stored images have no other format
-    try:
-        image = decoder(io.BytesIO(blob))
+    with _reasons():
+        image = (JpegImageFile if blob.startswith(JPEG) else PngImageFile)(io.BytesIO(blob))  # no other format is stored
         if image.mode != mode or image.size != (side, side):
             raise ValueError(f"{image.mode} of {image.width} x {image.height} pixels, expected {mode} of {side} x {side}")
-        pixels = image.tobytes()
-    except Exception as error:
-        raise UnreadableImage(_reason(error)) from None
-    return np.frombuffer(pixels, dtype=np.uint8).reshape(side, side, preprocessing.channels)
+        return np.frombuffer(image.tobytes(), dtype=np.uint8).reshape(side, side, preprocessing.channels)
 
 
-def _reason(error: Exception) -> str:
-    """Type and text of an error, without memory addresses, which differ between runs."""
-    return f"{type(error).__name__}: {re.sub(r' at 0x[0-9a-f]+', '', ' '.join(str(error).split()))}"
+@contextlib.contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn any error into `UnreadableImage`, without memory addresses, which differ between runs."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImage("not an image of a known format") from None
+    except Exception as error:  # decoders of foreign bytes raise anything: struct.error, KeyError, ZeroDivisionError, …
+        reason = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
+        raise UnreadableImage(f"{type(error).__name__}: {reason}") from None
 
 
 def _to_eight_bits(image: Image.Image, background: str) -> Image.Image:
     """Scale 16-bit greys to 8 bits and composite transparency on the background; other modes stay as they are."""
+    if image.mode == "F":
+        raise UnreadableImage("floating-point pixels; 8 or 16 bits are read")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise UnreadableImage(f"{image.mode} pixels from {values.min()} to {values.max()}; 8 or 16 bits are read")
         return Image.fromarray((values // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise UnreadableImage("floating-point pixels; 8 or 16 bits are read")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layers.size, background), layers)

@@ -1,9 +1,8 @@
 """Write a folder of captioned images as WebDataset tars with an index.
 
-A shard folder holds plain tars that any WebDataset client reads (`KEY.png` or `KEY.jpg`, `KEY.txt`, `KEY.json` per image),
-`index.json` (preprocessing, and every file with its hash), `offsets.npy` (where each part of a sample starts),
-`quarantine.csv` (images that were left out, with the reason), `duplicates.csv` (images that repeat or resemble another) and,
-if the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the number of processes.
+A shard folder holds plain tars (`KEY.png` or `KEY.jpg`, `KEY.txt`, `KEY.json` for each image), `index.json` (preprocessing,
+and every file with its hash), `offsets.npy` (where each part of a sample starts), `quarantine.csv`, `duplicates.csv` and, if
+the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the number of processes.
 """
 
 import functools
@@ -52,6 +51,11 @@ class _Image:
         return self.row["file_name"]
 
     @property
+    def group(self) -> tuple[int, str]:
+        """Split and top-level folder: a shard holds images of one group, so a new folder changes no other shard."""
+        return SPLITS.index(self.split), self.name.split("/")[0] if "/" in self.name else ""
+
+    @property
     def key(self) -> str:
         """Content first, then name: equal files may have several names."""
         return self.digest[:16] + content_hash(self.name.encode(errors="backslashreplace"))[:8]
@@ -82,9 +86,8 @@ def write_shards(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the images of `folder` (see `read_collection`) as shards to `out`, all or nothing, and return the index.
 
-    A shard holds images of one split and one top-level subfolder, so a new subfolder changes no other shard. Every image is
-    either in a shard or in `quarantine.csv`. `workers` processes hash, then encode; `progress` is told how many images are
-    done. `preprocessing` has the fields of `images.Preprocessing`.
+    Every image is either in a shard or in `quarantine.csv`. `workers` processes hash, then encode; `progress` is told how many
+    images are done. `preprocessing` has the fields of `images.Preprocessing`.
 
     Raises `InputError` for bad folders and captions, for a split with fewer than `SMALLEST_SPLIT` images, and if more than
     `max_bad_fraction` of the images are unreadable, which then are listed in the file `report`.
@@ -92,7 +95,7 @@ def write_shards(
     collection = read_collection(folder)
     prompts = _find_prompts(folder, collection.table)
     recipe, bad = Preprocessing(**preprocessing), dict(collection.refused)  # bad: file name -> reason
-    total = len(collection.places)
+    total, done = len(collection.places), 0
     found = total + len(bad)
     with replacing(out) as partial, processes(min(workers, total // IMAGES_PER_WORKER)) as run:
         images = _hashed(collection, bad, val_fraction, test_fraction, run, progress)
@@ -100,7 +103,6 @@ def write_shards(
         encoded = run(encode, images, ENCODED_AT_ONCE)
         shards: list[dict[str, Any]] = []
         written: list[_Image] = []
-        done = 0
         progress("write", done, total)
         for name, members in _planned(images, shard_size):
             path = partial / name
@@ -132,8 +134,8 @@ def _hashed(
     """The images, those of one shard side by side. Unreadable files go to `bad`."""
     images, total = [], len(collection.places)
     progress("hash", 0, total)
-    digests = run(_hash, collection.places, HASHED_AT_ONCE)
-    rows = zip(collection.table.to_dict("records"), collection.places, digests, strict=True)
+    hashes = run(_hash, collection.places, HASHED_AT_ONCE)
+    rows = zip(collection.table.to_dict("records"), collection.places, hashes, strict=True)
     for done, (row, place, (digest, reason)) in enumerate(rows, start=1):
         if reason:
             bad[row["file_name"]] = reason
@@ -141,7 +143,7 @@ def _hashed(
             split = split_of(digest, val_fraction, test_fraction)
             images.append(_Image({str(column): value for column, value in row.items()}, place, digest, split))
         progress("hash", done, total)
-    return sorted(images, key=_group)
+    return sorted(images, key=lambda image: image.group)
 
 
 def _hash(place: Place) -> tuple[str, str]:
@@ -152,14 +154,9 @@ def _hash(place: Place) -> tuple[str, str]:
         return "", str(error)
 
 
-def _group(image: _Image) -> tuple[int, str]:
-    """Split and top-level folder."""
-    return SPLITS.index(image.split), image.name.split("/")[0] if "/" in image.name else ""
-
-
 def _planned(images: list[_Image], shard_size: int) -> Iterator[tuple[str, list[_Image]]]:
     """Name and images of each shard."""
-    for (split, top), group in groupby(images, _group):
+    for (split, top), group in groupby(images, lambda image: image.group):
         members = list(group)
         for number, start in enumerate(range(0, len(members), shard_size)):
             yield f"{SPLITS[split]}-{_plain(top)}{number:05d}.tar", members[start : start + shard_size]
@@ -257,10 +254,10 @@ def _refuse_unreadable(folder: Path, found: int, bad: pd.DataFrame, max_bad_frac
 def _find_prompts(folder: Path, table: pd.DataFrame) -> Path | None:
     """The folder's optional `prompts.csv` (`text,label`: prompts for evaluation that no caption contains), checked."""
     path = folder / PROMPTS
-    if not path.is_file():
-        return None
     try:
         prompts = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         raise InputError(f"{path}: not readable as a table: {error}") from None
     if not {"text", "label"} <= set(prompts.columns):

@@ -31,13 +31,12 @@ def run(root: Path) -> None:
         index = write_shards(folder, out, **data, report=root / QUARANTINE, workers=workers, progress=progress)
         counts = {split: stop - start for split, (start, stop) in index["splits"].items()}
         tracker.log({f"{split}_images": float(n) for split, n in counts.items()} | {"quarantined": index["quarantined"]}, 0)
-    splits = ", ".join(f"{n} {split}" for split, n in counts.items())
-    print(f"shard: {index['found']} images found, {splits}, {index['quarantined']} quarantined, {len(index['shards'])} shards")
-    quarantined = pd.read_csv(root / SHARDS / "quarantine.csv", dtype=str, keep_default_na=False)
-    for bad in quarantined[:PRINTED].itertuples():
-        print(f"shard: quarantined {bad.file_name!r}: {bad.reason}")
-    if len(quarantined) > PRINTED:
-        print(f"shard: and {len(quarantined) - PRINTED} more")
+    splits, bad = ", ".join(f"{n} {split}" for split, n in counts.items()), index["quarantined"]
+    print(f"shard: {index['found']} images found, {splits}, {bad} quarantined, {len(index['shards'])} shards")
+    for image in pd.read_csv(out / "quarantine.csv", dtype=str, keep_default_na=False, nrows=PRINTED).itertuples():
+        print(f"shard: quarantined {image.file_name!r}: {image.reason}")
+    if bad > PRINTED:
+        print(f"shard: and {bad - PRINTED} more")
     if index["ignored"]:
         print(f"shard: ignored what is no image: {', '.join(f'{n} {suffix}' for suffix, n in index['ignored'].items())}")
     if index["duplicates"]:
