@@ -24,7 +24,7 @@ from flows.supervise import StageFailed, Step
 from ldm.base.errors import InputError
 from ldm.base.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
 from ldm.config import load_settings
-from ldm.data.store import prune_store
+from ldm.data.latents import prune_store
 from ldm.registry import lineage, promotion, registration, tracking, versions
 from ldm.registry.tracking import Records
 from ldm.versioning.graph import Node, ancestors, check_data, descendants, read_graph

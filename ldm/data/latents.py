@@ -7,6 +7,7 @@ folder also has `empty.safetensors` (the embedded empty caption) and `manifest.j
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ldm.base.errors import InputError
 from ldm.base.files import replacing
 from ldm.base.hashing import canonical_json, content_hash, file_hash
+from ldm.base.lazy import Tensor, torch
 from ldm.data.reader import ShardReader
-from ldm.data.store import find, link, prune_store
 
 Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]  # uint8 images -> posterior mean and log-variance
 Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # texts -> token embeddings and masks
@@ -38,9 +36,12 @@ def write_latents(
     goes to the manifest, which also has the hash of each shard and per-channel statistics of the training latents.
     With `flip`, training images are encoded a second time, mirrored.
 
-    A file's key in `store` is the hash of `identity`, of its shard and of `code` (all else that decides about its bytes:
-    versions, device). A shard whose key is there is not encoded again. Files that `out` does not hold leave the store.
+    The files are links to `store/KEY-SHA256.safetensors`. The key is the hash of `identity`, of the shard and of `code` (all else
+    that decides about the bytes: versions, device). A shard whose key is there is not encoded again. Files that `out` does not
+    hold leave the store.
     """
+    from safetensors.torch import load_file, save_file
+
     store.mkdir(parents=True, exist_ok=True)
     files, totals, reused, done = [], torch.zeros(()), 0, 0
     progress(done)
@@ -50,7 +51,7 @@ def write_latents(
             made_from = {**identity, "preprocessing": reader.index["preprocessing"], "flip": mirrored, "code": code}
             for shard, positions in reader.shard_positions():
                 key = content_hash(canonical_json({**made_from, "shard": shard["sha256"]}).encode())
-                kept = find(store, key)
+                kept = _find(store, key)
                 reused += kept is not None
                 if kept is None:
                     new = store / f"{key}.{os.getpid()}.partial"
@@ -60,7 +61,7 @@ def write_latents(
                 if split == "train":
                     totals = totals + _totals(tensors)
                 name = Path(shard["name"]).with_suffix(".safetensors").name
-                link(kept, partial / name)
+                _link(kept, partial / name)
                 hashes = {"sha256": kept.stem.rpartition("-")[2], "shard_sha256": shard["sha256"]}
                 files.append({"name": name, "split": split, **hashes, "count": len(tensors["mean"])})
                 done += len(positions)
@@ -74,6 +75,30 @@ def write_latents(
         (partial / "manifest.json").write_text(canonical_json(manifest))
     prune_store(store, out)
     return manifest, reused
+
+
+def prune_store(store: Path, latents: Path) -> None:
+    """Remove all files that the folder `latents` does not hold; DVC may have restored that without running the stage."""
+    kept = {file["sha256"] for file in json.loads((latents / "manifest.json").read_text())["files"]}
+    for path in store.glob("*"):
+        if path.stem.rpartition("-")[2] not in kept:
+            path.unlink(missing_ok=True)  # another run may have removed it
+
+
+def _find(store: Path, key: str) -> Path | None:
+    """The file for a key, if its content still has the hash in its name."""
+    for path in store.glob(f"{key}-*.safetensors"):
+        if path.name == f"{key}-{file_hash(path)}.safetensors":
+            return path
+        path.unlink()
+    return None
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
 
 
 def _encode_shard(
@@ -123,6 +148,8 @@ class Latents:
 
 def open_latents(folder: Path, split: str, **expected: str) -> Latents:
     """Load the latents of a split; raises `InputError` if an entry of the manifest is not as `expected`."""
+    from safetensors.torch import load_file
+
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,7 +116,13 @@ def write_shards(
             progress("write", done, total)
         quarantined = pd.DataFrame(sorted(bad.items()), columns=["file_name", "reason"])
         if len(bad) > max_bad_fraction * found:
-            _refuse_unreadable(folder, found, quarantined, max_bad_fraction, report)
+            if report:
+                report.parent.mkdir(exist_ok=True)
+                quarantined.to_csv(report, index=False, errors="backslashreplace")
+            many = f"{len(bad)} of {found} images are unreadable, more than data.max_bad_fraction {max_bad_fraction} allows"
+            first = f"the first is {quarantined.file_name[0]!r} ({quarantined.reason[0]})"
+            listed = f"{first}, all are in {report}" if report else first
+            raise InputError(f"{folder}: {many}; {listed}; remove or mend them, or raise the bound")
         sizes = Counter(image.split for image in written)
         if small := " and ".join(split for split in SPLITS if sizes[split] < SMALLEST_SPLIT):
             few = f"its {found} images leave fewer than {SMALLEST_SPLIT} for the {small} split"
@@ -240,15 +246,6 @@ def _duplicates(images: list[_Image]) -> pd.DataFrame:
         if j is not None:
             pairs.append((image.name, images[j].name, "exact" if exact < i else "near", image.split, images[j].split))
     return pd.DataFrame(pairs, columns=["file_name", "of", "kind", "split", "split_of"])
-
-
-def _refuse_unreadable(folder: Path, found: int, bad: pd.DataFrame, max_bad_fraction: float, report: Path | None) -> NoReturn:
-    if report:
-        report.parent.mkdir(exist_ok=True)
-        bad.to_csv(report, index=False, errors="backslashreplace")
-    many = f"{len(bad)} of {found} images are unreadable, more than data.max_bad_fraction {max_bad_fraction} allows"
-    first = f"the first is {bad.file_name[0]!r} ({bad.reason[0]}){f', all are in {report}' if report else ''}"
-    raise InputError(f"{folder}: {many}; {first}; remove or mend them, or raise the bound")
 
 
 def _find_prompts(folder: Path, table: pd.DataFrame) -> Path | None:
