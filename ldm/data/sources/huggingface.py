@@ -41,7 +41,6 @@ class HuggingFace(Source):
 
         features = next(iter(splits.values())).features
         image, columns = _columns(features, where)
-        count = 0
         with replacing(out) as folder, (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as table:
             for split, rows in sorted(splits.items()):
                 (folder / split).mkdir()
@@ -56,8 +55,7 @@ class HuggingFace(Source):
                         if record.get(key, "") is None:
                             raise InputError(f"{here}: column {columns[key]!r} is empty; every image needs its {key}")
                     table.write(json.dumps({"file_name": file_name, **record}, ensure_ascii=False) + "\n")
-                    count += 1
-        return count
+        return sum(map(len, splits.values()))
 
 
 def _locate(dataset: str, root: Path, where: str) -> tuple[str, str | None, str | None]:
@@ -87,12 +85,11 @@ def _load(name: str, config: str | None, commit: str | None, where: str) -> dict
         if commit and builder.hash != commit:
             raise ConnectionError(f"the hub does not answer, and the latest copy in the cache is of commit {builder.hash}")
         builder.download_and_prepare()
-        splits: dict[str, Any] = builder.as_dataset()
+        return builder.as_dataset()
     except Exception as error:  # many libraries raise here; every error means that the data cannot be had
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its cause has the reason
         reason = (generic and error.__cause__) or error
         raise InputError(f"{where}: {type(reason).__name__}: {' '.join(str(reason).split())}") from error
-    return splits
 
 
 def _columns(features: dict[str, Any], where: str) -> tuple[str, dict[str, str]]:
