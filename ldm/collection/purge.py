@@ -196,9 +196,7 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str
 
 
 def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: set[str]) -> pd.DataFrame:
-    """All files to delete, in this order: leftovers of killed stages, downloads that hold the image, and files of the latents'
-    store that are not in data/latents, as after a kill nothing may name a file there; then the objects, shards last.
-    """
+    """The files to delete in their order, shards last. Of the latents' store go all files that are not in data/latents."""
     linked = {file_hash(path) for path in (root / LATENTS).glob("*.safetensors")}
     downloads = [path for path in (root / SHARD_CACHE).glob("*") if path.is_file() and _holds(path, digests)]
     unlinked = [path for path in (root / LATENT_STORE).glob("*") if path.stem.rpartition("-")[2] not in linked]  # KEY-SHA256

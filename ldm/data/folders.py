@@ -59,11 +59,7 @@ class Collection:
 def read_folder(folder: Path) -> Collection:
     """The captioned images in `folder` and below, sorted by `file_name` (POSIX path relative to `folder`).
 
-    A `metadata.csv` or `metadata.jsonl` (`file_name,text` and further columns, such as `label`) has the captions of all images
-    in its folder and below. Images without a table have a `.txt` file beside them. If there are neither tables nor `.txt`
-    files, the name of an image's folder is its caption and its label.
-
-    Hidden files are ignored; links that leave the folder, links to folders and names that are not UTF-8 are refused.
+    README.md has the conventions for captions. Hidden files are ignored; files that must not be opened are refused.
     Raises `InputError` for a folder that is missing or empty, and for captions without an image or images without a caption.
     """
     if not folder.is_dir():
@@ -96,10 +92,7 @@ def read_folder(folder: Path) -> Collection:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every file below a folder that is not hidden: its relative path, and why it must not be opened (empty if it may be).
-
-    Yields nothing if there is no such folder.
-    """
+    """Every file below a folder, if there is one, that is not hidden: its relative path, and why not to open it (or "")."""
     root = folder.resolve()
 
     def cannot(error: OSError) -> None:

@@ -25,8 +25,7 @@ def read_tars(folder: Path) -> Collection:
     A sample is an image with a caption in `.txt` or `.caption`, or as `text` or `caption` in its JSON, and optionally `.json`
     (an object: further columns) and `.cls` (its label). `file_name` is `TAR/KEY.SUFFIX`.
 
-    Raises `InputError`, naming tar and member, for damaged tars, members that lead out of the tar (absolute paths, `..`,
-    links, devices), pickles, samples without a caption, and names that occur twice.
+    Raises `InputError` for damaged tars, members that lead out of the tar, pickles, lacking captions and names that occur twice.
     """
     rows: list[dict[str, Any]] = []
     places: list[Place] = []

@@ -29,10 +29,8 @@ class HuggingFace(Source):
         """Write each split as `SPLIT/00000000.SUFFIX`, with the images' own bytes, and captions as `metadata.jsonl`.
 
         The table has `file_name`, `text` (the first of several captions), `label` if one column holds classes, and every
-        other scalar. A row without an image becomes an empty file, which the `shard` stage quarantines.
-
-        Raises `InputError` for a data set that has no commit or cannot be had, for columns that leave open which holds the
-        image or the caption, for an image file that is missing, and for a row without caption or label.
+        other scalar. A row without an image becomes an empty file, which the `shard` stage quarantines. Raises `InputError`
+        for a data set that cannot be had, for unclear columns, and for a row without its image file, caption or label.
         """
         where = f"data.source.dataset {self.dataset!r}"
         name, config, commit = _locate(self.dataset, root, where)
