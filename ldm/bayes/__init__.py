@@ -5,11 +5,7 @@ from ldm.base.lazy import exports
 __getattr__, __all__ = exports(
     __name__,
     {
-        "Bound": "bound",
-        "Elbo": "elbo",
+        "Bound": "bound", "whole_bound": "bound", "Elbo": "elbo", "elbo": "elbo", "importance_bound": "elbo",
         "diagnose": "diagnostics",
-        "elbo": "elbo",
-        "importance_bound": "elbo",
-        "whole_bound": "bound",
     },
-)
+)  # fmt: skip

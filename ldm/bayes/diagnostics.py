@@ -1,7 +1,6 @@
 """What the latents of a split carry: active units, the two parts of the KL term, posterior collapse (`README.md`).
 
-E_x KL(q(z | x) || p(z)) = I(x; z) + KL(q(z) || p(z)): information about x, and the distance between the prior and the aggregate
-posterior q(z) = E_x q(z | x), from which ancestral sampling suffers (Hoffman & Johnson 2016, "ELBO surgery").
+E_x KL(q(z | x) || p(z)) = I(x; z) + KL(q(z) || p(z)), with the aggregate posterior q(z) = E_x q(z | x) (Hoffman & Johnson 2016).
 """
 
 import math
@@ -15,9 +14,7 @@ from ldm.base.randomness import generator
 from ldm.nets.autoencoder import DiagonalGaussian
 
 ACTIVE = 0.01  # variance of E[z | x] over x (Burda et al. 2016, section 4.2)
-# Nats a position. A latent that shares 0.1 nats with its image has a squared correlation of 1 - exp(-0.2) = 18 % with it, so the
-# diffusion model would mostly learn noise. Channels in use have 0.5 to 5 nats.
-COLLAPSED = 0.1
+COLLAPSED = 0.1  # nats a position: a squared correlation of 1 - exp(-0.2) = 18 % with the image; channels in use have 0.5 to 5
 VALUES = 2048  # posteriors in the mixture of a channel's marginal
 IMAGES = 1024  # images in the mixture of whole latents
 CHUNK = 1 << 22  # numbers worked on at a time
@@ -49,12 +46,10 @@ class Diagnostics:
         if not (found := self.collapsed):
             return None
         used, most = len(self.kl) - len(found), float(self.kl[found].max()) / self.positions
+        which = f"{len(found)} of {len(self.kl)} latent channels ({', '.join(map(str, found))})"
         fewer = f", or use fewer autoencoder.latent_channels ({used} carry all there is)" if used else ""
-        return (
-            f"posterior collapse: {len(found)} of {len(self.kl)} latent channels ({', '.join(map(str, found))}) carry less than "
-            f"{COLLAPSED} nats a position, at most {most:.2g}: lower train_vae.beta, "
-            f"set train_vae.beta_warmup_images or train_vae.free_bits{fewer}"
-        )
+        change = f"lower autoencoder.regulariser.beta, or set its beta_warmup_images or free_bits{fewer}"
+        return f"posterior collapse: {which} carry less than {COLLAPSED} nats a position, at most {most:.2g}: {change}"
 
     def metrics(self) -> dict[str, float]:
         """Names and numbers for a tracker."""
@@ -75,12 +70,10 @@ class Diagnostics:
 def diagnose(mean: Tensor, logvar: Tensor, seed: int = 0) -> Diagnostics:
     """Diagnostics of the posteriors N(mean, exp(logvar)) of a split's images, each (N, c, h, w); the prior is N(0, I).
 
-    Moments, active units and KL use all images. The information terms are Monte-Carlo estimates, with one draw from each
-    posterior of a subsample (by `seed`) whose mixture stands for q(z): 2048 values (image and position) for the marginal of a
-    channel, 1024 images for whole latents. As each draw's own posterior is one of the M in the mixture, information saturates at
-    ln M (Poole et al. 2019, equation 12): near that ceiling it is underestimated, and aggregate_kl overestimated. Whole latents
-    of real images are mostly at the ceiling: each image is told from 1023 others. An aggregate_kl of nearly 0 can be estimated
-    below 0.
+    Moments, active units and KL use all images. The information terms are Monte-Carlo estimates, with one draw from each of M
+    posteriors (by `seed`), whose mixture stands for q(z): VALUES for the marginal of a channel, IMAGES for whole latents. As the
+    mixture includes a draw's own posterior, information saturates at ln M (Poole et al. 2019, equation 12), the ceiling. Near it,
+    where whole latents of real images mostly are, information is underestimated and aggregate_kl overestimated.
     """
     if mean.shape != logvar.shape or mean.ndim != 4:
         raise ValueError(f"expected mean and logvar (N, c, h, w), found {tuple(mean.shape)} and {tuple(logvar.shape)}")
@@ -95,20 +88,13 @@ def diagnose(mean: Tensor, logvar: Tensor, seed: int = 0) -> Diagnostics:
     centre, square, variance, kl = sums.cpu() / count
     spread = (square - centre.square()) * count / (count - 1)  # unbiased variance of E[z | x] over x
     total = square.mean((1, 2)) - centre.mean((1, 2)).square() + variance.mean((1, 2))
-    kl = kl.sum((1, 2))
-    aggregate = torch.stack([_aggregate_kl(mean[:, c], logvar[:, c], rng) for c in range(mean.shape[1])])
+    kl, aggregate = kl.sum((1, 2)), torch.stack([_aggregate_kl(mean[:, c], logvar[:, c], rng) for c in range(mean.shape[1])])
     return Diagnostics(
-        positions=positions,
-        active_units=int((spread > ACTIVE).sum()),
-        kl=kl,
-        mean=centre.mean((1, 2)),
-        std=total.sqrt(),
-        aggregate_kl=aggregate,
-        value_information=kl / positions - aggregate,
+        positions, active_units=int((spread > ACTIVE).sum()), kl=kl, mean=centre.mean((1, 2)), std=total.sqrt(),
+        aggregate_kl=aggregate, value_information=kl / positions - aggregate,
         value_ceiling=math.log(min(count * positions, VALUES)),
-        mutual_information=_mutual_information(mean, logvar, rng),
-        ceiling=math.log(min(count, IMAGES)),
-    )
+        mutual_information=_mutual_information(mean, logvar, rng), ceiling=math.log(min(count, IMAGES)),
+    )  # fmt: skip
 
 
 def _aggregate_kl(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> Tensor:

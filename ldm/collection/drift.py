@@ -1,6 +1,6 @@
 """Drift: are new images like those that the model was trained on?
 
-An image's score is the spread of its bound over posterior samples of the decoder's weights (`ldm.langevin.predictive`). New
+An image's score is the spread of its bound over posterior samples of the decoder's weights (`ldm.langevin.decoder`). New
 images are compared with the test images, whose scores the stage sample_posterior has written.
 """
 
@@ -20,7 +20,7 @@ from ldm.data.batches import order
 from ldm.data.folders import Place, walk
 from ldm.data.images import SUFFIXES, Preprocessing, UnreadableImage
 from ldm.langevin.chains import Draws
-from ldm.langevin.predictive import DecoderPosterior
+from ldm.langevin.decoder import DecoderPosterior
 from ldm.model import LatentDiffusion
 from ldm.nets.diffusers import network_hash
 

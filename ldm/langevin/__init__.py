@@ -5,14 +5,7 @@ from ldm.base.lazy import exports
 __getattr__, __all__ = exports(
     __name__,
     {
-        "Chains": "chains",
-        "Cyclical": "sgld",
-        "Draws": "chains",
-        "PSGLD": "sgld",
-        "Polynomial": "sgld",
-        "SGHMC": "sgld",
-        "SGLD": "sgld",
-        "StepSize": "step_size",
-        "find_step_size": "step_size",
+        "SGLD": "sgld", "PSGLD": "sgld", "SGHMC": "sgld", "Polynomial": "sgld", "Cyclical": "sgld",
+        "Chains": "chains", "Draws": "chains", "StepSize": "step_size", "find_step_size": "step_size",
     },
-)
+)  # fmt: skip

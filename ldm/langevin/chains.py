@@ -1,7 +1,6 @@
 """Several chains of a sampler side by side, the draws they keep, and control variates for their gradients."""
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from ldm.base.errors import InputError
 from ldm.langevin.sgld import SGLD
 
 Loss = Callable[..., Tensor]  # from the weights of a chain (name -> tensor) and the tensors of its minibatch to the mean loss
-MakeSampler = Callable[[list[Tensor]], SGLD]  # such as functools.partial(SGLD, lr=…, num_data=…)
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,8 @@ class Draws:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The weights of each draw, name -> tensor, chain after chain."""
-        for chain in range(self.chains):
-            for draw in range(len(self.weights)):
-                yield {name: value[chain, draw] for name, value in self.values.items()}
+        for number in range(self.count):
+            yield {name: value.flatten(0, 1)[number] for name, value in self.values.items()}
 
     def save(self, path: Path, about: dict[str, Any] | None = None) -> None:
         """Write safetensors with `about` as JSON in the header. Equal draws give equal bytes."""
@@ -56,10 +53,8 @@ class Draws:
             weights = tensors.pop("weights")
             if not tensors or any(value.shape[1:2] != weights.shape for value in tensors.values()):
                 raise ValueError("the numbers of draws and weights differ")
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; the stage sample_posterior writes it") from None
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: holds no posterior samples ({error}); run the stage sample_posterior again") from None
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: holds no posterior samples ({error}); run the stage sample_posterior") from None
         return cls({name.removeprefix("draws."): value for name, value in tensors.items()}, weights), about
 
 
@@ -87,18 +82,18 @@ def control_variates(loss: Loss, centre: dict[str, Tensor], batches: Iterable[tu
 
 
 class Chains:
-    """Chains of a sampler on one loss, each with its own minibatches and noise.
+    """Chains of a `sampler`, such as functools.partial(SGLD, lr=…, num_data=…), each with its own minibatches and noise.
 
-    Their weights are stacked, (chains, …), and one optimizer steps them all. `vectorized` computes their losses in one pass
-    (torch.func.vmap), which the model's operations must allow; otherwise one after the other, equal but for rounding.
-    After the first `burn_in` steps, every `thin`-th step is kept as a draw if `keep(step)` is true.
+    Their weights are stacked, (chains, …) by name as those of `start`, and one optimizer steps them all. R-hat says most where
+    they start differently. `vectorized` computes their losses in one pass (torch.func.vmap), which the model's operations must
+    allow; otherwise one after the other, equal but for rounding. After the first `burn_in` steps, every `thin`-th step is kept as
+    a draw if `keep(step)` is true.
     """
 
     def __init__(
-        self, loss: Loss, start: dict[str, Tensor], sampler: MakeSampler, *, burn_in: int = 0, thin: int = 1,
+        self, loss: Loss, start: dict[str, Tensor], sampler: Callable[[list[Tensor]], SGLD], *, burn_in: int = 0, thin: int = 1,
         keep: Callable[[int], bool] = lambda step: True, vectorized: bool = True,
     ) -> None:  # fmt: skip
-        """`start`: the first weights of each chain, (chains, …) by name. R-hat says most where they differ."""
         if burn_in < 0 or thin < 1:
             raise InputError(f"burn_in {burn_in}, thin {thin}: give 0 or more, and 1 or more")
         if len({len(value) for value in start.values()}) != 1:
@@ -131,33 +126,25 @@ class Chains:
     def draws(self) -> Draws:
         """The draws kept so far."""
         if not self.lrs:
-            burn_in = f"{self.burn_in} are burn-in, thinned by {self.thin}"
-            raise InputError(f"no draws after {self.done} steps of which {burn_in}: take more")
+            raise InputError(f"no draws after {self.done} steps of which {self.burn_in} are burn-in; take more")
         values = {name: torch.stack(kept, 1) for name, kept in self.kept.items()}
         if not all(value.isfinite().all() for value in values.values()):
             raise InputError(f"the chains diverged: weights are not finite after {self.done} steps; take a smaller step size")
         return Draws(values, torch.tensor(self.lrs, dtype=torch.float64))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights, draws and the sampler's state; `load_state_dict` also needs `done`."""
-        sampler = self.optimizer.state_dict()["state"]
-        return {
-            **{f"parameters.{name}": value.detach() for name, value in self.parameters.items()},
-            **{f"draws.{name}": torch.stack(kept, 1) for name, kept in self.kept.items() if kept},
-            **{f"optimizer.{index}.{name}": value for index, entry in sampler.items() for name, value in entry.items()},
-            "lrs": torch.tensor(self.lrs, dtype=torch.float64),
-        }
+        """Of every parameter its value, its draws and its state in the sampler; `load_state_dict` also needs `done`."""
+        state = {"lrs": torch.tensor(self.lrs, dtype=torch.float64)}
+        for name, p in self.parameters.items():
+            kept = {"draws": torch.stack(self.kept[name], 1)} if self.lrs else {}
+            entries = {"value": p.detach(), **kept, **self.optimizer.state[p]}
+            state |= {f"{name}/{entry}": value for entry, value in entries.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor], done: int) -> None:
-        sampler: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for key, value in state.items():
-            kind, _, name = key.partition(".")
-            if kind == "parameters":
-                self.parameters[name].detach().copy_(value)
-            elif kind == "draws":
-                self.kept[name] = list(value.unbind(1))
-            elif kind == "optimizer":
-                index, _, entry = name.partition(".")
-                sampler[int(index)][entry] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": sampler})
         self.lrs, self.done = state["lrs"].tolist(), done
+        for name, p in self.parameters.items():
+            entries = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
+            p.detach().copy_(entries.pop("value"))
+            self.kept[name] = list(entries.pop("draws").unbind(1)) if self.lrs else []
+            self.optimizer.state[p] = {entry: value.to(p.device) for entry, value in entries.items()}

@@ -1,10 +1,10 @@
-"""Sample the posterior of decoder weights given the training images and one draw of latents from q(z | x) for each.
+"""The posterior of decoder weights, given the training images and one draw of latents from q(z | x) for each: draws and averages.
 
 All other weights stay as trained: U(θ) = -log prior(θ) - Σ log p(x | z, θ). Chains start from the trained weights, which are also
 the centre of the control variates. Without those, gradient noise would only allow steps too small to get anywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -18,12 +18,13 @@ from ldm.base.pixels import to_float
 from ldm.base.progress import Progress
 from ldm.base.randomness import generator, seed_for
 from ldm.bayes.likelihoods.likelihood import Likelihood
-from ldm.langevin.chains import Chains, control_variates
+from ldm.langevin.chains import Chains, Draws, control_variates
 from ldm.langevin.sgld import SAMPLERS
 from ldm.langevin.step_size import StepSize, find_step_size
 from ldm.nets.autoencoder import Autoencoder, Decoder
 
 CHECKPOINT_STEPS = 50
+BATCH = 64  # images decoded at once by each draw
 MINIBATCHES = 16  # whose gradients' variance limits the step size
 GROWTH = 2.0  # by which gradient noise may still grow after the burn-in, when the step size is set
 
@@ -49,14 +50,14 @@ class DecoderLoss:
         output = torch.func.functional_call(self.autoencoder.decoder, weights, (h,))
         return -self.likelihood.log_prob(x, output).flatten(1).sum(1).mean()
 
+    @torch.no_grad()
     def data(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
         """The decoder's inputs and the images (N, C, H, W) it is to reconstruct; an image always has the same latents."""
         x = to_float(self.images(numbers)).to(self.device)
-        with torch.no_grad():
-            posterior = self.autoencoder.encode(x)
-            rngs = [generator(self.seed, "posterior latents", number) for number in numbers]
-            noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=rng) for rng in rngs])
-            h = self.autoencoder.post_quant_conv(posterior.sample(noise.to(self.device)))
+        posterior = self.autoencoder.encode(x)
+        rngs = [generator(self.seed, "posterior latents", number) for number in numbers]
+        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=rng) for rng in rngs])
+        h = self.autoencoder.post_quant_conv(posterior.sample(noise.to(self.device)))
         return h.clone(memory_format=torch.contiguous_format), x
 
     def minibatches(self, purpose: str, step: int, chains: int, size: int) -> tuple[Tensor, Tensor]:
@@ -68,11 +69,11 @@ class DecoderLoss:
 
 def part_of(decoder: Decoder, part: Part) -> dict[str, Tensor]:
     """The weights of a part of the decoder, by name."""
-    modules = {name for name, _ in decoder.named_modules() if name}
     names = part or (f"up_blocks.{len(decoder.up_blocks) - 1}", "conv_norm_out", "conv_out")
-    if unknown := [name for name in names if name not in modules]:
+    modules = {name for name, _ in decoder.named_modules() if name}
+    for name in sorted(set(names) - modules):
         known = ", ".join(sorted(module for module in modules if module.count(".") < 2))
-        raise InputError(f"posterior.part: the decoder has no {unknown[0]!r}; it has {known}, and their submodules")
+        raise InputError(f"posterior.part: the decoder has no {name!r}; it has {known}, and their submodules")
     prefixes = tuple(f"{name}." for name in names)
     weights = {key: value.detach() for key, value in decoder.named_parameters() if key.startswith(prefixes)}
     if not weights:
@@ -99,15 +100,10 @@ class DecoderChains(Chains):
         with Progress(f"{self.label}: the gradient of all {loss.count:,} images"):
             data = (loss.data(part.tolist()) for part in torch.arange(loss.count).split(batch_size))
             corrected = control_variates(loss, loss.start, data)
-        seed = seed_for(loss.seed, "posterior", sampler)
-        super().__init__(
-            corrected,
-            {name: value.expand(chains, *value.shape) for name, value in loss.start.items()},
-            partial(SAMPLERS[sampler], lr=lambda step: self.lr, seed=seed, **options),
-            burn_in=burn_in,
-            thin=thin,
-            vectorized=loss.device.type != "cpu",  # vmap makes grouped convolutions, which are slow on a CPU
-        )
+        start = {name: value.expand(chains, *value.shape) for name, value in loss.start.items()}
+        make = partial(SAMPLERS[sampler], lr=lambda step: self.lr, seed=seed_for(loss.seed, "posterior", sampler), **options)
+        on_gpu = loss.device.type != "cpu"  # vmap makes grouped convolutions, which are slow on a CPU
+        super().__init__(corrected, start, make, burn_in=burn_in, thin=thin, vectorized=on_gpu)
         self.minibatch = partial(loss.minibatches, "posterior", chains=chains, size=batch_size)
         self.measured_on = [loss.minibatches("step size", i, 1, batch_size) for i in range(MINIBATCHES)]
         self.find: Callable[..., StepSize] = partial(find_step_size, minibatches=MINIBATCHES, seed=loss.seed, **options)
@@ -139,7 +135,7 @@ class DecoderChains(Chains):
                 progress(self.done)
                 while self.done < end:
                     losses = self.step(*self.minibatch(self.done))
-                    if not torch.isfinite(losses).all():
+                    if not losses.isfinite().all():
                         raise InputError(f"{label}: the chains diverged by step {self.done}; set a smaller posterior.lr, or null")
                     stop = should_stop()
                     if stop or self.done % CHECKPOINT_STEPS == 0:
@@ -147,3 +143,61 @@ class DecoderChains(Chains):
                     if stop:
                         raise KeyboardInterrupt(f"stopped at a checkpoint after {self.done} steps")
                     progress(self.done, {"loss": float(losses.mean())})
+
+
+class DecoderPosterior:
+    """p(x | z) averaged over S draws of weights of the decoder, named as in `autoencoder.decoder`."""
+
+    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, draws: Draws) -> None:
+        known = {name: tuple(value.shape) for name, value in autoencoder.decoder.named_parameters()}
+        for name, value in draws.values.items():
+            if known.get(name) != (shape := tuple(value.shape[2:])):
+                raise InputError(f"posterior samples have {name} {shape}, the decoder {known.get(name, 'has not')}")
+        self.autoencoder, self.likelihood, self.draws, self.device = autoencoder, likelihood, draws, likelihood.log_scale.device
+        self.weights = (draws.weights / draws.weights.sum() / draws.chains).repeat(draws.chains)  # (S,), sum 1
+
+    def outputs(self, z: Tensor) -> Iterator[Tensor]:
+        """The decoder's output (B, C, H, W) for latents z (B, c, h, w) under each draw."""
+        h = self.autoencoder.post_quant_conv(z)
+        for draw in self.draws:
+            on_device = {name: value.to(z.device) for name, value in draw.items()}
+            yield torch.func.functional_call(self.autoencoder.decoder, on_device, (h,))
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x | z, θ) of images x (B, C, H, W) in [-1, 1] for each draw θ, in nats, (S, B), float64."""
+        return torch.stack([self.likelihood.log_prob(x, output).double().flatten(1).sum(1).cpu() for output in self.outputs(z)])
+
+    def average(self, log_prob: Tensor) -> Tensor:
+        """log p(x | z) of the Bayesian model average, the log of the mean of p(x | z, θ), from `log_prob` (S, B); nats (B,)."""
+        return torch.logsumexp(log_prob + self.weights.log()[:, None], 0)
+
+    def moments(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted mean and unbiased standard deviation of `values` (S, …) over the draws.
+
+        The standard deviation of `log_prob` is also that of the bound: no other term depends on θ.
+        """
+        if len(values) < 2:
+            raise InputError("a standard deviation takes 2 or more posterior samples")
+        w = self.weights.to(values).view(-1, *[1] * (values.ndim - 1))
+        mean = (w * values).sum(0)
+        variance = (w * (values - mean).square()).sum(0) / (1 - float(self.weights.square().sum()))
+        return mean, variance.sqrt()
+
+    @torch.no_grad()
+    def scores(self, pixels: Tensor) -> Tensor:
+        """How unlike the training data uint8 images (N, C, H, W) are: spread of `log_prob` at the mean of q(z | x), nats (N,)."""
+        xs = (to_float(part).to(self.device) for part in pixels.split(BATCH))
+        return torch.cat([self.moments(self.log_prob(x, self.autoencoder.encode(x).mean))[1] for x in xs])
+
+    @torch.no_grad()
+    def uncertainty(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over draws of the decoded images, each (B, C, H, W) in [-1, 1]."""
+        return self.moments(torch.stack([self.likelihood.mean(output).clamp(-1, 1) for output in self.outputs(z)]))
+
+    @torch.no_grad()
+    def reconstructions(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """`uncertainty` at the mean of q(z | x) of uint8 images (N, C, H, W), on the CPU."""
+        xs = (to_float(part).to(self.device) for part in pixels.split(BATCH))
+        mean, std = zip(*(self.uncertainty(self.autoencoder.encode(x).mean) for x in xs), strict=True)
+        return torch.cat(mean).cpu(), torch.cat(std).cpu()

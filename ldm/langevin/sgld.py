@@ -24,11 +24,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {  # option: whether a val
     "eps": (lambda eps: eps > 0, "more than 0"),
     "adaptation_steps": (lambda steps: steps is None or steps >= 1, "1 or more, or None"),
 }
-REFUSED = {  # options of other optimizers that would change the sampled distribution, and what to use instead
-    **dict.fromkeys(("momentum", "nesterov", "dampening"), "SGHMC has momentum, with the noise that belongs to it (friction)"),
-    "betas": "PSGLD has a preconditioner, SGHMC momentum",
-    "weight_decay": "state the prior: prior_precision (1 / variance)",
-}
+OPTIONS = {"params", "param_names", "lr", "num_data", "prior_precision", "prior", "temperature", "seed"}  # of every sampler
 
 
 @dataclass(frozen=True)
@@ -87,14 +83,12 @@ class SGLD(torch.optim.Optimizer):
     """θ ← θ - (ε/2) ∇U(θ) + N(0, ε T) (Welling & Teh 2011, equation 4), U(θ) = -log prior(θ) - Σ log p(datum | θ).
 
     Samples follow exp(-U / T) up to an error that vanishes with ε: where U has curvature a and the estimated gradient variance V,
-    the variance of θ is (1 + εV/4) / (a (1 - εa/4)) instead of 1/a (T = 1).
+    the variance of θ at T = 1 is (1 + εV/4) / (a (1 - εa/4)) instead of 1/a.
 
-    `lr` is ε, a number or a function of the step, and `temperature` T. `.grad` holds the gradient of the *mean* loss over a
-    minibatch, in nats; ∇U is estimated by `num_data`, the size of the whole data set, times that. The prior has the variance
-    1 / prior_precision; the default, 0, is a flat prior. `seed` decides all noise; None draws a seed from torch's global
-    generator. Parameter groups may have their own values.
-
-    Raises `InputError` for what would change the sampled distribution: `REFUSED`, half-precision parameters, gradient hooks.
+    `lr` is ε, a number or a function of the step; `temperature` is T. ∇U is estimated by `num_data`, the size of the whole data
+    set, times `.grad`, the gradient of the *mean* loss over a minibatch in nats. The prior has the variance 1 / prior_precision,
+    0 is flat. `seed` decides all noise; None draws one from torch's global generator. Parameter groups may have their own values.
+    `InputError` for what changes the sampled distribution: other optimizers' options, half-precision parameters, gradient hooks.
     """
 
     extra: ClassVar[dict[str, Any]] = {}  # further options of a sampler, with their defaults
@@ -105,23 +99,18 @@ class SGLD(torch.optim.Optimizer):
     ) -> None:  # fmt: skip
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         common = {"num_data": num_data, "prior_precision": prior_precision, "prior": prior, "temperature": temperature}
-        self._refuse(extra.keys() - self.extra.keys())
         super().__init__(params, {"lr": lr, **common, "seed": seed, **self.extra, **extra})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        self._refuse(group.keys() - self.defaults.keys() - {"params", "param_names"})
+        group, instead = self.param_groups[-1], "SGHMC has momentum, PSGLD a preconditioner; prior_precision is the weight decay"
+        for name in sorted(group.keys() - OPTIONS - self.extra.keys()):
+            raise InputError(f"{type(self).__name__} has no {name}: leave it out ({instead})")
         for name, (valid, expected) in VALID.items():
             if name in group and not valid(group[name]):
                 raise InputError(f"{name} {group[name]}: expected {expected}")
-        for p in group["params"]:
-            if p.dtype not in (torch.float32, torch.float64):
-                raise InputError(f"a parameter of {tuple(p.shape)} is {p.dtype}, which rounds the noise away: sample float32")
-
-    def _refuse(self, names: Iterable[str]) -> None:
-        for name in sorted(names):
-            raise InputError(f"{type(self).__name__} has no {name}: {REFUSED.get(name, 'leave it out')}")
+        for dtype in {p.dtype for p in group["params"]} - {torch.float32, torch.float64}:
+            raise InputError(f"parameters of {dtype}, which rounds the noise away: sample float32 parameters")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -152,6 +141,11 @@ class SGLD(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
         """Move a group's parameters; `noise` is shaped like them and may be overwritten."""
         _add_gradient(noise, group, -lr / 2)
+        if "friction" in group:
+            velocity = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in group["params"]]
+            torch._foreach_mul_(velocity, 1 - group["friction"])
+            torch._foreach_add_(velocity, noise)
+            noise = velocity
         torch._foreach_add_(group["params"], noise)
 
 
@@ -166,8 +160,8 @@ class PSGLD(SGLD):
     extra: ClassVar[dict[str, Any]] = {"alpha": 0.99, "eps": 1e-5, "adaptation_steps": None}
 
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
-        params, alpha, last = group["params"], group["alpha"], group["adaptation_steps"] or math.inf
-        step = int(self._count(group))
+        params, alpha = group["params"], group["alpha"]
+        step, last = int(self._count(group)), group["adaptation_steps"] or math.inf
         squares = [self.state[p].setdefault("square_avg", torch.zeros_like(p)) for p in params]
         if step < last:
             gradients = [p.grad for p in params]
@@ -190,13 +184,6 @@ class SGHMC(SGLD):
     """
 
     extra: ClassVar[dict[str, Any]] = {"friction": 0.1}
-
-    def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
-        velocity = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in group["params"]]
-        torch._foreach_mul_(velocity, 1 - group["friction"])
-        _add_gradient(noise, group, -lr / 2)
-        torch._foreach_add_(velocity, noise)
-        torch._foreach_add_(group["params"], velocity)
 
 
 SAMPLERS = {"sgld": SGLD, "psgld": PSGLD, "sghmc": SGHMC}

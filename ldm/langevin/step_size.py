@@ -61,9 +61,9 @@ class StepSize:
         if not math.isfinite(inflation):
             found.append(f"step size {lr:.3g} diverges: {left}")
         elif inflation > 1 + 2 * tolerance:
+            wide = f"step size {lr:.3g} gives variances about {inflation:.2f} times what they should be"
             why = f"injected noise is {self.noise_ratio(lr):.3g} times the gradients', {left}"
-            wide = f"step size {lr:.3g} gives variances about {inflation:.2f} times what they should be ({why})"
-            found.append(f"{wide}: take {self.recommended(tolerance):.3g}, or larger batches")
+            found.append(f"{wide} ({why}): take {self.recommended(tolerance):.3g}, or larger batches")
         if (t := self.temperature) != 1:
             found.append(f"temperature {t:g}: samples are of the posterior to the power of {1 / t:g}")
         return found

@@ -14,9 +14,8 @@ from ldm.base.paths import BOUNDS, MODEL, POSTERIOR, POSTERIOR_REPORTS, SHARDS
 from ldm.base.progress import Progress
 from ldm.base.randomness import seed_for
 from ldm.config import load_settings
-from ldm.evaluation.posterior import Metrics, measure
-from ldm.langevin.decoder import DecoderChains, DecoderLoss
-from ldm.langevin.predictive import DecoderPosterior
+from ldm.evaluation.posterior import measure
+from ldm.langevin.decoder import DecoderChains, DecoderLoss, DecoderPosterior
 from ldm.model import LatentDiffusion
 from ldm.nets.diffusers import network_hash
 from ldm.registry.tracking import stage_run
@@ -38,7 +37,7 @@ def run(root: Path, sampler: str) -> None:
     inputs = {"model": folder_hash(root / MODEL), "shards": index_hash(train)}
     params, steps = {"sampler": sampler, **STAGE.params(settings)}, options.burn_in + options.thin * options.draws
     identity = identify(STAGE.name, params, inputs, {"device": str(device)})
-    plots = root / POSTERIOR_REPORTS / sampler
+    folder, plots = root / POSTERIOR / sampler, root / POSTERIOR_REPORTS / sampler
     with (
         opened(root, identity, steps, torch.get_num_threads()) as work,
         stage_run(f"{STAGE.name}_{sampler}", params, work.key, work.tags()) as tracker,
@@ -55,8 +54,13 @@ def run(root: Path, sampler: str) -> None:
         warnings = [*metrics["step_size_warnings"], *metrics["convergence_warnings"]]
         summary = f"{metrics['average_bits_per_dim']:.4f} bits/dim averaged over {metrics['draws']} samples"
         metrics["summary"] = summary + (f"; {len(warnings)} warnings" if warnings else "")
-        write(root, sampler, posterior, scores, metrics)
-        work.note_adopted(root / POSTERIOR / sampler)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        about = {"autoencoder": network_hash(root / MODEL / "autoencoder"), "sampler": sampler}
+        posterior.draws.save(folder / "samples.safetensors", about)
+        scores.to_csv(folder / "scores.csv", index=False)
+        plots.with_suffix(".json").write_text(canonical_json(metrics))
+        work.note_adopted(folder)
         tracker.log({name: value for name, value in metrics.items() if isinstance(value, int | float)}, 0)
         tracker.artifact(plots, "plots")
         work.finish()
@@ -64,16 +68,6 @@ def run(root: Path, sampler: str) -> None:
         print(f"sample_posterior: warning: {warning}", flush=True)
     before, after, gain, error = (metrics[n] for n in ("bits_per_dim", "average_bits_per_dim", "gain_nats", "gain_nats_se"))
     print(f"sample_posterior: {before:.4f} bits/dim as trained, {after:.4f} averaged (by {gain:.2f} ± {error:.2f} nats an image)")
-
-
-def write(root: Path, sampler: str, posterior: DecoderPosterior, scores: pd.DataFrame, metrics: Metrics) -> None:
-    folder = root / POSTERIOR / sampler
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    about = {"autoencoder": network_hash(root / MODEL / "autoencoder"), "sampler": sampler}
-    posterior.draws.save(folder / "samples.safetensors", about)
-    scores.to_csv(folder / "scores.csv", index=False)
-    (root / POSTERIOR_REPORTS / f"{sampler}.json").write_text(canonical_json(metrics))
 
 
 STAGE = Stage(

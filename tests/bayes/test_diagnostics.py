@@ -90,8 +90,7 @@ def test_a_collapsed_channel_is_named_and_a_healthy_one_is_not():
     message = found.warning()
     for words in (
         "2 of 4 latent channels (1, 3) carry less than 0.1 nats a position, at most 6.",
-        "lower train_vae.beta",
-        "set train_vae.beta_warmup_images or train_vae.free_bits",
+        "lower autoencoder.regulariser.beta, or set its beta_warmup_images or free_bits",
         "fewer autoencoder.latent_channels (2 carry all there is)",
     ):
         assert words in message

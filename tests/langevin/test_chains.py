@@ -186,7 +186,7 @@ def test_a_damaged_file(how, tmp_path):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(InputError, match=r"draws\.safetensors: no such file"):
+    with pytest.raises(InputError, match=r"draws\.safetensors: holds no .* \(No such file.*\); run the stage sample_posterior"):
         Draws.load(tmp_path / "draws.safetensors")
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
 from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
-from ldm.langevin import predictive
+from ldm.langevin import decoder
 from ldm.langevin.chains import Draws
-from ldm.langevin.predictive import DecoderPosterior
+from ldm.langevin.decoder import DecoderPosterior
 from ldm.nets.autoencoder import AutoencoderKL
 
 CHAINS, DRAWS = 2, 3
@@ -95,7 +95,7 @@ def test_spread_and_scores(posterior, images):
     z = posterior.autoencoder.encode(images).mean
     values = nats(posterior, images, z)
     expected = np.sqrt(weighted(values, shares(posterior))[1])
-    np.testing.assert_allclose(posterior.spread(torch.from_numpy(values)), expected, rtol=1e-10)
+    np.testing.assert_allclose(posterior.moments(torch.from_numpy(values))[1], expected, rtol=1e-10)
     np.testing.assert_allclose(posterior.scores(pixels()), expected, rtol=1e-3)
     if len(set(posterior.draws.weights.tolist())) == 1:
         np.testing.assert_allclose(expected, values.std(0, ddof=1))
@@ -104,7 +104,7 @@ def test_spread_and_scores(posterior, images):
 def test_a_weighted_variance_is_unbiased(posterior):
     """Over many sets of draws its mean is the variance they come from."""
     values = torch.tensor(np.random.default_rng(0).normal(3, 2, (6, 40_000)))
-    squares = posterior.spread(values).square().numpy()
+    squares = posterior.moments(values)[1].square().numpy()
     assert squares.mean() == pytest.approx(4, abs=3 * squares.std() / 200)
 
 
@@ -120,7 +120,7 @@ def test_uncertainty_of_every_pixel(posterior):
 
 def test_uncertainty_of_reconstructions(posterior, images, monkeypatch):
     """In parts, as at once."""
-    monkeypatch.setattr(predictive, "BATCH", 2)
+    monkeypatch.setattr(decoder, "BATCH", 2)
     found, expected = posterior.reconstructions(pixels()), posterior.uncertainty(posterior.autoencoder.encode(images).mean)
     torch.testing.assert_close(found, expected)
 
@@ -129,7 +129,7 @@ def test_one_draw_has_no_spread():
     one = Draws({name: value[:1, :1] for name, value in some_draws([1.0]).values.items()}, torch.ones(1))
     posterior = DecoderPosterior(net(), DiscretizedLogistic().build(), one)
     with pytest.raises(InputError, match="2 or more posterior samples"):
-        posterior.spread(torch.zeros(1, 3))
+        posterior.moments(torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize(

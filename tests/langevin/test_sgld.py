@@ -121,9 +121,9 @@ MISTAKES = {
         "SGLD", "params, alpha=scale * precision)", 'params, alpha=scale * precision * group["num_data"])',
     ),
     "prior as decoupled weight decay beside the explicit one": (
-        "SGLD", "_add_gradient(noise, group, -lr / 2)\n        torch._foreach_add_(group",
+        "SGLD", "_add_gradient(noise, group, -lr / 2)\n        if",
         'torch._foreach_mul_(group["params"], 1 - lr * group["prior_precision"])\n'
-        "        _add_gradient(noise, group, -lr / 2)\n        torch._foreach_add_(group",
+        "        _add_gradient(noise, group, -lr / 2)\n        if",
     ),
     "momentum left on": (
         "SGLD", 'torch._foreach_add_(group["params"], noise)',
@@ -133,9 +133,9 @@ MISTAKES = {
         '        torch._foreach_add_(group["params"], velocity)',
     ),
     "gradient clipping left on": (
-        "SGLD", "_add_gradient(noise, group, -lr / 2)\n        torch._foreach_add_(group",
+        "SGLD", "_add_gradient(noise, group, -lr / 2)\n        if",
         'torch.nn.utils.clip_grad_norm_(group["params"], 1.0)\n'
-        "        _add_gradient(noise, group, -lr / 2)\n        torch._foreach_add_(group",
+        "        _add_gradient(noise, group, -lr / 2)\n        if",
     ),
     "bfloat16": (
         "SGLD", 'torch._foreach_add_(group["params"], noise)',

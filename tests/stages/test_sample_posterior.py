@@ -29,8 +29,7 @@ from ldm.data.reader import ShardReader, open_shards
 from ldm.evaluation.gate import Decision
 from ldm.evaluation.posterior import average_bound
 from ldm.langevin.chains import Draws
-from ldm.langevin.decoder import CHECKPOINT_STEPS
-from ldm.langevin.predictive import DecoderPosterior
+from ldm.langevin.decoder import CHECKPOINT_STEPS, DecoderPosterior
 from ldm.model import LatentDiffusion
 from ldm.nets.diffusers import network_hash
 from ldm.registry.registration import Registered
