@@ -4,6 +4,7 @@ An image's score is the spread of its bound over posterior samples of the decode
 images are compared with the test images, whose scores the stage sample_posterior has written.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -81,30 +82,22 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
     draws, about = Draws.load(source / "samples.safetensors")
     if about.get("autoencoder") != network_hash(root / MODEL / "autoencoder"):
         raise InputError(f"{source}: its samples are of another decoder than models/ldm; run `dvc repro`")
-    torch.backends.cudnn.allow_tf32 = False  # as in the stage: rounding to 10 bits would add to every new score
-    reference = pd.read_csv(source / "scores.csv").score.to_numpy()
-    names, pixels, found, unreadable = _images(folder, Preprocessing(**model.recipe.preprocessing))
-    scores = DecoderPosterior(model.autoencoder, model.likelihood, draws).scores(torch.from_numpy(pixels)).numpy()
-    limit = float(np.quantile(reference, QUANTILE))
-    counts = [[int((values > limit).sum()), int((values <= limit).sum())] for values in (scores, reference)]
-    p_value = float(fisher_exact(counts, alternative="greater").pvalue)
-    table = pd.DataFrame({"file_name": names, "score": scores}).sort_values("score", ascending=False, ignore_index=True)
-    return Drift(found, table, unreadable, limit, p_value)
-
-
-def _images(folder: Path, preprocessing: Preprocessing) -> tuple[list[str], np.ndarray, int, int]:
-    """Names of at most `MOST` readable images and their pixels, uint8 (N, C, H, W); counts of all and of unreadable images."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a folder of images")
     images = [name for name, reason in walk(folder) if PurePosixPath(name).suffix.lower() in SUFFIXES and not reason]
     chosen = sorted(images[i] for i in order(0, len(images), 0, min(len(images), MOST))) if images else []
-    names, pixels = [], []
+    preprocessing, pixels = Preprocessing(**model.recipe.preprocessing), dict[str, np.ndarray]()  # by file name, uint8 (C, H, W)
     for name in chosen:
-        try:
-            pixels.append(preprocessing.as_seen(Place(folder / name).read()))
-            names.append(name)
-        except UnreadableImage:
-            pass
-    if not names:
+        with suppress(UnreadableImage):
+            pixels[name] = preprocessing.as_seen(Place(folder / name).read())
+    if not pixels:
         raise InputError(f"{folder}: holds no readable images ({', '.join(sorted(SUFFIXES))})")
-    return names, np.stack(pixels), len(images), len(chosen) - len(names)
+    torch.backends.cudnn.allow_tf32 = False  # as in the stage: rounding to 10 bits would add to every new score
+    stacked = torch.from_numpy(np.stack(list(pixels.values())))
+    scores = DecoderPosterior(model.autoencoder, model.likelihood, draws).scores(stacked).numpy()
+    reference = pd.read_csv(source / "scores.csv").score.to_numpy()
+    limit = float(np.quantile(reference, QUANTILE))
+    counts = [[int((values > limit).sum()), int((values <= limit).sum())] for values in (scores, reference)]
+    p_value = float(fisher_exact(counts, alternative="greater").pvalue)
+    table = pd.DataFrame({"file_name": list(pixels), "score": scores}).sort_values("score", ascending=False, ignore_index=True)
+    return Drift(len(images), table, len(chosen) - len(pixels), limit, p_value)
