@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,11 +133,8 @@ class Batches:
             share = batch_size // self.ranks
             spans = ((start, share) for start in itertools.count(position + self.rank * share, batch_size))
             generator = torch.Generator()  # else the loader would draw a seed for its workers from the global state
-            ahead = AHEAD if self.workers else None
-            loader = DataLoader(
-                self._images, None, sampler=spans, num_workers=self.workers, prefetch_factor=ahead, generator=generator
-            )
-            self._stream = iter(loader)
+            options: dict[str, Any] = {"num_workers": self.workers, "prefetch_factor": AHEAD if self.workers else None}
+            self._stream = iter(DataLoader(self._images, None, sampler=spans, generator=generator, **options))
         batch = next(self._stream)
         if isinstance(batch, InputError):
             self._next = None

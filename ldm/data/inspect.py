@@ -85,19 +85,19 @@ class Inventory:
     def summary(self) -> list[tuple[str, str]]:
         """Lines for people: a name and its value."""
         images = self.images
-        splits = ""
-        if "split" in images:
-            splits = f" ({', '.join(f'{(images.split == split).sum():,} {split}' for split in SPLITS)})"
-        lines = [("images", f"{len(images):,}{splits}"), ("unreadable", f"{len(self.unreadable):,}")]
+        splits = ", ".join(f"{(images.split == split).sum():,} {split}" for split in SPLITS if "split" in images)
+        lines = [("images", f"{len(images):,} ({splits})" if splits else f"{len(images):,}")]
+        lines.append(("unreadable", f"{len(self.unreadable):,}"))
         reasons = self.unreadable.reason.value_counts().head(MOST_FREQUENT)
         lines += [(f"  {count:,}", str(reason)) for reason, count in reasons.items()]
         if self.ignored:
             lines.append(("ignored", ", ".join(f"{count:,} {suffix}" for suffix, count in self.ignored.items())))
         if len(images):
-            lines += [(name, _spread(images[name])) for name in ("width", "height", "bytes")]
+            spreads = images[["width", "height", "bytes"]].assign(captions=images.text.str.len()).quantile([0, 0.5, 1])
+            spread = {str(name): f"{low:,.0f} to {high:,.0f}, median {mid:,.0f}" for name, (low, mid, high) in spreads.items()}
             empty = (images.text.str.strip() == "").sum()
-            lengths = _spread(images.text.str.len())
-            lines.append(("captions", f"{images.text.nunique():,} distinct, {empty:,} empty; {lengths} characters"))
+            spread["captions"] = f"{images.text.nunique():,} distinct, {empty:,} empty; {spread['captions']} characters"
+            lines += spread.items()
             if "label" in images:
                 counts = images.label.value_counts()
                 listed = ", ".join(f"{label} {count:,}" for label, count in counts.head(MOST_FREQUENT).items())
@@ -117,7 +117,8 @@ def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) ->
     refused = pd.DataFrame(collection.refused.items(), columns=["file_name", "reason"])
     unreadable = pd.concat([refused, frame.loc[frame.reason != "", ["file_name", "reason"]]], ignore_index=True)
     readable = np.flatnonzero(frame.reason == "")
-    tiles = [_tile(decode(collection.places[readable[i]].read(), channels=3)) for i in _drawn(len(readable))]
+    drawn = readable[order(0, len(readable), 0, min(SHEET, len(readable)))]
+    tiles = [_tile(decode(collection.places[i].read(), channels=3)) for i in drawn]
     return Inventory(frame.iloc[readable].drop(columns="reason"), unreadable, collection.ignored, np.array(tiles))
 
 
@@ -125,15 +126,12 @@ def _inspect_shards(folder: Path) -> Inventory:
     readers = [open_shards(folder, split) for split in SPLITS]
     side = readers[0].preprocessing.side
     parts = [r.captions.assign(width=side, height=side, bytes=r.offsets[:, 2], split=r.split) for r in readers]
-    images = [(reader, i) for reader in readers for i in range(len(reader))]
-    tiles = [_tile(from_array(reader.images([i])[0])) for reader, i in (images[drawn] for drawn in _drawn(len(images)))]
+    images = pd.concat(parts, ignore_index=True)
+    places = [(reader, i) for reader in readers for i in range(len(reader))]
+    drawn = [places[i] for i in order(0, len(places), 0, min(SHEET, len(places)))]
+    tiles = [_tile(from_array(reader.images([i])[0])) for reader, i in drawn]
     quarantined = pd.read_csv(folder / "quarantine.csv", dtype=str, keep_default_na=False)
-    return Inventory(pd.concat(parts, ignore_index=True), quarantined, readers[0].index["ignored"], np.array(tiles))
-
-
-def _drawn(count: int) -> list[int]:
-    """Indices of the images of the contact sheet."""
-    return order(0, count, 0, min(SHEET, count)).tolist() if count else []
+    return Inventory(images, quarantined, readers[0].index["ignored"], np.array(tiles))
 
 
 def _size(place: Place, *, min_side: int, max_pixels: int) -> tuple[int, int, int, str]:
@@ -143,11 +141,6 @@ def _size(place: Place, *, min_side: int, max_pixels: int) -> tuple[int, int, in
         return *decode(blob, channels=3, min_side=min_side, max_pixels=max_pixels).size, len(blob), ""
     except UnreadableImage as error:
         return 0, 0, 0, str(error)
-
-
-def _spread(values: pd.Series) -> str:
-    low, middle, high = values.quantile([0, 0.5, 1])
-    return f"{low:,.0f} to {high:,.0f}, median {middle:,.0f}"
 
 
 def _tile(image: Image.Image) -> np.ndarray:

@@ -82,8 +82,8 @@ class ShardReader:
             try:
                 image = decode_stored(self._read(shard, offset, size), p)
             except UnreadableImage as error:
-                key = self._key(shard, offset)
-                raise InputError(f"{self._path(shard)}: sample {key} is damaged ({error}); {AGAIN}") from None
+                name, key = self.index["shards"][shard]["name"], self._key(shard, offset)
+                raise InputError(f"{self.place}/{name}: sample {key} is damaged ({error}); {AGAIN}") from None
             top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if crops is None else crops[i]
             image = image[top : top + p.image_size, left : left + p.image_size]
             images[i] = image[:, ::-1] if mirrored else image
@@ -125,17 +125,15 @@ class ShardReader:
         header = self._read(shard, image_offset - tarfile.BLOCKSIZE, 100)  # the name field that opens a tar header
         return header.split(b"\0", 1)[0].decode(errors="replace").split(".", 1)[0]
 
-    def _path(self, shard: int) -> str:
-        return f"{self.place}/{self.index['shards'][shard]['name']}"
-
     def _read(self, shard: int, offset: int, size: int) -> bytes:
+        entry = self.index["shards"][shard]
         if shard not in self._files:
             if len(self._files) >= (OPEN_FETCHED if self._cache else OPEN_FILES):
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = self._open(self.index["shards"][shard]["name"], self.index["shards"][shard])
+            self._files[shard] = self._open(entry["name"], entry)
         blob = os.pread(self._files[shard], size, offset)
         if len(blob) != size:
-            raise InputError(f"{self._path(shard)}: ends before byte {offset + size}; it is damaged, {AGAIN}")
+            raise InputError(f"{self.place}/{entry['name']}: ends before byte {offset + size}; it is damaged, {AGAIN}")
         return blob
 
     def _read_offsets(self) -> np.ndarray:

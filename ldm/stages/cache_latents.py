@@ -37,15 +37,14 @@ def run(root: Path) -> None:
         posterior = autoencoder.encode(to_float(images).to(device))
         return posterior.mean.cpu(), posterior.logvar.cpu()
 
-    kernels = identify(STAGE.name, {"deterministic": settings.deterministic}, {}, {"device": device.type})
+    code = identify(STAGE.name, {"deterministic": settings.deterministic}, {}, {"device": device.type}).key
     with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
         readers = {split: stage_shards(root, split) for split in ("train", "val")}
         total = sum(map(len, readers.values()))
-        progress = Progress("cache_latents", total)
-        store, flip = root / LATENT_STORE, settings.cache_latents.flip
         manifest, reused = write_latents(
-            readers, root / LATENTS, encode, encoder, identity, progress, store=store, code=kernels.key, flip=flip
-        )
+            readers, root / LATENTS, encode, encoder, identity, Progress("cache_latents", total),
+            store=root / LATENT_STORE, code=code, flip=settings.cache_latents.flip,
+        )  # fmt: skip
         val = open_latents(root / LATENTS, "val", autoencoder=digest)
         if not isinstance(autoencoder, VQModel):
             found = diagnose(val.mean, val.logvar)
