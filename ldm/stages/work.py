@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,7 @@ from ldm.registry.lineage import ADOPTED, described
 from ldm.stages.fingerprint import counted, fingerprint
 from ldm.stages.stage import NAMES
 
-LIBRARIES = ("torch", "numpy")
+PATIENCE = 2.0  # seconds to wait for a folder that another process holds, which may only be looking at it
 
 
 @dataclass(frozen=True)
@@ -40,41 +40,27 @@ class Identity:
     params: dict[str, Any]  # settings that it reads
     inputs: dict[str, str]  # hashes
     layout: dict[str, Any]  # device, processes, how batches are cut
-    code: str = ""  # fingerprint
-    modules: dict[str, str] = field(default_factory=dict)  # hash of each module's text, to tell what changed; not in the key
-    versions: dict[str, str] = field(default_factory=dict)
+    code: str  # fingerprint
+    modules: dict[str, str]  # hash of each module's text, to tell what changed; not in the key
+    versions: dict[str, str]  # of libraries
 
     @property
     def key(self) -> str:
-        values = {name: value for name, value in asdict(self).items() if name != "modules"}
-        return content_hash(canonical_json(values).encode())[:32]
+        return content_hash(canonical_json(asdict(replace(self, modules={}))).encode())[:32]
 
     def folder(self, root: Path) -> Path:
         return root / WORK / self.stage / self.key
 
-    def here(self) -> "Identity":
+    def with_todays_code(self) -> "Identity":
         """The same work with the code and libraries of this process."""
-        versions = {name: version(name) for name in LIBRARIES}
-        return replace(self, code=fingerprint(self.stage), modules=counted(self.stage), versions=versions)
-
-    def is_same_work(self, other: "Identity") -> bool:
-        """Whether only code and libraries may differ."""
-        return replace(self, code=other.code, modules=other.modules, versions=other.versions) == other
-
-    def changes(self, other: "Identity") -> list[str]:
-        """The modules and libraries that differ in `other`; empty if the key is the same."""
-        if self.key == other.key:
-            return []
-        modules = sorted(name for name in self.modules | other.modules if self.modules.get(name) != other.modules.get(name))
-        libraries = [f"{name} {self.versions.get(name)} to {found}" for name, found in other.versions.items()
-                     if self.versions.get(name) != found]  # fmt: skip
-        return modules + libraries or ["what is imported from where"]
+        return identify(self.stage, self.params, self.inputs, self.layout)
 
 
 def identify(stage: str, params: dict[str, Any], inputs: dict[str, str], layout: dict[str, Any]) -> Identity:
     """The identity of a run with the code and libraries of this process."""
     plain = json.loads(json.dumps([params, inputs, layout], default=str))
-    return Identity(stage, *plain).here()
+    versions = {name: version(name) for name in ("torch", "numpy")}
+    return Identity(stage, *plain, code=fingerprint(stage), modules=counted(stage), versions=versions)
 
 
 @dataclass(frozen=True)
@@ -115,8 +101,8 @@ class Work:
 
     @property
     def written(self) -> datetime:
-        place = self.checkpoint if self.checkpoint.is_dir() else self.folder
-        return datetime.fromtimestamp(place.stat().st_mtime if place.exists() else 0)
+        places = (self.checkpoint, self.folder)
+        return datetime.fromtimestamp(next((place.stat().st_mtime for place in places if place.exists()), 0))
 
     def changes(self) -> list[str]:
         """What has changed in code and libraries since the checkpoint; empty if a run resumes from it."""
@@ -124,15 +110,20 @@ class Work:
             return ["unknown, it was written by an earlier version"]
         if self.stage not in NAMES:
             return [f"there is no stage {self.stage} any more"]
-        return self.identity.changes(self.identity.here())
+        was, now = self.identity, self.identity.with_todays_code()
+        if was.key == now.key:
+            return []
+        modules = sorted({name for name, _ in was.modules.items() ^ now.modules.items()})
+        pairs = [(name, was.versions.get(name), found) for name, found in now.versions.items()]
+        return [*modules, *(f"{name} {old} to {new}" for name, old, new in pairs if old != new)] or [
+            "what is imported from where"
+        ]
 
     def other_settings(self, settings: Settings) -> list[str]:
         """Settings that now have another value in the project."""
         now = json.loads(json.dumps(settings.model_dump()))
-        differing = []
-        for key, value in (self.identity.params if self.identity else {}).items():
-            differing += _differing(key, value, value_at(now, key, value))  # a key that is no setting is the run's own
-        return differing
+        params = self.identity.params.items() if self.identity else ()
+        return [words for key, value in params for words in _differing(key, value, value_at(now, key, value))]
 
     def state(self, settings: Settings) -> str:
         """In a few words: whether a run with these settings would resume from it."""
@@ -144,8 +135,7 @@ class Work:
         return f"other settings: {', '.join(others)}" if others else "ready"
 
     def save(self) -> None:
-        assert self.identity
-        values = {"identity": asdict(self.identity), "total": self.total, "threads": self.threads, "adopted": self.adopted}
+        values = {name: value for name, value in asdict(self).items() if name != "folder"}
         write_text(self.folder / "work.json", canonical_json(values))
 
     def finish(self) -> None:
@@ -177,20 +167,32 @@ def opened(root: Path, identity: Identity, total: int, threads: int) -> Iterator
     If it has no checkpoint but the same work has one under other code, say so before the run starts from nothing.
     """
     folder = identity.folder(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, patience=2.0):
-        work = Work(folder, identity, total, (threads,))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
         before = _read(folder)
-        if before.reached:
-            work = replace(before, identity=identity, threads=tuple(dict.fromkeys((*before.threads, threads))))
-        if len(work.threads) > 1:
-            earlier = ", ".join(map(str, work.threads[:-1]))
-            print(f"{work.stage}: was computed with {earlier} threads, goes on with {threads}: rounding may differ", flush=True)
+        if not before.reached:
+            before = Work(folder, identity)  # an interrupted `adopt` may have left a record here
+        earlier = [count for count in before.threads if count != threads]
+        work = replace(before, identity=identity, total=total, threads=(*earlier, threads))
+        if earlier:
+            counts = ", ".join(map(str, earlier))
+            print(f"{work.stage}: was computed with {counts} threads, goes on with {threads}: rounding may differ", flush=True)
         work.save()
-        if not work.reached:
-            for other in works(root, identity.stage):
-                if other.reached and other.identity and other.key != work.key and other.identity.is_same_work(identity):
-                    _announce(root, other)
+        for other in [] if work.reached else works(root, identity.stage):
+            same = other.identity and replace(
+                other.identity, code=identity.code, modules=identity.modules, versions=identity.versions
+            )
+            if other.reached and other.key != work.key and same == identity:
+                minutes = (datetime.now() - other.written).total_seconds() / 60
+                age = f"{minutes:.0f} minutes ago" if minutes < 100 else f"{minutes / 60:.0f} hours ago"
+                print(
+                    f"{work.stage}: there is a checkpoint of these settings and inputs under other code: "
+                    f"{other.folder.relative_to(root)}, after {other.progress}, {age}\n"
+                    f"{work.stage}: changed since: {', '.join(other.changes())}\n"
+                    f"{work.stage}: this run starts from nothing; to go on from that checkpoint, stop it (ctrl-C), type "
+                    f"`ldm checkpoints adopt {other.key[:8]}`, and run again",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
         yield work
 
 
@@ -201,7 +203,7 @@ def adopt(root: Path, key: str) -> Work:
         raise InputError(f"{source.folder}: has no checkpoint")
     if source.identity is None or source.stage not in NAMES:
         raise InputError(f"{source.folder}: changed: {source.changes()[0]}; `ldm checkpoints drop {source.key[:8]}`")
-    identity = source.identity.here()
+    identity = source.identity.with_todays_code()
     if identity.key == source.key:
         raise InputError(f"{source.folder}: is of today's code; a run goes on from it by itself")
     folder = identity.folder(root)
@@ -209,10 +211,8 @@ def adopt(root: Path, key: str) -> Work:
         step = {"code": source.identity.code, "reached": source.reached, "changed": source.changes()}
         target = Work(folder, identity, source.total, source.threads, (*source.adopted, step))
         if target.reached >= source.reached:
-            raise InputError(
-                f"{folder}: has a checkpoint of today's code already, after {target.progress}; a run goes on from that one, or "
-                f"`ldm checkpoints drop {identity.key[:8]}` first"
-            )
+            hint = f"a run goes on from that one, or `ldm checkpoints drop {identity.key[:8]}` first"
+            raise InputError(f"{folder}: has a checkpoint of today's code already, after {target.progress}; {hint}")
         shutil.rmtree(target.checkpoint, ignore_errors=True)  # an earlier point of the same training
         target.save()
         os.rename(source.checkpoint, target.checkpoint)
@@ -251,31 +251,18 @@ def _differing(key: str, was: Any, now: Any) -> list[str]:
     return [] if was == now else [f"{key} {was}, now {now}"]
 
 
-def _announce(root: Path, other: Work) -> None:
-    minutes = (datetime.now() - other.written).total_seconds() / 60
-    age = f"{minutes:.0f} minutes ago" if minutes < 100 else f"{minutes / 60:.0f} hours ago"
-    print(
-        f"{other.stage}: there is a checkpoint of these settings and inputs under other code: "
-        f"{other.folder.relative_to(root)}, after {other.progress}, {age}\n"
-        f"{other.stage}: changed since: {', '.join(other.changes())}\n"
-        f"{other.stage}: this run starts from nothing; to go on from that checkpoint, stop it (ctrl-C), type "
-        f"`ldm checkpoints adopt {other.key[:8]}`, and run again",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
-
-
 def _read(folder: Path) -> Work:
     try:
         found = json.loads((folder / "work.json").read_text(encoding="utf-8"))
         return Work(folder, Identity(**found["identity"]), found["total"], tuple(found["threads"]), tuple(found["adopted"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, damaged, or of an earlier version
+    except (OSError, ValueError, KeyError, TypeError):  # missing, damaged, or of an earlier version
         return Work(folder, None)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold a folder, made if it is missing; `InputError` if another process still holds it after `patience` seconds."""
-    deadline = time.monotonic() + patience
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if it is missing; `InputError` if another process still holds it after `PATIENCE` seconds."""
+    deadline = time.monotonic() + PATIENCE
     while True:
         folder.mkdir(exist_ok=True)
         with (folder / "lock").open("w") as lock:
