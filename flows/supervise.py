@@ -5,15 +5,16 @@ holds the other end. DVC passes it on to the stage, which stops when it closes (
 this process.
 """
 
+import codecs
 import contextlib
-import json
+import io
 import os
-import queue
 import re
+import select
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import IO
 import psutil
 
 from ldm.stages.runtime import BAD_INPUT
-from ldm.versioning.reproduce import Reproduced, Status
+from ldm.versioning.reproduce import Status
 
 GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # seconds to end after each signal
 POLL = 0.2  # seconds between looks at the clock
@@ -67,26 +68,62 @@ def run_stage(
         return Step(stage, "cached", time.monotonic() - start)
     status.changed()
     peak, looked = 0, 0.0
-    with _child(root, stage, env or {}) as (child, result):
+    with tempfile.TemporaryFile("r+") as result, _child(root, stage, env or {}, result.fileno()) as child:
         assert child.stdout
         for line in _lines(child.stdout):
             if timeout is not None and time.monotonic() - start > timeout:
                 raise StageFailed(stage, -signal.SIGTERM, f"stage {stage} took more than {timeout:g} s")
             if time.monotonic() > looked + MEMORY_POLL:
-                peak, looked = max(peak, peak_memory(child.pid)), time.monotonic()
+                peak, looked = max(peak, _peak_memory(child.pid)), time.monotonic()
             if line is not None:
                 on_line(line)
             elif child.poll() is not None:  # a process that left the session may still hold the output open
                 break
         code = child.wait()
-        with open(result, closefd=False) as file:
-            found = Reproduced(**json.loads(file.read() or "{}"))  # nothing if it was killed
+        result.seek(0)  # it is empty if the child was killed or DVC failed
+        outcome, exit_code = (result.read() or f"failed {code}").split()
     if code != 0:
-        raise StageFailed(stage, found.exit_code or code)
-    return Step(stage, found.status, time.monotonic() - start, peak)
+        raise StageFailed(stage, int(exit_code))
+    return Step(stage, outcome, time.monotonic() - start, peak)
 
 
-def peak_memory(session: int) -> int:
+@contextlib.contextmanager
+def _child(root: Path, stage: str, env: Mapping[str, str], result: int) -> Iterator["subprocess.Popen[bytes]"]:
+    """The leader of a session, which writes how it ended to the file descriptor `result`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # `python` in dvc.yaml is this one
+    ours = {"PATH": path, "LDM_OWNER_PIPE": "1", "LDM_RESULT_FD": str(result), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "ldm.versioning.reproduce", stage],
+        cwd=root,
+        env={**os.environ, **env, **ours},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=(result,),
+    ) as process:
+        try:
+            yield process
+        finally:
+            _stop(process.pid)
+
+
+def _lines(output: IO[bytes]) -> Iterator[str | None]:
+    """Lines as they come, None if none has come for `POLL` seconds; ends with the output."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
+    rest, chunk = "", None
+    while chunk != b"":
+        if not select.select([output], [], [], POLL)[0]:
+            yield None
+            continue
+        chunk = os.read(output.fileno(), 2**16)
+        *lines, rest = (rest + decoder.decode(chunk, final=not chunk)).split("\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _peak_memory(session: int) -> int:
     """Peak resident bytes of the largest process. (`wait4` would report our own if that is larger.)"""
     peak = 0
     for process in _with_descendants(_running(session)):
@@ -98,18 +135,17 @@ def peak_memory(session: int) -> int:
 
 def _runs(process: psutil.Process) -> bool:
     """False for a zombie, too: in a container it may stay for as long as the init lets it."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _running(session: int) -> set[psutil.Process]:
     """The processes of a session that run."""
     found = set()
-    for pid in psutil.pids():
-        with contextlib.suppress(OSError, psutil.Error):  # it has ended
-            if os.getsid(pid) == session and _runs(process := psutil.Process(pid)):
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError):  # it has ended
+            if os.getsid(process.pid) == session and _runs(process):
                 found.add(process)
     return found
 
@@ -126,8 +162,7 @@ def _with_descendants(processes: set[psutil.Process]) -> set[psutil.Process]:
 def _stop(session: int) -> None:
     """End all processes, gently first. The leader may be gone while others are not."""
     for number, grace in GRACE:
-        if not (processes := _running(session)):
-            return
+        processes = _running(session)
         if number == signal.SIGKILL:
             processes = _with_descendants(processes)
         for process in processes:
@@ -136,56 +171,3 @@ def _stop(session: int) -> None:
         deadline = time.monotonic() + grace
         while any(map(_runs, processes)) and time.monotonic() < deadline:
             time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def _child(root: Path, stage: str, env: Mapping[str, str]) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """The leader of a session, and a pipe with what it writes at its end. None of the session's processes is left at the end."""
-    read, write = os.pipe()  # neither end is inherited, except as the child's stdin
-    result, theirs = os.pipe()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # `python` in dvc.yaml is this one
-    ours = {"PATH": path, "LDM_OWNER_PIPE": "1", "LDM_RESULT_FD": str(theirs), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ldm.versioning.reproduce", stage],
-        cwd=root,
-        env={**os.environ, **env, **ours},
-        stdin=read,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-        pass_fds=(theirs,),
-    )
-    os.close(read)
-    os.close(theirs)
-    try:
-        yield process, result
-    finally:
-        _stop(process.pid)
-        process.poll()
-        os.close(write)
-        os.close(result)
-
-
-def _lines(output: IO[str]) -> Iterator[str | None]:
-    """Lines as they come, None at least every `POLL` seconds; ends with the output."""
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        with output:
-            for line in output:
-                lines.put(line.rstrip("\r\n"))
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        try:
-            line = lines.get(timeout=POLL)
-        except queue.Empty:
-            yield None
-            continue
-        if line is None:
-            return
-        yield line
