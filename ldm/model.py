@@ -32,6 +32,8 @@ from ldm.nets.tiling import decode_tiled, encode_tiled
 
 BATCH = 128  # images at a time
 SMALLEST_TILE = 8  # latents; smaller tiles are mostly edge
+Embedded = tuple[Tensor, Tensor]  # token embeddings (N, T, D) and the mask of real tokens (N, T)
+Weaker = tuple["LatentDiffusion", Embedded]  # a model that guidance leads away from, and its embedding of N prompts
 
 
 class LatentDiffusion:
@@ -52,8 +54,7 @@ class LatentDiffusion:
         try:
             recipe = Recipe.read(json.loads((folder / "model.json").read_text()))
         except (FileNotFoundError, NotADirectoryError):
-            expected = "give a folder that evaluate or LatentDiffusion.save wrote"
-            raise InputError(f"{folder}: holds no model.json; {expected}") from None
+            raise InputError(f"{folder}: holds no model.json; give a folder that LatentDiffusion.save wrote") from None
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / 'model.json'}: not a model of this version: {error}") from None
         autoencoder = load_autoencoder(folder / "autoencoder").place(device)
@@ -147,20 +148,13 @@ class LatentDiffusion:
 
     @torch.inference_mode()
     def sample_latents(
-        self,
-        prompts: list[str],
-        *,
-        negative: str = "",
-        guide: "LatentDiffusion | None" = None,
-        seed: int = 0,
-        first: int = 0,
-        **sampling: Any,
-    ) -> Tensor:
+        self, prompts: list[str], *, negative: str = "", guide: "LatentDiffusion | None" = None,
+        seed: int = 0, first: int = 0, **sampling: Any,
+    ) -> Tensor:  # fmt: skip
         """Draw latents (N, c, h, w) for prompts; `sampling` (`ldm.diffusion.options.Sampling`) changes the model's defaults.
 
         Guidance leads away from the prompt `negative`, or from the weaker model `guide`, trained on the same latents.
-        Images are numbered from `first` on. Each depends on its prompt, the seed and its number only, so that a batch can be
-        divided in any way.
+        Images are numbered from `first` on. Each depends on its prompt, the seed and its number only, however a batch is divided.
         """
         options = changed_sampling(self.recipe.sampling, sampling)
         if first < 0:
@@ -174,8 +168,8 @@ class LatentDiffusion:
             ours, theirs = ((r.autoencoder, r.latent_mean, r.latent_std) for r in (self.recipe, guide.recipe))
             if ours != theirs:
                 raise InputError("the guiding model was trained on other latents; take one of the same autoencoder and data")
-            weaker = (guide, *guide._embed(prompts))
-        return self._sample_latents(*self._embed([*prompts, negative]), options, seed, range(first, first + len(prompts)), weaker)
+            weaker = guide, guide._embed(prompts)
+        return self._sample_latents(self._embed([*prompts, negative]), options, seed, range(first, first + len(prompts)), weaker)
 
     @torch.inference_mode()
     def interpolate(
@@ -199,34 +193,25 @@ class LatentDiffusion:
         w = weights[:, None]  # the ends attend to their own tokens only: they are what `sample` draws
         mask = torch.cat([(masks[0] & (w < 1)) | (masks[1] & (w > 0)), masks[2:]])
         options = changed_sampling(self.recipe.sampling, sampling)
-        return self.decode(self._sample_latents(torch.cat([context, empty[None]]), mask, options, seed, [0] * n))
+        return self.decode(self._sample_latents((torch.cat([context, empty[None]]), mask), options, seed, [0] * n))
 
     @torch.inference_mode()
     def bound(self, images: Tensor, prompts: list[str], *, levels: int, seed: int = 0, keys: list[str] | None = None) -> Bound:
         """A lower bound on log p(image | prompt) of images (N, C, H, W), from `levels` noise levels each; see `ldm.bayes.bound`.
 
-        The random numbers of an image come from the seed and its key (default: its position), so that two models are compared
-        under the same noise.
+        An image's random numbers come from the seed and its key (default: its position): two models are compared under one noise.
         """
         rngs = [generator(seed, "bound", key) for key in keys or map(str, range(len(images)))]
-        latent_noise = self.latent_noise(rngs)
+        latent_noise = self.latent_noise(rngs)  # the first draw, as in `bound_latents`
         noise = torch.stack([torch.randn((levels, *self.latent_shape), generator=rng) for rng in rngs], 1)
-        # Stratified over ln sigma: one draw in each of `levels` equal parts.
+        # stratified over ln sigma: one draw in each of `levels` equal parts
         u = torch.stack([(torch.arange(levels) + torch.rand(levels, generator=rng)) / levels for rng in rngs], 1)
         latent_mean, latent_std = self._affine
         return whole_bound(
-            self.autoencoder,
-            self.likelihood,
-            self._denoiser(*self._embed(prompts)),
-            to_float(images).to(self.device),
-            latent_mean=latent_mean,
-            latent_std=latent_std,
-            sigma_min=self.levels.sigma_min,
-            sigma_max=self.levels.sigma_max,
-            latent_noise=latent_noise,
-            u=u.to(self.device),
-            noise=noise.to(self.device),
-        )
+            self.autoencoder, self.likelihood, self._conditioned(*self._embed(prompts)), to_float(images).to(self.device),
+            latent_mean=latent_mean, latent_std=latent_std, sigma_min=self.levels.sigma_min, sigma_max=self.levels.sigma_max,
+            latent_noise=latent_noise, u=u.to(self.device), noise=noise.to(self.device),
+        )  # fmt: skip
 
     @torch.inference_mode()
     def bound_latents(self, images: Tensor, keys: list[str], *, seed: int = 0) -> Tensor:
@@ -237,35 +222,27 @@ class LatentDiffusion:
         """Standard normal latents (N, c, h, w), each from its own generator."""
         return torch.stack([torch.randn(self.latent_shape, generator=rng) for rng in rngs]).to(self.device)
 
+    def _conditioned(self, context: Tensor, mask: Tensor) -> DenoiseFn:
+        return partial(self.denoiser, context=context, context_mask=mask)
+
     @property
     def _affine(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, (1, c, 1, 1) each."""
-        both = torch.tensor([self.recipe.latent_mean, self.recipe.latent_std], dtype=torch.float32, device=self.device)
-        mean, std = both.view(2, 1, -1, 1, 1)
+        moments = (self.recipe.latent_mean, self.recipe.latent_std)
+        mean, std = (torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1) for values in moments)
         return mean, std
 
-    def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def _embed(self, prompts: list[str]) -> Embedded:
         distinct = list(dict.fromkeys(prompts))
         text, mask = trim(*self.text_encoder(distinct))
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
         return text[rows].to(self.device), mask[rows].to(self.device)
 
-    def _denoiser(self, context: Tensor, mask: Tensor) -> DenoiseFn:
-        return partial(self.denoiser, context=context, context_mask=mask)
-
     def _sample_latents(
-        self,
-        context: Tensor,
-        mask: Tensor,
-        options: Sampling,
-        seed: int,
-        numbers: Sequence[int],
-        weaker: "tuple[LatentDiffusion, Tensor, Tensor] | None" = None,
+        self, text: Embedded, options: Sampling, seed: int, numbers: Sequence[int], weaker: "Weaker | None" = None
     ) -> Tensor:
-        """Latents (N, c, h, w) of these numbers under `context` (N + 1, T, D), whose last row guidance leads away from.
-
-        With `weaker`, guidance leads away from that model under its own context (N, T, D).
-        """
+        """Latents (N, c, h, w) of these numbers under N + 1 texts. Guidance leads away from the last, or from `weaker`."""
+        context, mask = text
         sigmas = self.levels.grid(options.schedule, options.steps)
         guidance = Guidance(options.guidance, options.guidance_interval, options.guidance_rescale)
         sampler = options.sampler.build(self.levels.sigma_max)
@@ -274,8 +251,9 @@ class LatentDiffusion:
         for start in range(0, len(numbers), BATCH):
             part = slice(start, min(start + BATCH, len(numbers)))
             if weaker:
-                other = weaker[0]._denoiser(*(text[part] for text in weaker[1:]))
-                guided = autoguidance(self._denoiser(context[part], mask[part]), other, guidance)
+                guide, (theirs, their_mask) = weaker
+                other = guide._conditioned(theirs[part], their_mask[part])
+                guided = autoguidance(self._conditioned(context[part], mask[part]), other, guidance)
             else:
                 guided = classifier_free(self.denoiser, guidance, context[part], mask[part], context[-1], mask[-1])
 
@@ -291,8 +269,7 @@ class LatentDiffusion:
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """Spherical interpolation between a and b (1, …) at `weights` (n,), (n, …); a line if they are parallel or opposite."""
     cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
-    angle = cosine.acos()
-    w = weights.view(-1, *[1] * (a.ndim - 1))
+    angle, w = cosine.acos(), weights.view(-1, *[1] * (a.ndim - 1))
     if torch.sin(angle) < 1e-4:
         return torch.lerp(a, b, w)
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
