@@ -8,7 +8,6 @@ only if its own fingerprint changed.
 """
 
 import ast
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import yaml
 
 from ldm.base import paths
 from ldm.base.errors import InputError
+from ldm.base.hashing import content_hash
 
 PACKAGE = Path(__file__).parents[1]
 UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/test_fingerprint.py holds the modules to it
@@ -42,36 +42,24 @@ Source = Callable[[str], str]
 
 def counted(stage: str, source: Source | None = None) -> dict[str, str]:
     """Every module that a stage computes with, and the hash of its own meaning. `source` gives a module's text."""
-    read, found = source or _text, {}
-    pending = [f"ldm.stages.{stage}"]
-    while pending:
-        name = pending.pop()
-        if name not in found:
-            found[name], targets = _of(name, read)
-            pending += targets
-    return dict(sorted(found.items()))
+    return {name: own for name, (own, _) in sorted(_closure(stage, source).items())}
 
 
 def fingerprint(stage: str, source: Source | None = None) -> str:
-    """The stage's module hashed together with those that it imports, each of them in the same way."""
-    read, done = source or _text, {}
-
-    def combined(name: str) -> str:
-        if name not in done:
-            own, targets = _of(name, read)
-            done[name] = own  # stands for the module in a circle of imports
-            done[name] = _hash([own, *map(combined, targets)])
-        return done[name]
-
-    return combined(f"ldm.stages.{stage}")[:32]
+    """One hash of those modules and of which imports which."""
+    found = _closure(stage, source)
+    numbers = {name: number for number, name in enumerate(found)}  # by the order of imports, whatever the names
+    return _hash([[own, [numbers[target] for target in targets]] for own, targets in found.values()])[:32]
 
 
-def _of(module: str, read: Source) -> tuple[str, tuple[str, ...]]:
-    """As `_meaning`, of a module."""
-    try:
-        return _meaning(read(module))
-    except SyntaxError as error:
-        raise InputError(f"{_file(module)}:{error.lineno}: {error.msg}") from None
+def _closure(stage: str, source: Source | None) -> dict[str, tuple[str, list[str]]]:
+    """`_meaning` of the stage's module and of all that it imports, the nearest first."""
+    found, pending = {}, [f"ldm.stages.{stage}"]
+    for name in pending:  # which grows
+        if name not in found:
+            found[name] = _meaning(name, (source or _text)(name))
+            pending += found[name][1]
+    return found
 
 
 @cache
@@ -85,20 +73,14 @@ def _file(module: str) -> Path:
 
 
 @cache
-def _choices(module: str) -> tuple[str, ...]:
-    """The packages around a module that import all their modules: packages of choices."""
-    parts = module.split(".")
-    packages = (".".join(parts[:depth]) for depth in range(2, len(parts)))
-    return tuple(package for package in packages if re.search(rf"^from {package}\.", _text(package), re.MULTILINE))
-
-
-@cache
-def _meaning(text: str) -> tuple[str, tuple[str, ...]]:
+def _meaning(module: str, text: str) -> tuple[str, list[str]]:
     """Hash of the part of a module's text that counts, and the modules of ours that count among its imports, in order."""
-    tree = ast.parse(text)
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise InputError(f"{_file(module)}:{error.lineno}: {error.msg}") from None
     reduced = _Reduced()
-    tree = reduced.visit(tree)
-    return _hash(_plain(tree)), tuple(reduced.targets)
+    return _hash(_plain(reduced.visit(tree))), reduced.targets
 
 
 class _Reduced(ast.NodeTransformer):
@@ -107,31 +89,35 @@ class _Reduced(ast.NodeTransformer):
     def __init__(self) -> None:
         self.targets: list[str] = []
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        if isinstance(node.value, ast.Constant) or _is_printed(node.value):  # a docstring, or a line for people
-            return ast.Pass()
-        return self.generic_visit(node)
+    def visit_Pass(self, node: ast.Pass) -> None:
+        return None
 
-    def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        error = node.exc
-        if isinstance(error, ast.Call) and isinstance(error.func, ast.Name) and error.func.id == "InputError":
-            node.exc = error.func
-        return self.generic_visit(node)
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        """Without docstrings and lines printed to stdout or stderr."""
+        call = node.value
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print":
+            files = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg in ("file", None)]
+            return node if set(files) - {"sys.stderr", "sys.stdout"} else None
+        return None if isinstance(call, ast.Constant) else node
 
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
+    def visit_Raise(self, node: ast.Raise) -> ast.Raise:
+        if isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == "InputError":
+            node.exc = node.exc.func
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.If | None:
+        if ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
         self.generic_visit(node)
-        empty = all(isinstance(statement, ast.Pass) for statement in (*node.body, *node.orelse))
         calls = any(isinstance(part, ast.Call | ast.NamedExpr | ast.Await) for part in ast.walk(node.test))
-        return ast.Pass() if empty and not calls else node  # it only asked whether to print
+        return node if node.body or node.orelse or calls else None  # None: it only asked whether to print
 
-    def visit_Import(self, node: ast.Import) -> ast.AST:
+    def visit_Import(self, node: ast.Import) -> ast.Import:
         for alias in node.names:
             self._follow(alias.name)
         return node
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
         if (node.module or "").partition(".")[0] != "ldm":
             return node
         names = []
@@ -148,29 +134,25 @@ class _Reduced(ast.NodeTransformer):
             return -1
         if not _file(module).is_file() or _file(module).name == "__init__.py":  # a public name, or one made at run time
             raise ValueError(f"import from the module itself: {module} has no file of its own")
-        self.targets += [name for name in (module, *_choices(module)) if name not in self.targets]
+        parts = module.split(".")
+        packages = [".".join(parts[:depth]) for depth in range(2, len(parts))]
+        choices = [package for package in packages if re.search(rf"^from {package}\.", _text(package), re.MULTILINE)]
+        self.targets += [name for name in (module, *choices) if name not in self.targets]
         return self.targets.index(module)
 
 
-def _is_printed(call: ast.expr) -> bool:
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print"):
-        return False
-    to = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg in ("file", None)]
-    return all(name in ("sys.stderr", "sys.stdout") for name in to)
-
-
 def _plain(node: Any) -> Any:
-    """A tree as nested lists, the same for every version of Python. Bodies lose `pass`."""
+    """A tree as nested lists, the same for every version of Python."""
     if isinstance(node, ast.AST):
         fields = ((name, _plain(value)) for name, value in ast.iter_fields(node) if name not in ("ctx", "kind", "type_comment"))
         return [type(node).__name__, *([name, value] for name, value in fields if value not in (None, []))]
     if isinstance(node, list):
-        return [_plain(item) for item in node if not isinstance(item, ast.Pass)]
+        return [_plain(item) for item in node]
     return None if node is None else repr(node)
 
 
 def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return content_hash(json.dumps(value).encode())
 
 
 def check_recorded(root: Path, stage: str) -> None:

@@ -58,9 +58,9 @@ class Identity:
 
 def identify(stage: str, params: dict[str, Any], inputs: dict[str, str], layout: dict[str, Any]) -> Identity:
     """The identity of a run with the code and libraries of this process."""
-    plain = json.loads(json.dumps([params, inputs, layout], default=str))
+    params, inputs, layout = json.loads(json.dumps([params, inputs, layout], default=str))
     versions = {name: version(name) for name in ("torch", "numpy")}
-    return Identity(stage, *plain, code=fingerprint(stage), modules=counted(stage), versions=versions)
+    return Identity(stage, params, inputs, layout, fingerprint(stage), counted(stage), versions)
 
 
 @dataclass(frozen=True)
