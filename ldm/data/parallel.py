@@ -20,6 +20,7 @@ from ldm.base.errors import InputError
 
 Run = Callable[..., Any]
 
+CHUNK = 16  # items of a task
 AHEAD = 8  # tasks whose results wait, for each process
 IMAGES_PER_WORKER = 500  # fewer are done before another process has started
 
@@ -38,13 +39,13 @@ def loader_workers(device: str) -> int:
 
 @contextlib.contextmanager
 def processes(count: int) -> Iterator[Run]:
-    """A `map(function, items, chunk)` that uses `count` processes and gives results in order; none but this one below two.
+    """A `map` that uses `count` processes and gives results in order; the built-in `map` if `count` is below two.
 
-    A task is a `chunk` of items. The function must be importable from its module. Its errors are raised here. The processes
-    end with this one; if one of them dies, `InputError` is raised.
+    The mapped function must be importable from its module. Its errors are raised here. The processes end with this one; if
+    one of them dies, `InputError` is raised.
     """
     if count < 2:
-        yield _here
+        yield map
         return
     # Spawned, not forked: forked siblings would hold each other's sentinel open and outlive a killed parent.
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
@@ -66,14 +67,10 @@ def processes(count: int) -> Iterator[Run]:
         pool.shutdown(cancel_futures=True)
 
 
-def _here(function: Run, items: Iterable[Any], chunk: int = 1) -> Iterator[Any]:
-    return map(function, items)
-
-
-def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Run, items: Iterable[Any], chunk: int = 1) -> Iterator[Any]:
+def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Run, items: Iterable[Any]) -> Iterator[Any]:
     """Like `pool.map`, with at most `ahead` tasks that wait to be read."""
     left = iter(items)
-    submitted = (pool.submit(_each, function, some) for some in iter(lambda: list(islice(left, chunk)), []))
+    submitted = (pool.submit(_each, function, chunk) for chunk in iter(lambda: list(islice(left, CHUNK)), []))
     pending = deque(islice(submitted, ahead))
     while pending:
         # Of a process that dies while it sends a result, the pool would wait for the rest.

@@ -32,7 +32,6 @@ from ldm.data.reader import SPLITS, VERSION
 from ldm.data.tars import read_tars
 
 SMALLEST_SPLIT = 2  # images; a mean of fewer has no standard error
-HASHED_AT_ONCE, ENCODED_AT_ONCE = 256, 16  # images of a task of a worker process
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -100,7 +99,7 @@ def write_shards(
     with replacing(out) as partial, processes(min(workers, total // IMAGES_PER_WORKER)) as run:
         images = _hashed(collection, bad, val_fraction, test_fraction, run, progress)
         encode = functools.partial(_encode, recipe=recipe, min_side=min_side, max_pixels=max_pixels)
-        encoded = run(encode, images, ENCODED_AT_ONCE)
+        encoded = run(encode, images)
         shards: list[dict[str, Any]] = []
         written: list[_Image] = []
         progress("write", done, total)
@@ -140,7 +139,7 @@ def _hashed(
     """The images, those of one shard side by side. Unreadable files go to `bad`."""
     images, total = [], len(collection.places)
     progress("hash", 0, total)
-    hashes = run(_hash, collection.places, HASHED_AT_ONCE)
+    hashes = run(_hash, collection.places)
     rows = zip(collection.table.to_dict("records"), collection.places, hashes, strict=True)
     for done, (row, place, (digest, reason)) in enumerate(rows, start=1):
         if reason:
