@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 # Held while a line is printed, so that no fork copies half a line and the interpreter does not shut down in the middle of one.
 _printing = threading.RLock()
@@ -20,7 +20,7 @@ def _write(line: str) -> None:
         print(f"{line}\n", end="", flush=True)  # a single write, which other output cannot split
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """A bar with speed and time left on a terminal; elsewhere plain lines. If no line follows, a thread repeats the last one.
 
     It ends when `total` is reached, or with `close()`. A step without a count is wrapped,
@@ -32,9 +32,9 @@ class Progress:
 
     def __init__(self, label: str, total: int | None = None, unit: str = "images"):
         self.label, self.total, self.unit = label, total, unit
-        self._started = self._updated = self._printed = time.monotonic()
+        self._updated = self._printed = time.monotonic()
         self._origin: tuple[float, int] | None = None  # time and count of the first call
-        self._done, self._note = 0, ""
+        self._position = self._note = ""
         self._closed = threading.Event()
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -54,15 +54,19 @@ class Progress:
         with _printing:
             if self._closed.is_set():
                 return
-            now, first = time.monotonic(), self._origin is None
-            self._origin = self._origin or (now, done)
-            self._done, self._updated = done, now
+            now, due = time.monotonic(), finished or self._origin is None
+            self._origin = start, first = self._origin or (now, done)
+            self._position = f"{done:,}{'' if self.total is None else f'/{self.total:,}'} {self.unit}"
+            self._updated = now
             if metrics:
                 self._note = " ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:3])
+            rate = (done - first) / max(now - start, 1e-9)  # of this process
+            speed = f"{rate:{',.0f' if rate >= 10 else '.2g'}} {self.unit}/s" if rate > 0 else ""
             if self._bar is not None:
-                self._bar.update(self._task, completed=done, rate=self._speed()[0], note=self._note)
-            elif first or finished or now - self._printed >= self.INTERVAL:
-                self._print(self._position(), *self._speed(), self._note)
+                self._bar.update(self._task, completed=done, rate=speed, note=self._note)
+            elif due or now - self._printed >= self.INTERVAL:
+                left = f"{max(self.total - done, 0) / rate:,.0f} s left" if speed and self.total is not None else ""
+                self._print(self._position, speed, left, self._note)
         if finished:
             self.close()
 
@@ -74,9 +78,6 @@ class Progress:
             self._bar.stop()
         else:
             self._thread.join(timeout=1)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -101,23 +102,9 @@ class Progress:
                 now = time.monotonic()
                 if self._closed.is_set() or now - self._printed < self.HEARTBEAT:
                     continue
-                if self._origin is None:
-                    self._print(f"{now - self._started:.0f} s")
-                else:
-                    self._print(f"{self._position()}, last update {now - self._updated:.0f} s ago", self._note)
+                waited = f"{now - self._updated:.0f} s"
+                self._print(f"{self._position}, last update {waited} ago" if self._position else waited, self._note)
 
     def _print(self, *parts: str) -> None:
         _write(f"{self.label}: {'  '.join(filter(None, parts))}")
         self._printed = time.monotonic()
-
-    def _position(self) -> str:
-        return f"{self._done:,}{'' if self.total is None else f'/{self.total:,}'} {self.unit}"
-
-    def _speed(self) -> tuple[str, str]:
-        """Speed of this process and time left, in words; empty before anything is done."""
-        start, first = self._origin or (self._updated, self._done)
-        rate = (self._done - first) / max(self._updated - start, 1e-9)
-        if rate <= 0:
-            return "", ""
-        left = "" if self.total is None else f"{max(self.total - self._done, 0) / rate:,.0f} s left"
-        return f"{rate:{',.0f' if rate >= 10 else '.2g'}} {self.unit}/s", left
