@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ldm.base.errors import InputError
 from ldm.base.files import write_text
-from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assign, explained, kinds_first, value_at
+from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assign, explained, value_at
 from ldm.data.sources.source import Source
 from ldm.diffusion.options import Diffusion, Sampling
 from ldm.evaluation.metrics.metric import Metric
@@ -77,14 +77,11 @@ class Autoencoder(Section):
         if any(level > last for level in self.attention) or len(set(self.attention)) < len(self.attention):
             raise ValueError(f"attention is {list(self.attention)}; name levels once each, of 0 to {last} in block_out_channels")
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
-            raise ValueError(
-                f"block_out_channels {list(self.block_out_channels)} are not all multiples of norm_num_groups "
-                f"{self.norm_num_groups}"
-            )
-        if (self.pretrained or "").startswith("models:/") and not re.fullmatch(r"models:/[\w.-]+/\d+", self.pretrained or ""):
-            raise ValueError(
-                f"pretrained {self.pretrained} may change its meaning; write models:/NAME/VERSION (`ldm registry show` names it)"
-            )
+            channels, groups = list(self.block_out_channels), self.norm_num_groups
+            raise ValueError(f"block_out_channels {channels} are not all multiples of norm_num_groups {groups}")
+        name = self.pretrained or ""
+        if name.startswith("models:/") and not re.fullmatch(r"models:/[\w.-]+/\d+", name):
+            raise ValueError(f"pretrained {name} may change; write models:/NAME/VERSION (`ldm registry show` names it)")
         return self
 
 
@@ -155,8 +152,7 @@ class Settings(Section):
         bound = isinstance(vae.objective, ElboChoice) and isinstance(regulariser, Kl) and regulariser.is_bound
         if isinstance(vae.optimizer, Sgld) and not bound:
             raise ValueError(
-                "optimizer sgld samples a posterior: set train_vae.objective elbo, and autoencoder.regulariser kl with beta 1, "
-                "beta_warmup_images and free_bits 0"
+                "optimizer sgld needs objective elbo, and regulariser kl with beta 1, beta_warmup_images and free_bits 0"
             )
         if self.sample_posterior and not isinstance(regulariser, Kl):
             raise ValueError("sample_posterior needs autoencoder.regulariser kl; leave the list empty with another one")
@@ -183,8 +179,6 @@ def load_settings(root: Path) -> Settings:
         raise InputError(f"{path}: not found; run this in the project's folder") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected keys and values, found {type(values).__name__}")
     return validated(values, root)
 
 
@@ -201,8 +195,7 @@ def change_settings(root: Path, assignments: list[str]) -> list[str]:
     document.indent(mapping=2, sequence=4, offset=2)
     document.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
     values = document.load(path.read_text(encoding="utf-8"))
-    for assignment in kinds_first(assignments):
-        assign(values, assignment)
+    assign(values, assignments)
     after = validated(json.loads(json.dumps(values)), root).model_dump()
     text = io.StringIO()
     document.dump(values, text)
@@ -213,20 +206,19 @@ def change_settings(root: Path, assignments: list[str]) -> list[str]:
     return [line for name, line in changed.items() if not any(name.startswith(f"{other}.") for other in changed)]
 
 
-def validated(values: dict[str, Any], root: Path) -> Settings:
+def validated(values: Any, root: Path) -> Settings:
     """The settings of these values, and a look at the files that they name: before anything is trained."""
-    path = root / "params.yaml"
     try:
+        if not isinstance(values, dict):
+            raise ValueError(f"expected keys and values, found {type(values).__name__}")
         settings = Settings.model_validate(values)
         settings.text.check(root)
         settings.train_vae.objective.check(root, settings.train_vae.likelihood)
-        pretrained = settings.autoencoder.pretrained
-        known = not pretrained or pretrained.startswith("models:/") or re.fullmatch(HUB, pretrained)
-        if not known and not (root / str(pretrained)).is_dir():
+        name = settings.autoencoder.pretrained
+        if not (name is None or name.startswith("models:/") or re.fullmatch(HUB, name) or (root / name).is_dir()):
             choices = "neither a folder, nor ID@COMMIT on the hub (40 hex digits), nor models:/NAME/VERSION"
-            raise ValueError(f"autoencoder.pretrained: found {pretrained!r}, {choices}")
-    except ValidationError as error:
-        raise InputError(f"{path}: {explained(error, Settings)}") from None
+            raise ValueError(f"autoencoder.pretrained: found {name!r}, {choices}")
     except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
+        problem = explained(error) if isinstance(error, ValidationError) else error
+        raise InputError(f"{root / 'params.yaml'}: {problem}") from None
     return settings

@@ -248,7 +248,7 @@ def test_every_problem_is_said_at_once(tmp_path: Path) -> None:
         ("\tseed: 0\n", ["YAML", "line 1"]),
         ("- 1\n- 2\n", ["expected keys and values", "list"]),
         ("", ["expected keys and values", "NoneType"]),
-        ("1: 2\n", ["missing key seed", "found 1"]),
+        ("1: 2\n", ["unknown key 1: known here: seed"]),
     ],
 )
 def test_a_file_that_is_no_mapping(text: str, expected: list[str], tmp_path: Path) -> None:

@@ -49,4 +49,4 @@ def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampl
     try:
         return Sampling.model_validate({**defaults, **given})
     except ValidationError as error:
-        raise InputError(explained(error, Sampling, "sampling")) from None
+        raise InputError(explained(error, "sampling")) from None
