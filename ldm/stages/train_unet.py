@@ -43,14 +43,14 @@ def run(root: Path) -> None:
     options, diffusion = settings.train_unet, settings.diffusion
     denoiser = Denoiser(network, diffusion.prediction, diffusion.noise.build())
     inputs = {"latents": file_hash(root / LATENTS / "manifest.json")}
-    with training(root, STAGE, settings, options, inputs, device) as work:
-        fitted = work.fit(UnetObjective(denoiser, latents, options, settings.seed, device))
-        if not work.first:
+    with training(root, STAGE, settings, options, inputs, device) as started:
+        fitted = started.fit(UnetObjective(denoiser, latents, options, settings.seed, device))
+        if not started.work:
             return
         network = build(settings, latents.text.shape[-1])  # a whole one: the other may have been sharded
         network.load_state_dict({k.removeprefix("unet."): v for k, v in fitted.ema.items() if k.startswith("unet.")})
         network.save_pretrained(root / UNET)
-        work.note_adopted(root / UNET)
+        started.work.note_adopted(root / UNET)
         (root / UNET / "recipe.json").write_text(canonical_json(recipe(settings, latents)))
         write_curve(fitted, root / UNET_CURVE)
 

@@ -1,5 +1,6 @@
 """Train the autoencoder on the shards' training images, or take a pretrained one, and measure it on validation images."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,18 @@ from ldm.stages.training import training, write_curve
 from ldm.training.fit import Fitted
 from ldm.training.objectives import Parts
 
+SHAPE = ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")  # as settings and config name it
+
 
 def build(settings: Settings) -> tuple[Autoencoder, Likelihood]:
     """The untrained autoencoder and likelihood that the settings and seed describe."""
     torch.manual_seed(seed_for(settings.seed, "initialise", "autoencoder"))
     options, channels = settings.autoencoder, settings.data.channels
-    likelihood, regulariser = settings.train_vae.likelihood.build(), options.regulariser
-    names = {"latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention"}
-    autoencoder = regulariser.build(
-        in_channels=channels,
-        out_channels=likelihood.outputs(channels),
-        attention=[level in options.attention for level in range(len(options.block_out_channels))],
-        **options.model_dump(include=names),
-    )
-    return autoencoder, likelihood
+    likelihood = settings.train_vae.likelihood.build()
+    attention = [level in options.attention for level in range(len(options.block_out_channels))]
+    shape = options.model_dump(include={*SHAPE, "latent_channels"})
+    outputs = likelihood.outputs(channels)
+    return options.regulariser.build(in_channels=channels, out_channels=outputs, attention=attention, **shape), likelihood
 
 
 def start(root: Path, settings: Settings) -> tuple[Autoencoder, Likelihood]:
@@ -65,26 +64,20 @@ def start(root: Path, settings: Settings) -> tuple[Autoencoder, Likelihood]:
 
 def check_same(described: Autoencoder, found: Autoencoder, name: str) -> None:
     """Raise an `InputError` if the settings do not describe the autoencoder that was found."""
+
+    def in_settings(net: Autoencoder) -> dict[str, Any]:
+        codes = {"autoencoder.regulariser.num_vq_embeddings": net.config["num_vq_embeddings"]} if isinstance(net, VQModel) else {}
+        return {f"autoencoder.{key}": net.config[key] for key in SHAPE} | codes | {
+            "autoencoder.regulariser.kind": "vq" if isinstance(net, VQModel) else "kl",
+            "autoencoder.latent_channels": net.latent_channels,
+            "autoencoder.attention": [level for level, attends in enumerate(net.config["attention"]) if attends],
+            "data.channels": net.config["in_channels"],
+            "out_channels (by data.channels and train_vae.likelihood.scale)": net.config["out_channels"],
+        }  # fmt: skip
+
     here, there = in_settings(described), in_settings(found)
     if differ := [f"{key} is {here.get(key)}, but it has {there[key]}" for key in there if there[key] != here.get(key)]:
         raise InputError(f"autoencoder.pretrained {name} is not what params.yaml describes: {'; '.join(differ)}")
-
-
-def in_settings(autoencoder: Autoencoder) -> dict[str, Any]:
-    """The settings that describe an autoencoder."""
-    config = autoencoder.config
-    same = ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")
-    described = {f"autoencoder.{key}": config[key] for key in same}
-    described |= {
-        "autoencoder.regulariser.kind": "vq" if isinstance(autoencoder, VQModel) else "kl",
-        "autoencoder.latent_channels": autoencoder.latent_channels,
-        "autoencoder.attention": [level for level, attends in enumerate(config["attention"]) if attends],
-        "data.channels": config["in_channels"],
-        "out_channels (by data.channels and train_vae.likelihood.scale)": config["out_channels"],
-    }
-    if isinstance(autoencoder, VQModel):
-        described["autoencoder.regulariser.num_vq_embeddings"] = config["num_vq_embeddings"]
-    return described
 
 
 def measured(
@@ -100,40 +93,34 @@ def measured(
     return likelihood, summary(evaluate_elbo(autoencoder, likelihood, val, seed))
 
 
-def train(root: Path, settings: Settings, reader: ShardReader, parts: Parts, work: Any) -> Fitted:
-    """Train the parts in place; averaged weights are loaded."""
-    options, preprocessing = settings.train_vae, reader.preprocessing
-    image = (preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
-    loss = options.objective.build(parts, root, seed_for(settings.seed, "initialise", "discriminator"), image)
-    fitted: Fitted = work.fit(loss, num_data=len(reader) * image[0] * image[1] * image[2])  # the loss is a mean over values
-    loss.module.load_state_dict(fitted.ema)
-    return fitted
-
-
 def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
     reader, val = (stage_shards(root, split) for split in ("train", "val"))
     autoencoder, likelihood = start(root, settings)
     autoencoder.place(device), likelihood.to(device)
-    options, regulariser = settings.train_vae, settings.autoencoder.regulariser
+    options, seed, fitted = settings.train_vae, settings.seed, Fitted({}, [])
     inputs = {"shards": index_hash(reader), "pretrained": folder_hash(root / PRETRAINED)}
-    with training(root, STAGE, settings, options, inputs, device) as work:
-        fitted = Fitted({}, [])
+    with training(root, STAGE, settings, options, inputs, device) as started:
         if options.images:
             loading = {"workers": loader_workers(device.type), "rank": rank(), "ranks": ranks()}
-            batches = Batches(reader, settings.seed, shuffle=options.shuffle, flip=options.flip, **loading)
-            fitted = train(root, settings, reader, Parts(autoencoder, likelihood, batches, regulariser), work)
-        if not work.first:
+            batches = Batches(reader, seed, shuffle=options.shuffle, flip=options.flip, **loading)
+            parts = Parts(autoencoder, likelihood, batches, settings.autoencoder.regulariser)
+            size = reader.preprocessing.image_size
+            image = (reader.preprocessing.channels, size, size)
+            loss = options.objective.build(parts, root, seed_for(seed, "initialise", "discriminator"), image)
+            fitted = started.fit(loss, num_data=len(reader) * math.prod(image))  # the loss is a mean over values
+            loss.module.load_state_dict(fitted.ema)
+        if not started.work:
             return
         trained = bool(options.images) or (root / PRETRAINED / LIKELIHOOD).is_file()
         with Progress("train_vae: validation"):
-            likelihood, held_out = measured(autoencoder, likelihood, val, settings.seed, trained)
-        work.tracker.log({f"val_{name}": value for name, value in held_out.items()}, options.images)
+            likelihood, held_out = measured(autoencoder, likelihood, val, seed, trained)
+        started.tracker.log({f"val_{name}": value for name, value in held_out.items()}, options.images)
         shutil.rmtree(root / AUTOENCODER, ignore_errors=True)
         autoencoder.save_pretrained(root / AUTOENCODER)
         likelihood.save_pretrained(root / AUTOENCODER)
-        work.note_adopted(root / AUTOENCODER)
+        started.work.note_adopted(root / AUTOENCODER)
         write_curve(fitted, root / VAE_CURVE)
     print(f"train_vae: validation ELBO {held_out['elbo_nats']:.1f} nats, {held_out['elbo_bits_per_dim']:.4f} bits/dim")
 

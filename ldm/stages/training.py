@@ -38,19 +38,14 @@ class Training:
     gradient_checkpointing: bool
     store: CheckpointStore
     tracker: Run
-    work: Work | None  # rank 0's
-
-    @property
-    def first(self) -> bool:
-        """Whether this is rank 0, which writes the outs."""
-        return distributed.rank() == 0
+    work: Work | None  # None: on another rank than 0, which writes no outs
 
     def fit(self, objective: Objective, num_data: int = 0) -> Fitted:
         """Train as the settings say. `num_data`: size of the data, for an optimizer that samples a posterior."""
         for net in objective.module.modules():
             if isinstance(net, Pretrained):
                 net.set_gradient_checkpointing(self.gradient_checkpointing)
-        bar = Progress(self.stage, self.options.images) if self.first else contextlib.nullcontext(lambda done, row: None)
+        bar = Progress(self.stage, self.options.images) if self.work else contextlib.nullcontext(lambda done, row: None)
         try:
             with bar as progress, stop_at_checkpoint() as should_stop:
                 return fit(
@@ -59,11 +54,6 @@ class Training:
                 )  # fmt: skip
         except FloatingPointError as error:  # deterministic: a retry would fail again
             raise InputError(str(error)) from None
-
-    def note_adopted(self, out: Path) -> None:
-        """See `ldm.stages.work.Work.note_adopted`."""
-        if self.work:
-            self.work.note_adopted(out)
 
 
 @contextlib.contextmanager
@@ -77,12 +67,13 @@ def training(
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if options.batch_size % ranks:
-        raise InputError(
-            f"{stage.name}.batch_size {options.batch_size} cannot be shared by {ranks} processes; make it a multiple"
-        )
+        found = f"{stage.name}.batch_size {options.batch_size}"
+        raise InputError(f"{found} cannot be shared by {ranks} processes; make it a multiple")
     micro_batch, gradient_checkpointing = env_count("LDM_MICRO_BATCH", 0) or None, env_switch("LDM_GRADIENT_CHECKPOINTING")
     shard = env_switch("LDM_SHARD_MODEL") and ranks > 1 and stage.name == "train_unet"  # autoencoders are small
-    execution = Execution(_autocast(settings.precision, device), settings.compile, micro_batch, shard)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    autocast = torch.bfloat16 if settings.precision == "bf16" or (settings.precision == "auto" and has_bf16) else None
+    execution = Execution(autocast, settings.compile, micro_batch, shard)
     layout = {"device": str(device), "processes": ranks, "micro_batch": micro_batch, "shard": shard}
     params = stage.params(settings)
     identity = identify(stage.name, params, inputs, layout)
@@ -101,8 +92,3 @@ def write_curve(fitted: Fitted, path: Path) -> None:
     """Write the loss curve as CSV, at least its header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(fitted.curve, columns=None if fitted.curve else ["images", "loss"]).to_csv(path, index=False)
-
-
-def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else None
