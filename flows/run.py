@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from flows import server, supervise
@@ -25,26 +24,15 @@ class _Plain(logging.Handler):
             print(line, file=sys.stderr if line.startswith("error: ") else sys.stdout, flush=True)
 
 
-@contextlib.contextmanager
-def _plain_console() -> Iterator[None]:
-    """Show the stages' lines and Prefect's warnings, not Prefect's account of the run."""
-
-    def is_warning(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING and not record.name.startswith(RUN_LOGGERS)
-
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(is_warning)  # never removed: Prefect also logs at exit
-    plain = _Plain()
-    for name in RUN_LOGGERS:
-        logging.getLogger(name).addHandler(plain)
-    try:
-        yield
-    finally:
-        for name in RUN_LOGGERS:
-            logging.getLogger(name).removeHandler(plain)
+_PLAIN = _Plain()
 
 
-def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None) -> int:
+def _is_warning(record: logging.LogRecord) -> bool:
+    """Whether Prefect warns: its account of the run is not shown."""
+    return record.levelno >= logging.WARNING and not record.name.startswith(RUN_LOGGERS)
+
+
+def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
     """Import Prefect and MLflow and open MLflow's store while Prefect's temporary server starts, which takes seconds."""
     from prefect.exceptions import TerminationSignal
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -61,16 +49,13 @@ def _run(root: Path, inbox: str | None, temporary: server.TemporaryServer | None
         mlflow_run.experiment_id(mlflow_run.mlflow_client())
     if temporary:
         temporary.wait()
-    url = {PREFECT_API_URL: temporary.url} if temporary else {}
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_warning)
+    for name in RUN_LOGGERS:
+        logging.getLogger(name).addHandler(_PLAIN)
     try:
-        with _plain_console(), temporary_settings(url):
-            summary = pipeline.pipeline(str(root), inbox and os.path.abspath(inbox))
-        show(summary)
-    except supervise.StageFailed as failure:
-        if failure.bad_input:
-            return supervise.BAD_INPUT  # the last line shown is the stage's own error
-        print(f"{failure}; `ldm run` goes on from the last checkpoint", file=sys.stderr)
-        return 1
+        with temporary_settings({PREFECT_API_URL: temporary.url} if temporary else {}):
+            show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox)))
     except TerminationSignal:
         return 143
     return 0
@@ -91,6 +76,11 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return supervise.BAD_INPUT
+    except supervise.StageFailed as failure:
+        if failure.bad_input:
+            return supervise.BAD_INPUT  # the last line shown is the stage's own error
+        print(f"{failure}; `ldm run` goes on from the last checkpoint", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; `ldm run` continues where this stopped", file=sys.stderr)
         return 130

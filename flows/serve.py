@@ -5,15 +5,10 @@ show the schedule and its runs.
 """
 
 import argparse
-import contextlib
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
-from flows.server import START_SECONDS, answers
+from flows import server
 from ldm.base.errors import InputError
 from ldm.config import find_root, load_settings
 
@@ -26,53 +21,34 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=4200, help="of the server it starts (default: %(default)s)")
     options = parser.parse_args()
     try:
-        root = find_root()
-        load_settings(root)
-        inbox = os.path.abspath(options.ingest) if options.ingest else None
-        with _server(options.port):
-            _serve(root, inbox, options.cron, options.timezone)
+        return _serve(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
-def _serve(root: Path, inbox: str | None, cron: str, timezone: str | None) -> None:
+def _serve(options: argparse.Namespace) -> int:
+    root = find_root()
+    load_settings(root)
+    if not os.environ.get("PREFECT_API_URL"):
+        own = server.start(options.port)
+        own.wait()
+        os.environ["PREFECT_API_URL"] = own.url
+        print(f"Prefect server: {own.url.removesuffix('/api')}", flush=True)
     from prefect.schedules import Cron  # reads PREFECT_API_URL, so not before there is a server
 
     from flows.pipeline import pipeline
 
     try:
-        schedule = Cron(cron, timezone=timezone)
+        schedule = Cron(options.cron, timezone=options.timezone)
     except ValueError as error:
-        raise InputError(f"--cron {cron!r}, --timezone {timezone!r}: {error}") from None
+        raise InputError(f"--cron {options.cron!r}, --timezone {options.timezone!r}: {error}") from None
+    parameters = {"root": str(root), "inbox": os.path.abspath(options.ingest) if options.ingest else None}
     os.chdir(root)
-    # one run at a time: two would change the same files
-    pipeline.serve(name="scheduled", schedule=schedule, parameters={"root": str(root), "inbox": inbox}, limit=1)
-
-
-@contextlib.contextmanager
-def _server(port: int) -> Iterator[None]:
-    """A Prefect server for as long as we run, where `PREFECT_API_URL` names none."""
-    if os.environ.get("PREFECT_API_URL"):
-        yield
-        return
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not answers(f"http://127.0.0.1:{port}/api/health"):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise InputError(f"no Prefect server on port {port}: is it taken? Try --port, or set PREFECT_API_URL")
-            time.sleep(0.5)
-        print(f"Prefect server: http://127.0.0.1:{port}", flush=True)
-        yield
-    finally:
-        server.terminate()
-        server.wait()
+    pipeline.serve(name="scheduled", schedule=schedule, parameters=parameters, limit=1)  # two runs would change the same files
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A temporary Prefect server for a run without one: a child process that ends with the run.
+"""A Prefect server for a run or a schedule without one: a child process that ends with its owner.
 
 Prefect can start such a server itself, but imports the whole server into this process for it, which takes seconds, and leaves
 it behind if this process is killed.
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from ldm.base.errors import InputError
 
 START_SECONDS = 120
-ENVIRONMENT = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}  # as Prefect's own
+TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}  # no pages, no scheduler: as Prefect's own
 
 
 @dataclass(frozen=True)
-class TemporaryServer:
+class Server:
     """A server that will listen at `url`."""
 
     url: str
@@ -28,38 +28,41 @@ class TemporaryServer:
 
     def wait(self) -> None:
         """Wait until it answers; `InputError` if it does not start."""
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine's own server is behind no proxy
         deadline = time.monotonic() + START_SECONDS
-        while not answers(f"{self.url}/health"):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                hint = "`prefect server start` says why, or set PREFECT_API_URL"
-                raise InputError(f"Prefect's temporary server does not start; {hint}")
-            time.sleep(0.05)
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                direct.open(f"{self.url}/health", timeout=2).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise InputError("Prefect's server does not start; `prefect server start` says why, or set PREFECT_API_URL")
 
     def stop(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
 
 
-def start() -> TemporaryServer:
-    """Start a server on a free port of this machine. It stops when this process ends, also by `kill -9`."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+def start(port: int | None = None) -> Server:
+    """Start a server on a port of this machine; with no port given, one for a single run, on a free port.
+
+    It stops when this process ends, also by `kill -9`.
+    """
+    try:
+        listening = socket.create_server(("127.0.0.1", port or 0))
+    except OSError as error:
+        raise InputError(f"port {port}: {error.strerror}; choose another --port, or set PREFECT_API_URL") from None
+    with listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        kind = TEMPORARY if port is None else {"PREFECT_UI_API_URL": url}
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.server", str(listening.fileno())],
             stdin=subprocess.PIPE,
             pass_fds=(listening.fileno(),),
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **kind, "PREFECT__SERVER_FINAL": "1"},
             start_new_session=True,  # Ctrl-C reaches the terminal's whole group; this process handles it
         )
-        return TemporaryServer(f"http://127.0.0.1:{listening.getsockname()[1]}/api", process)
-
-
-def answers(url: str) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine's own server is behind no proxy
-    try:
-        with direct.open(url, timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+        return Server(url, process)
 
 
 def main() -> None:

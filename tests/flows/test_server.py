@@ -1,7 +1,8 @@
-"""The temporary server does not outlive who started it. (That it serves a run, test_pipeline.py shows.)"""
+"""The server does not outlive who started it. (That it serves a run, test_pipeline.py shows.)"""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +33,12 @@ def test_it_ends_with_an_owner_killed_with_9(seconds: float, tmp_path: Path, gon
 
 
 def test_one_that_does_not_start_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "ENVIRONMENT", {"PREFECT_LOGGING_LEVEL": "no level"})
+    monkeypatch.setattr(server, "TEMPORARY", {"PREFECT_LOGGING_LEVEL": "no level"})
     found = server.start()
-    with pytest.raises(InputError, match="Prefect's temporary server does not start"):
+    with pytest.raises(InputError, match="Prefect's server does not start"):
         found.wait()
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=r"port \d+: .* another --port"):
+        server.start(taken.getsockname()[1])
