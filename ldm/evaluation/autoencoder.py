@@ -54,7 +54,7 @@ def evaluate_importance(autoencoder: Autoencoder, likelihood: Likelihood, reader
 
 @torch.inference_mode()
 def fit_scale(autoencoder: Autoencoder, reader: ShardReader, seed: int) -> Likelihood:
-    """The discretised logistic whose one scale fits a split best, for an autoencoder trained without one: bits/dim compare."""
+    """Fit the one scale of a discretised logistic to a split: gives bits/dim to an autoencoder trained without such a scale."""
     from scipy.optimize import minimize_scalar  # takes long to import
 
     device = next(autoencoder.parameters()).device
