@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-EXPERIMENT = "ldm"
 METRICS, PARAMS = 1000, 100  # MLflow's limits for one request
 PATIENCE = {  # of recording, where the user has not set it: MLflow's own defaults wait for minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
@@ -42,18 +41,16 @@ def short_patience() -> Iterator[None]:
 
 def experiment_id(client: Any) -> str:
     """The id of the experiment, made where it is missing; beside SQLite, artifacts lie in MLflow's usual place."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    if found := client.get_experiment_by_name(name):
-        return str(found.experiment_id)
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    database = Path(uri.removeprefix("sqlite:///")).absolute()
-    place = str(database.parent / "mlruns" / name) if uri.startswith("sqlite:///") else None
-    try:
-        return str(client.create_experiment(name, artifact_location=place))
-    except Exception:
-        if (found := client.get_experiment_by_name(name)) is None:  # else another process made it meanwhile
-            raise
-        return str(found.experiment_id)
+    name, uri = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ldm"), os.environ["MLFLOW_TRACKING_URI"]
+    if (found := client.get_experiment_by_name(name)) is None:
+        database = Path(uri.removeprefix("sqlite:///")).absolute()
+        place = str(database.parent / "mlruns" / name) if uri.startswith("sqlite:///") else None
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except Exception:
+            if (found := client.get_experiment_by_name(name)) is None:  # else another process made it meanwhile
+                raise
+    return str(found.experiment_id)
 
 
 def milliseconds() -> int:
@@ -101,8 +98,15 @@ class MlflowRun:
         from mlflow.entities import Param
 
         experiment = experiment_id(client)
-        run_id = _earlier_run(client, experiment, tags, key)
-        if run_id:
+        parent, found = tags.get("mlflow.parentRunId"), []
+        if "ldm.record" in tags:
+            found = client.search_runs([experiment], f"tags.`ldm.record` = '{tags['ldm.record']}'")
+        if not found and key:  # a retry has the same key and parent; without a parent, it continues an unfinished run
+            runs = client.search_runs([experiment], f"tags.`ldm.key` = '{key}'", order_by=["attributes.start_time DESC"])
+            found = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
+            found = [run for run in found if parent or run.info.status != "FINISHED"]
+        if found:
+            run_id = found[0].info.run_id
             client.update_run(run_id, status="RUNNING")
         else:
             run_id = client.create_run(experiment, start, dict(tags), tags["ldm.stage"]).info.run_id
@@ -131,15 +135,3 @@ class MlflowRun:
                 running = f"tags.`mlflow.parentRunId` = '{self.id}' and attributes.status = 'RUNNING'"
                 for child in client.search_runs([experiment_id(client)], running):  # it was killed
                     client.set_terminated(child.info.run_id, "KILLED")
-
-
-def _earlier_run(client: Any, experiment: str, tags: Mapping[str, str], key: str | None) -> str | None:
-    """The run of the same record, or the run that a retry continues: same key and parent; without a parent, an unfinished one."""
-    record, parent = tags.get("ldm.record"), tags.get("mlflow.parentRunId")
-    if record and (found := client.search_runs([experiment], f"tags.`ldm.record` = '{record}'")):
-        return str(found[0].info.run_id)
-    query = f"tags.`ldm.key` = '{key}'"
-    for run in client.search_runs([experiment], query, order_by=["attributes.start_time DESC"]) if key else ():
-        if run.data.tags.get("mlflow.parentRunId") == parent and (parent or run.info.status != "FINISHED"):
-            return str(run.info.run_id)
-    return None

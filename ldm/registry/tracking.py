@@ -94,8 +94,7 @@ def stage_run(
             destination = MlflowRun(WarnOnce("the work goes on without tracking"))
     run, status = Run(destination), "FINISHED"
     known = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN"), **(tags or {})}
-    flat = {name: str(value) for name, value in _flat(params).items()}
-    run.send("open", {name: value for name, value in known.items() if value}, flat, key, milliseconds())
+    run.send("open", {name: value for name, value in known.items() if value}, _flat(params), key, milliseconds())
     try:
         yield run
     except BaseException as error:
@@ -105,11 +104,11 @@ def stage_run(
         run.close(status)
 
 
-def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
-    flat: dict[str, Any] = {}
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys and text."""
+    flat: dict[str, str] = {}
     for name, value in params.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": str(value)}
     return flat
 
 
