@@ -51,26 +51,27 @@ def gate_and_promote(root: Path, version: int) -> Decision:
     record = asdict(decision) | {"champion": champion.version if champion else None, "applied": not decision.promote}
     tag(challenger, GATE, json.dumps(record))  # before the aliases: a kill in between leaves a decision to be applied
     if decision.promote:
-        _set_champion(challenger, champion)
+        promote(version, name)
         tag(challenger, GATE, json.dumps(record | {"applied": True}))
     return decision
 
 
 def promote(version: int, name: str = "ldm") -> None:
-    """Make a version champion by hand."""
-    wanted, champion = lookup(f"models:/{name}/{version}"), by_alias(name, "champion")
-    if champion is None or champion.version != version:
-        _set_champion(wanted, champion)
+    """Make a version champion, whatever the gate decided, and the champion so far `previous`."""
+    wanted, champion, client = lookup(f"models:/{name}/{version}"), by_alias(name, "champion"), connect()
+    if champion and champion.version != version:  # previous first: there is no moment without a champion
+        client.set_registered_model_alias(name, "previous", str(champion.version))
+    client.set_registered_model_alias(name, "champion", str(wanted.version))
 
 
 def rollback(name: str = "ldm") -> int:
     """Swap champion and previous; returns the version that is champion now."""
-    aliases = {alias: version for version in find({}, name) for alias in version.aliases}
+    aliases = {alias: version.version for version in find({}, name) for alias in version.aliases}
     for alias in ("champion", "previous"):
         if alias not in aliases:
             raise InputError(f"model {name!r} has no version with the alias {alias!r}: nothing to roll back to")
-    _set_champion(aliases["previous"], aliases["champion"])
-    return aliases["previous"].version
+    promote(aliases["previous"], name)
+    return aliases["previous"]
 
 
 def compare(root: Path, champion: Version | None) -> pd.DataFrame:
@@ -121,11 +122,3 @@ def _not_comparable(challenger: Version, champion: Version | None) -> str | None
     if test["test_fraction"] > held_out["test_fraction"] + held_out["val_fraction"]:
         return f"champion version {champion.version} was trained on some of its test images"
     return None
-
-
-def _set_champion(version: Version, champion: Version | None) -> None:
-    """Previous first: there is no moment without a champion."""
-    client = connect()
-    if champion is not None:
-        client.set_registered_model_alias(version.name, "previous", str(champion.version))
-    client.set_registered_model_alias(version.name, "champion", str(version.version))

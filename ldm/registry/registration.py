@@ -102,12 +102,25 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
 
 
 def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
-    """The model as MLflow stores it: models-from-code, with our package and the files in `KEPT` beside it."""
-    import mlflow.pyfunc
-    from mlflow.models import Model
+    """The model as MLflow stores it: models-from-code, with our package and the files in `KEPT` beside it.
 
+    Its signature: prompts in, PNGs out; parameters are the keys of `Sampling` with the model's defaults, which MLflow fills in.
+    Options of a single sampler have no default here: it would be filled in for other samplers, too.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+
+    defaults = json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))["sampling"]
+    types = {int: "long", float: "double", str: "string", tuple: "double"}
+    params = [ParamSpec("negative", "string", ""), ParamSpec("seed", "long", 0)]
+    for key in keys(Sampling):
+        default = None if key.kinds else value_at(defaults, key.name)
+        shape = {"shape": (-1,)} if key.type is tuple else {}
+        params.append(ParamSpec(key.name, types[key.type], (default or []) if shape else default, **shape))
+    inputs = Schema([ColSpec("string", "prompt"), ColSpec("long", "seed", required=False)])
+    outputs = Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "png")])
     package = Path(__file__).parents[1]
-    recipe = json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*An input example was not provided")  # it would be run, which takes a while
         mlflow.pyfunc.save_model(
@@ -115,31 +128,10 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
             python_model=str(package / "registry/serving.py"),
             artifacts={"model": str(root / MODEL)},
             code_paths=[str(package)],
-            signature=_signature(recipe["sampling"]),
+            signature=ModelSignature(inputs, outputs, ParamSchema(params)),
             pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS.split()],
             mlflow_model=Model(model_id=model_id, run_id=run_id),
         )
     (path / LINEAGE).mkdir()
     for kept in KEPT:
         shutil.copy(root / kept, path / LINEAGE)
-
-
-def _signature(defaults: dict[str, Any]) -> Any:
-    """Prompts in, PNGs out; parameters are the keys of `Sampling`. `defaults`: the model's own, which MLflow fills in.
-
-    Options of a single sampler have no default here: it would be filled in for other samplers, too.
-    """
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
-
-    types = {int: "long", float: "double", str: "string", tuple: "double"}
-    params = [ParamSpec("negative", "string", ""), ParamSpec("seed", "long", 0)]
-    for key in keys(Sampling):
-        own = None if key.kinds else value_at(defaults, key.name)
-        shape = {"shape": (-1,)} if key.type is tuple else {}
-        params.append(ParamSpec(key.name, types[key.type], (own or []) if shape else own, **shape))
-    return ModelSignature(
-        inputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed", required=False)]),
-        outputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "png")]),
-        params=ParamSchema(params),
-    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlflow.models
 import mlflow.pyfunc
+import numpy as np
 import pandas as pd
 
 from ldm.base.options import assigned
@@ -27,7 +28,7 @@ class PromptsToImages(mlflow.pyfunc.PythonModel):
         self._model = LatentDiffusion.load(context.artifacts["model"], default_device())
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        options = {name: getattr(value, "tolist", lambda value=value: value)() for name, value in (params or {}).items()}
+        options = {name: np.asarray(value).tolist() for name, value in (params or {}).items()}
         default_seed, negative = options.pop("seed", 0), options.pop("negative", "")
         changes = [f"{key}={json.dumps(value)}" for key, value in options.items() if value not in (None, [])]
         sampling = assigned(self._model.recipe.sampling, changes)
@@ -37,7 +38,7 @@ class PromptsToImages(mlflow.pyfunc.PythonModel):
         pngs: dict[int, bytes] = {}
         for seed in out["seed"].unique().tolist():
             same = out[out["seed"] == seed]
-            images = self._model.sample(list(same["prompt"]), negative=negative, seed=seed, **sampling)  # uint8 (N, C, H, W)
+            images = self._model.sample(list(same["prompt"]), negative=negative, seed=seed, **sampling)
             pngs |= {row: to_png(from_array(image)) for row, image in zip(same.index, images.numpy(), strict=True)}
         out["png"] = pd.Series(pngs, dtype=object)
         return out
