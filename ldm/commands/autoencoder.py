@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands.shared import Model, Out, Seed, check_file, load_model, new_group, read_image, write_images
+from ldm.commands.shared import Model, Out, Seed, check_file, load_model, read_image, write_images
 
-app = new_group()
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.command()
@@ -45,21 +45,18 @@ def reconstruct(
     if tile and len(images) > 1 and out.suffix == ".png":
         raise InputError(f"--out {out}: images of different sizes make no sheet; give a folder (a name without a suffix)")
     loaded = load_model(model)
-    if tile:
-        whole = [read_image(path, loaded, whole=True) for path in images]
-        write_images([loaded.decode(loaded.encode(image[None], tile).mean, tile)[0] for image in whole], out)
-        return
     import torch
 
     from ldm.model import BATCH
 
-    real = torch.stack([read_image(path, loaded) for path in images])
-    reconstructed = torch.cat([loaded.decode(loaded.encode(part).mean) for part in real.split(BATCH)])
-    if out.suffix == ".png":
-        pairs = torch.stack([real, reconstructed], 1).flatten(0, 1)
-        write_images(pairs, out, columns=["real", "reconstructed"] * min(4, len(images)))
-    else:
+    real = [read_image(path, loaded, whole=tile is not None) for path in images]
+    parts = [image[None] for image in real] if tile else torch.stack(real).split(BATCH)
+    reconstructed = [image for part in parts for image in loaded.decode(loaded.encode(part, tile).mean, tile)]
+    if tile or out.suffix != ".png":
         write_images(reconstructed, out)
+    else:
+        pairs = [image for pair in zip(real, reconstructed, strict=True) for image in pair]
+        write_images(pairs, out, columns=["real", "reconstructed"] * min(4, len(images)))
 
 
 @app.command()

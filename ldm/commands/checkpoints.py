@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands.shared import new_group, project, table
+from ldm.commands.shared import project, table
 
-app = new_group()
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.command("list")
@@ -26,10 +26,11 @@ def list_checkpoints() -> None:
     if not found:
         print("no unfinished trainings")
         return
-    rows = []
-    for one in found:
-        row = {"key": one.key[:8], "stage": one.stage, "reached": one.progress, "size": _size(one.size)}
-        rows.append(row | {"written": f"{one.written:%Y-%m-%d %H:%M}", "state": one.state(settings)})
+    rows = [
+        {"key": one.key[:8], "stage": one.stage, "reached": one.progress, "size": f"{one.size / 1e6:,.1f} MB",
+         "written": f"{one.written:%Y-%m-%d %H:%M}", "state": one.state(settings)}
+        for one in found
+    ]  # fmt: skip
     table(rows)
 
 
@@ -65,12 +66,8 @@ def drop(
     if not chosen and not changed:
         raise InputError("name checkpoints by their keys, or give --changed; `ldm checkpoints list` shows them")
     for one in chosen:
-        line = f"dropped {one.key[:8]}: {one.stage}, {one.progress}, {_size(one.size)}"
+        line = f"dropped {one.key[:8]}: {one.stage}, {one.progress}"
         work.drop(one)
         print(line)
     if not chosen:
         print("no checkpoints under other code")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

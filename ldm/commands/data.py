@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands.shared import checked, new_group, project, table
+from ldm.commands.shared import checked, project, table
 
-app = new_group()
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.command()

@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands.shared import Name, model_name, new_group, table, tracked_project
+from ldm.commands.shared import Name, model_name, table, tracked_project
 
-app = new_group()
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.command("list")

@@ -5,7 +5,6 @@ Modules that import pydantic, MLflow or torch are imported inside functions: `ld
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,10 +53,6 @@ Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a sampling setting of the model.")]
 
 
-def new_group() -> typer.Typer:
-    return typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-
-
 def project() -> Path:
     from ldm.config import find_root
 
@@ -84,16 +79,16 @@ def load_model(model: str | None) -> "LatentDiffusion":
     """The model of that name or folder, or the champion, on the default device."""
     model = model or f"models:/{model_name()}@champion"
     typer.echo(f"loading {model} …", err=True)
-    place: contextlib.AbstractContextManager[Path] = contextlib.nullcontext(Path(model))
-    if model.startswith("models:"):
-        from ldm.registry.versions import downloaded
+    with contextlib.ExitStack() as stack:
+        folder = Path(model)
+        if model.startswith("models:"):
+            from ldm.registry.versions import downloaded
 
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            tracked_project()
-        place = downloaded(model)
-    elif not (Path(model) / "model.json").is_file():
-        raise InputError(f"{model}: holds no model.json; give models:/NAME@ALIAS, models:/NAME/VERSION or a saved model's folder")
-    with place as folder:
+            if "MLFLOW_TRACKING_URI" not in os.environ:
+                tracked_project()
+            folder = stack.enter_context(downloaded(model))
+        elif not (folder / "model.json").is_file():
+            raise InputError(f"{model}: holds no model.json; give models:/NAME@ALIAS, models:/NAME/VERSION or a saved folder")
         # OpenMP's threads sleep while they wait for work; by default they spin, which on a busy machine takes most of the time.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from ldm.base.device import default_device
@@ -142,19 +137,18 @@ def write_images(images: Any, out: Path, rows: list[str] | None = None, columns:
     from ldm.data.images import from_array, to_png
 
     pixels = [image.numpy() for image in images]
-    if out.suffix != ".png":
-        out.mkdir(exist_ok=True)
-        for i, image in enumerate(pixels):
-            (out / f"{i:04d}.png").write_bytes(to_png(from_array(image)))
-    elif len(pixels) == 1:
-        out.write_bytes(to_png(from_array(pixels[0])))
-    else:
+    if out.suffix and len(pixels) > 1:
         import numpy as np
 
         from ldm.report.grid import image_grid
 
         width = len(columns) if columns else len(pixels) // len(rows) if rows else min(8, len(pixels))
         image_grid(np.stack(pixels), width, out, row_labels=rows, column_labels=columns)
+    else:
+        if not out.suffix:
+            out.mkdir(exist_ok=True)
+        for i, image in enumerate(pixels):
+            (out if out.suffix else out / f"{i:04d}.png").write_bytes(to_png(from_array(image)))
     print(f"{counted(len(pixels))} written to {out}")
 
 
@@ -163,16 +157,7 @@ def counted(count: int) -> str:
 
 
 def table(rows: list[Any]) -> None:
-    """Rows by the names of their columns: a table on a terminal, plain lines elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        pretty = Table(*rows[0], box=None, pad_edge=False)
-        for row in rows:
-            pretty.add_row(*row.values())
-        Console(markup=False).print(pretty)  # cells may hold lists in brackets
-        return
+    """Print rows under the names of their columns."""
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     for row in ({name: name for name in widths}, *rows):
         print("  ".join(row[name].ljust(width) for name, width in widths.items()).rstrip())
