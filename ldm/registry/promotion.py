@@ -13,7 +13,7 @@ from ldm.base.paths import BOUNDS, DECISION, SHARDS
 from ldm.base.progress import Progress
 from ldm.config import load_settings
 from ldm.evaluation.gate import Decision, decide
-from ldm.registry.versions import BITS, GATE, IMAGE, NO_BOUND, Version, by_alias, connect, find, load, lookup, tag
+from ldm.registry.versions import BITS, GATE, IMAGE, NO_BOUND, Version, by_alias, connect, load, lookup, tag
 
 
 def gate_and_promote(root: Path, version: int) -> Decision:
@@ -66,12 +66,10 @@ def promote(version: int, name: str = "ldm") -> None:
 
 def rollback(name: str = "ldm") -> int:
     """Swap champion and previous; returns the version that is champion now."""
-    aliases = {alias: version.version for version in find({}, name) for alias in version.aliases}
-    for alias in ("champion", "previous"):
-        if alias not in aliases:
-            raise InputError(f"model {name!r} has no version with the alias {alias!r}: nothing to roll back to")
-    promote(aliases["previous"], name)
-    return aliases["previous"]
+    if (previous := by_alias(name, "previous")) is None:
+        raise InputError(f"model {name!r} has no version with the alias 'previous': nothing to roll back to")
+    promote(previous.version, name)
+    return previous.version
 
 
 def compare(root: Path, champion: Version | None) -> pd.DataFrame:
