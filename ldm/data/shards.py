@@ -6,7 +6,6 @@ the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the n
 """
 
 import functools
-import io
 import json
 import re
 import shutil
@@ -195,19 +194,20 @@ def _encode(image: _Image, *, recipe: Preprocessing, min_side: int, max_pixels: 
 
 def _write_tar(path: Path, number: int, images: list[_Image], encoded: Iterator[Any], bad: dict[str, str]) -> list[_Image]:
     """Write shard `number` from the next of `encoded`, one for each image. Unreadable images go to `bad`."""
-    written = []
-    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+    import webdataset  # only to write: a machine that trains on shards need not have it
+
+    written, position = [], 0
+    with webdataset.TarWriter(str(path), user="", group="", mtime=0, encoder=False) as tar:
         for image, found in zip(images, encoded, strict=False):
             if isinstance(found, str):
                 bad[image.name] = found
                 continue
             parts, preview = found
+            tar.write({"__key__": image.key, **parts})
             places = {}
-            for part, blob in sorted(parts.items()):
-                info = tarfile.TarInfo(f"{image.key}.{part}")
-                info.size, info.mode = len(blob), 0o444
-                places[part] = file.tell() + tarfile.BLOCKSIZE, len(blob)
-                tar.addfile(info, io.BytesIO(blob))
+            for part, blob in sorted(parts.items()):  # the order in which they are written, each after its header
+                places[part] = position + tarfile.BLOCKSIZE, len(blob)
+                position += tarfile.BLOCKSIZE * (1 + -(-len(blob) // tarfile.BLOCKSIZE))
             written.append(replace(image, thumbnail=preview, offsets=(number, *chain(*(places[part] for part in parts)))))
     return written
 
