@@ -14,8 +14,7 @@ def default_device() -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"LDM_DEVICE {name}: not usable here ({reason}); use cpu, or unset it") from None
+        raise InputError(f"LDM_DEVICE {name}: not usable here ({str(error).splitlines()[0]}); use cpu, or unset it") from None
     return torch.device(name)
 
 
@@ -35,11 +34,7 @@ def set_up(deterministic: bool) -> torch.device:
 
 
 def reuse_freed_memory() -> None:
-    """Keep what is freed for the next allocation, where the C library is glibc.
-
-    By default it hands large blocks back to the kernel, and every step of a training on the CPU has them cleared again.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    """Keep what is freed for the next allocation. By default, glibc returns large blocks, and the kernel clears them again."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks

@@ -9,9 +9,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """An empty folder `OUT.partial` to write to, which takes the place of `out` at the end; after an error nothing has changed.
+    """An empty folder `OUT.partial` to write to, which replaces `out` at the end; after an error or a kill, the old one is there.
 
-    A reader finds the old folder, the new one, or for an instant none: never a part. What a killed process left is removed.
+    A reader finds the old folder, the new one, or for an instant none: never a part.
     """
     out = out.resolve()  # the folder itself is replaced, not a link to it
     partial, aside = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")

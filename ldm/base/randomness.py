@@ -10,12 +10,8 @@ from torch import Tensor
 
 
 def seed_for(*parts: str | int) -> int:
-    """A 63-bit seed for a position such as `(seed, "noise", images_seen)`; equal parts give equal seeds.
-
-    Torch's generator on a CPU takes 32 bits of it.
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    """A 63-bit seed for a position such as `(seed, "noise", images_seen)`, of which torch's generator on a CPU takes 32 bits."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator(*parts: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -48,9 +44,5 @@ def fill_normal(out: Tensor, *position: str | int, std: float = 1.0) -> Tensor:
     return out
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
+_pool = functools.cache(ThreadPoolExecutor)  # by the number of threads
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

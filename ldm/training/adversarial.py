@@ -27,9 +27,9 @@ class AdversarialObjective(VaeObjective):
         self.options, self.perceptual, self.discriminator = options, perceptual, discriminator
         self.module["discriminator"] = discriminator
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        discriminator = list(self.discriminator.parameters())
-        return [*super().parameter_groups(lr), {"params": discriminator, "clip_group": 1, "betas": (0.5, 0.9)}]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        group = {"params": list(self.discriminator.parameters()), "clip_group": 1, "betas": (0.5, 0.9)}
+        return [*super().parameter_groups(), group]
 
     def compile(self) -> None:
         import torch._functorch.config as functorch
@@ -47,8 +47,8 @@ class AdversarialObjective(VaeObjective):
         if images_seen < options.discriminator_start or not options.discriminator_weight:
             # DDP waits for the gradients of every parameter: let each take part in every loss
             idle = sum(0.0 * p.sum() for p in discriminator.parameters())
-            nothing = torch.zeros((), device=x.device)
-            return negative + idle, metrics | dict.fromkeys(("adversarial_weight", "real_logits", "fake_logits"), nothing)
+            nothing = dict.fromkeys(("adversarial_weight", "real_logits", "fake_logits"), torch.zeros((), device=x.device))
+            return negative + idle, metrics | nothing
         constant = {name: p.detach() for name, p in discriminator.named_parameters()}
         fooling = -torch.func.functional_call(discriminator, constant, (mean,)).float().mean()
         weight = options.discriminator_weight * adaptive_weight(negative, fooling, self.autoencoder.decoder.conv_out.weight)
@@ -60,7 +60,6 @@ class AdversarialObjective(VaeObjective):
 
 def adaptive_weight(negative: Tensor, fooling: Tensor, layer: Tensor) -> Tensor:
     """λ of Esser et al. 2021, equation 7, detached: of one part of the batch, over all ranks."""
-    norms = [
-        distributed.mean(torch.autograd.grad(loss, layer, retain_graph=True)[0].float()).norm() for loss in (negative, fooling)
-    ]
-    return (norms[0] / (norms[1] + SMALL)).clamp(max=LARGEST_WEIGHT).detach()
+    gradients = (torch.autograd.grad(loss, layer, retain_graph=True)[0].float() for loss in (negative, fooling))
+    pulls = [distributed.mean(gradient).norm() for gradient in gradients]
+    return (pulls[0] / (pulls[1] + SMALL)).clamp(max=LARGEST_WEIGHT).detach()

@@ -23,8 +23,8 @@ class CheckpointStore:
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Replace the checkpoint: a kill at any moment leaves the old one or the new one, never a part."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{state['images_seen']:012d}"
-        partial = self.folder / f"{name}.partial"
+        complete = self.folder / f"{state['images_seen']:012d}"
+        partial = complete.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial / "state.safetensors")
@@ -32,17 +32,16 @@ class CheckpointStore:
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        os.replace(partial, self.folder / name)
+        shutil.rmtree(complete, ignore_errors=True)
+        os.replace(partial, complete)
         for old in self._complete()[:-1]:
             shutil.rmtree(old)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest complete checkpoint, or None."""
-        complete = self._complete()
-        if not complete:
+        if not (found := self._complete()):
             return None
-        return load_file(complete[-1] / "state.safetensors"), json.loads((complete[-1] / "state.json").read_text())
+        return load_file(found[-1] / "state.safetensors"), json.loads((found[-1] / "state.json").read_text())
 
     def _complete(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*") if path.name.isdigit())

@@ -15,26 +15,27 @@ class Ema:
 
     def __init__(self, module: nn.Module, halflife_images: int):
         self.halflife_images = halflife_images
-        parameters, kept = dict(module.named_parameters()), module.state_dict(keep_vars=True)
-        live = parameters | {name: tensor for name, tensor in kept.items() if name not in parameters}
-        self._names, self._live, self._parameters = list(live), list(live.values()), len(parameters)
-        self._average = [tensor.detach().clone() for tensor in self._live]
+        live = module.state_dict(keep_vars=True)
+        self._average = {name: tensor.detach().clone() for name, tensor in live.items()}
+        pairs = [(self._average[name], tensor) for name, tensor in live.items()]
+        self._weights = [pair for pair in pairs if isinstance(pair[1], nn.Parameter)]
+        self._buffers = [pair for pair in pairs if not isinstance(pair[1], nn.Parameter)]
 
     @torch.no_grad()
     def update(self, images_seen: int, batch_size: int) -> None:
         """Move the average towards the weights after a batch; a half-life of 0 copies them."""
         halflife = min(self.halflife_images, RAMP * images_seen)
         weight = 1 - 0.5 ** (batch_size / halflife) if halflife > 0 else 1.0
-        n = self._parameters
-        torch._foreach_lerp_(distributed.local_shards(self._average[:n]), distributed.local_shards(self._live[:n]), weight)
-        for average, buffer in zip(self._average[n:], self._live[n:], strict=True):
+        averages, weights = (distributed.local_shards(tensors) for tensors in zip(*self._weights, strict=True))
+        torch._foreach_lerp_(averages, weights, weight)
+        for average, buffer in self._buffers:
             average.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(zip(self._names, self._average, strict=True))
+        return self._average
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        distributed.load(self.state_dict(), state)
+        distributed.load(self._average, state)
 
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:

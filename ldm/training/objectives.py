@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from ldm.training.vae import VaeObjective
 
 
-class Parts(NamedTuple):
-    """What every objective trains with."""
-
+class Parts(NamedTuple):  # what every objective trains with
     autoencoder: Autoencoder
     likelihood: Likelihood
     batches: Batches
@@ -80,16 +78,15 @@ class LdmChoice(VaeChoice):
 
         torch.manual_seed(seed)
         discriminator = PatchDiscriminator(image[0], self.discriminator_channels, self.discriminator_layers)
-        file, sha256 = root / self.perceptual, self.perceptual_sha256
-        perceptual = Perceptual() if sha256 is None else Perceptual.from_file(file, sha256)
-        x = torch.zeros(1, *image)
+        sha256, x = self.perceptual_sha256, torch.zeros(1, *image)
+        perceptual = Perceptual.from_file(root / self.perceptual, sha256) if sha256 else Perceptual()
         for name, network in (("discriminator_layers", discriminator), ("perceptual", partial(perceptual, x))):
             try:
                 with torch.no_grad():
                     network(x)
             except RuntimeError as error:
-                pixels = f"images of {image[-1]} pixels (data.image_size)"
-                raise InputError(f"train_vae.objective.{name}: too deep for {pixels}") from error
+                reason = f"too deep for images of {image[-1]} pixels (data.image_size)"
+                raise InputError(f"train_vae.objective.{name}: {reason}") from error
         device = next(parts.autoencoder.parameters()).device
         placed = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return AdversarialObjective(parts, self, perceptual.to(device), placed)

@@ -12,7 +12,7 @@ from ldm.data.latents import Latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise.levels import NoiseLevels
 from ldm.nets.text.encoder import trim
-from ldm.training.weighting import Standard
+from ldm.training.weighting import LossWeight
 
 if TYPE_CHECKING:
     from ldm.training.options import TrainUnet
@@ -30,22 +30,21 @@ class UnetObjective:
 
     def __init__(self, denoiser: Denoiser, latents: Latents, options: TrainUnet, seed: int, device: torch.device):
         self.denoiser, self.options, self.seed, self.device = denoiser, options, seed, device
-        self.module = nn.ModuleDict({"unet": denoiser.net})
-        if (weight := options.loss_weight.module()) is not None:
-            self.module["weight"] = weight.to(device)
+        self.loss_weight: LossWeight = options.loss_weight
+        self.module, self.weight = nn.ModuleDict({"unet": denoiser.net}), self.loss_weight.module()
+        if self.weight is not None:
+            self.module["weight"] = self.weight.to(device)
         self._quarters = tuple(part.to(device) for part in quarters(denoiser.levels))
         self._storage = storage_device(latents, device)
-        shift, scale = latent_affine(latents.manifest)
+        # each channel's mean and standard deviation over the training latents, float32 (1, c, 1, 1)
+        shift, scale = (torch.tensor(latents.manifest[name]).view(1, -1, 1, 1) for name in ("latent_mean", "latent_std"))
         moments = (latents.mean - shift) / scale, (0.5 * latents.logvar).exp() / scale
-        self._mean, self._std = (moment.to(self._storage) for moment in moments)
-        conditions = latents.caption, *trim(latents.text, latents.text_mask)
-        self._caption, self._text, self._mask = (tensor.to(self._storage) for tensor in conditions)
+        kept = *moments, latents.caption, *trim(latents.text, latents.text_mask)
+        self._mean, self._std, self._caption, self._text, self._mask = (tensor.to(self._storage) for tensor in kept)
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = [{"params": list(self.module["unet"].parameters())}]
-        if "weight" in self.module:
-            groups.append({"params": list(self.module["weight"].parameters()), "clip_group": 1, "weight_decay": 0.0})
-        return groups
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        weight = [{"params": list(self.weight.parameters()), "clip_group": 1, "weight_decay": 0.0}] if self.weight else []
+        return [{"params": list(self.denoiser.net.parameters())}, *weight]
 
     def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         shape = (batch_size, *self._mean.shape[1:])
@@ -58,11 +57,8 @@ class UnetObjective:
         context, mask = (to_device(tensor[caption], self.device) for tensor in (self._text, self._mask))
         standard = self.denoiser.loss(mean + std * posterior_noise, noise, sigma, context=context, context_mask=mask)
         metrics = by_quarter(standard.detach(), sigma, *self._quarters)
-        if isinstance(self.options.loss_weight, Standard):
-            return standard.mean(), metrics
-        weight = self.module["weight"] if "weight" in self.module else None  # noqa: SIM401 (no get)
-        loss = self.options.loss_weight.weighted(standard, sigma, self.denoiser, weight).mean()
-        return loss, {"mse": standard.mean()} | metrics
+        loss = self.loss_weight.weighted(standard, sigma, self.denoiser, self.weight)
+        return loss.mean(), metrics if loss is standard else {"mse": standard.mean()} | metrics
 
     def batch(self, images_seen: int, batch_size: int) -> dict[str, Tensor]:
         """The indices of the latents at a position, int64 (N,)."""
@@ -88,7 +84,6 @@ class Uncertainty(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2 * FREQUENCIES))  # u = 0
 
     def u(self, sigma: Tensor) -> Tensor:
-        """Like sigma (B,); float32 under autocast, too."""
         angles = sigma.log()[:, None] / 4 * self.frequencies
         return (torch.cat([angles.cos(), angles.sin()], dim=1) * self.weight).sum(1)
 
@@ -128,9 +123,3 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x on a device, through pinned memory: a copy from other memory makes a GPU finish its work first."""
     pinned = x.device.type != device.type == "cuda"
     return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
-
-
-def latent_affine(manifest: dict[str, Any], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation of the training latents, float32 (1, c, 1, 1)."""
-    mean, std = (torch.tensor(manifest[name], dtype=torch.float32, device=device) for name in ("latent_mean", "latent_std"))
-    return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)

@@ -27,7 +27,7 @@ class VaeObjective:
         self.autoencoder, self.likelihood, self.batches, self.regulariser = autoencoder, likelihood, batches, regulariser
         self._held: tuple[int, Tensor] | None = None  # the batch that is being divided
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         scale = [{"params": [p], "lr_multiplier": SCALE_LR} for p in self.likelihood.parameters()]
         return [{"params": list(self.autoencoder.parameters())}, *scale]
 
@@ -50,25 +50,17 @@ class VaeObjective:
         if isinstance(self.autoencoder, VQModel):
             quantized = self.autoencoder.quantize(posterior.mean)
             output = self.autoencoder.decoder(self.autoencoder.post_quant_conv(quantized.latents))
-            rate = quantized.commitment.mean()
-            metrics = {"commitment": rate}
+            metrics = {"commitment": (rate := quantized.commitment.mean())}
         else:
             output = self.autoencoder.decode(posterior.sample(noise))
-            kl = posterior.kl()
-            rate = self._weighted(kl, images_seen) / x[0].numel()
+            kl, options = posterior.kl(), self.regulariser  # (B, c, h, w)
+            assert isinstance(options, Kl)
             metrics = {"kl_nats": kl.detach().flatten(1).sum(1).mean()}
+            warm = min(1.0, images_seen / options.beta_warmup_images) if options.beta_warmup_images else 1.0
+            channels = kl.sum((2, 3)).clamp(min=options.free_bits) if options.free_bits else kl.sum((2, 3))
+            rate = options.beta * warm * channels.sum(1).mean() / x[0].numel()
         distortion, more = self._distortion(x, output, images_seen)
         return distortion + rate, metrics | more
-
-    def _weighted(self, kl: Tensor, images_seen: int) -> Tensor:
-        """The weighted KL term in nats per image, from KL values (B, c, h, w)."""
-        options = self.regulariser
-        assert isinstance(options, Kl)
-        warm = min(1.0, images_seen / options.beta_warmup_images) if options.beta_warmup_images else 1.0
-        channels = kl.sum((2, 3))
-        if options.free_bits:
-            channels = channels.clamp(min=options.free_bits)
-        return options.beta * warm * channels.sum(1).mean()
 
     def _distortion(self, x: Tensor, output: Tensor, images_seen: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative log-likelihood in nats per value."""

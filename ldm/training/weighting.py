@@ -12,23 +12,19 @@ if TYPE_CHECKING:
 
 
 class LossWeight(Choice):
-    """What is minimised of the standard losses (B,) at noise levels sigma (B,)."""
-
     def module(self) -> torch.nn.Module | None:
         """What is trained with the network, if anything."""
         return None
 
     def weighted(self, losses: Tensor, sigma: Tensor, denoiser: Denoiser, module: torch.nn.Module | None) -> Tensor:
-        raise NotImplementedError
+        """What is minimised of the standard losses (B,) at noise levels sigma (B,)."""
+        return losses
 
 
 class Standard(LossWeight):
     """The standard loss of the prediction."""
 
     kind: Literal["standard"] = "standard"
-
-    def weighted(self, losses: Tensor, sigma: Tensor, denoiser: Denoiser, module: torch.nn.Module | None) -> Tensor:
-        return losses
 
 
 class MinSnr(LossWeight):

@@ -92,7 +92,7 @@ class Regression:
         nn.init.constant_(self.module.bias, -0.25)
         self.seen: list[int] = []
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [self.module.weight]}, {"params": [self.module.bias], "lr_multiplier": 3.0}]
 
     def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -315,7 +315,7 @@ class Objective:
         layers = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(8, 3, 3, padding=1)
         self.module = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
-    def parameter_groups(self, lr):
+    def parameter_groups(self):
         return [{"params": list(self.module.parameters())}]
 
     def loss(self, images_seen, batch_size, rng, part):

@@ -181,7 +181,7 @@ def test_autoencoder_and_discriminator_get_the_gradients_of_their_own_losses():
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
     assert found["likelihood.log_scale"].abs() > 0  # the scale is trained
-    groups = objective.parameter_groups(1.0)
+    groups = objective.parameter_groups()
     trained = {id(p) for group in groups for p in group["params"]}
     assert trained == {id(p) for p in objective.module.parameters()}  # and it is in the optimizer
 
