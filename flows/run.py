@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from flows import server, supervise
 from ldm.base.errors import InputError
@@ -15,21 +16,15 @@ from ldm.versioning.graph import check_data
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 
 
-class _Plain(logging.Handler):
-    """Shows marked lines as they are: on stdout, a stage's `error: …` on stderr."""
+class _Console(logging.StreamHandler[TextIO]):
+    """Shows the stages' lines as they are (`error: …` on stderr) and Prefect's warnings, not Prefect's account of the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "plain", False):
             line = record.getMessage()
             print(line, file=sys.stderr if line.startswith("error: ") else sys.stdout, flush=True)
-
-
-_PLAIN = _Plain()
-
-
-def _is_warning(record: logging.LogRecord) -> bool:
-    """Whether Prefect warns: its account of the run is not shown."""
-    return record.levelno >= logging.WARNING and not record.name.startswith(RUN_LOGGERS)
+        elif record.levelno >= logging.WARNING and not record.name.startswith(RUN_LOGGERS):
+            super().emit(record)
 
 
 def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
@@ -42,17 +37,14 @@ def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
     from ldm.registry import mlflow_run, tracking
 
     if temporary and PREFECT_API_URL.value():  # a profile names one
-        temporary.stop()
+        temporary.process.terminate()
         temporary = None
     tracking.use_default_store(root)
     with contextlib.suppress(Exception), mlflow_run.short_patience():  # the run itself reports what is wrong
         mlflow_run.experiment_id(mlflow_run.mlflow_client())
     if temporary:
         temporary.wait()
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_is_warning)
-    for name in RUN_LOGGERS:
-        logging.getLogger(name).addHandler(_PLAIN)
+    logging.getLogger().handlers = [_Console()]  # in place of Prefect's
     try:
         with temporary_settings({PREFECT_API_URL: temporary.url} if temporary else {}):
             show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox)))

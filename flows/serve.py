@@ -1,7 +1,6 @@
 """The pipeline on a schedule, on one machine: `python -m flows.serve --cron "0 3 * * *"` until it is stopped.
 
-It uses the Prefect server that `PREFECT_API_URL` names; where none is named, one that it starts itself, whose pages
-show the schedule and its runs.
+It uses the Prefect server that `PREFECT_API_URL` names, or else starts one, whose pages show the schedule and its runs.
 """
 
 import argparse
@@ -21,33 +20,29 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=4200, help="of the server it starts (default: %(default)s)")
     options = parser.parse_args()
     try:
-        return _serve(options)
+        root = find_root()
+        load_settings(root)
+        if not os.environ.get("PREFECT_API_URL"):
+            own = server.start(options.port)
+            own.wait()
+            os.environ["PREFECT_API_URL"] = own.url
+            print(f"Prefect server: {own.url.removesuffix('/api')}", flush=True)
+        from prefect.schedules import Cron  # reads PREFECT_API_URL, so not before there is a server
+
+        from flows.pipeline import pipeline
+
+        try:
+            schedule = Cron(options.cron, timezone=options.timezone)
+        except ValueError as error:
+            raise InputError(f"--cron {options.cron!r}, --timezone {options.timezone!r}: {error}") from None
+        parameters = {"root": str(root), "inbox": options.ingest and os.path.abspath(options.ingest)}
+        os.chdir(root)
+        pipeline.serve(name="scheduled", schedule=schedule, parameters=parameters, limit=1)  # two would change the same files
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _serve(options: argparse.Namespace) -> int:
-    root = find_root()
-    load_settings(root)
-    if not os.environ.get("PREFECT_API_URL"):
-        own = server.start(options.port)
-        own.wait()
-        os.environ["PREFECT_API_URL"] = own.url
-        print(f"Prefect server: {own.url.removesuffix('/api')}", flush=True)
-    from prefect.schedules import Cron  # reads PREFECT_API_URL, so not before there is a server
-
-    from flows.pipeline import pipeline
-
-    try:
-        schedule = Cron(options.cron, timezone=options.timezone)
-    except ValueError as error:
-        raise InputError(f"--cron {options.cron!r}, --timezone {options.timezone!r}: {error}") from None
-    parameters = {"root": str(root), "inbox": os.path.abspath(options.ingest) if options.ingest else None}
-    os.chdir(root)
-    pipeline.serve(name="scheduled", schedule=schedule, parameters=parameters, limit=1)  # two runs would change the same files
     return 0
 
 

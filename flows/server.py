@@ -38,10 +38,6 @@ class Server:
                 time.sleep(0.05)
         raise InputError("Prefect's server does not start; `prefect server start` says why, or set PREFECT_API_URL")
 
-    def stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-
 
 def start(port: int | None = None) -> Server:
     """Start a server on a port of this machine; with no port given, one for a single run, on a free port.
@@ -53,16 +49,12 @@ def start(port: int | None = None) -> Server:
     except OSError as error:
         raise InputError(f"port {port}: {error.strerror}; choose another --port, or set PREFECT_API_URL") from None
     with listening:
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        url, file = f"http://127.0.0.1:{listening.getsockname()[1]}/api", listening.fileno()
         kind = TEMPORARY if port is None else {"PREFECT_UI_API_URL": url}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(listening.fileno())],
-            stdin=subprocess.PIPE,
-            pass_fds=(listening.fileno(),),
-            env={**os.environ, **kind, "PREFECT__SERVER_FINAL": "1"},
-            start_new_session=True,  # Ctrl-C reaches the terminal's whole group; this process handles it
-        )
-        return Server(url, process)
+        env = {**os.environ, **kind, "PREFECT__SERVER_FINAL": "1"}
+        command = [sys.executable, "-m", "flows.server", str(file)]
+        # in a session of its own: Ctrl-C reaches the terminal's whole group, and this process handles it
+        return Server(url, subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[file], env=env, start_new_session=True))
 
 
 def main() -> None:
@@ -74,8 +66,7 @@ def main() -> None:
     server = uvicorn.Server(uvicorn.Config(app, factory=True, log_level="error", lifespan="on"))
 
     def watch() -> None:
-        while os.read(0, 1):
-            pass
+        os.read(0, 1)  # nothing is ever written
         server.should_exit = True
         time.sleep(5)
         os._exit(0)  # it would wait for open connections

@@ -24,16 +24,21 @@ def read_graph(root: Path) -> tuple[Node, ...]:
     """Every stage that has a command, each after those it depends on, otherwise in the order of the file."""
     import networkx
 
+    def paths(items: Iterable[Any]) -> tuple[str, ...]:
+        return tuple(Path(i.fs_path).relative_to(root.resolve()).as_posix() if i.is_in_repo else i.def_path for i in items)
+
+    nodes = []
     with open_repository(root) as repo:
-        graph = repo.index.graph.reverse()  # DVC's edges point from a stage to what it depends on
-        order = {stage: number for number, stage in enumerate(repo.index.stages)}
-        ordered = networkx.lexicographical_topological_sort(graph, key=order.__getitem__)
-        return tuple(_node(stage, graph.predecessors(stage), root) for stage in ordered if stage.cmd)
+        graph, order = repo.index.graph, list(repo.index.stages)  # DVC's edges point from a stage to what it depends on
+        for stage in networkx.lexicographical_topological_sort(graph.reverse(), key=order.index):
+            if stage.cmd:
+                upstream = sorted(stage_name(needed) for needed in graph.successors(stage) if needed.cmd)
+                nodes.append(Node(stage_name(stage), stage.cmd, paths(stage.deps), paths(stage.outs), tuple(upstream)))
+    return tuple(nodes)
 
 
-def ancestors(nodes: Iterable[Node], target: str) -> tuple[Node, ...]:
+def ancestors(nodes: tuple[Node, ...], target: str) -> tuple[Node, ...]:
     """`target` and every stage that it needs, in the order given."""
-    nodes = tuple(nodes)
     needed = {target}
     if target not in {node.name for node in nodes}:
         raise InputError(f"dvc.yaml has no stage {target!r}; it has {', '.join(node.name for node in nodes)}")
@@ -43,37 +48,21 @@ def ancestors(nodes: Iterable[Node], target: str) -> tuple[Node, ...]:
     return tuple(node for node in nodes if node.name in needed)
 
 
-def descendants(nodes: Iterable[Node], target: str) -> tuple[Node, ...]:
+def descendants(nodes: tuple[Node, ...], target: str) -> tuple[Node, ...]:
     """Every stage that needs `target`, in the order given."""
-    found: dict[str, Node] = {}
+    affected = {target}
     for node in nodes:
-        if {target, *found} & set(node.upstream):
-            found[node.name] = node
-    return tuple(found.values())
+        if affected & set(node.upstream):
+            affected.add(node.name)
+    return tuple(node for node in nodes if node.name in affected - {target})
 
 
 def check_data(root: Path, path: str) -> None:
     """`InputError` if dvc.yaml is broken, or if the data folder neither exists nor is an out of a stage."""
-    made = any(path in node.outs for node in read_graph(root))
-    if not (root / path).exists() and not made:
+    if not any(path in node.outs for node in read_graph(root)) and not (root / path).exists():
         raise InputError(f"data.path {path}: no such folder; set data.path in params.yaml to a folder of captioned images")
 
 
 def stage_name(stage: Any) -> str:
     """The name that `dvc repro` takes in the project's root; DVC's own `addressing` depends on the working directory."""
-    file = stage.path_in_repo
-    return stage.name if file == "dvc.yaml" else f"{file}:{stage.name}"
-
-
-def _node(stage: Any, upstream: Iterable[Any], root: Path) -> Node:
-    return Node(
-        name=stage_name(stage),
-        command=stage.cmd,
-        deps=tuple(_path(dep, root) for dep in stage.deps),
-        outs=tuple(_path(out, root) for out in stage.outs),
-        upstream=tuple(sorted(stage_name(needed) for needed in upstream if needed.cmd)),
-    )
-
-
-def _path(output: Any, root: Path) -> str:
-    return Path(output.fs_path).relative_to(root.resolve()).as_posix() if output.is_in_repo else output.def_path
+    return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"

@@ -20,7 +20,7 @@ def open_repository(root: Path, wait: bool = False) -> Iterator[Any]:
         with Repo(str(root), _wait_for_lock=wait) as repo:
             yield repo
     except DvcException as error:
-        raise InputError(f"{root}: DVC says: {_in_one_line(error)}") from None
+        raise InputError(f"{root}: DVC says: {' '.join(str(error).split())}") from None
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def held(repo: Any, *paths: Path) -> Iterator[None]:
             with rwlock(repo.tmp_dir, repo.fs, "ldm", [], files, repo.config["core"]["hardlink_lock"]):
                 yield
     except LockError as error:
-        reason = _in_one_line(error).partition(" If there are no processes")[0]
+        reason = " ".join(str(error).split()).partition(" If there are no processes")[0]
         raise InputError(f"a stage works here, or DVC itself: {reason}; try again when it has ended") from None
 
 
@@ -46,14 +46,14 @@ def locked_makers(root: Path, out: str) -> dict[str, dict[str, Any]]:
     from dvc.utils.serialize import load_yaml  # DVC writes 1.0e-7 as 1e-07, which other readers take for a string
 
     entries = load_yaml(str(root / "dvc.lock")).get("stages", {})
+    makers = {made["path"]: name for name, entry in entries.items() for made in entry.get("outs", [])}
     found: dict[str, dict[str, Any]] = {}
-    wanted = {out}
-    while wanted:
-        made = {name: entry for name, entry in entries.items() if name not in found
-                and wanted & {item["path"] for item in entry.get("outs", [])}}  # fmt: skip
-        found |= made
-        wanted = {item["path"] for entry in made.values() for item in entry.get("deps", [])}
-        wanted |= {file for entry in made.values() for file in entry.get("params", {})}
+    wanted = [out]
+    for path in wanted:  # it grows
+        name = makers.get(path)
+        if name and name not in found:
+            found[name] = entry = entries[name]
+            wanted += [needed["path"] for needed in entry.get("deps", [])] + list(entry.get("params", {}))
     return found
 
 
@@ -62,7 +62,3 @@ def read_params(root: Path) -> Any:
     from dvc.utils.serialize import load_yaml
 
     return load_yaml(str(root / "params.yaml"))
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,9 +1,8 @@
 """Bring stages up to date with DVC.
 
-`python -m ldm.versioning.reproduce STAGE` brings one stage up to date, as `dvc --wait-for-lock repro -s STAGE` does. It prints
-the stage's own lines and DVC's warnings, and ends with the exit code of the stage's command, or 1 if DVC itself fails. To the
-file descriptor `LDM_RESULT_FD` it writes `executed` (the command ran), `restored` (DVC's run-cache had the outs) or `cached`
-(unchanged), and the exit code, which is negative for a signal.
+`python -m ldm.versioning.reproduce STAGE` does what `dvc --wait-for-lock repro -s STAGE` does, and ends with the exit code of the
+stage's command, or 1 if DVC itself fails. To the file descriptor `LDM_RESULT_FD` it writes `executed` (the command ran),
+`restored` (DVC's run-cache had the outs) or `cached` (unchanged), and the exit code, which is negative for a signal.
 """
 
 import contextlib
@@ -17,27 +16,8 @@ from ldm.versioning.graph import stage_name
 from ldm.versioning.repository import open_repository
 
 
-class Status:
-    """Which stages are up to date. DVC is asked once for all stages, and again after a stage has run."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._fresh: set[str] | None = None
-        self._current = False  # no stage has run since DVC was asked
-
-    def is_up_to_date(self, stage: str) -> bool:
-        """Whether there is nothing to do for a stage; False if in doubt."""
-        if self._fresh is None or (stage in self._fresh and not self._current):
-            self._fresh, self._current = _up_to_date(self._root), True
-        return stage in self._fresh
-
-    def changed(self) -> None:
-        """Call this before a stage runs: later stages may then no longer be up to date."""
-        self._current = False
-
-
-def _up_to_date(root: Path) -> set[str]:
-    """The stages with nothing to do. While another process runs a stage, those that it affects are in doubt."""
+def up_to_date(root: Path) -> set[str]:
+    """The stages with nothing to do. While another process runs a stage, those that it affects are left out."""
     from dvc.lock import LockError
 
     fresh = set()
@@ -79,8 +59,7 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    if "LDM_RESULT_FD" in os.environ:
-        os.write(int(os.environ["LDM_RESULT_FD"]), f"{outcome} {code}".encode())
+    os.write(int(os.environ["LDM_RESULT_FD"]), f"{outcome} {code}".encode())
     return code % 256
 
 
