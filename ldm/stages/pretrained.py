@@ -18,30 +18,26 @@ from ldm.stages.stage import Stage
 
 
 @contextlib.contextmanager
-def located(root: Path, name: str) -> Iterator[Path]:
-    """The folder that a setting names, fetched from the registry or the hub where it is not on this disk."""
+def _located(root: Path, name: str, files: tuple[str, ...]) -> Iterator[Path]:
+    """The folder that a setting names, with its `files` fetched from the registry or the hub if it is not on this disk."""
     if name.startswith("models:/"):
         use_default_store(root)
         with downloaded(name) as model:
             yield model / "autoencoder"
+    elif re.fullmatch(HUB, name):
+        from huggingface_hub import snapshot_download
+
+        repository, _, place = name.partition("@")
+        commit, _, within = place.partition("/")
+        wanted = [f"{within}/{file}".lstrip("/") for file in files]  # others may be many gigabytes
+        try:
+            folder = snapshot_download(repository, revision=commit, allow_patterns=wanted)  # or from its cache: no network
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the hub does not give it ({reason}); check the name, or your access") from error
+        yield Path(folder) / within
     else:
-        yield _from_hub(name) if re.fullmatch(HUB, name) else root / name
-
-
-def _from_hub(name: str) -> Path:
-    """In the hub's own cache, which answers for a commit without a network."""
-    from huggingface_hub import snapshot_download
-
-    from ldm.bayes.likelihoods.likelihood import FILE
-    from ldm.nets.diffusers import CONFIG, WEIGHTS
-
-    repository, _, place = name.partition("@")
-    commit, _, within = place.partition("/")
-    files = [f"{within}/{file}".lstrip("/") for file in (CONFIG, WEIGHTS, FILE)]  # others may be many gigabytes
-    try:
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=files)) / within
-    except (OSError, ValueError) as error:
-        raise InputError(f"the hub does not give it ({str(error).splitlines()[0]}); check the name, or your access") from error
+        yield root / name
 
 
 def run(root: Path) -> None:
@@ -52,9 +48,10 @@ def run(root: Path) -> None:
         if name:
             from ldm.bayes.likelihoods.likelihood import FILE
             from ldm.nets.autoencoder import load_autoencoder
+            from ldm.nets.diffusers import CONFIG, WEIGHTS
 
             try:
-                with Progress(f"pretrained: {name}"), located(root, name) as folder:
+                with Progress(f"pretrained: {name}"), _located(root, name, (CONFIG, WEIGHTS, FILE)) as folder:
                     load_autoencoder(folder).save_pretrained(partial)
                     if (folder / FILE).is_file():
                         shutil.copy(folder / FILE, partial)
