@@ -61,8 +61,8 @@ class Draws:
 def control_variates(loss: Loss, centre: dict[str, Tensor], batches: Iterable[tuple[Tensor, ...]]) -> Loss:
     """The same mean loss with far less gradient noise near the weights `centre` (Baker et al. 2019, equation 4).
 
-    A minibatch's gradient at `centre` is subtracted and the gradient of all data there is added. `batches` go once through all
-    data, now. A step then costs two gradients, whose noise falls with the distance from `centre`, best an optimum.
+    A minibatch's gradient at `centre` is subtracted and that of all data there, in `batches`, is added. A step then costs two
+    gradients, whose noise falls with the distance from `centre`, best an optimum.
     """
     gradient, centre = torch.func.grad(loss), {name: value.detach() for name, value in centre.items()}
     count, total = 0, {name: torch.zeros_like(value) for name, value in centre.items()}
@@ -84,10 +84,9 @@ def control_variates(loss: Loss, centre: dict[str, Tensor], batches: Iterable[tu
 class Chains:
     """Chains of a `sampler`, such as functools.partial(SGLD, lr=…, num_data=…), each with its own minibatches and noise.
 
-    Their weights are stacked, (chains, …) by name as those of `start`, and one optimizer steps them all. R-hat says most where
-    they start differently. `vectorized` computes their losses in one pass (torch.func.vmap), which the model's operations must
-    allow; otherwise one after the other, equal but for rounding. After the first `burn_in` steps, every `thin`-th step is kept as
-    a draw if `keep(step)` is true.
+    Their weights are stacked, (chains, …) by name as in `start`, and one optimizer steps them all. `vectorized` computes their
+    losses in one pass (torch.func.vmap), if the model's operations allow it; otherwise one after the other, equal but for
+    rounding. After the first `burn_in` steps, every `thin`-th step is kept as a draw if `keep(step)` is true.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The posterior of decoder weights, given the training images and one draw of latents from q(z | x) for each: draws and averages.
+"""The posterior of weights of the decoder, given the training images and one draw of latents from q(z | x) for each.
 
-All other weights stay as trained: U(θ) = -log prior(θ) - Σ log p(x | z, θ). Chains start from the trained weights, which are also
-the centre of the control variates. Without those, gradient noise would only allow steps too small to get anywhere.
+All other weights stay as trained: U(θ) = -log prior(θ) - Σ log p(x | z, θ). Chains start from the trained weights, the centre of
+the control variates, without which gradient noise would only allow steps too small to get anywhere.
 """
 
 from collections.abc import Callable, Iterator
@@ -118,10 +118,7 @@ class DecoderChains(Chains):
             return self.find(loss, list(weights.values()), nearby=self.at_start)
 
     def run(self, saved: Checkpoint | None, save: Callable[..., None], stoppable: Stoppable) -> None:
-        """Take all steps, from a checkpoint on if there is one.
-
-        Raises `KeyboardInterrupt` after a checkpoint when a stop was asked for, `InputError` when the chains diverge.
-        """
+        """Take all steps, from a checkpoint on if there is one; if a stop was asked for, save and raise `KeyboardInterrupt`."""
         if saved:
             self.load_state_dict(saved[0], saved[1]["images_seen"])
             self.lr = saved[1]["lr"]
@@ -173,10 +170,7 @@ class DecoderPosterior:
         return torch.logsumexp(log_prob + self.weights.log()[:, None], 0)
 
     def moments(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean and unbiased standard deviation of `values` (S, …) over the draws.
-
-        The standard deviation of `log_prob` is also that of the bound: no other term depends on θ.
-        """
+        """Weighted mean and unbiased standard deviation of `values` (S, …) over the draws."""
         if len(values) < 2:
             raise InputError("a standard deviation takes 2 or more posterior samples")
         w = self.weights.to(values).view(-1, *[1] * (values.ndim - 1))

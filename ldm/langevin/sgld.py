@@ -35,10 +35,6 @@ class Polynomial:
     b: float
     gamma: float = 0.55
 
-    def __post_init__(self) -> None:
-        if not (self.a > 0 and self.b > 0 and self.gamma > 0):
-            raise InputError(f"{self}: give a, b and gamma above 0, or a first and a last step size to Polynomial.between")
-
     @classmethod
     def between(cls, first: float, last: float, steps: int, gamma: float = 0.55) -> "Polynomial":
         """From step size `first` at step 0 to `last` at step `steps`."""
@@ -53,19 +49,12 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Cyclical:
-    """Falls from `lr` along half a cosine in each of `cycles` cycles, to visit several modes (Zhang et al. 2020, equation 1).
-
-    The first `exploration` (a fraction) of each cycle only moves the chain; keep the draws for which `samples` is true.
-    """
+    """Falls from `lr` along half a cosine in each of `cycles` cycles, to visit several modes (Zhang et al. 2020, equation 1)."""
 
     lr: float
     steps: int  # of all cycles together
     cycles: int
-    exploration: float = 0.8
-
-    def __post_init__(self) -> None:
-        if not (self.lr > 0 and 1 <= self.cycles <= self.steps and 0 <= self.exploration < 1):
-            raise InputError(f"{self}: give lr above 0, as many steps as cycles or more, and exploration from 0 to below 1")
+    exploration: float = 0.8  # first part of each cycle, which only moves the chain: keep the draws for which `samples` is true
 
     def __call__(self, step: int) -> float:
         return 0.5 * self.lr * (1 + math.cos(math.pi * self._progress(step)))
@@ -123,20 +112,17 @@ class SGLD(torch.optim.Optimizer):
         for shape in (tuple(p.shape) for p in params if p.grad is None):
             raise InputError(f"a parameter of {shape} has no gradient: leave out what the loss does not depend on")
         for number, group in enumerate(self.param_groups):
-            lr, count = self.step_size(number), self._count(group)
+            lr, state = self.step_size(number), self.state[group["params"][0]]
             std = math.sqrt(lr * group["temperature"] * group.get("friction", 1.0))
-            self._update(group, lr, normal_like(group["params"], group["seed"], "langevin", number, int(count), std=std))
-            count += 1
+            self._update(group, lr, normal_like(group["params"], group["seed"], "langevin", number, int(state["step"]), std=std))
+            state["step"] += 1
         return loss
 
     def step_size(self, number: int = 0) -> float:
-        """ε of the next step of parameter group `number`."""
+        """ε of the next step of parameter group `number`, whose steps taken are in the state of its first parameter."""
         group = self.param_groups[number]
-        return float(group["lr"](int(self._count(group))) if callable(group["lr"]) else group["lr"])
-
-    def _count(self, group: dict[str, Any]) -> Tensor:
-        """Steps taken, int64 (), kept in the state of the group's first parameter so that it is saved with it."""
-        return self.state[group["params"][0]].setdefault("step", torch.zeros((), dtype=torch.int64))
+        count = self.state[group["params"][0]].setdefault("step", torch.zeros((), dtype=torch.int64))
+        return float(group["lr"](int(count)) if callable(group["lr"]) else group["lr"])
 
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
         """Move a group's parameters; `noise` is shaped like them and may be overwritten."""
@@ -152,16 +138,16 @@ class SGLD(torch.optim.Optimizer):
 class PSGLD(SGLD):
     """θ ← θ - (ε/2) G ∇U(θ) + N(0, ε T G), G = 1 / (eps + √V) (Li et al. 2016, algorithm 1).
 
-    V is a running mean of the squared gradients of the mean loss (weight 1 - alpha, corrected for its start at 0). While G
-    changes with θ, an exact sampler needs a term Γ = ∂G/∂θ. It is left out, as usual: it vanishes as alpha goes to 1 (section 4).
-    After `adaptation_steps` G stays as it is and samples are exact: end the burn-in there.
+    V is a running mean of squared gradients of the mean loss (weight 1 - alpha, corrected for its start at 0). While G changes,
+    an exact sampler needs a term Γ = ∂G/∂θ; it is left out, as it vanishes for alpha to 1 (section 4). After `adaptation_steps`
+    G stays as it is and samples are exact: end the burn-in there.
     """
 
     extra: ClassVar[dict[str, Any]] = {"alpha": 0.99, "eps": 1e-5, "adaptation_steps": None}
 
     def _update(self, group: dict[str, Any], lr: float, noise: list[Tensor]) -> None:
         params, alpha = group["params"], group["alpha"]
-        step, last = int(self._count(group)), group["adaptation_steps"] or math.inf
+        step, last = int(self.state[params[0]]["step"]), group["adaptation_steps"] or math.inf
         squares = [self.state[p].setdefault("square_avg", torch.zeros_like(p)) for p in params]
         if step < last:
             gradients = [p.grad for p in params]
@@ -179,8 +165,8 @@ class PSGLD(SGLD):
 class SGHMC(SGLD):
     """v ← (1 - α) v - (ε/2) ∇U(θ) + N(0, α ε T), θ ← θ + v (Chen et al. 2014, equation 15, with η = ε/2).
 
-    `friction` is α in (0, 1]; 1 is SGLD. A smaller α carries the momentum farther and amplifies the gradients' own noise: the
-    variance is (1 + εV/(4α)) / (a (1 - εa/(4(2 - α)))).
+    `friction` is α in (0, 1]; 1 is SGLD. A smaller α carries the momentum farther and amplifies gradient noise: the variance is
+    (1 + εV/(4α)) / (a (1 - εa/(4(2 - α)))).
     """
 
     extra: ClassVar[dict[str, Any]] = {"friction": 0.1}

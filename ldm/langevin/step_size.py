@@ -80,9 +80,9 @@ def find_step_size(
 ) -> StepSize:  # fmt: skip
     """Measure curvature and gradient noise at the present weights. `loss(i)` is the mean loss of minibatch i.
 
-    The curvature is the eigenvalue of largest modulus of the Hessian over the first minibatches together (power method). The
-    noise is the variance of all their gradients along its eigenvector. A Laplace prior adds no curvature. `nearby`, measured at
-    other weights, provides the curvature: only the noise is measured anew.
+    The curvature is the largest eigenvalue, by modulus, of the Hessian over the first minibatches (power method). The noise is
+    the variance of the gradients along its eigenvector. A Laplace prior has no curvature. With `nearby`, measured at other
+    weights, only the noise is measured anew.
     """
     if minibatches < 2:
         raise InputError(f"minibatches {minibatches}: a variance takes 2 or more")

@@ -393,15 +393,6 @@ def test_polynomial_schedule_that_does_not_fall(first, last, steps, gamma):
         Polynomial.between(first, last, steps, gamma)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Polynomial(1.0, 0.0), lambda: Polynomial(-1.0, 1.0), lambda: Polynomial(1.0, 1.0, 0.0),
-    lambda: Cyclical(0.0, 10, 2), lambda: Cyclical(1.0, 10, 0), lambda: Cyclical(1.0, 1, 2), lambda: Cyclical(1.0, 10, 2, 1.0),
-])  # fmt: skip
-def test_schedules_that_are_none(make):
-    with pytest.raises(InputError, match="above 0"):
-        make()
-
-
 @pytest.mark.parametrize(("steps", "cycles"), [(100, 4), (103, 4), (10, 1)])
 def test_cyclical_schedule(steps, cycles):
     """Zhang et al. (2020), equation 1, which counts steps from 1, and the part of each cycle that is sampled in algorithm 1."""
