@@ -137,23 +137,17 @@ class Settings(Section):
     registry: Registry
 
     @model_validator(mode="after")
-    def _sizes_divide(self) -> "Settings":
+    def _sections_agree(self) -> "Settings":
         size, factor = self.data.image_size, self.autoencoder.factor
         if size % factor:
             raise ValueError(f"data.image_size {size} is not a multiple of the autoencoder's factor {factor}")
         self.backbone.check(size // factor)
-        return self
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> "Settings":
         vae, regulariser = self.train_vae, self.autoencoder.regulariser
         if not vae.images and not self.autoencoder.pretrained:
             raise ValueError("train_vae.images is 0: then autoencoder.pretrained names the autoencoder that is used as it is")
         bound = isinstance(vae.objective, ElboChoice) and isinstance(regulariser, Kl) and regulariser.is_bound
         if isinstance(vae.optimizer, Sgld) and not bound:
-            raise ValueError(
-                "optimizer sgld needs objective elbo, and regulariser kl with beta 1, beta_warmup_images and free_bits 0"
-            )
+            raise ValueError("optimizer sgld needs objective elbo, and regulariser kl: beta 1, beta_warmup_images 0, free_bits 0")
         if self.sample_posterior and not isinstance(regulariser, Kl):
             raise ValueError("sample_posterior needs autoencoder.regulariser kl; leave the list empty with another one")
         if len(set(self.sample_posterior)) < len(self.sample_posterior):

@@ -53,8 +53,8 @@ def _choose(base: type[Choice], values: Any) -> Any:
     if not isinstance(values, dict) or ("kind" not in values and len(known) > 1):
         raise PydanticCustomError("no_kind", "write {kind: NAME} and its options")
     kind = values.get("kind", next(iter(known)))
-    if kind not in known:
-        raise PydanticCustomError("unknown_kind", "", {"kind": kind, "known": list(known)})
+    if kind not in (names := list(known)):  # a list: a wrong kind may not be hashable
+        raise PydanticCustomError("unknown_kind", "", {"kind": kind, "known": names})
     return known[kind].model_validate(values)  # pydantic reports what is wrong in there, under the choice's key
 
 

@@ -20,9 +20,8 @@ class Scalings(NamedTuple):
 class Denoiser(nn.Module):
     """E[x0 | x] for x = x0 + sigma n, by the network `net(c_in x, c_noise, **cond)`.
 
-    `kind` says what the network predicts: `eps` (Ho et al. 2020), `x0`, `v` (Salimans & Ho 2022),
-    `edm` (Karras et al. 2022; `sigma_data` is the data's standard deviation) or `flow` (Lipman et al. 2023:
-    n - x0 at time sigma / (1 + sigma)). Latents are expected standardised.
+    `kind` says what the network predicts: `eps` (Ho et al. 2020), `x0`, `v` (Salimans & Ho 2022), `edm` (Karras et al. 2022;
+    `sigma_data` is the data's standard deviation) or `flow` (Lipman et al. 2023: n - x0 at time sigma / (1 + sigma)).
     """
 
     def __init__(self, net: nn.Module, kind: str, levels: NoiseLevels, sigma_data: float = 1.0):

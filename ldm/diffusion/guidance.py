@@ -25,8 +25,7 @@ class Guidance:
         if not self.rescale:
             return guided
         wanted, found = (x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (good, guided))
-        ratio = wanted / found
-        return guided * torch.lerp(torch.ones_like(ratio), ratio, self.rescale)
+        return guided * torch.lerp(torch.ones_like(found), wanted / found, self.rescale)
 
 
 def classifier_free(

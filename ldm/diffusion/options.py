@@ -39,7 +39,7 @@ class Sampling(Section):
 
 
 def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampling:
-    """A model's sampling defaults with some of them changed; None changes nothing. `InputError` if the schema refuses a value.
+    """A model's sampling defaults with some of them changed; None changes nothing. `InputError` if a value is not valid.
 
     `sampler` is a dictionary with options, or a kind alone, which keeps the model's options if it is the model's sampler.
     """

@@ -79,6 +79,7 @@ def test_a_choice_is_of_the_class_that_its_kind_names() -> None:
     ("assignments", "expected"),
     [
         (["inner.shape.kind=triangle"], "inner.shape.kind: found 'triangle'; known are 'square', 'circle', 'ellipse'"),
+        (["inner.shape.kind=[circle]"], "inner.shape.kind: found ['circle']; known are 'square', 'circle', 'ellipse'"),
         (["inner.shape={side: 2}"], "inner.shape: found {'side': 2}; write {kind: NAME} and its options"),
         (["inner.shape=square"], "inner.shape: found 'square'; write {kind: NAME} and its options"),
         (["inner.shape.radius=1"], "unknown key inner.shape.radius: known here: kind, colour, side"),
