@@ -79,10 +79,9 @@ def training(
     identity = identify(stage.name, params, inputs, layout)
     store = CheckpointStore(identity.folder(root) / "checkpoint")
     with distributed.process_group(device), contextlib.ExitStack() as held:
-        tracker, work = Run(), None
-        if distributed.rank() == 0:
-            work = held.enter_context(opened(root, identity, options.images, torch.get_num_threads()))
-            tracker = held.enter_context(stage_run(stage.name, params | layout, identity.key, work.tags()))
+        threads, first = torch.get_num_threads(), distributed.rank() == 0
+        work = held.enter_context(opened(root, identity, options.images, threads)) if first else None
+        tracker = held.enter_context(stage_run(stage.name, params | layout, identity.key, work.tags() if work else None))
         yield Training(stage.name, options, settings.seed, execution, gradient_checkpointing, store, tracker, work)
         if work:
             work.finish()

@@ -51,7 +51,7 @@ class Identity:
     def folder(self, root: Path) -> Path:
         return root / WORK / self.stage / self.key
 
-    def with_todays_code(self) -> "Identity":
+    def today(self) -> "Identity":
         """The same work with the code and libraries of this process."""
         return identify(self.stage, self.params, self.inputs, self.layout)
 
@@ -110,14 +110,13 @@ class Work:
             return ["unknown, it was written by an earlier version"]
         if self.stage not in NAMES:
             return [f"there is no stage {self.stage} any more"]
-        was, now = self.identity, self.identity.with_todays_code()
+        was, now = self.identity, self.identity.today()
         if was.key == now.key:
             return []
         modules = sorted({name for name, _ in was.modules.items() ^ now.modules.items()})
-        pairs = [(name, was.versions.get(name), found) for name, found in now.versions.items()]
-        return [*modules, *(f"{name} {old} to {new}" for name, old, new in pairs if old != new)] or [
-            "what is imported from where"
-        ]
+        libraries = [name for name in now.versions if was.versions.get(name) != now.versions[name]]
+        changed = modules + [f"{name} {was.versions.get(name)} to {now.versions[name]}" for name in libraries]
+        return changed or ["what is imported from where"]
 
     def other_settings(self, settings: Settings) -> list[str]:
         """Settings that now have another value in the project."""
@@ -178,11 +177,11 @@ def opened(root: Path, identity: Identity, total: int, threads: int) -> Iterator
             counts = ", ".join(map(str, earlier))
             print(f"{work.stage}: was computed with {counts} threads, goes on with {threads}: rounding may differ", flush=True)
         work.save()
-        for other in [] if work.reached else works(root, identity.stage):
-            same = other.identity and replace(
-                other.identity, code=identity.code, modules=identity.modules, versions=identity.versions
-            )
-            if other.reached and other.key != work.key and same == identity:
+        others = [] if work.reached else works(root, identity.stage)
+        for other in others:
+            was = other.identity
+            same = was and (was.params, was.inputs, was.layout) == (identity.params, identity.inputs, identity.layout)
+            if same and other.reached and other.key != work.key:
                 minutes = (datetime.now() - other.written).total_seconds() / 60
                 age = f"{minutes:.0f} minutes ago" if minutes < 100 else f"{minutes / 60:.0f} hours ago"
                 print(
@@ -203,7 +202,7 @@ def adopt(root: Path, key: str) -> Work:
         raise InputError(f"{source.folder}: has no checkpoint")
     if source.identity is None or source.stage not in NAMES:
         raise InputError(f"{source.folder}: changed: {source.changes()[0]}; `ldm checkpoints drop {source.key[:8]}`")
-    identity = source.identity.with_todays_code()
+    identity = source.identity.today()
     if identity.key == source.key:
         raise InputError(f"{source.folder}: is of today's code; a run goes on from it by itself")
     folder = identity.folder(root)
