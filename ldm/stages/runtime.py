@@ -3,14 +3,9 @@
 import contextlib
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +28,7 @@ def stage_main(stage: Stage, parallel: bool = False) -> None:
 
     If it is `parallel`, this process starts and watches the `LDM_PROCESSES` ranks that run it, unless it is one of torchrun's.
     """
-    _on_signals(_request_stop)
+    on_signals(_request_stop)
     try:
         if os.environ.get("LDM_OWNER_PIPE"):
             threading.Thread(target=_watch_owner, args=(os.dup(0),), daemon=True).start()
@@ -44,75 +39,20 @@ def stage_main(stage: Stage, parallel: bool = False) -> None:
         if "DVC_STAGE" in os.environ and stage.name != "code":
             check_recorded(root, stage.name)
         if parallel and "WORLD_SIZE" not in os.environ and (count := env_count("LDM_PROCESSES", 1)) > 1:
-            sys.exit(_run_ranks(stage.name, count))
+            from ldm.stages.ranks import run_ranks  # imports torch
+
+            sys.exit(run_ranks(stage.name, count))
         stage.run(root, *items)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as stop:
-        _on_signals(signal.SIG_IGN)  # a second one does not interrupt the end
+        on_signals(signal.SIG_IGN)  # a second one does not interrupt the end
         print(f"{stage.name}: {stop if stop.args else 'stopped'}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
 
 
-def _run_ranks(stage: str, count: int) -> int:
-    """Run a stage as `count` ranks on this machine. Returns the stage's exit code when all of them have ended.
-
-    The ranks' stdin is a pipe of which only this process holds the other end: they stop when this process closes it or is
-    killed. The stderr of ranks other than 0 is shown only if they fail.
-    """
-    from torch.distributed import TCPStore
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:  # TCPStore itself would listen on all interfaces
-        port = listening.getsockname()[1]
-        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    variables = os.environ | {
-        "WORLD_SIZE": str(count), "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "LDM_OWNER_PIPE": "1",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 opens no store
-        "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback,
-    }  # fmt: skip
-    read, write = os.pipe()
-    ranks: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for rank in range(count):
-                with (Path(folder) / str(rank)).open("wb") as errors:
-                    ranks.append(subprocess.Popen(
-                        [sys.executable, "-m", f"ldm.stages.{stage}"], stdin=read, stderr=errors if rank else None,
-                        env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
-                    ))  # fmt: skip
-            codes: list[int | None] = [None]
-            while None in codes and not any(codes):  # until all have succeeded or one has failed
-                time.sleep(0.1)
-                codes = [rank.poll() for rank in ranks]
-        except KeyboardInterrupt:
-            _on_signals(signal.SIG_IGN)
-            os.close(write)
-            return INTERRUPTED if any(_ended(ranks, CHECKPOINT_SECONDS)) else 0
-        failed = {rank: code for rank, code in enumerate(codes) if code}
-        refused = [rank for rank, code in enumerate(_ended(ranks, END_SECONDS)) if code == BAD_INPUT]
-        if not refused and set(failed.values()) <= {INTERRUPTED}:
-            return INTERRUPTED if failed else 0
-        for rank in refused[:1] or failed:
-            if rank:
-                sys.stderr.write((Path(folder) / str(rank)).read_text())
-            if not refused:
-                print(f"error: process {rank} of this training ended with exit code {failed[rank]}", file=sys.stderr, flush=True)
-        return BAD_INPUT if refused else 1
-
-
-def _ended(ranks: list[subprocess.Popen[bytes]], seconds: float) -> list[int]:
-    """Exit codes. Ranks that wait for one that failed notice by themselves, or are killed after some seconds."""
-    deadline = time.monotonic() + seconds
-    for rank in ranks:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            rank.wait(max(deadline - time.monotonic(), 0))
-        rank.kill()  # nothing if it has ended
-    return [rank.wait() for rank in ranks]
-
-
-def _on_signals(handler: Any) -> None:
+def on_signals(handler: Any) -> None:
     """Handle the signals that stop a stage."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
