@@ -115,7 +115,9 @@ def test_a_changed_sampler_is_evaluated_and_a_changed_source_trains_nothing_agai
     root, run = again
     append(root / "ldm/data/sources/digits.py", "\n_EDITED = True\n")
     path = root / "ldm/diffusion/samplers/dpmpp_2m.py"
-    path.write_text(path.read_text().replace("x0 + (x0 - previous) / (2 * ratio)", "x0"))
+    text = path.read_text()
+    assert "x = estimate + " in text
+    path.write_text(text.replace("x = estimate + ", "x = 0.9 * estimate + "))
     before = (root / "reports/samples.png").read_bytes()
     assert run() == ["code", "source", "evaluate"]
     assert (root / "reports/samples.png").read_bytes() != before and run() == []

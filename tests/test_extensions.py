@@ -27,10 +27,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ldm.base.lazy import Tensor
-from ldm.diffusion.samplers.sampler import DenoiseFn, Noise, Sampler, level
+from ldm.diffusion.samplers.sampler import DenoiseFn, NoiseFn, Sampler, level
 
 
-def midpoint(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: Noise | None = None, *, alpha: float = 0.5) -> Tensor:
+def midpoint(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: NoiseFn | None = None, *, alpha: float = 0.5) -> Tensor:
     """The second evaluation is at a share `alpha` of each step: 1/2 is the midpoint, 1 Heun's method."""
     for sigma, sigma_next in pairwise(sigmas.tolist()):
         slope, step = (x - denoiser(x, level(x, sigma))) / sigma, sigma_next - sigma

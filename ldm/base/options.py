@@ -29,7 +29,8 @@ class Section(BaseModel):
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
         if isinstance(values, dict) and (unknown := [str(name) for name in values if name not in cls.model_fields]):
-            raise PydanticCustomError("unknown_keys", "", {"unknown": unknown, "known": list(cls.model_fields)})
+            known = {"unknown": unknown, "known": list(cls.model_fields)}
+            raise PydanticCustomError("unknown_keys", "unknown keys {unknown}; known here: {known}", known)
         return values
 
 
@@ -54,7 +55,7 @@ def _choose(base: type[Choice], values: Any) -> Any:
         raise PydanticCustomError("no_kind", "write {kind: NAME} and its options")
     kind = values.get("kind", next(iter(known)))
     if kind not in (names := list(known)):  # a list: a wrong kind may not be hashable
-        raise PydanticCustomError("unknown_kind", "", {"kind": kind, "known": names})
+        raise PydanticCustomError("unknown_kind", "unknown kind {kind}; known are {known}", {"kind": kind, "known": names})
     return known[kind].model_validate(values)  # pydantic reports what is wrong in there, under the choice's key
 
 
@@ -78,20 +79,20 @@ def explained(error: ValidationError, *within: str) -> str:
     """What is wrong with each key of a section, whose own key is `within`."""
     found = []
     for problem in error.errors():
-        path, ctx = (*within, *map(str, problem["loc"])), problem.get("ctx", {})
-        if problem["type"] == "unknown_keys":
+        key, ctx, kind = ".".join((*within, *map(str, problem["loc"]))), problem.get("ctx", {}), problem["type"]
+        below = f"{key}." if key else ""
+        if kind == "unknown_keys":
             for name in ctx["unknown"]:
                 close = difflib.get_close_matches(name, ctx["known"], n=1)
-                hint = f"did you mean {'.'.join((*path, *close))}?" if close else f"known here: {', '.join(ctx['known'])}"
-                found.append(f"unknown key {'.'.join((*path, name))}: {hint}")
-        elif problem["type"] == "unknown_kind":
-            known = ", ".join(map(repr, ctx["known"]))
-            found.append(f"{'.'.join((*path, 'kind'))}: found {ctx['kind']!r}; known are {known}")
-        elif problem["type"] == "missing":
-            found.append(f"missing key {'.'.join(path)}")
+                hint = f"did you mean {below}{close[0]}?" if close else f"known here: {', '.join(ctx['known'])}"
+                found.append(f"unknown key {below}{name}: {hint}")
+        elif kind == "unknown_kind":
+            found.append(f"{below}kind: found {ctx['kind']!r}; known are {', '.join(map(repr, ctx['known']))}")
+        elif kind == "missing":
+            found.append(f"missing key {key}")
         else:  # our own validators name the keys in their message
-            said = str(ctx["error"]) if problem["type"] == "value_error" else f"found {problem['input']!r}; {problem['msg']}"
-            found.append(": ".join(filter(None, (".".join(path), said))))
+            said = str(ctx["error"]) if kind == "value_error" else f"found {problem['input']!r}; {problem['msg']}"
+            found.append(f"{key}: {said}" if key else said)
     return "; ".join(found)
 
 
@@ -108,8 +109,13 @@ class Key:
 def keys(section: type[BaseModel], within: str = "") -> Iterator[Key]:
     """Every key of a section, of its sections and of all that can be chosen in it."""
     for name, field in section.model_fields.items():
-        model, key = _model_in(field.annotation), f"{within}{name}"
-        if issubclass(model, Choice):
+        key, parts = f"{within}{name}", list(_parts(field.annotation))
+        model = next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
+        if model is None and name != "kind":
+            plain = next(part for part in parts if isinstance(part, type) or get_origin(part) in (Literal, tuple))
+            values = get_args(plain) if get_origin(plain) is Literal else ()
+            yield Key(key, type(values[0]) if values else get_origin(plain) or plain, values)
+        elif model and issubclass(model, Choice):
             key += ".0" if get_origin(field.annotation) is tuple else ""
             yield Key(f"{key}.kind", str, tuple(kinds(model)))
             options: dict[str, Key] = {}
@@ -118,61 +124,41 @@ def keys(section: type[BaseModel], within: str = "") -> Iterator[Key]:
                     others = options[option.name].kinds if option.name in options else ()
                     options[option.name] = replace(option, kinds=(*others, kind))
             yield from options.values()
-        elif model is not Section:
+        elif model:
             yield from keys(model, f"{key}.")
-        elif name != "kind":
-            yield Key(key, *_type_of(field.annotation))
 
 
-def _type_of(annotation: Any) -> tuple[type, tuple[Any, ...]]:
-    """The plain type of a field, and its values if it is a Literal."""
-    if get_origin(annotation) is Literal:
-        return type(get_args(annotation)[0]), get_args(annotation)
-    plain = get_origin(annotation) or annotation
-    if plain is tuple or isinstance(annotation, type):
-        return plain, ()
-    return next(_type_of(part) for part in get_args(annotation) if part is not type(None))  # optional, or annotated
-
-
-def _model_in(annotation: Any) -> type[BaseModel]:
-    """The section or choice that an annotation speaks of, at whatever depth; `Section` if there is none."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_model_in(part) for part in getattr(annotation, "__args__", ()))
-    return next((model for model in found if model is not Section), Section)
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and all annotations in it, from the outside in."""
+    yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _parts(part)
 
 
 def value_at(values: Any, key: str, *default: Any) -> Any:
     """The value of a dotted key in nested dictionaries and lists; `KeyError` if there is none and no default."""
-    for part in key.split("."):
-        try:
+    try:
+        for part in key.split("."):
             values = values[int(part)] if isinstance(values, list | tuple) else values[part]
-        except (LookupError, TypeError, ValueError):
-            if default:
-                return default[0]
-            raise KeyError(key) from None
+    except (LookupError, TypeError, ValueError):
+        if default:
+            return default[0]
+        raise KeyError(key) from None
     return values
 
 
-def assigned(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of nested values with some of them set; see `assign`."""
-    values = copy.deepcopy(values)
-    assign(values, assignments)
-    return values
-
-
-def assign(values: Any, assignments: Iterable[str]) -> None:
-    """Set keys of nested dictionaries and lists in place: each `a.b=value`, the value in YAML or JSON.
+def assigned(values: Any, assignments: Iterable[str]) -> Any:
+    """A copy of nested dictionaries and lists with some keys set: each `a.b=value`, the value in YAML or JSON.
 
     Another `kind` clears the options of a choice, and is set before them. `InputError` if an assignment or its key is wrong.
     """
-
     from ruamel.yaml import YAML, YAMLError  # reads YAML 1.2, where 1e-3 is a number
 
     def depth(assignment: str) -> float:
         key = assignment.partition("=")[0]
         return key.count(".") if key.split(".")[-1] == "kind" else math.inf
 
+    values = copy.deepcopy(values)
     for assignment in sorted(assignments, key=depth):
         key, equals, text = assignment.partition("=")
         *path, last = key.split(".")
@@ -193,3 +179,4 @@ def assign(values: Any, assignments: Iterable[str]) -> None:
         if last == "kind" and section.get("kind") != value:
             section.clear()
         section[last] = value
+    return values
