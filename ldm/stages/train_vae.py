@@ -27,7 +27,7 @@ from ldm.stages.runtime import stage_main
 from ldm.stages.stage import Stage
 from ldm.stages.training import training, write_curve
 from ldm.training.fit import Fitted
-from ldm.training.objectives import Parts
+from ldm.training.objectives import VaeObjective
 
 SHAPE = ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")  # as settings and config name it
 
@@ -105,10 +105,10 @@ def run(root: Path) -> None:
         if options.images:
             loading = {"workers": loader_workers(device.type), "rank": rank(), "ranks": ranks()}
             batches = Batches(reader, seed, shuffle=options.shuffle, flip=options.flip, **loading)
-            parts = Parts(autoencoder, likelihood, batches, settings.autoencoder.regulariser)
+            elbo = VaeObjective(autoencoder, likelihood, batches, settings.autoencoder.regulariser)
             size = reader.preprocessing.image_size
             image = (reader.preprocessing.channels, size, size)
-            loss = options.objective.build(parts, root, seed_for(seed, "initialise", "discriminator"), image)
+            loss = options.objective.build(elbo, root, seed_for(seed, "initialise", "discriminator"), image)
             fitted = started.fit(loss, num_data=len(reader) * math.prod(image))  # the loss is a mean over values
             loss.module.load_state_dict(fitted.ema)
         if not started.work:

@@ -33,7 +33,7 @@ from ldm.registry.tracking import Run
 from ldm.report.plots import rate_distortion
 from ldm.stages.train_vae import build
 from ldm.training.fit import fit
-from ldm.training.objectives import Parts
+from ldm.training.objectives import VaeObjective
 
 ROOT = Path(__file__).parents[2]
 PLOT = Path(__file__).with_suffix(".png")
@@ -65,9 +65,9 @@ def train(settings: Settings, reader: ShardReader, save: Save = lambda *_: None)
     device = default_device()
     autoencoder, likelihood = build(settings)
     autoencoder.place(device), likelihood.to(device)
-    parts = Parts(autoencoder, likelihood, Batches(reader, settings.seed), settings.autoencoder.regulariser)
+    elbo = VaeObjective(autoencoder, likelihood, Batches(reader, settings.seed), settings.autoencoder.regulariser)
     image = (settings.data.channels, settings.data.image_size, settings.data.image_size)
-    loss = settings.train_vae.objective.build(parts, ROOT, seed_for(settings.seed, "initialise", "discriminator"), image)
+    loss = settings.train_vae.objective.build(elbo, ROOT, seed_for(settings.seed, "initialise", "discriminator"), image)
     fitted = fit(
         loss, settings.train_vae, seed=settings.seed, tracker=Run(), store=Watched(save), progress=lambda done, row: None
     )  # fmt: skip

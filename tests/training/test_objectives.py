@@ -24,12 +24,10 @@ from ldm.nets.adversary import PatchDiscriminator, Perceptual
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
 from ldm.nets.regulariser import Kl, Vq
 from ldm.registry.tracking import Run
-from ldm.training.adversarial import AdversarialObjective
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, fit
-from ldm.training.objectives import LdmChoice, Parts
+from ldm.training.objectives import AdversarialObjective, LdmChoice, VaeObjective
 from ldm.training.optimizers import AdamW, Sgld
-from ldm.training.vae import VaeObjective
 
 PIXELS = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 ALL = slice(0, 8)
@@ -58,8 +56,8 @@ def adversarial(*, start: int = 0, weight: float = 0.5, perceptual: float = 1.0,
     net = autoencoder()
     torch.manual_seed(3)
     options = LdmChoice(discriminator_start=start, discriminator_weight=weight, perceptual_weight=perceptual)
-    parts = Parts(net, Laplace(log_scale=-0.5).build(), images or Images(), Kl(**rate))
-    return AdversarialObjective(parts, options, Perceptual(), PatchDiscriminator(3, 8, 1))
+    plain = VaeObjective(net, Laplace(log_scale=-0.5).build(), images or Images(), Kl(**rate))
+    return AdversarialObjective(plain, options, Perceptual(), PatchDiscriminator(3, 8, 1))
 
 
 def loss_of(objective: VaeObjective, images_seen: int = 0) -> Tensor:
@@ -363,7 +361,7 @@ SCRIPT = """
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import test_vae
+import test_objectives
 from ldm.base import distributed
 from ldm.training import fit as loop
 
@@ -372,10 +370,10 @@ class Bypassed(torch.nn.parallel.DistributedDataParallel):
         return self.module(*args)  # past the wrapper that synchronises
 
 with distributed.process_group(torch.device("cpu")):
-    for kind, micro_batch in test_vae.TRAININGS:
+    for kind, micro_batch in test_objectives.TRAININGS:
         if kind == "planted":
             loop.DistributedDataParallel = Bypassed
-        test_vae.train(Path(folder) / kind, kind, micro_batch)
+        test_objectives.train(Path(folder) / kind, kind, micro_batch)
 """
 TRAININGS = (
     ("paper", 0),
