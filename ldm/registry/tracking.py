@@ -1,13 +1,16 @@
-"""MLflow runs of stages, with an honest status and buffered metrics.
+"""MLflow runs, with an honest status and buffered metrics.
 
-Tracking is on where `MLFLOW_TRACKING_URI` is set. Importing mlflow takes longer than most stages: under the flow, which sets
-`LDM_RECORDS`, a stage records its run in a file, and the flow's process delivers the file to MLflow.
+Tracking is on where `MLFLOW_TRACKING_URI` is set; a server that is away costs one warning and never stops the work. Importing
+mlflow takes longer than most stages: under the flow, which sets `LDM_RECORDS`, a stage records its run in a file, and the
+flow's process delivers the file to MLflow.
 """
 
 import contextlib
 import fcntl
 import json
+import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.base.hashing import file_hash, folder_hash
-from ldm.registry.mlflow_run import METRICS, MlflowRun, WarnOnce, milliseconds
 
+METRICS, PARAMS = 1000, 100  # MLflow's limits for one request
 RETRY_SECONDS = 300.0  # wait after a failed delivery, so that a dead server costs seconds, not minutes
+PATIENCE = {  # of recording, where the user has not set it: MLflow's own defaults wait for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
+}  # fmt: skip
 
 
 class Run:
@@ -30,6 +36,7 @@ class Run:
         self._destination = destination
         self._buffer: list[tuple[str, float, int, int]] = []  # key, value, timestamp in ms, images seen
         self._wait_until = 0.0
+        self._warn = WarnOnce("the work goes on without tracking")
 
     @property
     def id(self) -> str | None:
@@ -64,12 +71,31 @@ class Run:
 
     def send(self, call: str, *arguments: Any) -> bool:
         """Make a call of `MlflowRun`, such as "tag" with a dictionary; whether it arrived."""
-        return self._destination is not None and self._destination.send(call, *arguments)
+        try:
+            if self._destination:
+                self._destination.send(call, *arguments)
+        except Exception as error:
+            self._warn(error)
+            return False
+        return self._destination is not None
 
     def close(self, status: str) -> None:
         self._wait_until = 0.0  # there is no later flush
         self.flush()
         self.send("close", status, milliseconds())
+
+
+class WarnOnce:
+    """Prints the first warning that it is given, and what follows from it."""
+
+    def __init__(self, consequence: str) -> None:
+        self.consequence, self.warned = consequence, False
+
+    def __call__(self, warning: object) -> None:
+        if not self.warned:
+            with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
+                print(f"warning: tracking: {warning}; {self.consequence}", file=sys.stderr, flush=True)
+        self.warned = True
 
 
 def use_default_store(root: Path) -> None:
@@ -91,7 +117,7 @@ def stage_run(
             with contextlib.suppress(OSError):  # a full disk
                 destination = Record(Path(records))
         elif os.environ.get("MLFLOW_TRACKING_URI"):
-            destination = MlflowRun(WarnOnce("the work goes on without tracking"))
+            destination = MlflowRun()
     run, status = Run(destination), "FINISHED"
     known = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN"), **(tags or {})}
     run.send("open", {name: value for name, value in known.items() if value}, _flat(params), key, milliseconds())
@@ -104,12 +130,110 @@ def stage_run(
         run.close(status)
 
 
-def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys and text."""
-    flat: dict[str, str] = {}
-    for name, value in params.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": str(value)}
-    return flat
+def mlflow_client() -> Any:
+    """A client of the store that `MLFLOW_TRACKING_URI` names. Importing mlflow takes 1.5 to 2 s."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # a new database would report each of its migrations
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient()
+
+
+@contextlib.contextmanager
+def short_patience() -> Iterator[None]:
+    """Give up on a silent server within seconds. MLflow reads `PATIENCE` at every call; uploads of models keep its defaults."""
+    added = {name: value for name, value in PATIENCE.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def experiment_id(client: Any) -> str:
+    """The id of the experiment, made where it is missing; beside SQLite, artifacts lie in MLflow's usual place."""
+    name, uri = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ldm"), os.environ["MLFLOW_TRACKING_URI"]
+    if (found := client.get_experiment_by_name(name)) is None:
+        database = Path(uri.removeprefix("sqlite:///")).absolute()
+        place = str(database.parent / "mlruns" / name) if uri.startswith("sqlite:///") else None
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except Exception:
+            if (found := client.get_experiment_by_name(name)) is None:  # else another process made it meanwhile
+                raise
+    return str(found.experiment_id)
+
+
+def milliseconds() -> int:
+    """Now, as MLflow counts."""
+    return time.time_ns() // 1_000_000
+
+
+class MlflowRun:
+    """A run in MLflow."""
+
+    def __init__(self) -> None:
+        self.id: str | None = None
+        self.delivered = 0  # lines of its record, if it has one
+        self._client: Any = None
+
+    def send(self, call: str, *arguments: Any) -> None:
+        """Make a call: "open", "metrics", "tag", "artifact", "dataset" or "close". `ConnectionError` if it fails."""
+        try:
+            with short_patience():
+                self._make(call, arguments)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise ConnectionError(f"{os.environ['MLFLOW_TRACKING_URI']}: {call} failed ({reason})") from None
+
+    def _make(self, call: str, arguments: tuple[Any, ...]) -> None:
+        client = self._client = self._client or mlflow_client()
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
+
+        match call, arguments:
+            case "open", [tags, params, key, start]:
+                self.id = self._open(client, tags, params, key, start)
+            case _ if self.id is None:
+                raise ValueError("the run was not opened")
+            case "metrics", metrics:  # key, value, timestamp in ms, step; MLflow ignores one that it has: none is stored twice
+                client.log_batch(self.id, [Metric(*metric) for metric in metrics])
+            case "tag", [tags]:
+                client.log_batch(self.id, tags=[RunTag(*tag) for tag in tags.items()])
+            case "artifact", [path, folder]:
+                store = client.log_artifacts if Path(path).is_dir() else client.log_artifact
+                store(self.id, path, folder)
+            case "dataset", [name, digest, source, profile]:
+                dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(profile))
+                client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+            case "close", [status, end]:  # ms
+                client.set_terminated(self.id, status, end)
+                running = f"tags.`mlflow.parentRunId` = '{self.id}' and attributes.status = 'RUNNING'"
+                for child in client.search_runs([experiment_id(client)], running):  # it was killed
+                    client.set_terminated(child.info.run_id, "KILLED")
+
+    @staticmethod
+    def _open(client: Any, tags: Mapping[str, str], params: Mapping[str, str], key: str | None, start: int) -> str:
+        """Begin a run at `start` in ms, or continue an earlier one with the same key or record; returns its id."""
+        from mlflow.entities import Param
+
+        experiment = experiment_id(client)
+        parent, found = tags.get("mlflow.parentRunId"), []
+        if "ldm.record" in tags:
+            found = client.search_runs([experiment], f"tags.`ldm.record` = '{tags['ldm.record']}'")
+        if not found and key:  # a retry has the same key and parent; without a parent, it continues an unfinished run
+            runs = client.search_runs([experiment], f"tags.`ldm.key` = '{key}'", order_by=["attributes.start_time DESC"])
+            found = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
+            found = [run for run in found if parent or run.info.status != "FINISHED"]
+        if found:
+            client.update_run(found[0].info.run_id, status="RUNNING")
+        run = found[0] if found else client.create_run(experiment, start, dict(tags), tags["ldm.stage"])
+        entities = [Param(name, value) for name, value in params.items()]
+        for first in range(0, len(entities), PARAMS):
+            client.log_batch(run.info.run_id, params=entities[first : first + PARAMS])
+        return str(run.info.run_id)
 
 
 class Record:
@@ -126,15 +250,14 @@ class Record:
         self._file = self.path.open("ab", buffering=0)
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
-    def send(self, call: str, *arguments: Any) -> bool:
-        """Append a call; whether it is written."""
+    def send(self, call: str, *arguments: Any) -> None:
+        """Append a call; `OSError` if it is not written whole."""
         if call == "artifact":
             arguments = (*arguments, _digest(Path(arguments[0])))
         line = f"\n{json.dumps([call, arguments])}".encode()
         try:
-            return self._file.write(line) == len(line)
-        except OSError:
-            return False
+            if self._file.write(line) != len(line):
+                raise OSError(f"{self.path}: the disk is full")
         finally:
             if call == "close":
                 self._file.close()
@@ -171,21 +294,22 @@ class Records:
 
     def deliver(self) -> None:
         """Deliver the new lines of every file. A run whose process ended without closing it was killed."""
-        if time.monotonic() < self._wait_until:
-            return
         failures = 0
-        for path in sorted(self.folder.glob("*.jsonl")):
+        for path in sorted(self.folder.glob("*.jsonl")) if time.monotonic() >= self._wait_until else ():
             try:
-                failures += not self._deliver(path)
+                self._deliver(path)
             except Exception as error:  # tracking never fails the work
-                self._warn(f"{path} cannot be delivered ({error!r:.200})")
+                self._warn(f"{path} cannot be delivered ({error!s:.200})")
                 failures += 1
             if failures == 2:  # the server fails, not one file
                 self._wait_until = time.monotonic() + RETRY_SECONDS
                 return
 
-    def _deliver(self, path: Path) -> bool:
-        """Deliver the new lines of a file, and delete it after the last; False where MLflow failed."""
+    def _deliver(self, path: Path) -> None:
+        """Deliver the new lines of a file, and delete it after the last.
+
+        After an error the next delivery goes on where this stopped; another process begins anew, and nothing is stored twice.
+        """
         with path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,29 +317,34 @@ class Records:
             except BlockingIOError:  # its process lives
                 ended = False
             lines = file.read().decode("utf-8", "replace").split("\n")[1:]
-        if not lines:
-            return True  # just made, and perhaps not locked yet
-        if ended:
+        if ended and lines:  # without lines it was just made, and perhaps not locked yet
             lines.append(json.dumps(["close", ["KILLED", milliseconds()]]))  # comes second to the process's own "close"
-        run = self._runs.setdefault(path, MlflowRun(self._warn))
+        run = self._runs.setdefault(path, MlflowRun())
         for line in lines[run.delivered :]:
             try:
                 call, arguments = json.loads(line)
             except ValueError:
                 if run.delivered == len(lines) - 1:
-                    return True  # half written
+                    return  # half written
                 call, arguments = "", []
             if call == "open":
                 arguments[0]["ldm.record"] = path.stem
             if call == "artifact" and _digest(Path(arguments[0])) != arguments.pop():
                 call = ""  # the file has changed since
-            if call and (run.id or call == "open") and not run.send(call, *arguments):
-                return False  # the next delivery goes on here; another process begins anew, and nothing is stored twice
+            if call and (run.id or call == "open"):
+                run.send(call, *arguments)
             if call == "close":
                 path.unlink()
-                return True
+                return
             run.delivered += 1
-        return True
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys and text."""
+    flat: dict[str, str] = {}
+    for name, value in params.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": str(value)}
+    return flat
 
 
 def _digest(path: Path) -> str | None:

@@ -1,8 +1,6 @@
-"""Look-ups in the MLflow registry: a version by URI, alias, number or tags; its files, its model, what the gate said.
+"""Look-ups in the MLflow registry that `MLFLOW_TRACKING_URI` names: a version, its files, its model, what the gate said.
 
-A version holds the whole system, with its lineage as tags. `challenger` is the newest version, `champion` the one to use,
-`previous` the champion before it. Every function works on the store that `MLFLOW_TRACKING_URI` names. An SQLite file is
-read by the standard library, as importing MLflow takes 2 s; any other store through MLflow's client.
+An SQLite file is read by the standard library, as importing MLflow takes 2 s; any other store through MLflow's client.
 """
 
 import contextlib
@@ -21,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from ldm.base.errors import InputError
 from ldm.base.paths import DECISION
-from ldm.registry.mlflow_run import mlflow_client, short_patience
+from ldm.registry.tracking import mlflow_client, short_patience
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +77,10 @@ def lookup(uri: str) -> Version:
     for version in find({}, name):
         if version.version == int(number) if number else alias in version.aliases:
             return version
-    hint = "`ldm registry list` shows what there is"
-    if alias == "champion":
-        hint = "`ldm run` makes one, `ldm registry promote VERSION` chooses one by hand"
-    missing = f"version {number}" if number else f"version with the alias {alias!r}"
+    missing, hint = f"version {number}", "`ldm registry list` shows what there is"
+    if alias:
+        missing = f"version with the alias {alias!r}"
+        hint = "`ldm run` makes one, `ldm registry promote VERSION` chooses one by hand" if alias == "champion" else hint
     raise InputError(f"model {name!r} has no {missing}; {hint}")
 
 
@@ -92,10 +90,8 @@ def by_alias(name: str, alias: str) -> Version | None:
 
 def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
     """Versions that carry all these tags (e.g. `{"ldm.git_commit": "…"}`), newest first; maybe none."""
-    versions = read_sqlite(name)
-    if versions is None:
-        versions = []
-        client, query = connect(), f"name = '{name}'"
+    if (versions := read_sqlite(name)) is None:
+        versions, client, query = [], connect(), f"name = '{name}'"
         aliases = [alias for model in client.search_registered_models(query) for alias in sorted(model.aliases.items())]
         for found in client.search_model_versions(query, order_by=["version_number DESC"]):  # at most 10,000
             names = tuple(alias for alias, number in aliases if int(number) == int(found.version))
@@ -105,10 +101,7 @@ def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
 
 
 def read_sqlite(name: str) -> list[Version] | None:
-    """The versions of a model in an SQLite file, newest first; None where only MLflow's client can tell.
-
-    MLflow's client defines what the answers are. Its tables are known here at one revision of their schema.
-    """
+    """The versions of a model in an SQLite file, newest first, as MLflow's client gives them; None where only it can tell."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     refused = not name.strip() or name.startswith(".") or "/" in name or ":" in name  # by MLflow, which says why
     if not uri.startswith("sqlite:///") or "?" in uri or refused or any(map(os.environ.get, ELSEWHERE)):
@@ -122,15 +115,13 @@ def read_sqlite(name: str) -> list[Version] | None:
             rows = database.execute(VERSIONS, (name,)).fetchall()
     except sqlite3.Error:  # not there, not a database, damaged, still locked: the client says it better
         return None
-    versions = [
-        Version(name, version, tuple(sorted(json.loads(aliases))), datetime.fromtimestamp(created / 1000, UTC), run_id,
-                json.loads(tags), _folder(location or source))
-        for version, created, run_id, location, source, aliases, tags in rows
-    ]  # fmt: skip
+    versions = []
+    for version, stamp, run_id, location, source, aliases, tags in rows:
+        created, folder = datetime.fromtimestamp(stamp / 1000, UTC), _folder(location or source)
+        versions.append(Version(name, version, tuple(sorted(json.loads(aliases))), created, run_id, json.loads(tags), folder))
     is_prompt = any(version.tags.get("mlflow.prompt.is_prompt") == "true" for version in versions)
-    if revisions != [(REVISION,)] or others or is_prompt:  # MLflow refuses other workspaces; its searches leave out prompts
-        return None
-    return versions
+    # MLflow refuses other workspaces; its searches leave out prompts
+    return None if revisions != [(REVISION,)] or others or is_prompt else versions
 
 
 def _folder(location: str | None) -> Path | None:
@@ -176,7 +167,7 @@ def _files(version: Version, path: str) -> Iterator[Path]:
             copy = mlflow.artifacts.download_artifacts(f"{version.uri}/{path}", dst_path=folder)
         except (mlflow.MlflowException, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise NotStored(f"{version.uri}: the registry has no {path} of it, which `ldm run` stores ({reason})") from error
+            raise NotStored(f"{version.uri}: the registry has no {path} of it ({reason}); `ldm run` stores it") from error
         yield Path(copy)
 
 
@@ -205,12 +196,11 @@ def connect(*, create: bool = False) -> Any:
 
 def overview(version: Version) -> dict[str, str]:
     """A version as a row of the table of versions."""
-    bits = version.tags[BITS]
-    return {
-        "version": str(version.version), "aliases": ", ".join(version.aliases), "created": f"{version.created:%Y-%m-%d %H:%M}",
-        "bits_per_dim": bits if bits == NO_BOUND else f"{float(bits):.4f}", "gate": _gate(version).get("in short", ""),
-        "image": version.tags[IMAGE], "git_commit": version.tags.get("ldm.git_commit", "")[:8],
-    }  # fmt: skip
+    tags, created = version.tags, f"{version.created:%Y-%m-%d %H:%M}"
+    row = {"version": str(version.version), "aliases": ", ".join(version.aliases), "created": created}
+    row["bits_per_dim"] = tags[BITS] if tags[BITS] == NO_BOUND else f"{float(tags[BITS]):.4f}"
+    row |= {"gate": _gate(version).get("in short", ""), "image": tags[IMAGE]}
+    return row | {"git_commit": tags.get("ldm.git_commit", "")[:8]}
 
 
 def describe(version: Version) -> dict[str, str]:

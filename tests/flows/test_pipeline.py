@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ldm.registry import mlflow_run
+from ldm.registry import tracking
 from ldm.registry.versions import find, lookup
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 def statuses() -> list[str]:
     """Of every pipeline's run in MLflow, newest first."""
-    client = mlflow_run.mlflow_client()
-    return [run.info.status for run in client.search_runs([mlflow_run.experiment_id(client)], "tags.`ldm.stage` = 'pipeline'")]
+    client = tracking.mlflow_client()
+    return [run.info.status for run in client.search_runs([tracking.experiment_id(client)], "tags.`ldm.stage` = 'pipeline'")]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-        mlflow_run.mlflow_client().search_experiments()
+        tracking.mlflow_client().search_experiments()
     return path
 
 

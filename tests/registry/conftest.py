@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ldm.registry.mlflow_run import mlflow_client
+from ldm.registry.tracking import mlflow_client
 
 
 @pytest.fixture(scope="session")

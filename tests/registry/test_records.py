@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from ldm.registry.mlflow_run import experiment_id
-from ldm.registry.tracking import Records, stage_run
+from ldm.registry.tracking import Records, experiment_id, stage_run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ldm.registry import mlflow_run, tracking
+from ldm.registry import tracking
 from ldm.registry.lineage import log_results, pipeline_run
 from ldm.registry.tracking import stage_run
 
@@ -130,7 +130,7 @@ def test_off_means_no_mlflow_at_all() -> None:
 @pytest.mark.parametrize("kind", ["refuses", "is silent"])
 def test_a_server_that_is_away_costs_one_warning(kind: str, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     names = ("TIMEOUT", "MAX_RETRIES", "BACKOFF_FACTOR")
-    patience = [float(mlflow_run.PATIENCE[f"MLFLOW_HTTP_REQUEST_{name}"]) for name in names]
+    patience = [float(tracking.PATIENCE[f"MLFLOW_HTTP_REQUEST_{name}"]) for name in names]
     assert patience[0] * (1 + patience[1]) + patience[2] < 10
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # what the user has set stands
     with socket.socket() as server:  # bound: nobody else takes the port; listening: connects, but never answers
