@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from ldm.stages.runtime import BAD_INPUT
+from ldm.stages.stage import BAD_INPUT
 
 GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # seconds to end after each signal
 POLL = 0.2  # seconds between looks at the clock
@@ -125,12 +125,15 @@ def _running(session: int, descendants: bool = False) -> set[psutil.Process]:
 
 
 def _stop(session: int) -> None:
-    """End all processes, gently first. The leader may be gone while others are not."""
+    """End all processes, gently first. The leader may be gone while others are not; one that only now starts is told too."""
     for number, grace in GRACE:
-        processes = _running(session, descendants=number == signal.SIGKILL)
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(number)
-        deadline = time.monotonic() + grace
-        while any(map(_runs, processes)) and time.monotonic() < deadline:
+        told, deadline = set[psutil.Process](), time.monotonic() + grace
+        while time.monotonic() < deadline:
+            running = _running(session, descendants=number == signal.SIGKILL)
+            for process in running - told:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+            told |= running
+            if not any(map(_runs, told)):
+                break
             time.sleep(0.05)

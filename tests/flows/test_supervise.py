@@ -87,6 +87,20 @@ def test_a_deaf_stage_is_killed(project: Path, gone: Callable[[int], bool], monk
         assert not pid.exists() or gone(int(pid.read_text()), 0)  # a slow machine may not have come that far
 
 
+def test_one_that_starts_while_the_others_are_told_to_end_is_told_too() -> None:
+    """DVC starts a stage, and from then on leaves Ctrl-C to it."""
+    code = "import signal, subprocess, sys\n"
+    code += "signal.signal(signal.SIGINT, lambda *_: sys.exit(subprocess.call(['sleep', '60'])))\n"
+    code += "print('ready', flush=True)\nsignal.pause()"
+    leader = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    assert leader.stdout is not None and leader.stdout.readline() == "ready\n"
+    start = time.monotonic()
+    supervise._stop(leader.pid)
+    assert time.monotonic() - start < supervise.GRACE[0][1] and not supervise._running(leader.pid)
+    leader.communicate()
+    assert leader.returncode == 256 - signal.SIGINT  # of `sleep`
+
+
 def test_a_process_that_left_the_session_and_holds_the_output_holds_nobody_up(project: Path) -> None:
     (project / "stage.py").write_text(OTHER_SESSION + (project / "stage.py").read_text())
     lines: list[str] = []
