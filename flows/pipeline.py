@@ -28,7 +28,7 @@ from ldm.config import load_settings
 from ldm.data.latents import prune_store
 from ldm.registry import lineage, promotion, registration, tracking, versions
 from ldm.registry.tracking import Records
-from ldm.versioning.graph import Node, ancestors, check_data, descendants, read_graph
+from ldm.versioning.repository import Node, ancestors, check_data, descendants, read_graph
 from ldm.versioning.reproduce import up_to_date
 
 WORDS = {"cached": "nothing to do", "restored": "brought back from DVC's cache"}  # for stages that were not executed

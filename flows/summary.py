@@ -11,7 +11,7 @@ from ldm.base.paths import AUTOENCODER, DECISION, METRICS_TABLE, REPORT, SAMPLES
 from ldm.config import Settings
 from ldm.evaluation.value import read_values
 from ldm.registry import lineage
-from ldm.versioning.graph import Node
+from ldm.versioning.repository import Node
 
 if TYPE_CHECKING:
     from ldm.evaluation.gate import Decision

@@ -1,10 +1,11 @@
-"""DVC's repository: opening it, locking its stages, reading dvc.lock and params.yaml."""
+"""DVC's repository: opening it, locking its stages, the graph of dvc.yaml, dvc.lock and params.yaml."""
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.base.errors import InputError
 
@@ -41,11 +42,63 @@ def held(repo: Any, *paths: Path) -> Iterator[None]:
         raise InputError(f"a stage works here, or DVC itself: {reason}; try again when it has ended") from None
 
 
+class Node(NamedTuple):
+    """One stage of dvc.yaml."""
+
+    name: str
+    outs: tuple[str, ...]  # paths relative to the project's root
+    upstream: tuple[str, ...]  # names of the stages whose outs it reads
+
+
+def read_graph(root: Path) -> tuple[Node, ...]:
+    """Every stage that has a command, each after those it depends on, otherwise in the order of the file."""
+    import networkx
+
+    nodes = []
+    with open_repository(root) as repo:
+        graph, order = repo.index.graph, list(repo.index.stages)  # DVC's edges point from a stage to what it depends on
+        for stage in networkx.lexicographical_topological_sort(graph.reverse(), key=order.index):
+            if stage.cmd:
+                outs = (os.path.relpath(out.fs_path, repo.root_dir) if out.is_in_repo else out.def_path for out in stage.outs)
+                upstream = sorted(stage_name(needed) for needed in graph.successors(stage) if needed.cmd)
+                nodes.append(Node(stage_name(stage), tuple(outs), tuple(upstream)))
+    return tuple(nodes)
+
+
+def ancestors(nodes: tuple[Node, ...], target: str) -> tuple[Node, ...]:
+    """`target` and every stage that it needs, in the order given."""
+    if target not in (names := [node.name for node in nodes]):
+        raise InputError(f"dvc.yaml has no stage {target!r}; it has {', '.join(names)}")
+    needed = {target}
+    for node in reversed(nodes):
+        if node.name in needed:
+            needed.update(node.upstream)
+    return tuple(node for node in nodes if node.name in needed)
+
+
+def descendants(nodes: tuple[Node, ...], target: str) -> tuple[Node, ...]:
+    """Every stage that needs `target`, in the order given."""
+    affected = {target}
+    for node in nodes:
+        if affected & set(node.upstream):
+            affected.add(node.name)
+    return tuple(node for node in nodes if node.name in affected - {target})
+
+
+def check_data(root: Path, path: str) -> None:
+    """`InputError` if dvc.yaml is broken, or if the data folder neither exists nor is an out of a stage."""
+    if not any(path in node.outs for node in read_graph(root)) and not (root / path).exists():
+        raise InputError(f"data.path {path}: no such folder; set data.path in params.yaml to a folder of captioned images")
+
+
+def stage_name(stage: Any) -> str:
+    """The name that `dvc repro` takes in the project's root; DVC's own `addressing` depends on the working directory."""
+    return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
+
+
 def locked_makers(root: Path, out: str) -> dict[str, dict[str, Any]]:
     """The dvc.lock entries of the stage that made `out` and of its ancestors, by stage name."""
-    from dvc.utils.serialize import load_yaml  # DVC writes 1.0e-7 as 1e-07, which other readers take for a string
-
-    entries = load_yaml(str(root / "dvc.lock")).get("stages", {})
+    entries = read_yaml(root / "dvc.lock").get("stages", {})
     makers = {made["path"]: name for name, entry in entries.items() for made in entry.get("outs", [])}
     found: dict[str, dict[str, Any]] = {}
     wanted = [out]
@@ -57,8 +110,8 @@ def locked_makers(root: Path, out: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def read_params(root: Path) -> Any:
-    """params.yaml as DVC reads it."""
+def read_yaml(path: Path) -> Any:
+    """As DVC reads it: DVC writes 1.0e-7 as 1e-07, which other readers take for a string."""
     from dvc.utils.serialize import load_yaml
 
-    return load_yaml(str(root / "params.yaml"))
+    return load_yaml(str(path))

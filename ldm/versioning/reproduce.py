@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.base.errors import InputError
-from ldm.versioning.graph import stage_name
-from ldm.versioning.repository import open_repository
+from ldm.versioning.repository import open_repository, stage_name
 
 
 def up_to_date(root: Path) -> set[str]:
@@ -34,34 +33,29 @@ def reproduce(root: Path, stage: str) -> tuple[str, int]:
     from dvc.exceptions import ReproductionError
     from dvc.stage.exceptions import StageCmdFailedError
 
-    restored = False
+    outcome = "executed"
     with open_repository(root, wait=True) as repo:
         restore = repo.stage_cache.restore
 
         def noted(*arguments: Any, **options: Any) -> None:
-            nonlocal restored
+            nonlocal outcome
             restore(*arguments, **options)  # raises if the run-cache has nothing
-            restored = True
+            outcome = "restored"
 
         repo.stage_cache.restore = noted
         try:
-            done = repo.reproduce(stage, single_item=True)
+            return (outcome if repo.reproduce(stage, single_item=True) else "cached"), 0
         except ReproductionError as error:
             if isinstance(error.__cause__, StageCmdFailedError):
                 return "executed", int(str(error.__cause__).rpartition(" ")[2])
             raise error.__cause__ or error from None
-    return "restored" if restored else "executed" if done else "cached", 0
 
 
-def main() -> int:
+if __name__ == "__main__":
     try:
         outcome, code = reproduce(Path.cwd(), sys.argv[1])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        sys.exit(1)
     os.write(int(os.environ["LDM_RESULT_FD"]), f"{outcome} {code}".encode())
-    return code % 256
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code % 256)
