@@ -7,6 +7,7 @@ stage's command, or 1 if DVC itself fails. To the file descriptor `LDM_RESULT_FD
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def reproduce(root: Path, stage: str) -> tuple[str, int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell starts in the background
     try:
         outcome, code = reproduce(Path.cwd(), sys.argv[1])
     except InputError as error:

@@ -1,5 +1,6 @@
 """Fixtures for tests of the flow: a small DVC project, Prefect's server, processes that must end."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from dvc_project import project, template  # noqa: F401
 
 import flows  # noqa: F401  # sets what Prefect reads on import
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts pytest in the background with SIGINT ignored
 
 
 def alive(pid: int) -> bool:

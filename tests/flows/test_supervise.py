@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,11 +58,16 @@ def test_a_failure_of_dvc_itself_is_a_failure_with_its_words(project: Path) -> N
     assert "data/shards" in lines[-1]
 
 
-def test_a_stage_that_takes_too_long_is_ended(project: Path, gone: Callable[[int], bool]) -> None:
+@pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_stage_that_takes_too_long_is_ended(inherited: Any, project: Path, gone: Callable[[int], bool]) -> None:
+    """Also where SIGINT is ignored, as in what a shell starts in the background."""
     (project / "knob.txt").write_text("shard sleep")
-    start = time.monotonic()
-    with pytest.raises(StageFailed, match="more than 2 s") as failure:
-        run_stage(project, "shard", timeout=2)
+    start, before = time.monotonic(), signal.signal(signal.SIGINT, inherited)
+    try:
+        with pytest.raises(StageFailed, match="more than 2 s") as failure:
+            run_stage(project, "shard", timeout=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 15
     assert not failure.value.bad_input
     pid = project / "shard.pid"
