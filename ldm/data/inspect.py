@@ -3,7 +3,6 @@
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from ldm.base.hashing import file_hash
 from ldm.data.batches import order
 from ldm.data.folders import Place
 from ldm.data.images import MAX_PIXELS, UnreadableImage, decode, fit_square, from_array, to_array
-from ldm.data.parallel import IMAGES_PER_WORKER, default_workers, processes
+from ldm.data.parallel import IMAGES_PER_WORKER, default_workers, mapped
 from ldm.data.reader import PARTS, SPLITS, ShardReader, open_shards
 from ldm.data.shards import read_collection
 
@@ -110,16 +109,23 @@ def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) ->
     if (folder / "index.json").is_file():
         return _inspect_shards(folder)
     collection = read_collection(folder)
-    size = partial(_size, min_side=min_side, max_pixels=max_pixels)
-    with processes(min(default_workers(), len(collection.places) // IMAGES_PER_WORKER)) as run:
-        sizes = pd.DataFrame(run(size, collection.places), columns=["width", "height", "bytes", "reason"])
-    frame = pd.concat([collection.table, sizes], axis=1)
-    refused = pd.DataFrame(collection.refused.items(), columns=["file_name", "reason"])
-    unreadable = pd.concat([refused, frame.loc[frame.reason != "", ["file_name", "reason"]]], ignore_index=True)
-    readable = np.flatnonzero(frame.reason == "")
+
+    def size(place: Place) -> tuple[int, int, int]:
+        blob = place.read()
+        return *decode(blob, channels=3, min_side=min_side, max_pixels=max_pixels).size, len(blob)
+
+    with mapped(size, collection.places, min(default_workers(), len(collection.places) // IMAGES_PER_WORKER)) as sizes:
+        found = list(sizes)
+    bad = {
+        n: str(error) for n, error in zip(collection.table.file_name, found, strict=True) if isinstance(error, UnreadableImage)
+    }
+    unreadable = pd.DataFrame([*collection.refused.items(), *bad.items()], columns=["file_name", "reason"])
+    readable = np.flatnonzero(~collection.table.file_name.isin(bad))
+    images = collection.table.iloc[readable].copy()
+    images[["width", "height", "bytes"]] = [found[i] for i in readable]
     drawn = readable[order(0, len(readable), 0, min(SHEET, len(readable)))]
     tiles = [_tile(decode(collection.places[i].read(), channels=3)) for i in drawn]
-    return Inventory(frame.iloc[readable].drop(columns="reason"), unreadable, collection.ignored, np.array(tiles))
+    return Inventory(images, unreadable, collection.ignored, np.array(tiles))
 
 
 def _inspect_shards(folder: Path) -> Inventory:
@@ -132,15 +138,6 @@ def _inspect_shards(folder: Path) -> Inventory:
     tiles = [_tile(from_array(reader.images([i])[0])) for reader, i in drawn]
     quarantined = pd.read_csv(folder / "quarantine.csv", dtype=str, keep_default_na=False)
     return Inventory(images, quarantined, readers[0].index["ignored"], np.array(tiles))
-
-
-def _size(place: Place, *, min_side: int, max_pixels: int) -> tuple[int, int, int, str]:
-    """Width, height and bytes of an image, and why it cannot be read if so."""
-    try:
-        blob = place.read()
-        return *decode(blob, channels=3, min_side=min_side, max_pixels=max_pixels).size, len(blob), ""
-    except UnreadableImage as error:
-        return 0, 0, 0, str(error)
 
 
 def _tile(image: Image.Image) -> np.ndarray:

@@ -1,24 +1,17 @@
 """Work on many files with all cores."""
 
 import contextlib
-import functools
-import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from multiprocessing.connection import wait
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from ldm.base.environment import env_count
 from ldm.base.errors import InputError
-
-Run = Callable[..., Any]
+from ldm.data.images import UnreadableImage
 
 CHUNK = 16  # items of a task
 AHEAD = 8  # tasks whose results wait, for each process
@@ -38,60 +31,52 @@ def loader_workers(device: str) -> int:
 
 
 @contextlib.contextmanager
-def processes(count: int) -> Iterator[Run]:
-    """A `map` that uses `count` processes and gives results in order; the built-in `map` if `count` is below two.
+def mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Iterator[Any]]:
+    """`map(function, items)` by `workers` processes, in order; by this one if there are fewer than two.
 
-    The mapped function must be importable from its module. Its errors are raised here. The processes end with this one; if
-    one of them dies, `InputError` is raised.
+    An `UnreadableImage` is the result of its item; what else `function` raises is raised here. The processes end with this
+    one; if one of them dies, `InputError` is raised.
     """
-    if count < 2:
-        yield map
+
+    def attempt(item: Any) -> Any:
+        try:
+            return function(item)
+        except Exception as error:  # returned: torch would wrap it in a traceback
+            return error
+
+    def results(found: Iterable[Any]) -> Iterator[Any]:
+        for result in found:
+            if isinstance(result, Exception) and not isinstance(result, UnreadableImage):
+                raise result
+            yield result
+
+    if workers < 2:
+        yield results(map(attempt, items))
         return
-    # Spawned, not forked: forked siblings would hold each other's sentinel open and outlive a killed parent.
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
-    others = set(multiprocessing.active_children())
+    import torch
+    from torch.utils.data import DataLoader
+
+    options: dict[str, Any] = {"generator": torch.Generator(), "multiprocessing_context": "fork", "worker_init_fn": _start}
+    options |= {"num_workers": workers, "prefetch_factor": AHEAD, "collate_fn": lambda chunk: [attempt(item) for item in chunk]}
+    batches: Any = iter(DataLoader(items, CHUNK, **options))  # type: ignore[arg-type]  # any sequence will do
     try:
-        yield functools.partial(_in_order, pool, count * AHEAD)
-    except BaseException as error:
-        children = set(multiprocessing.active_children()) - others
-        for child in children:
-            child.terminate()
-        for child in children:
-            wait([child.sentinel])
-        results: Any = pool._result_queue
-        results._writer.close()  # else the pool would wait for the rest of a result that was being sent
-        if isinstance(error, BrokenProcessPool):
-            raise InputError("a worker process was killed; if memory ran out, set LDM_WORKERS to fewer than now") from None
-        raise
+        yield results(chain.from_iterable(batches))
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise InputError("a worker process was killed; if memory ran out, set LDM_WORKERS to fewer than now") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        batches._shutdown_workers()  # now, not when the traceback that holds it is gone
 
 
-def _in_order(pool: ProcessPoolExecutor, ahead: int, function: Run, items: Iterable[Any]) -> Iterator[Any]:
-    """Like `pool.map`, with at most `ahead` tasks that wait to be read."""
-    left = iter(items)
-    submitted = (pool.submit(_each, function, chunk) for chunk in iter(lambda: list(islice(left, CHUNK)), []))
-    pending = deque(islice(submitted, ahead))
-    while pending:
-        # Of a process that dies while it sends a result, the pool would wait for the rest.
-        while not futures.wait([pending[0]], timeout=1).done:
-            if any(process.exitcode is not None for process in list(pool._processes.values())):
-                raise BrokenProcessPool
-        yield from pending.popleft().result()
-        pending.extend(islice(submitted, 1))
-
-
-def _each(function: Run, items: list[Any]) -> list[Any]:
-    return list(map(function, items))
-
-
-def _start() -> None:
+def _start(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent: Any = multiprocessing.parent_process()
+    parent = os.getppid()
 
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
+    def end_with_parent() -> None:  # torch's workers would first send their results, which nobody reads
+        while os.getppid() == parent:
+            time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

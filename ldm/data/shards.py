@@ -5,7 +5,6 @@ and every file with its hash), `offsets.npy` (where each part of a sample starts
 the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the number of processes.
 """
 
-import functools
 import json
 import re
 import shutil
@@ -26,7 +25,7 @@ from ldm.base.hashing import canonical_json, content_hash, file_hash
 from ldm.data.duplicates import SIDE, near_duplicates, thumbnail
 from ldm.data.folders import PROMPTS, Collection, Place, read_folder, walk
 from ldm.data.images import MAX_PIXELS, SUFFIXES, Preprocessing, UnreadableImage, to_png
-from ldm.data.parallel import IMAGES_PER_WORKER, Run, processes
+from ldm.data.parallel import IMAGES_PER_WORKER, mapped
 from ldm.data.reader import SPLITS, VERSION
 from ldm.data.tars import read_tars
 
@@ -45,18 +44,15 @@ class _Image:
     offsets: tuple[int, ...] = ()  # its row of offsets.npy, once it is written
 
     @property
-    def name(self) -> str:
-        return self.row["file_name"]
-
-    @property
     def group(self) -> tuple[int, str]:
         """Split and top-level folder: a shard holds images of one group, so a new folder changes no other shard."""
-        return SPLITS.index(self.split), self.name.split("/")[0] if "/" in self.name else ""
+        top, separator, _ = self.row["file_name"].partition("/")
+        return SPLITS.index(self.split), top if separator else ""
 
     @property
     def key(self) -> str:
         """Content first, then name: equal files may have several names."""
-        return self.digest[:16] + content_hash(self.name.encode(errors="backslashreplace"))[:8]
+        return self.digest[:16] + content_hash(self.row["file_name"].encode(errors="backslashreplace"))[:8]
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
@@ -93,25 +89,23 @@ def write_shards(
     collection = read_collection(folder)
     prompts = _find_prompts(folder, collection.table)
     recipe, bad = Preprocessing(**preprocessing), dict(collection.refused)  # bad: file name -> reason
-    total, done = len(collection.places), 0
-    found = total + len(bad)
-    with replacing(out) as partial, processes(min(workers, total // IMAGES_PER_WORKER)) as run:
-        images = _hashed(collection, bad, val_fraction, test_fraction, run, progress)
-        encode = functools.partial(_encode, recipe=recipe, min_side=min_side, max_pixels=max_pixels)
-        encoded = run(encode, images)
-        shards: list[dict[str, Any]] = []
-        written: list[_Image] = []
-        progress("write", done, total)
-        for name, members in _planned(images, shard_size):
-            path = partial / name
-            if kept := _write_tar(path, len(shards), members, encoded, bad):
-                entry = {"name": name, "split": kept[0].split, "count": len(kept)}
-                shards.append(entry | {"sha256": file_hash(path), "bytes": path.stat().st_size})
-                written += kept
-            else:
-                path.unlink()
-            done += len(members)
-            progress("write", done, total)
+    total = len(collection.places)
+    found, workers = total + len(bad), min(workers, total // IMAGES_PER_WORKER)
+
+    def encode(image: _Image) -> tuple[dict[str, bytes], bytes]:
+        """The image's parts by suffix, in the order of `reader.PARTS`, and its thumbnail."""
+        blob = image.place.read()
+        if content_hash(blob) != image.digest:
+            raise InputError(f"{image.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
+        pixels = recipe.read(blob, min_side=min_side, max_pixels=max_pixels)
+        parts = {"jpg": blob} if recipe.is_stored(blob) else {"png": to_png(pixels)}
+        return parts | _texts(image.row), thumbnail(pixels)
+
+    with replacing(out) as partial:
+        with mapped(lambda place: content_hash(place.read()), collection.places, workers) as hashes:
+            images = _hashed(collection, hashes, bad, val_fraction, test_fraction, progress)
+        with mapped(encode, images, workers) as encoded:
+            shards, written = _write_tars(partial, images, encoded, shard_size, bad, lambda done: progress("write", done, total))
         quarantined = pd.DataFrame(sorted(bad.items()), columns=["file_name", "reason"])
         if len(bad) > max_bad_fraction * found:
             if report:
@@ -119,8 +113,8 @@ def write_shards(
                 quarantined.to_csv(report, index=False, errors="backslashreplace")
             many = f"{len(bad)} of {found} images are unreadable, more than data.max_bad_fraction {max_bad_fraction} allows"
             first = f"the first is {quarantined.file_name[0]!r} ({quarantined.reason[0]})"
-            listed = f"{first}, all are in {report}" if report else first
-            raise InputError(f"{folder}: {many}; {listed}; remove or mend them, or raise the bound")
+            first += f", all are in {report}" if report else ""
+            raise InputError(f"{folder}: {many}; {first}; remove or mend them, or raise the bound")
         sizes = Counter(image.split for image in written)
         if small := " and ".join(split for split in SPLITS if sizes[split] < SMALLEST_SPLIT):
             few = f"its {found} images leave fewer than {SMALLEST_SPLIT} for the {small} split"
@@ -129,41 +123,70 @@ def write_shards(
             shutil.copyfile(prompts, partial / PROMPTS)
         quarantined.to_csv(partial / "quarantine.csv", index=False, errors="backslashreplace")
         facts = {"preprocessing": asdict(recipe), "found": found, "quarantined": len(bad), "ignored": collection.ignored}
-        return _write_index(partial, shards, written, sizes, facts)
+        return _write_index(partial, shards, written, facts)
 
 
 def _hashed(
-    collection: Collection, bad: dict[str, str], val_fraction: float, test_fraction: float, run: Run, progress: Progress
+    collection: Collection, hashes: Iterator[Any], bad: dict[str, str], val: float, test: float, progress: Progress
 ) -> list[_Image]:
     """The images, those of one shard side by side. Unreadable files go to `bad`."""
     images, total = [], len(collection.places)
     progress("hash", 0, total)
-    hashes = run(_hash, collection.places)
     rows = zip(collection.table.to_dict("records"), collection.places, hashes, strict=True)
-    for done, (row, place, (digest, reason)) in enumerate(rows, start=1):
-        if reason:
-            bad[row["file_name"]] = reason
+    for done, (row, place, digest) in enumerate(rows, start=1):
+        if isinstance(digest, UnreadableImage):
+            bad[row["file_name"]] = str(digest)
         else:
-            split = split_of(digest, val_fraction, test_fraction)
-            images.append(_Image({str(column): value for column, value in row.items()}, place, digest, split))
+            images.append(_Image({str(name): value for name, value in row.items()}, place, digest, split_of(digest, val, test)))
         progress("hash", done, total)
     return sorted(images, key=lambda image: image.group)
 
 
-def _hash(place: Place) -> tuple[str, str]:
-    """Content hash of a file, and why it cannot be read if so."""
+def _texts(row: dict[str, Any]) -> dict[str, bytes]:
+    """The caption and the further columns of an image, by suffix."""
+    meta = {column: value for column, value in row.items() if column != "text" and value == value}  # NaN: no value
     try:
-        return content_hash(place.read()), ""
-    except UnreadableImage as error:
-        return "", str(error)
+        json.dumps(meta, allow_nan=False)
+        return {"txt": row["text"].encode(), "json": canonical_json(meta).encode()}
+    except ValueError as error:
+        raise InputError(f"{row['file_name']!r}: caption and columns cannot be written as UTF-8 and JSON: {error}") from None
 
 
-def _planned(images: list[_Image], shard_size: int) -> Iterator[tuple[str, list[_Image]]]:
-    """Name and images of each shard."""
+def _write_tars(
+    out: Path, images: list[_Image], encoded: Iterator[Any], shard_size: int, bad: dict[str, str], progress: Callable[[int], None]
+) -> tuple[list[dict[str, Any]], list[_Image]]:
+    """Write shards; return their entries in the index, and the images in them. Unreadable images go to `bad`."""
+    import webdataset  # only to write: a machine that trains on shards need not have it
+
+    shards: list[dict[str, Any]] = []
+    written: list[_Image] = []
+    progress(done := 0)
     for (split, top), group in groupby(images, lambda image: image.group):
         members = list(group)
         for number, start in enumerate(range(0, len(members), shard_size)):
-            yield f"{SPLITS[split]}-{_plain(top)}{number:05d}.tar", members[start : start + shard_size]
+            path = out / f"{SPLITS[split]}-{_plain(top)}{number:05d}.tar"
+            before, position = len(written), 0
+            with webdataset.TarWriter(str(path), user="", group="", mtime=0, encoder=False) as tar:
+                for image, found in zip(members[start : start + shard_size], encoded, strict=False):
+                    done += 1
+                    if isinstance(found, UnreadableImage):
+                        bad[image.row["file_name"]] = str(found)
+                        continue
+                    parts, preview = found
+                    tar.write({"__key__": image.key, **parts})
+                    places = {}
+                    for part, blob in sorted(parts.items()):  # the order in which they are written, each after its header
+                        places[part] = position + tarfile.BLOCKSIZE, len(blob)
+                        position += tarfile.BLOCKSIZE * (1 + -(-len(blob) // tarfile.BLOCKSIZE))
+                    offsets = len(shards), *chain(*(places[part] for part in parts))
+                    written.append(replace(image, thumbnail=preview, offsets=offsets))
+            if count := len(written) - before:
+                identity = {"sha256": file_hash(path), "bytes": path.stat().st_size}
+                shards.append({"name": path.name, "split": SPLITS[split], "count": count, **identity})
+            else:
+                path.unlink()
+            progress(done)
+    return shards, written
 
 
 def _plain(top: str) -> str:
@@ -174,60 +197,21 @@ def _plain(top: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', top)[:80]}-{content_hash(top.encode())[:8]}-"
 
 
-def _encode(image: _Image, *, recipe: Preprocessing, min_side: int, max_pixels: int) -> tuple[dict[str, bytes], bytes] | str:
-    """An image's parts by suffix, in the order of `reader.PARTS`, and its thumbnail; or why it cannot be read."""
-    try:
-        blob = image.place.read()
-        if content_hash(blob) != image.digest:
-            raise InputError(f"{image.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
-        pixels = recipe.read(blob, min_side=min_side, max_pixels=max_pixels)
-        stored = {"jpg": blob} if recipe.is_stored(blob) else {"png": to_png(pixels)}
-    except UnreadableImage as error:
-        return str(error)
-    meta = {column: value for column, value in image.row.items() if column != "text" and value == value}  # NaN: no value
-    try:
-        json.dumps(meta, allow_nan=False)
-        return stored | {"txt": image.row["text"].encode(), "json": canonical_json(meta).encode()}, thumbnail(pixels)
-    except ValueError as error:
-        raise InputError(f"{image.name!r}: caption and columns cannot be written as UTF-8 and JSON: {error}") from None
-
-
-def _write_tar(path: Path, number: int, images: list[_Image], encoded: Iterator[Any], bad: dict[str, str]) -> list[_Image]:
-    """Write shard `number` from the next of `encoded`, one for each image. Unreadable images go to `bad`."""
-    import webdataset  # only to write: a machine that trains on shards need not have it
-
-    written, position = [], 0
-    with webdataset.TarWriter(str(path), user="", group="", mtime=0, encoder=False) as tar:
-        for image, found in zip(images, encoded, strict=False):
-            if isinstance(found, str):
-                bad[image.name] = found
-                continue
-            parts, preview = found
-            tar.write({"__key__": image.key, **parts})
-            places = {}
-            for part, blob in sorted(parts.items()):  # the order in which they are written, each after its header
-                places[part] = position + tarfile.BLOCKSIZE, len(blob)
-                position += tarfile.BLOCKSIZE * (1 + -(-len(blob) // tarfile.BLOCKSIZE))
-            written.append(replace(image, thumbnail=preview, offsets=(number, *chain(*(places[part] for part in parts)))))
-    return written
-
-
-def _write_index(
-    out: Path, shards: list[dict[str, Any]], images: list[_Image], sizes: Counter[str], facts: dict[str, Any]
-) -> dict[str, Any]:
+def _write_index(out: Path, shards: list[dict[str, Any]], images: list[_Image], facts: dict[str, Any]) -> dict[str, Any]:
     """Write offsets, duplicates and `index.json`."""
     np.save(out / "offsets.npy", np.array([image.offsets for image in images], dtype=np.int64))
     duplicates = _duplicates(images)
     duplicates.to_csv(out / "duplicates.csv", index=False)
-    ends = np.cumsum([sizes[split] for split in SPLITS]).tolist()
-    files = [path for path in sorted(out.iterdir()) if path.suffix != ".tar"]
+    splits = [image.split for image in images]
     index = {
         "version": VERSION,
         **facts,
         "duplicates": dict(sorted(Counter(duplicates.kind).items())),
-        "splits": {split: [end - sizes[split], end] for split, end in zip(SPLITS, ends, strict=True)},
+        "splits": {split: [splits.index(split), splits.index(split) + splits.count(split)] for split in SPLITS},
         "shards": shards,
-        "files": {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in files},
+        "files": {
+            p.name: {"sha256": file_hash(p), "bytes": p.stat().st_size} for p in sorted(out.iterdir()) if p.suffix != ".tar"
+        },
     }
     (out / "index.json").write_text(canonical_json(index), encoding="utf-8")
     return index
@@ -241,19 +225,19 @@ def _duplicates(images: list[_Image]) -> pd.DataFrame:
     pairs = []
     for i, image in enumerate(images):
         exact = first.setdefault(image.digest, i)
-        j = exact if exact < i else near.get(i)
-        if j is not None:
-            pairs.append((image.name, images[j].name, "exact" if exact < i else "near", image.split, images[j].split))
+        if (j := exact if exact < i else near.get(i)) is not None:
+            names = image.row["file_name"], images[j].row["file_name"]
+            pairs.append((*names, "exact" if exact < i else "near", image.split, images[j].split))
     return pd.DataFrame(pairs, columns=["file_name", "of", "kind", "split", "split_of"])
 
 
 def _find_prompts(folder: Path, table: pd.DataFrame) -> Path | None:
     """The folder's optional `prompts.csv` (`text,label`: prompts for evaluation that no caption contains), checked."""
     path = folder / PROMPTS
+    if not path.is_file():
+        return None
     try:
         prompts = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        return None
     except ValueError as error:
         raise InputError(f"{path}: not readable as a table: {error}") from None
     if not {"text", "label"} <= set(prompts.columns):
