@@ -107,9 +107,10 @@ def _caption(path: Path, key: str, parts: Parts) -> dict[str, Any]:
         raise InputError(f"{path}: {key!r}: its name or JSON is damaged: {error}") from None
     if not isinstance(columns, dict):
         raise InputError(f"{path}: {key}.json holds {type(columns).__name__}, expected an object")
-    columns = {name: value for name, value in columns.items() if name != "file_name"}
+    columns.pop("file_name", None)
     captions = [*(text(part) for part in TEXTS if part in parts), *(columns.pop(n) for n in ("text", "caption") if n in columns)]
-    label = text("cls") if "cls" in parts else columns.pop("label", None)
+    label = columns.pop("label", None)
+    label = text("cls") if "cls" in parts else label
     if not captions and label is None:
         raise InputError(f"{path}: sample {key!r} has no caption; add {key}.txt")
     if captions and not isinstance(captions[0], str):

@@ -97,6 +97,16 @@ def test_our_own_shards_are_a_source_too(tmp_path: Path) -> None:
     assert sorted(again.n) == list(range(40)) and sorted(again.text) == sorted(f"caption {n}" for n in range(40))
 
 
+@pytest.mark.parametrize("label", ["from json", None, 7])
+def test_cls_has_the_label_whatever_the_json_says(label: Any, tmp_path: Path) -> None:
+    columns = {"label": label, "file_name": "x", "caption": "from json", "n": 1}
+    members = {"a.png": png(0), "a.txt": b"from txt", "a.cls": b"from cls", "a.json": json.dumps(columns).encode()}
+    by_tarfile(tmp_path / "0.tar", members)
+    assert read_tars(tmp_path).table.to_dict("records") == [
+        {"file_name": "0.tar/a.png", "text": "from txt", "label": "from cls", "n": 1}
+    ]
+
+
 def test_other_members_are_counted_and_a_damaged_image_is_quarantined(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
