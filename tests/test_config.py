@@ -130,7 +130,7 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"autoencoder.pretrained": "models:/x@champion"}, ["pretrained models:/x@champion", "write models:/NAME/VERSION"]),
         ({"autoencoder.pretrained": "models:/x/latest"}, ["pretrained models:/x/latest", "write models:/NAME/VERSION"]),
         ({"train_vae.images": 0}, ["train_vae.images is 0", "autoencoder.pretrained"]),
-        ({"train_unet.images": 0}, ["train_unet.images is 0"]),
+        ({"train_unet.images": 0}, ["train_unet.images: found 0; Input should be greater than 0"]),
         # how it is trained
         ({"train_vae.likelihood.kind": "discretised_logistic"}, ["train_vae.likelihood.kind", "'discretized_logistic'"]),
         ({"train_vae.likelihood.scale": "per-pixel"}, ["train_vae.likelihood.scale", "found 'per-pixel'", "'per_pixel'"]),
@@ -341,7 +341,7 @@ def test_changing_settings_keeps_comments_and_formatting(project: Path) -> None:
 @pytest.mark.parametrize(
     ("assignments", "expected"),
     [
-        (["train_unet.lr=1e-3", "train_unet.images=0"], "params.yaml: train_unet: train_unet.images is 0"),
+        (["train_unet.lr=1e-3", "train_unet.images=0"], "params.yaml: train_unet.images: found 0; Input"),
         (["train_unet.lr=1e-3", "train_unet.learning_rate=1"], "params.yaml: unknown key train_unet.learning_rate"),
         (["sampling.sampler=heun"], "params.yaml: sampling.sampler: found 'heun'; write {kind: NAME} and its options"),
         (["train_unet.lr=[1"], "--set train_unet.lr=[1: not readable as YAML"),

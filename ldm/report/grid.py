@@ -80,5 +80,5 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     """The font that matplotlib brings along: the same on every machine."""
     found = importlib.util.find_spec("matplotlib")  # importing it takes longer than drawing
     assert found and found.origin
-    file = Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+    file = Path(found.origin).with_name("mpl-data") / "fonts/ttf/DejaVuSans.ttf"
     return ImageFont.truetype(str(file), size, layout_engine=ImageFont.Layout.BASIC)

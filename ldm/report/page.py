@@ -24,8 +24,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     as_yaml = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     environment.filters |= {"embedded": _embedded, "opened": Image.open, "as_yaml": as_yaml}
-    text = environment.get_template(template).render(values)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    path.write_text(environment.get_template(template).render(values), encoding="utf-8", newline="\n")
 
 
 def decision_page(path: Path, decision: Any, frame: DataFrame | None, *, challenger: str, champion: str | None) -> None:
@@ -34,19 +33,20 @@ def decision_page(path: Path, decision: Any, frame: DataFrame | None, *, challen
     `frame` has one row per image key and the columns `challenger` and `champion` (nats), or is None where nothing
     was compared. `challenger` and `champion` are the models' names, e.g. "ldm version 7".
     """
-    values: dict[str, Any] = {"compared": False}
+    values: dict[str, Any] = {}
     if frame is not None and champion is not None and math.isfinite(decision.mean):
         gains = (frame.challenger - frame.champion).sort_values(kind="stable", ascending=False)
         keys = list(dict.fromkeys([*gains.index[:SHOWN], *gains.index[-SHOWN:]]))
         values = {
-            "compared": True,
             "bits": abs(decision.mean) / math.log(2),
             "share": abs(decision.mean / float(frame.champion.mean())),
             "better": float((gains > 0).mean()),
             "changes": [(key, gains[key], frame.challenger[key], frame.champion[key]) for key in keys],
             "chart": differences(gains.to_numpy(), x_label="improvement, nats"),
         }
-    write_page(path, "decision.html", decision=decision, challenger=challenger, champion=champion, **values)
+    write_page(
+        path, "decision.html", decision=decision, challenger=challenger, champion=champion, compared=bool(values), **values
+    )
 
 
 def _embedded(picture: Path | np.ndarray) -> str:

@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -18,18 +18,23 @@ from pandas import DataFrame, Series
 COLOURS = ("#2563c9", "#d9622b", "#2e8b57", "#8a4fbf", "#7a7a80")
 INK, GRID, GOOD, BAD = "#1d1d22", "#e6e6ea", "#2563c9", "#c2571f"
 THEME = {INK: "var(--ink)", GRID: "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}  # defined in templates/base.html
-SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "ldm", "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
-       "xtick.color": INK, "ytick.color": INK}  # fmt: skip
+STYLE: Any = matplotlib.rcParamsDefault | {
+    "axes.axisbelow": True, "axes.grid": True, "axes.prop_cycle": cycler(color=COLOURS), "axes.spines.right": False,
+    "axes.spines.top": False, "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True, "grid.color": GRID, "legend.frameon": False, "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+}  # fmt: skip
+SVG = STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ldm"}
+SVG |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 NUMBERS, WHOLE = FuncFormatter(lambda value, _: f"{value:,g}"), FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
 def loss_curves(frame: DataFrame, path: Path, *, title: str, columns: Sequence[str], y_label: str) -> None:
     """Write columns of `frame` against its column `images` as one PNG; rows without a value are left out of a curve."""
     with _chart(path, 3.8, title, "images", y_label) as axes:
-        for column, colour in zip(columns, cycle(COLOURS), strict=False):
+        for column in columns:
             curve = frame[["images", column]].dropna()
-            style: Any = {"linewidth": 1.6, "marker": "o" if len(curve) <= 12 else "", "markersize": 4}
-            axes.plot(curve.images, curve[column], color=colour, label=column, **style)
+            axes.plot(curve.images, curve[column], marker="o" if len(curve) <= 12 else "", label=column)
         values = frame[list(columns)].to_numpy(np.float64)
         values = values[np.isfinite(values)]
         if len(values) and values.min() > 0 and values.max() > 10 * values.min():  # else on a linear axis
@@ -37,7 +42,7 @@ def loss_curves(frame: DataFrame, path: Path, *, title: str, columns: Sequence[s
             axes.yaxis.set(major_formatter=NUMBERS, minor_formatter=NullFormatter())
         axes.xaxis.set(major_formatter=WHOLE, major_locator=MaxNLocator(6, integer=True))
         if len(columns) > 1:
-            axes.legend(frameon=False)
+            axes.legend()
 
 
 def rate_distortion(frame: DataFrame, path: Path, *, title: str) -> None:
@@ -47,10 +52,10 @@ def rate_distortion(frame: DataFrame, path: Path, *, title: str) -> None:
     same sum, the code length -ELBO (Alemi et al. 2018, "Fixing a broken ELBO"): the lower left is better.
     """
     with _chart(path, 4.8, title, "rate: KL, bits/dim", "distortion: −log p(x | z), bits/dim") as axes:
-        for (label, curve), colour in zip(frame.groupby("series", sort=False), cycle(COLOURS), strict=False):
+        for label, curve in frame.groupby("series", sort=False):
             curve = curve.sort_values("rate_bits_per_dim", kind="stable")
-            style: Any = {"linewidth": 1.6, "linestyle": "-" if len(curve) > 1 else "none", "marker": "o", "markersize": 5}
-            axes.plot(curve.rate_bits_per_dim, curve.distortion_bits_per_dim, color=colour, label=str(label), **style)
+            style = "-" if len(curve) > 1 else "none"
+            axes.plot(curve.rate_bits_per_dim, curve.distortion_bits_per_dim, marker="o", linestyle=style, label=str(label))
         (left, right), (bottom, top) = _room(frame.rate_bits_per_dim), _room(frame.distortion_bits_per_dim)
         axes.set(xlim=(left, right), ylim=(bottom, top))
         label = "same sum, −ELBO"
@@ -64,7 +69,7 @@ def rate_distortion(frame: DataFrame, path: Path, *, title: str) -> None:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
             axes.annotate(f"{total:g}", (at, total - at), ha="center", va="center", fontsize=8, color="#8a8a92", bbox=box)
         axes.grid(False)
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
 
 
 def _room(values: Series) -> tuple[float, float]:
@@ -79,30 +84,27 @@ def channel_bars(values: Sequence[float], path: Path, *, title: str, low: float 
     channels = range(len(values))
     colours = [COLOURS[1] if value < low else COLOURS[0] for value in values]
     with _chart(path, 0.86 + 0.3 * len(values), title, "KL, nats per image", "") as axes:
-        axes.barh(channels, values, color=colours, height=0.6)
-        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 9}
-        for channel, value, colour in zip(channels, values, colours, strict=True):
-            axes.annotate(f"{value:.3g}", (value, channel), (4, 0), color=colour, **style)
+        axes.bar_label(axes.barh(channels, values, color=colours, height=0.6), fmt="{:.3g}", padding=4, fontsize=9)
         if low > 0:
             axes.axvline(low, color=COLOURS[1], linewidth=1.0, linestyle="--", label=f"collapsed below {low:g}")
-            axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, fontsize=9)
+            axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, fontsize=9)
         axes.set(xlim=(0, 1.12 * max(*values, low, 1e-9)), ylim=(len(values) - 0.4, -0.6))
         axes.set_yticks(channels, [f"channel {channel}" for channel in channels])
         axes.grid(False, axis="y")
 
 
-@matplotlib.rc_context(matplotlib.rcParamsDefault)
+@matplotlib.rc_context(STYLE)
 def traces(values: np.ndarray, path: Path, *, title: str, names: Sequence[str], y_label: str) -> None:
     """Write `values` (chains, draws, quantities) against the draws as one PNG: a panel for each quantity, which has a name."""
     count = values.shape[2]
-    figure = Figure(figsize=(7.5, 1.7 * count + 0.6), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.7 * count + 0.6))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    for number, axes in enumerate(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]):
-        for chain, colour in zip(values[..., number], cycle(COLOURS), strict=False):
-            axes.plot(chain, color=colour, linewidth=1.2)
-        _dress(axes, "", "draw, a line for each chain" if number == count - 1 else "", y_label)
-        axes.set_title(names[number], loc="left", fontsize=9)
+    for axes, chains, name in zip(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0], values.T, names, strict=False):
+        axes.plot(chains, linewidth=1.2)
+        axes.set_title(name, fontsize=9, fontweight="normal")
+        axes.set(ylabel=y_label)
         axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+    axes.set(xlabel="draw, a line for each chain")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     _save(figure, path)
 
@@ -112,16 +114,16 @@ def histograms(series: Mapping[str, np.ndarray], path: Path, *, title: str, x_la
     everything = np.concatenate(list(series.values()))
     edges = np.geomspace(everything.min() / 1.05, everything.max() * 1.05, 51)
     with _chart(path, 3.4, title, x_label, "images") as axes:
-        for (label, values), colour in zip(series.items(), cycle(COLOURS), strict=False):
+        for (label, values), colour in zip(series.items(), COLOURS, strict=False):
             counts, _ = np.histogram(values, edges)
             axes.stairs(counts, edges, color=colour, fill=True, alpha=0.35)
             axes.stairs(counts, edges, color=colour, linewidth=1.4, label=label)
         axes.set(xscale="log")
         axes.xaxis.set(major_formatter=NUMBERS, minor_formatter=NullFormatter())
-        axes.legend(frameon=False)
+        axes.legend()
 
 
-@matplotlib.rc_context(matplotlib.rcParamsDefault | SVG)
+@matplotlib.rc_context(SVG)
 def differences(values: np.ndarray, *, x_label: str) -> str:
     """A histogram of differences, those above zero in another colour, as an SVG in the colours of the page around it."""
     low, high, mean = min(0.0, float(values.min())), max(0.0, float(values.max())), float(values.mean())
@@ -129,33 +131,23 @@ def differences(values: np.ndarray, *, x_label: str) -> str:
     first = math.floor(low / step)
     edges = np.arange(first, max(math.ceil(high / step), first + 1) + 1) * step  # one of them is zero
     counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
-    figure = Figure(figsize=(5.0, 2.8), layout="constrained")
-    axes = figure.add_subplot()
-    _dress(axes, "", x_label, "images")
+    figure = Figure(figsize=(5.0, 2.8))
+    axes = figure.add_subplot(xlabel=x_label, ylabel="images")
     colours = [GOOD if middle > 0 else BAD for middle in edges[:-1] + step / 2]
     axes.bar(edges[:-1], counts, 0.94 * step, align="edge", color=colours)
     axes.axvline(0, color=INK, linewidth=1.0)
     axes.axvline(mean, color=INK, linewidth=1.2, linestyle="--", label=f"mean {mean:+.3g}")
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=10)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=10)
     return _svg(figure)
 
 
 @contextmanager
 def _chart(path: Path, height: float, title: str, x_label: str, y_label: str) -> Iterator[Axes]:
     """One panel, `height` inches high, that is written to `path` when it has been drawn."""
-    with matplotlib.rc_context(matplotlib.rcParamsDefault):
-        figure = Figure(figsize=(7.5, height), layout="constrained")
-        axes = figure.add_subplot()
-        _dress(axes, title, x_label, y_label)
-        yield axes
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.5, height))
+        yield figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
         _save(figure, path)
-
-
-def _dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set(xlabel=x_label, ylabel=y_label, axisbelow=True)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, path: Path) -> None:

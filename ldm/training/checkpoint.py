@@ -22,11 +22,10 @@ class CheckpointStore:
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Replace the checkpoint: a kill at any moment leaves the old one or the new one, never a part."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         complete = self.folder / f"{state['images_seen']:012d}"
         partial = complete.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(parents=True)
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(state))
         for path in partial.iterdir():
@@ -34,23 +33,19 @@ class CheckpointStore:
                 os.fsync(file.fileno())
         shutil.rmtree(complete, ignore_errors=True)
         os.replace(partial, complete)
-        for old in self._complete()[:-1]:
+        for old in sorted(self.folder.glob("*[0-9]"))[:-1]:
             shutil.rmtree(old)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest complete checkpoint, or None."""
-        if not (found := self._complete()):
+        if not (found := sorted(self.folder.glob("*[0-9]"))):
             return None
         return load_file(found[-1] / "state.safetensors"), json.loads((found[-1] / "state.json").read_text())
-
-    def _complete(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("*") if path.name.isdigit())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimizer's per-parameter state as flat named tensors."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+    return {f"{index}.{name}": x for index, state in optimizer.state_dict()["state"].items() for name, x in state.items()}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -7,8 +7,9 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -22,18 +23,19 @@ from ldm.base.errors import InputError
 from ldm.base.randomness import generator
 from ldm.nets.diffusers import Pretrained
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
-from ldm.training.ema import Ema, global_norm
 from ldm.training.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from ldm.training.options import Training
 
+PARTS, STATE = ("model", "ema", "optimizer"), ("curve", "count", "sums", "usual")  # tensors and attributes in a checkpoint
 POINTS = 40  # rows of a finished loss curve
 GRADIENT_NORM = 1.0  # gradients are clipped to this norm
 EXPLOSION = 1e4  # a gradient norm this many times the usual one ends the run
 USUAL = 0.05  # weight of a batch in the usual gradient norm, a running mean
 SYNC_SECONDS = 2.0  # between synchronisations: reading the losses, and asking the other ranks whether to stop
 SYNC_BATCHES = 32  # between synchronisations at most
+RAMP = 0.05  # early on the average's half-life is at most this share of the images seen (Karras et al. 2024, EDM2)
 
 
 class Objective(Protocol):
@@ -51,11 +53,8 @@ class Objective(Protocol):
         Draws from `rng` are made for all `batch_size` images, so that they do not depend on how the batch is divided.
         """
 
-    def batch(self, images_seen: int, batch_size: int) -> dict[str, Tensor]:
-        """The batch at a position, saved if it ends the run."""
-
-    def compile(self) -> None:
-        """Compile the networks in place."""
+    def batch(self, images_seen: int, batch_size: int) -> dict[str, Tensor]: ...  # is saved if it ends the run
+    def compile(self) -> None: ...
 
 
 class Tracker(Protocol):
@@ -82,6 +81,31 @@ class Fitted(NamedTuple):
     curve: list[dict[str, float]]  # a row of metrics for each logged position
 
 
+class Ema:
+    """Averages the parameters of a module, its half-life counted in images; buffers are copied."""
+
+    def __init__(self, module: nn.Module, halflife_images: int):
+        self.halflife_images, live = halflife_images, module.state_dict(keep_vars=True)
+        self._average = {name: tensor.detach().clone() for name, tensor in live.items()}
+        pairs = [(self._average[name], tensor) for name, tensor in live.items()]
+        self._weights = [pair for pair in pairs if isinstance(pair[1], nn.Parameter)]
+        self._buffers = [pair for pair in pairs if not isinstance(pair[1], nn.Parameter)]
+
+    @torch.no_grad()
+    def update(self, images_seen: int, batch_size: int) -> None:
+        """Move the average towards the weights after a batch; a half-life of 0 copies them."""
+        halflife = min(self.halflife_images, RAMP * images_seen)
+        weight = 1 - 0.5 ** (batch_size / halflife) if halflife > 0 else 1.0
+        averages, weights = (distributed.local_shards(tensors) for tensors in zip(*self._weights, strict=True))
+        torch._foreach_lerp_(averages, weights, weight)
+        for average, buffer in self._buffers:
+            average.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages themselves, with the module's keys."""
+        return self._average
+
+
 def learning_rate(schedule: Training, images_seen: int) -> float:
     """Linear warm-up, then cosine decay to zero at the last image."""
     if images_seen < schedule.warmup_images:
@@ -91,17 +115,10 @@ def learning_rate(schedule: Training, images_seen: int) -> float:
 
 
 def fit(
-    objective: Objective,
-    schedule: Training,
-    *,
-    seed: int,
-    tracker: Tracker,
-    store: CheckpointStore,
-    progress: Callable[[int, dict[str, float]], None],
-    should_stop: Callable[[], bool] = lambda: False,
-    execution: Execution = Execution(),
-    num_data: int = 0,
-) -> Fitted:
+    objective: Objective, schedule: Training, *, seed: int, tracker: Tracker, store: CheckpointStore,
+    progress: Callable[[int, dict[str, float]], None], should_stop: Callable[[], bool] = lambda: False,
+    execution: Execution = Execution(), num_data: int = 0,
+) -> Fitted:  # fmt: skip
     """Train `objective.module` for `schedule.images` images, resuming from `store` if it holds a checkpoint.
 
     `progress(done, row)` is called before the first and after every batch; the row is empty unless one was closed.
@@ -123,7 +140,7 @@ def fit(
     device = next(objective.module.parameters()).device
     if not distributed.all_ranks_equal(resumed, device):
         raise InputError(f"{store.folder}: the ranks found different checkpoints here; they have to share this folder")
-    gradients = _Gradients(loss, optimizer, seed, execution, GRADIENT_NORM if choice.clips else math.inf)
+    gradients = partial(_gradients, loss, optimizer, seed, execution, GRADIENT_NORM if choice.clips else math.inf)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
     sync = _Sync(device)
@@ -153,7 +170,7 @@ def fit(
 
 
 class _Loss(nn.Module):
-    """The loss as a module's forward, which is what must be wrapped to synchronise gradients."""
+    """The loss as a module's forward, as DDP and FSDP2 wrap it."""
 
     def __init__(self, objective: Objective, autocast: torch.dtype | None):
         super().__init__()
@@ -180,41 +197,39 @@ def _parallel(objective: Objective, execution: Execution) -> nn.Module:
     return loss
 
 
-class _Gradients:
-    """Fills the parameters' gradients with those of a whole batch, over micro-batches and ranks, and clips them."""
+def _gradients(
+    loss: nn.Module, optimizer: torch.optim.Optimizer, seed: int, execution: Execution, max_norm: float, images_seen: int,
+    batch_size: int,
+) -> tuple[list[str], Tensor]:  # fmt: skip
+    """Fill the gradients with those of a batch, over micro-batches and ranks, and clip each `clip_group` to `max_norm`.
 
-    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, seed: int, execution: Execution, max_norm: float):
-        self.loss, self.seed, self.micro_batch, self.max_norm = loss, seed, execution.micro_batch, max_norm
-        self.sharded = execution.shard and distributed.ranks() > 1
-        self.clip_groups: dict[int, list[Tensor]] = defaultdict(list)
-        for group in optimizer.param_groups:
-            self.clip_groups[group["clip_group"]] += group["params"]
+    Returns names and values, float64, of the batch's metrics; the last is the norm of all gradients before clipping.
+    """
+    share = batch_size // distributed.ranks()
+    first, step = distributed.rank() * share, min(execution.micro_batch or share, share)
+    parts = [slice(start, min(start + step, first + share)) for start in range(first, first + share, step)]
+    rows, metrics = [], {}
+    for part in parts:
+        weight = (part.stop - part.start) / share
+        more = isinstance(loss, DistributedDataParallel) and part is not parts[-1]  # wait for other ranks at the last
+        with loss.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
+            value, metrics = loss(images_seen, batch_size, generator(seed, "loss", images_seen), part)
+            (value if len(parts) == 1 else value * weight).backward()
+        rows.append(torch.stack([value.detach() for value in (value, *metrics.values())]).double() * weight)
+    means = distributed.mean(torch.stack(rows).sum(0))
+    groups: dict[int, list[Tensor]] = defaultdict(list)
+    for group in optimizer.param_groups:
+        groups[group["clip_group"]] += distributed.local_shards(p.grad for p in group["params"] if p.grad is not None)
+    norms = torch.stack([global_norm(gradients) for gradients in groups.values()])
+    if execution.shard and distributed.ranks() > 1:
+        norms = (distributed.mean(norms.square()) * distributed.ranks()).sqrt()
+    for gradients, scale in zip(groups.values(), (max_norm / norms).clamp(max=1.0), strict=True):
+        torch._foreach_mul_(gradients, scale)
+    return ["loss", *metrics, "gradient_norm"], torch.cat([means, torch.linalg.vector_norm(norms).double()[None]])
 
-    def __call__(self, images_seen: int, batch_size: int) -> tuple[list[str], Tensor]:
-        """The batch's metrics, last the norm of its gradients before clipping: names and values, float64."""
-        share = batch_size // distributed.ranks()
-        first, step = distributed.rank() * share, min(self.micro_batch or share, share)
-        parts = [slice(start, min(start + step, first + share)) for start in range(first, first + share, step)]
-        rows = []
-        for part in parts:
-            weight = (part.stop - part.start) / share
-            more = isinstance(self.loss, DistributedDataParallel) and part is not parts[-1]  # wait for other ranks at the last
-            with self.loss.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
-                loss, metrics = self.loss(images_seen, batch_size, generator(self.seed, "loss", images_seen), part)
-                (loss if len(parts) == 1 else loss * weight).backward()
-            rows.append(torch.stack([value.detach() for value in (loss, *metrics.values())]).double() * weight)
-        means = distributed.mean(torch.stack(rows).sum(0))
-        return ["loss", *metrics, "gradient_norm"], torch.cat([means, self._clip().double()[None]])
 
-    def _clip(self) -> Tensor:
-        """Clip each `clip_group` to the largest norm; return the total norm before clipping."""
-        groups = [distributed.local_shards(p.grad for p in group if p.grad is not None) for group in self.clip_groups.values()]
-        norms = torch.stack([global_norm(group) for group in groups])
-        if self.sharded:
-            norms = (distributed.mean(norms.square()) * distributed.ranks()).sqrt()
-        for group, scale in zip(groups, (self.max_norm / norms).clamp(max=1.0), strict=True):
-            torch._foreach_mul_(group, scale)
-        return torch.linalg.vector_norm(norms)
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
 class _Sync:
@@ -226,7 +241,7 @@ class _Sync:
 
     def __call__(self, should_stop: Callable[[], bool]) -> tuple[bool, bool]:
         """Whether to synchronise after this batch, and whether any rank was asked to stop. Several ranks ask only then."""
-        self.batches += 1
+        self.batches, stop = self.batches + 1, False
         if distributed.ranks() == 1:
             stop, due = should_stop(), time.monotonic() - self.last >= SYNC_SECONDS or self.batches >= SYNC_BATCHES
         elif due := self.batches >= self.next:
@@ -235,12 +250,11 @@ class _Sync:
             seconds = (time.monotonic() - self.last) / self.batches
             largest = torch.tensor([float(should_stop()), seconds], dtype=torch.float64, device=self.device)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-            stop = bool(largest[0] > 0)
-            self.next = int(min(max(SYNC_SECONDS / max(float(largest[1]), 1e-9), 1), SYNC_BATCHES))
-        if not due:
-            return False, distributed.ranks() == 1 and stop
-        self.last, self.batches = time.monotonic(), 0
-        return True, stop
+            stop, slowest = bool(largest[0] > 0), float(largest[1])
+            self.next = int(min(max(SYNC_SECONDS / max(slowest, 1e-9), 1), SYNC_BATCHES))
+        if due:
+            self.last, self.batches = time.monotonic(), 0
+        return due, stop
 
 
 @dataclass
@@ -289,12 +303,11 @@ class _Run:
         return row
 
     def save(self, images_seen: int) -> None:
-        parts = {"model": self.objective.module.state_dict(), "ema": self.ema.state_dict()}
-        parts["optimizer"] = optimizer_tensors(self.optimizer)
-        tensors = distributed.full_tensors({f"{part}.{k}": v for part, state in parts.items() for k, v in state.items()})
+        parts = self.objective.module.state_dict(), self.ema.state_dict(), optimizer_tensors(self.optimizer)
+        named = {f"{part}.{k}": v for part, state in zip(PARTS, parts, strict=True) for k, v in state.items()}
+        tensors, state = distributed.full_tensors(named), {name: getattr(self, name) for name in STATE}
         if distributed.rank() == 0:
-            state = {"images_seen": images_seen, "curve": self.curve, "count": self.count, "sums": self.sums}
-            self.store.save(tensors, {**state, "usual": self.usual, "tracker": self.tracker.state_dict()})
+            self.store.save(tensors, {"images_seen": images_seen, **state, "tracker": self.tracker.state_dict()})
         self.saved = images_seen
         self.tracker.flush()  # after the checkpoint: a kill in between delivers the same metrics again, not new ones
 
@@ -303,16 +316,14 @@ class _Run:
         if (loaded := self.store.load()) is None:
             return 0
         tensors, state = loaded
-        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = tensor
+        model, ema, optimizer = ({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{p}.")} for p in PARTS)
         try:
-            distributed.load(self.objective.module.state_dict(), parts["model"])
-            self.ema.load_state_dict(parts["ema"])
-            load_optimizer_tensors(self.optimizer, parts["optimizer"])
-            self.sums, self.count, self.curve, self.usual = (state[name] for name in ("sums", "count", "curve", "usual"))
+            distributed.load(self.objective.module.state_dict(), model)
+            distributed.load(self.ema.state_dict(), ema)
+            load_optimizer_tensors(self.optimizer, optimizer)
             self.tracker.load_state_dict(state["tracker"])
+            for name in STATE:
+                setattr(self, name, state[name])
         except (KeyError, IndexError, RuntimeError) as error:  # adopted from other code
             reason = f"does not fit what is trained now ({str(error).splitlines()[0]}); `ldm checkpoints drop` it"
             raise InputError(f"{self.store.folder}: {reason}") from error

@@ -1,4 +1,4 @@
-"""The optimizers that a training section can name."""
+"""What `train_vae.optimizer` and `train_unet.optimizer` can name."""
 
 from __future__ import annotations
 
@@ -41,5 +41,4 @@ class Sgld(Optimizer):
         from ldm.base.randomness import seed_for
         from ldm.langevin.sgld import SGLD
 
-        options = self.model_dump(exclude={"kind"})
-        return SGLD(groups, lr, num_data=num_data, **options, seed=seed_for(seed, "langevin"))
+        return SGLD(groups, lr, num_data=num_data, **self.model_dump(exclude={"kind"}), seed=seed_for(seed, "langevin"))

@@ -2,8 +2,6 @@
 
 from typing import Annotated, Literal
 
-from pydantic import model_validator
-
 from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section
 from ldm.bayes.likelihoods.family import Family
 from ldm.training.objectives import VaeChoice
@@ -31,12 +29,7 @@ class TrainVae(Training):
 
 
 class TrainUnet(Training):
+    images: Positive
     optimizer: AdamW
     caption_dropout: Fraction  # share of captions replaced by the empty one, for classifier-free guidance
     loss_weight: Annotated[LossWeight, OneOf()]  # of noise levels
-
-    @model_validator(mode="after")
-    def _some_images(self) -> "TrainUnet":
-        if not self.images:
-            raise ValueError("train_unet.images is 0; a U-Net is trained for some images")
-        return self

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from ldm.data.batches import order
 from ldm.data.latents import Latents
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise.levels import NoiseLevels
+from ldm.diffusion.noise import NoiseLevels
 from ldm.nets.text.encoder import trim
 from ldm.training.weighting import LossWeight
 
 if TYPE_CHECKING:
     from ldm.training.options import TrainUnet
 
-FREQUENCIES = 64  # of the features by which an uncertainty depends on the noise level
-DEVICE_SHARE = 0.5  # of a GPU's free memory that latents may take
+FREQUENCIES, DEVICE_SHARE = 64, 0.5  # of an uncertainty's features; of a GPU's free memory that latents may take
 
 
 class UnetObjective:
@@ -69,10 +68,7 @@ class UnetObjective:
 
 
 class Uncertainty(nn.Module):
-    """loss / exp(u) + u, so that u(sigma) comes to ln of the level's mean loss (Karras et al. 2024, EDM2; Kendall & Gal 2018).
-
-    u is linear in Fourier features of ln(sigma) / 4.
-    """
+    """loss / exp(u) + u: u(sigma), linear in Fourier features of ln(sigma) / 4, comes to ln of the level's mean loss (EDM2)."""
 
     frequencies: Tensor
 
@@ -88,8 +84,7 @@ class Uncertainty(nn.Module):
         return (torch.cat([angles.cos(), angles.sin()], dim=1) * self.weight).sum(1)
 
     def forward(self, loss: Tensor, sigma: Tensor) -> Tensor:
-        u = self.u(sigma)
-        return loss * torch.exp(-u) + u
+        return loss * torch.exp(-(u := self.u(sigma))) + u
 
 
 def quarters(levels: NoiseLevels) -> tuple[Tensor, Tensor]:
@@ -97,8 +92,7 @@ def quarters(levels: NoiseLevels) -> tuple[Tensor, Tensor]:
 
     A level belongs to the quarter above it. For a table whose length is no multiple of four, shares are about a quarter.
     """
-    boundaries = levels.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).float()
-    count = len(levels.table)
+    boundaries, count = levels.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).float(), len(levels.table)
     evenly = levels.quantile((torch.arange(count, dtype=torch.float64) + 0.5) / count).float()
     members = torch.bucketize(evenly, boundaries, right=True).bincount(minlength=4)
     return boundaries, members.clamp(min=1) / count  # of a table of two or three, some quarters are empty
@@ -107,16 +101,14 @@ def quarters(levels: NoiseLevels) -> tuple[Tensor, Tensor]:
 def by_quarter(loss: Tensor, sigma: Tensor, boundaries: Tensor, shares: Tensor) -> dict[str, Tensor]:
     """Unbiased estimates of the mean loss in each quarter from losses (B,): means over the batch, so any parts of it add up."""
     inside = torch.bucketize(sigma, boundaries, right=True)[:, None] == torch.arange(4, device=sigma.device)  # (B, 4)
-    means = (loss[:, None] * inside).mean(0) / shares
-    return {f"loss_noise_q{i}": mean for i, mean in enumerate(means, start=1)}
+    return {f"loss_noise_q{i}": mean for i, mean in enumerate((loss[:, None] * inside).mean(0) / shares, start=1)}
 
 
 def storage_device(latents: Latents, device: torch.device) -> torch.device:
     """Where latents and texts are kept: on the device if they fit into `DEVICE_SHARE` of its free memory, else on the host."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (latents.mean, latents.logvar, latents.text))
-    if device.type == "cuda" and size > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return torch.device("cpu")
-    return device
+    size = sum(tensor.nbytes for tensor in (latents.mean, latents.logvar, latents.text))
+    crowded = device.type == "cuda" and size > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return torch.device("cpu") if crowded else device
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

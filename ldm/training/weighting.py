@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 class LossWeight(Choice):
     def module(self) -> torch.nn.Module | None:
         """What is trained with the network, if anything."""
-        return None
 
     def weighted(self, losses: Tensor, sigma: Tensor, denoiser: Denoiser, module: torch.nn.Module | None) -> Tensor:
         """What is minimised of the standard losses (B,) at noise levels sigma (B,)."""

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from targets import Mixture, Target, run
 
 from ldm.langevin.sgld import SGHMC, SGLD, Polynomial
-from ldm.report.plots import COLOURS, _dress, _save
+from ldm.report.plots import COLOURS, STYLE, _save
 
 FOLDER = Path(__file__).parents[2] / "ldm" / "langevin"
 CHAINS = 5000
@@ -41,7 +41,7 @@ def stationary(path: Path) -> None:
         axes.axhline(1, color="#7a7a80", linewidth=1.0, linestyle="--", label="posterior")
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
-        _dress(axes, name, "step size ε · curvature a", "stationary variance · a" if friction == 1 else "")
+        axes.set(title=name, xlabel="step size ε · curvature a", ylabel="stationary variance · a" if friction == 1 else "")
     panels[0].legend(frameon=False, loc="upper left")
     _save(figure, path)
 
@@ -61,14 +61,14 @@ def mixture(path: Path) -> None:
     for axes, cells, title in zip(panels, (exact, found), titles, strict=True):
         axes.pcolormesh(*target.edges, cells.T, cmap="Blues", vmin=0, vmax=1.1 * exact.max())
         axes.contour(*centres, density, density.max() * np.array([0.05, 0.2, 0.4, 0.6, 0.8]), colors=COLOURS[1], linewidths=0.9)
-        _dress(axes, title, "θ₁", "θ₂" if axes is panels[0] else "")
+        axes.set(title=title, xlabel="θ₁", ylabel="θ₂" if axes is panels[0] else "")
         axes.grid(False)
         axes.set_xlim(-1.2, 2.2)
         axes.set_ylim(-2.6, 2.6)
     _save(figure, path)
 
 
-@matplotlib.rc_context(matplotlib.rcParamsDefault)
+@matplotlib.rc_context(STYLE)
 def main() -> None:
     for draw in (stationary, mixture):
         path = FOLDER / f"sgld_{draw.__name__}.png"

@@ -26,8 +26,7 @@ from ldm.base.device import default_device, reuse_freed_memory
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise import Linear
 from ldm.nets.unet import UNet
-from ldm.training.ema import global_norm
-from ldm.training.fit import GRADIENT_NORM
+from ldm.training.fit import GRADIENT_NORM, global_norm
 
 PARAMS = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())  # unvalidated: pydantic is not everywhere
 MODE = os.environ.get("LDM_BENCH_COMPILE_MODE")  # of torch.compile

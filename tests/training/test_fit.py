@@ -28,8 +28,7 @@ from ldm.base.randomness import fill_normal, seed_for
 from ldm.data.batches import order
 from ldm.training import fit as loop
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.ema import Ema, global_norm
-from ldm.training.fit import Execution, Fitted, fit, learning_rate
+from ldm.training.fit import Ema, Execution, Fitted, fit, global_norm, learning_rate
 from ldm.training.optimizers import AdamW, Optimizer, Sgld
 
 PLAIN = Execution()

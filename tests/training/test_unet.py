@@ -18,8 +18,7 @@ from ldm.base.options import kinds
 from ldm.base.randomness import generator
 from ldm.data.latents import Latents
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise.distributions import Cosine, LogNormal
-from ldm.diffusion.noise.levels import Noise, NoiseLevels
+from ldm.diffusion.noise import Cosine, LogNormal, Noise, NoiseLevels
 from ldm.nets.unet import UNet
 from ldm.registry.tracking import Run
 from ldm.training import fit as loop
