@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ldm.base.errors import InputError
 from ldm.base.files import write_text
-from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assign, explained, value_at
+from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assigned, explained, value_at
 from ldm.data.sources.source import Source
 from ldm.diffusion.options import Diffusion, Sampling
 from ldm.evaluation.metrics.metric import Metric
@@ -177,7 +177,7 @@ def load_settings(root: Path) -> Settings:
 
 
 def change_settings(root: Path, assignments: list[str]) -> list[str]:
-    """Write values into `root/params.yaml`, comments kept; returns what changed, a line each. See `ldm.base.options.assign`.
+    """Write values into `root/params.yaml`, comments kept; returns what changed, a line each. See `ldm.base.options.assigned`.
 
     Raises `InputError`, and changes nothing, if the settings are then not valid.
     """
@@ -188,8 +188,7 @@ def change_settings(root: Path, assignments: list[str]) -> list[str]:
     document.preserve_quotes, document.width, document.default_flow_style = True, 1000, None  # new lists in one line
     document.indent(mapping=2, sequence=4, offset=2)
     document.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
-    values = document.load(path.read_text(encoding="utf-8"))
-    assign(values, assignments)
+    values = assigned(document.load(path.read_text(encoding="utf-8")), assignments)
     after = validated(json.loads(json.dumps(values)), root).model_dump()
     text = io.StringIO()
     document.dump(values, text)

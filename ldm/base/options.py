@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -44,19 +43,20 @@ class OneOf:
     """`sampler: Annotated[Sampler, OneOf()]` takes any choice below `Sampler`, told apart by `kind`."""
 
     def __get_pydantic_core_schema__(self, base: type[Choice], handler: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(functools.partial(_choose, base))
+        def choose(values: Any) -> Any:
+            if isinstance(values, base):
+                return values
+            known = kinds(base)
+            names = list(known)
+            if not isinstance(values, dict) or ("kind" not in values and len(known) > 1):
+                raise PydanticCustomError("no_kind", "write {kind: NAME} and its options")
+            kind = values.get("kind", names[0])
+            if kind not in names:  # a list: a wrong kind may not be hashable
+                found = {"kind": kind, "known": names}
+                raise PydanticCustomError("unknown_kind", "unknown kind {kind}; known are {known}", found)
+            return known[kind].model_validate(values)  # pydantic reports what is wrong in there, under the choice's key
 
-
-def _choose(base: type[Choice], values: Any) -> Any:
-    if isinstance(values, base):
-        return values
-    known = kinds(base)
-    if not isinstance(values, dict) or ("kind" not in values and len(known) > 1):
-        raise PydanticCustomError("no_kind", "write {kind: NAME} and its options")
-    kind = values.get("kind", next(iter(known)))
-    if kind not in (names := list(known)):  # a list: a wrong kind may not be hashable
-        raise PydanticCustomError("unknown_kind", "unknown kind {kind}; known are {known}", {"kind": kind, "known": names})
-    return known[kind].model_validate(values)  # pydantic reports what is wrong in there, under the choice's key
+        return core_schema.no_info_plain_validator_function(choose)
 
 
 def kinds(base: type[Choice]) -> dict[str, type[Any]]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.noise.levels import NoiseLevels
+from ldm.diffusion.noise import NoiseLevels
 
 
 class Scalings(NamedTuple):

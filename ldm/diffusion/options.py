@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ldm.base.errors import InputError
 from ldm.base.options import NonNegative, OneOf, Positive, Section, explained
-from ldm.diffusion.noise.levels import Noise
+from ldm.diffusion.noise import Noise
 from ldm.diffusion.samplers.sampler import Sampler
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from ldm.base.errors import InputError
-from ldm.base.options import Choice, Key, OneOf, Positive, Section, assign, assigned, chosen, explained, keys, kinds, value_at
+from ldm.base.options import Choice, Key, OneOf, Positive, Section, assigned, chosen, explained, keys, kinds, value_at
 
 
 class Shape(Choice):
@@ -139,8 +139,7 @@ def test_settings_are_assigned_by_dotted_keys() -> None:
         "new": {"section": {"flag": True}},
     }
     assert "label" not in values["inner"]  # the argument is as it was
-    assign(values, ["seed=null"])
-    assert values["seed"] is None
+    assert assigned(values, ["seed=null"])["seed"] is None
 
 
 @pytest.mark.parametrize(

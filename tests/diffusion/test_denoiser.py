@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise.distributions import Cosine, Linear
+from ldm.diffusion.noise import Cosine, Linear
 
 KINDS = ("eps", "x0", "v", "edm", "flow")
 SIGMA_DATA = 0.7

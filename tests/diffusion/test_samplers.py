@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ldm.base.options import kinds
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.noise.distributions import ScaledLinear
-from ldm.diffusion.noise.levels import NoiseLevels
+from ldm.diffusion.noise import NoiseLevels, ScaledLinear
 from ldm.diffusion.samplers.ddim import ddim
 from ldm.diffusion.samplers.dpmpp_2m import dpmpp_2m
 from ldm.diffusion.samplers.heun import heun
