@@ -1,18 +1,18 @@
 """Shards on object storage or a web server: a bounded folder of their files, each verified when it arrives."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
 from ldm.base.errors import InputError
+from ldm.base.files import locked
 
 CHUNK = 8 << 20  # bytes held in memory, and of one request to object storage
 PAUSES = (0.2, 1.0)  # seconds between attempts
@@ -37,16 +37,13 @@ class ShardCache:
 
     def __init__(self, url: str, folder: Path, max_bytes: int):
         self.url, self.folder, self.max_bytes = url.rstrip("/"), folder, max_bytes
+        self._listing = folder / LOCKS / "folder"  # held where files grow, go or get their names
 
     def text(self, name: str) -> str | None:
         """The text of a small file at the URL, never from the folder; None if there is no such file."""
-
-        def read(filesystem: Any, url: str) -> str | None:
-            with contextlib.suppress(FileNotFoundError):
-                return filesystem.cat_file(url).decode()
-            return None
-
-        return self._attempt(name, read)
+        with contextlib.suppress(FileNotFoundError):
+            return self._attempt(name, lambda filesystem, url: filesystem.cat_file(url).decode())
+        return None
 
     def open(self, name: str, sha256: str, size: int) -> int:
         """A read-only descriptor of the local copy, readable even after the copy was evicted. The caller closes it."""
@@ -56,32 +53,31 @@ class ShardCache:
             room = f"do not fit in {self.folder}, which may hold {self.max_bytes:,}"
             raise InputError(f"{self.url}/{name}: its {size:,} bytes {room}; raise that bound or write smaller shards")
         try:
-            (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / LOCKS / sha256):
-                kept = self._kept(sha256, size)
-                return self._fetch(name, sha256, size) if kept is None else kept
+            self._listing.parent.mkdir(parents=True, exist_ok=True)
+            with locked(self._listing.with_name(sha256)):
+                with contextlib.suppress(FileNotFoundError):
+                    kept = os.open(self.folder / sha256, os.O_RDONLY)
+                    if os.fstat(kept).st_size == size:  # its hash was verified when it arrived
+                        os.utime(kept, ns=(time.time_ns(),) * 2)  # the kernel's clock for "now" has steps of milliseconds
+                        return kept
+                    os.close(kept)
+                return self._fetch(name, sha256, size)
         except OSError as error:  # of this disk: `_attempt` turns the server's into InputErrors
             raise InputError(f"{self.folder}: {error}; shards of {self.url} are kept there, make it writable") from None
-
-    def _kept(self, sha256: str, size: int) -> int | None:
-        """A descriptor of the local copy, if it has its full size. Its hash was verified when it arrived."""
-        with contextlib.suppress(FileNotFoundError):
-            file = os.open(self.folder / sha256, os.O_RDONLY)
-            if os.fstat(file).st_size == size:
-                os.utime(file, ns=(time.time_ns(),) * 2)  # the kernel's clock for "now" has steps of milliseconds
-                return file
-            os.close(file)
-        return None
 
     def _fetch(self, name: str, sha256: str, size: int) -> int:
         path, part = self.folder / sha256, self.folder / f"{sha256}{PART}"
         try:
             with part.open("wb") as file:
                 self._make_room(file, size)
-                self._attempt(name, lambda filesystem, url: _download(filesystem, url, sha256, size, file))
+                try:
+                    self._attempt(name, lambda filesystem, url: _download(filesystem, url, sha256, size, file))
+                except FileNotFoundError:
+                    advice = "check the URL, or upload the shard folder again"
+                    raise InputError(f"{self.url}/{name}: not found; {advice}") from None
                 os.fsync(file.fileno())  # it had its full size before its bytes: after a power cut the size would prove nothing
             fetched = os.open(part, os.O_RDONLY)
-            with _locked(self.folder / LOCKS / "folder"):  # a listing during a rename may show neither name
+            with locked(self._listing):  # a listing during a rename may show neither name
                 os.replace(part, path)
             return fetched
         finally:
@@ -90,7 +86,7 @@ class ShardCache:
     def _make_room(self, part: IO[bytes], size: int) -> None:
         """Evict files until `size` bytes fit, and claim these as the length of `part`; wait for other parts if need be."""
         while True:
-            with _locked(self.folder / LOCKS / "folder"):
+            with locked(self._listing):
                 files = [path for path in self.folder.iterdir() if SHA256.fullmatch(path.name.removesuffix(PART))]
                 room = self.max_bytes - size - sum(self._claimed(path) for path in files if path.suffix == PART)
                 if room >= 0:
@@ -105,22 +101,20 @@ class ShardCache:
         """The length of a part that a live process holds. A part of a dead process is removed."""
         with contextlib.suppress(FileNotFoundError):
             try:
-                with _locked(self.folder / LOCKS / part.stem, fcntl.LOCK_NB):
+                with locked(self._listing.with_name(part.stem), wait=False):
                     part.unlink()
             except BlockingIOError:
                 return part.stat().st_size
         return 0
 
     def _attempt(self, name: str, read: Callable[[Any, str], Any]) -> Any:
-        """`read(filesystem, url)` of a file, again after errors that may pass."""
+        """`read(filesystem, url)` of a file, again after errors that may pass. Raises `FileNotFoundError` for an absent file."""
         url = f"{self.url}/{quote(name) if self.url.startswith('http') else name}"
         for pause in (*PAUSES, 0):
             try:
                 return read(_filesystem(self.url, os.getpid()), url)
-            except InputError:
+            except (InputError, FileNotFoundError):
                 raise
-            except FileNotFoundError:
-                raise InputError(f"{url}: not found; check the URL, or upload the shard folder again") from None
             except Exception as error:  # every filesystem has its own exceptions
                 cause = f"{type(error).__name__} {' '.join(str(error).split())}".strip()
                 if isinstance(error, PermissionError | ValueError) or "Credentials" in type(error).__name__:
@@ -153,34 +147,22 @@ def _filesystem(url: str, pid: int) -> Any:
     Each process has its own, since a filesystem's thread does not survive a fork. None is ever closed: a child that closed
     its parent's would take the parent's sockets out of the epoll that both share.
     """
-    options: dict[str, dict[str, Any]] = {}
-    scheme = url.partition("://")[0]
+    scheme, options = url.partition("://")[0], {}
     try:
         import fsspec
 
+        theirs = fsspec.config.conf.get(scheme, {})  # FSSPEC_S3_… and the like, which an argument would replace
         if scheme == "s3":
             timeouts = {"connect_timeout": CONNECT, "read_timeout": STALL, "retries": {"total_max_attempts": 1}}
-            options = {"config_kwargs": timeouts}
+            options = {"config_kwargs": timeouts | theirs.get("config_kwargs", {})}
         elif scheme.startswith("http"):
             from aiohttp import ClientTimeout
 
-            options = {"client_kwargs": {"timeout": ClientTimeout(connect=CONNECT, sock_read=STALL)}}
-        theirs = fsspec.config.conf.get(scheme, {})  # FSSPEC_S3_… and the like, which an argument would replace
-        options = {key: ours | theirs.get(key, {}) for key, ours in options.items()}
+            timeout = {"timeout": ClientTimeout(connect=CONNECT, sock_read=STALL)}
+            options = {"client_kwargs": timeout | theirs.get("client_kwargs", {})}
         filesystem, _ = fsspec.url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:
         raise InputError(f"{url}: {error}; for s3:// and https://, pip install ldm-pipeline[s3]") from None
     if scheme == "s3":
         filesystem.retries = 1  # its 5 retries would multiply with ours
     return filesystem
-
-
-@contextlib.contextmanager
-def _locked(path: Path, flags: int = 0) -> Iterator[None]:
-    """Hold the lock file at `path`, which is never removed, for this thread."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | flags)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a child that was forked meanwhile would keep the lock

@@ -31,6 +31,7 @@ import pytest
 from image_folders import OPTIONS, make_folder, numbered
 
 from ldm.base.errors import InputError
+from ldm.base.files import locked
 from ldm.data import remote
 from ldm.data.batches import Batches
 from ldm.data.reader import ShardReader, open_shards
@@ -520,7 +521,7 @@ def test_processes_fetch_different_files_at_once_and_stay_below_the_bound(web: W
 def listed(folder: Path) -> int:
     """Bytes in the folder at one instant: under the lock in which files grow and get their names."""
     total = 0
-    with remote._locked(folder / remote.LOCKS / "folder"):
+    with locked(folder / remote.LOCKS / "folder"):
         for path in folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 total += path.stat().st_size
