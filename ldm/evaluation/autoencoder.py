@@ -21,14 +21,9 @@ PIXELS = 1 << 18  # of the images that are measured at once
 def summary(bound: Elbo) -> dict[str, float]:
     """Means over images: the bound, with its standard error, and its terms, in nats per image and as bits per dimension."""
     per_dim = 1 / (bound.dims * math.log(2))
-    terms = {
-        "elbo_nats": bound.nats,
-        "reconstruction_nats": bound.reconstruction,
-        "kl_nats": bound.kl,
-        "elbo_bits_per_dim": bound.bits_per_dim,
-        "distortion_bits_per_dim": -bound.reconstruction * per_dim,
-        "rate_bits_per_dim": bound.kl * per_dim,
-    }
+    terms = {"elbo_nats": bound.nats, "reconstruction_nats": bound.reconstruction, "kl_nats": bound.kl}
+    terms |= {"elbo_bits_per_dim": bound.bits_per_dim, "distortion_bits_per_dim": -bound.reconstruction * per_dim}
+    terms["rate_bits_per_dim"] = bound.kl * per_dim
     means = {name: float(value.double().mean()) for name, value in terms.items()}
     return means | {"elbo_nats_se": bound.standard_error, "elbo_bits_per_dim_se": bound.standard_error * per_dim}
 
@@ -36,9 +31,10 @@ def summary(bound: Elbo) -> dict[str, float]:
 @torch.inference_mode()
 def evaluate_elbo(autoencoder: Autoencoder, likelihood: Likelihood, reader: ShardReader, seed: int) -> Elbo:
     """The ELBO (beta = 1) of every image of a split."""
-    parts = []
-    for start, x in _images(autoencoder, reader):
-        parts.append(elbo(autoencoder, likelihood, x, autoencoder.latent_noise(x, generator(seed, "elbo", start))))
+    parts = [
+        elbo(autoencoder, likelihood, x, autoencoder.latent_noise(x, generator(seed, "elbo", start)))
+        for start, x in _images(autoencoder, reader)
+    ]
     return Elbo(torch.cat([p.reconstruction for p in parts]), torch.cat([p.kl for p in parts]), parts[0].dims)
 
 

@@ -1,6 +1,5 @@
 """What metrics and pictures need of a trained system: samples, reconstructions and real images, each computed once."""
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -19,8 +18,7 @@ from ldm.evaluation.autoencoder import evaluate_elbo
 from ldm.evaluation.features.feature_space import FeatureSpace
 from ldm.nets.autoencoder import DiagonalGaussian, VQModel
 
-MOST = 4096  # images of a split that are used at most
-BATCH = 256  # images encoded and decoded at a time
+MOST, BATCH = 4096, 256  # images of a split that are used at most, and that are encoded and decoded at a time
 
 
 class Evaluation:
@@ -29,9 +27,7 @@ class Evaluation:
     Whatever is drawn depends on `seed` alone. Real images come in random order, so that the first few stand for all.
     """
 
-    def __init__(
-        self, model: Any, train: ShardReader, test: ShardReader, seed: int, sample_count: int, unseen_count: int
-    ) -> None:
+    def __init__(self, model: Any, train: ShardReader, test: ShardReader, seed: int, sample_count: int, unseen_count: int):
         self.model, self.train, self.test, self.seed = model, train, test, seed
         (self.train_images, self.train_labels), (self.test_images, self.test_labels) = map(self._real, (train, test))
         # Samples are drawn for captions, and for labelled prompts that no caption contains, if the data have any.
@@ -51,8 +47,8 @@ class Evaluation:
         with Progress("evaluate: the autoencoder's bound"):
             return evaluate_elbo(self.model.autoencoder, self.model.likelihood, self.test, self.seed)
 
-    def _encoded(self, images: np.ndarray) -> Iterator[DiagonalGaussian]:
-        return map(self.model.encode, torch.from_numpy(images).split(BATCH))
+    def _encoded(self, images: np.ndarray) -> list[DiagonalGaussian]:
+        return [self.model.encode(part) for part in torch.from_numpy(images).split(BATCH)]
 
     @cached_property
     def reconstructions(self) -> np.ndarray:
@@ -66,7 +62,7 @@ class Evaluation:
         if isinstance(self.model.autoencoder, VQModel):
             return None
         with Progress("evaluate: latents"):
-            encoded = list(self._encoded(self.test.images(range(len(self.test_images)))))
+            encoded = self._encoded(self.test.images(range(len(self.test_images))))
             return diagnose(torch.cat([q.mean.cpu() for q in encoded]), torch.cat([q.logvar.cpu() for q in encoded]))
 
     @cached_property
@@ -81,15 +77,13 @@ class Evaluation:
             return self.model.sample(self.unseen_prompts.text.tolist(), seed=seed_for(self.seed, "evaluate unseen")).numpy()
 
     def features(self, space: FeatureSpace) -> "Features":
-        if space not in self._features:
-            self._features[space] = Features(self, space)
-        return self._features[space]
+        return self._features.get(space) or self._features.setdefault(space, Features(self, space))
 
 
 class Features:
     """Features of equally many samples, test images and training images, each (N, d). No sample is drawn before it is needed."""
 
-    def __init__(self, evaluation: Evaluation, space: FeatureSpace) -> None:
+    def __init__(self, evaluation: Evaluation, space: FeatureSpace):
         self._evaluation = evaluation
         self.count = min(len(evaluation.prompts), len(evaluation.test_images), len(evaluation.train_images))
         self.name, self._extract = space.build(evaluation.train_images, self.count - 1)
@@ -111,8 +105,7 @@ def labelled(captions: pd.DataFrame) -> pd.DataFrame | None:
     """Distinct captions that stand for one label, with it; None unless they tell at least two labels apart."""
     if "label" not in captions:
         return None
-    distinct = captions[["text", "label"]].drop_duplicates()
-    clear = distinct[~distinct.text.duplicated(keep=False)].reset_index(drop=True)
+    clear = captions[["text", "label"]].drop_duplicates().drop_duplicates("text", keep=False).reset_index(drop=True)
     return clear if clear.label.nunique() > 1 else None
 
 

@@ -32,8 +32,8 @@ def decide(challenger: Series, champion: Series | None, level: float = 0.005) ->
         raise ValueError(f"level must be between 0 and 0.5, found {level}")
     models = {name: nats for name, nats in (("challenger", challenger), ("champion", champion)) if nats is not None}
     for name, nats in models.items():
-        if nats.index.has_duplicates:
-            raise ValueError(f"the {name} has image {nats.index[nats.index.duplicated()][0]!r} more than once")
+        if len(repeated := nats.index[nats.index.duplicated()]):
+            raise ValueError(f"the {name} has image {repeated[0]!r} more than once")
         if (mean := nats[np.isfinite(nats)].mean()) > 0:
             raise ValueError(f"the {name}'s nats are {mean:.4g} on average, but log p of 8-bit images is negative: code lengths?")
     for (has, here), (lacks, there) in permutations(models.items(), 2):
@@ -53,6 +53,5 @@ def decide(challenger: Series, champion: Series | None, level: float = 0.005) ->
     gains = challenger.to_numpy(np.float64) - champion.loc[challenger.index].to_numpy(np.float64)
     mean, se = float(gains.mean()), float(gains.std(ddof=1)) / math.sqrt(n)
     lower = mean - float(stdtrit(n - 1, 1 - level)) * se  # Student-t quantile
-    promote = lower > 0
     limit = f"the lower limit of the improvement, {lower:.3g} nats per image at level {level:g}, is"
-    return Decision(promote, level, f"{limit} {'above' if promote else 'not above'} zero", n, mean, se, lower)
+    return Decision(lower > 0, level, f"{limit} {'above' if lower > 0 else 'not above'} zero", n, mean, se, lower)

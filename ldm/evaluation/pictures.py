@@ -30,14 +30,21 @@ def draw(evaluation: Evaluation, plots: Path, vae: pd.DataFrame, unet: pd.DataFr
         bars, low = plots / "latent_channels.png", COLLAPSED * found.positions
         channel_bars(found.kl.tolist(), bars, title="KL of each latent channel", low=low)
     draw_rate_distortion(evaluation.elbo, vae, plots / "rate_distortion.png", discrete=discrete)
-    draw_trainings(vae, unet, plots)
+    noise = {f"loss_noise_q{i}": name for i, name in enumerate(("least noise", "less", "more", "most noise"), start=1)}
+    for name, title, frame, columns, y_label in (
+        ("train_vae", "Training the autoencoder", vae, ["loss"], "loss"),
+        ("train_unet", "Training the U-Net", unet, ["loss"], "loss"),
+        ("train_unet_noise", "Training the U-Net, by noise level", unet, [*noise.values()], "mean squared error"),
+    ):
+        if not frame.empty:  # trained at all
+            loss_curves(frame.rename(columns=noise), plots / f"{name}.png", title=title, columns=columns, y_label=y_label)
 
 
 def prompt_grid(path: Path, prompts: pd.DataFrame, images: np.ndarray) -> None:
     """A row for each label (or prompt, where there are no labels) and the first samples drawn for it, each with its prompt."""
     column = "label" if "label" in prompts else "text"
     rows = list(prompts.groupby(column, sort=False).groups.values())[:ROWS]
-    width = min(COLUMNS, *(len(row) for row in rows))
+    width = min(COLUMNS, *map(len, rows))
     chosen = np.concatenate([row[:width] for row in rows])
     image_grid(images[chosen], width, path, captions=prompts.text[chosen].tolist())
 
@@ -49,8 +56,8 @@ def draw_system(evaluation: Evaluation, plots: Path) -> None:
     pairs = [half[start : start + columns] for start in starts for half in (real, evaluation.reconstructions)]
     names = ["real", "reconstructed"] * len(starts)
     image_grid(np.concatenate(pairs), columns, plots / "reconstructions.png", row_labels=names)
-    drawn = model.sample_prior(2 * COLUMNS, seed=seed_for(evaluation.seed, "prior"))
-    image_grid(drawn.numpy(), COLUMNS, plots / "prior_samples.png")
+    drawn = model.sample_prior(2 * COLUMNS, seed=seed_for(evaluation.seed, "prior")).numpy()
+    image_grid(drawn, COLUMNS, plots / "prior_samples.png")
     first, last = torch.from_numpy(evaluation.test.images([0, min(1, len(evaluation.test) - 1)]))
     walks = [model.interpolate(first, last, COLUMNS, linear=linear) for linear in (True, False)]
     image_grid(torch.cat(walks).numpy(), COLUMNS, plots / "interpolation.png", row_labels=["linear", "spherical"])
@@ -70,17 +77,3 @@ def draw_rate_distortion(own: Elbo, curve: pd.DataFrame, path: Path, *, discrete
     points |= {f"training, quarter {i}": np.median(rows, axis=0).tolist() for i, rows in enumerate(quarters, start=1)}
     frame = pd.DataFrame(list(points.values()), columns=["rate_bits_per_dim", "distortion_bits_per_dim"])
     rate_distortion((frame / (own.dims * math.log(2))).assign(series=list(points)), path, title="Rate and distortion")
-
-
-def draw_trainings(vae: pd.DataFrame, unet: pd.DataFrame, plots: Path) -> None:
-    """The loss of both trainings, and the U-Net's by noise level; none of a training that was none."""
-    noise = {f"loss_noise_q{i}": name for i, name in enumerate(("least noise", "less", "more", "most noise"), start=1)}
-    charts = {
-        "train_vae": ("Training the autoencoder", vae, ["loss"], "loss"),
-        "train_unet": ("Training the U-Net", unet, ["loss"], "loss"),
-        "train_unet_noise": ("Training the U-Net, by noise level", unet, [*noise.values()], "mean squared error"),
-    }
-    for name, (title, frame, columns, y_label) in charts.items():
-        if not frame.empty:
-            frame = frame.rename(columns=noise)
-            loss_curves(frame, plots / f"{name}.png", title=title, columns=columns, y_label=y_label)

@@ -82,9 +82,8 @@ def uncertainty_maps(posterior: DecoderPosterior, pixels: Tensor, sampled: Tenso
     """Draw each pixel's uncertainty in reconstructions of `pixels`, uint8 (N, C, H, W), and in samples, latents (M, c, h, w)."""
     mean, std = posterior.reconstructions(pixels)
     error = (mean - to_float(pixels)).square()
-    images = {"real": pixels[:SHOWN], "reconstructed, mean": to_uint8(mean[:SHOWN])}
-    maps = {"standard deviation": std[:SHOWN], "absolute error": error[:SHOWN].sqrt()}
-    _show(images, maps, plots / "reconstructions.png")
+    first, maps = pixels[:SHOWN], {"standard deviation": std[:SHOWN], "absolute error": error[:SHOWN].sqrt()}
+    _show({"real": first, "reconstructed, mean": to_uint8(mean[:SHOWN])}, maps, plots / "reconstructions.png")
     drawn, spread = posterior.uncertainty(sampled)
     _show({"mean": to_uint8(drawn)}, {"standard deviation": spread}, plots / "samples.png")
     return {"uncertainty_error_rank_correlation": float(spearmanr(std.flatten(), error.flatten()).statistic)}
@@ -92,13 +91,12 @@ def uncertainty_maps(posterior: DecoderPosterior, pixels: Tensor, sampled: Tenso
 
 def _show(images: dict[str, Tensor], maps: dict[str, Tensor], path: Path) -> None:
     """A row for each of the uint8 images (N, C, H, W) and of the non-negative maps, in which the top percent is white."""
-    rows = dict(images)
     for name, values in maps.items():
         white = max(float(np.quantile(values.cpu(), 0.99)), TINY)
         label = f"{name}, white: {white / BIN:.2g} of 255 or more"
-        rows[label] = (values / white * 255).round().clamp(max=255).to(torch.uint8)
-    pictures = torch.cat([row.cpu() for row in rows.values()]).numpy()
-    image_grid(pictures, len(pictures) // len(rows), path, row_labels=list(rows))
+        images |= {label: (values / white * 255).round().clamp(max=255).to(torch.uint8)}
+    pictures = torch.cat([row.cpu() for row in images.values()]).numpy()
+    image_grid(pictures, len(pictures) // len(images), path, row_labels=list(images))
 
 
 def unlike_images(posterior: DecoderPosterior, pixels: Tensor, seed: int, plots: Path) -> tuple[np.ndarray, Metrics]:
@@ -106,8 +104,6 @@ def unlike_images(posterior: DecoderPosterior, pixels: Tensor, seed: int, plots:
     noise = torch.randint(0, 256, pixels.shape, generator=generator(seed, "posterior noise")).to(torch.uint8)
     others = {"rotated": pixels.rot90(1, (2, 3)), "inverted": 255 - pixels, "noise": noise}
     scores = {name: posterior.scores(images).numpy() for name, images in {"held out": pixels, **others}.items()}
-    title = "Spread of the bound over posterior samples"
+    title, own, labels = "Spread of the bound over posterior samples", scores["held out"], np.repeat([0, 1], len(pixels))
     histograms({name: values.clip(TINY) for name, values in scores.items()}, plots / "scores.png", title=title, x_label="nats")
-    labels = np.repeat([0, 1], len(pixels))
-    areas = {f"ood_auroc_{name}": float(roc_auc_score(labels, np.append(scores["held out"], scores[name]))) for name in others}
-    return scores["held out"], areas
+    return own, {f"ood_auroc_{name}": float(roc_auc_score(labels, np.append(own, scores[name]))) for name in others}

@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,17 +52,18 @@ def write_values(path: Path, values: Sequence[Value]) -> None:
 
 
 def read_values(path: Path) -> list[Value]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    for row in rows:
+    def value(row: dict[str, Any]) -> Value:
         error = float(row["error"]) if row["error"] else None
-        row |= {"value": float(row["value"] or "nan"), "error": error, "headline": row["headline"] == "True"}
-    return [Value(**row) for row in rows]
+        return Value(**row | {"value": float(row["value"] or "nan"), "error": error, "headline": row["headline"] == "True"})
+
+    with path.open(encoding="utf-8", newline="") as file:
+        return [value(row) for row in csv.DictReader(file)]
 
 
 def as_numbers(values: Sequence[Value]) -> dict[str, float]:
     """Values and standard errors by name; `InputError` if two have the same name."""
-    if repeated := [name for name, count in Counter(value.name for value in values).items() if count > 1]:
+    names = [value.name for value in values]
+    if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"evaluate.metrics: two metrics are called {repeated[0]}; give one of them another name, or remove it")
-    numbers = {value.name: value.value for value in values}
-    return numbers | {f"{value.name}_se": value.error for value in values if value.error is not None}
+    errors = {f"{value.name}_se": value.error for value in values if value.error is not None}
+    return {value.name: value.value for value in values} | errors

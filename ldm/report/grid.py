@@ -1,8 +1,8 @@
 """Images side by side as one PNG. Same input, same bytes."""
 
 import importlib.util
+import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from textwrap import wrap
 
@@ -16,7 +16,6 @@ MARGIN, GAP, LABEL_GAP = 16, 6, 10
 LABEL, CAPTION = 13, 11  # font sizes, pixels
 INK, HAIRLINE = (70, 70, 76), (222, 222, 226)
 Labels = Sequence[str] | None
-Lines = Sequence[str]  # a label, wrapped
 
 
 def image_grid(
@@ -37,48 +36,40 @@ def image_grid(
     scale = max(1, round(CELL / max(images.shape[2:])))
     height, width = images.shape[2] * scale, images.shape[3] * scale
 
-    heads, sides = [wrap(label, 20) for label in column_labels or ()], [wrap(label, 24) for label in row_labels or ()]
-    below = [wrap(caption, max(14, width // 7)) for caption in captions or ()]
-    pitch_x = GAP + max(width, _width(heads, LABEL), _width(below, CAPTION))
-    pitch_y = GAP + max(height + (_height(below, CAPTION) + LABEL_GAP if below else 0), _height(sides, LABEL))
-    left = MARGIN + (_width(sides, LABEL) + LABEL_GAP if sides else 0)
-    top = MARGIN + (_height(heads, LABEL) + GAP if heads else 0)
+    heads, sides = _Texts(column_labels, 20, LABEL), _Texts(row_labels, 24, LABEL)
+    below = _Texts(captions, max(14, width // 7), CAPTION)
+    pitch_x = GAP + max(width, heads.width, below.width)
+    pitch_y = GAP + max(height + (below.height + LABEL_GAP if captions else 0), sides.height)
+    left = MARGIN + (sides.width + LABEL_GAP if row_labels else 0)
+    top = MARGIN + (heads.height + GAP if column_labels else 0)
 
     canvas = Image.new("RGB", (left + columns * pitch_x - GAP + MARGIN, top + rows * pitch_y - GAP + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, lines in enumerate(heads):
-        _write(draw, lines, left + column * pitch_x + (pitch_x - GAP) / 2, top - GAP - _height([lines], LABEL), LABEL, "mm")
-    for row, lines in enumerate(sides):
-        _write(draw, lines, left - LABEL_GAP, top + row * pitch_y + (pitch_y - GAP - _height([lines], LABEL)) / 2, LABEL, "rm")
+    for column, text in enumerate(heads.texts):
+        at = left + column * pitch_x + (pitch_x - GAP) / 2, top - GAP
+        draw.multiline_text(at, text, INK, heads.font, "md", align="center")
+    for row, text in enumerate(sides.texts):
+        at = left - LABEL_GAP, top + row * pitch_y + (pitch_y - GAP) / 2
+        draw.multiline_text(at, text, INK, sides.font, "rm", align="right")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         x = left + column * pitch_x + (pitch_x - GAP - width) // 2
-        y = top + row * pitch_y + (0 if below else (pitch_y - GAP - height) // 2)
+        y = top + row * pitch_y + (0 if captions else (pitch_y - GAP - height) // 2)
         canvas.paste(from_array(image).resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (x, y))
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline=HAIRLINE)
-        if below:
-            _write(draw, below[index], x + width / 2, y + height + 2, CAPTION, "mm")
+        if captions:
+            draw.multiline_text((x + width / 2, y + height + 4), below.texts[index], INK, below.font, "ma", align="center")
     canvas.save(path, format="PNG", optimize=True)
 
 
-def _width(labels: Sequence[Lines], size: int) -> int:
-    return max((int(_font(size).getlength(line)) + 1 for lines in labels for line in lines), default=0)
+class _Texts:
+    """Texts wrapped at `length` letters, in the font that matplotlib brings along: the same on every machine."""
 
-
-def _height(labels: Sequence[Lines], size: int) -> int:
-    return (size + 4) * max(map(len, labels), default=0)
-
-
-def _write(draw: ImageDraw.ImageDraw, lines: Lines, x: float, y: float, size: int, anchor: str) -> None:
-    """Lines of text from y downward."""
-    for number, line in enumerate(lines):
-        draw.text((x, y + (number + 0.5) * (size + 4)), line, fill=INK, font=_font(size), anchor=anchor)
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings along: the same on every machine."""
-    found = importlib.util.find_spec("matplotlib")  # importing it takes longer than drawing
-    assert found and found.origin
-    file = Path(found.origin).with_name("mpl-data") / "fonts/ttf/DejaVuSans.ttf"
-    return ImageFont.truetype(str(file), size, layout_engine=ImageFont.Layout.BASIC)
+    def __init__(self, texts: Labels, length: int, size: int):
+        package = importlib.util.find_spec("matplotlib")  # importing it takes longer than drawing
+        assert package and package.origin
+        file = Path(package.origin).with_name("mpl-data") / "fonts/ttf/DejaVuSans.ttf"
+        self.font = ImageFont.truetype(str(file), size, layout_engine=ImageFont.Layout.BASIC)
+        self.texts, draw = ["\n".join(wrap(text, length)) for text in texts or ()], ImageDraw.Draw(Image.new("L", (1, 1)))
+        boxes = [draw.multiline_textbbox((0, 0), text, self.font) for text in self.texts]
+        self.width, self.height = (max((math.ceil(box[axis]) for box in boxes), default=0) for axis in (2, 3))  # pixels

@@ -48,6 +48,5 @@ def flat(images: "np.ndarray", side: int) -> "np.ndarray":
     for axis in (2, 3):
         if (length := pixels.shape[axis]) > side:
             edges = np.arange(side + 1) * length // side
-            sizes = np.diff(edges).reshape(-1, 1) if axis == 2 else np.diff(edges)
-            pixels = np.add.reduceat(pixels, edges[:-1], axis=axis) / sizes
+            pixels = np.add.reduceat(pixels, edges[:-1], axis=axis) / np.diff(edges).reshape((-1, 1) if axis == 2 else -1)
     return pixels.reshape(len(images), -1)

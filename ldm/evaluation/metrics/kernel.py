@@ -31,8 +31,7 @@ def kernel_distance(a: Array, b: Array) -> tuple[float, float]:
     """
     import numpy as np
 
-    m, n = len(a), len(b)
-    if min(m, n) < 3:
+    if min(m := len(a), n := len(b)) < 3:
         raise ValueError(f"a kernel distance needs at least 3 samples on both sides, found {m} and {n}")
     in_a, in_b, cross = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     np.fill_diagonal(in_a, 0)

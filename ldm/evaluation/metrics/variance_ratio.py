@@ -19,10 +19,10 @@ class VarianceRatio(Metric):
     def measure(self, evaluation: Evaluation) -> list[Value]:
         if evaluation.labelled is None:
             return []
-        generated = evaluation.samples, evaluation.prompts.label
-        value = variance_ratio(evaluation.train_images, evaluation.train_labels, *generated)
-        name, title = "variance_ratio", "variance ratio"
-        return [] if value is None else [Value(name=name, value=value, title=title, reading=READING, headline=True)]
+        real, generated = (evaluation.train_images, evaluation.train_labels), (evaluation.samples, evaluation.prompts.label)
+        if (value := variance_ratio(*real, *generated)) is None:
+            return []
+        return [Value(name="variance_ratio", value=value, title="variance ratio", reading=READING, headline=True)]
 
 
 def variance_ratio(real: Array, real_labels: Any, generated: Array, generated_labels: Any) -> float | None:
