@@ -2,4 +2,4 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(__name__, {"LatentDiffusion": "model", "registry": "registry"})
+__getattr__, __all__ = exports(__name__, {"model": "LatentDiffusion", "registry": "registry"})

@@ -21,8 +21,7 @@ from ldm.bayes.bound import Bound, whole_bound
 from ldm.bayes.likelihoods.likelihood import Likelihood, load_likelihood
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, autoguidance, classifier_free
-from ldm.diffusion.options import Diffusion, Sampling, changed_sampling
-from ldm.diffusion.recipe import Recipe
+from ldm.diffusion.options import Diffusion, Recipe, Sampling, changed_sampling
 from ldm.diffusion.samplers.sampler import DenoiseFn
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian, VQModel, load_autoencoder
 from ldm.nets.backbones.backbone import load_backbone

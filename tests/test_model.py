@@ -27,7 +27,7 @@ from ldm.base.randomness import generator
 from ldm.bayes.likelihoods import Bernoulli, DiscretizedGaussian, DiscretizedLogistic
 from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.cli import app
-from ldm.diffusion.recipe import Recipe
+from ldm.diffusion.options import Recipe
 from ldm.diffusion.samplers.sampler import Sampler
 from ldm.model import slerp
 from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, VQModel

@@ -6,12 +6,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
-def exports(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
-    """`__getattr__` and `__all__` for `package`, whose public names live in the submodules `{name: submodule}`.
+def exports(package: str, names: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
+    """`__getattr__` and `__all__` for `package`, whose public names live in its submodules, `{submodule: "Name other"}`.
 
     Importing a package must not import its submodules: a stage depends only on the modules that it uses
     (see `ldm.stages.fingerprint`), and `ldm --help` must not wait for torch.
     """
+    homes = {name: module for module, found in names.items() for name in found.split()}
 
     def __getattr__(name: str) -> Any:
         if name not in homes:

@@ -3,9 +3,5 @@
 from ldm.base.lazy import exports
 
 __getattr__, __all__ = exports(
-    __name__,
-    {
-        "Bound": "bound", "whole_bound": "bound", "Elbo": "elbo", "elbo": "elbo", "importance_bound": "elbo",
-        "diagnose": "diagnostics",
-    },
-)  # fmt: skip
+    __name__, {"bound": "Bound whole_bound", "elbo": "Elbo elbo importance_bound", "diagnostics": "diagnose"}
+)

@@ -2,4 +2,4 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(__name__, {"open_shards": "reader", "write_shards": "shards"})
+__getattr__, __all__ = exports(__name__, {"reader": "open_shards", "shards": "write_shards"})

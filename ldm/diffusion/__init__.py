@@ -2,4 +2,4 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(__name__, {"Denoiser": "denoiser", "samplers": "samplers"})
+__getattr__, __all__ = exports(__name__, {"denoiser": "Denoiser", "samplers": "samplers"})

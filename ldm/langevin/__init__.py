@@ -2,10 +2,6 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(
-    __name__,
-    {
-        "SGLD": "sgld", "PSGLD": "sgld", "SGHMC": "sgld", "Polynomial": "sgld", "Cyclical": "sgld",
-        "Chains": "chains", "Draws": "chains", "StepSize": "step_size", "find_step_size": "step_size",
-    },
-)  # fmt: skip
+__getattr__, __all__ = exports(__name__, {
+    "sgld": "SGLD PSGLD SGHMC Polynomial Cyclical", "chains": "Chains Draws", "step_size": "StepSize find_step_size",
+})  # fmt: skip

@@ -49,20 +49,19 @@ class Draws:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["about"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            weights = tensors.pop("weights")
-            if not tensors or any(value.shape[1:2] != weights.shape for value in tensors.values()):
+                values = {name.removeprefix("draws."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            weights = values.pop("weights")
+            if not values or any(value.shape[1:2] != weights.shape for value in values.values()):
                 raise ValueError("the numbers of draws and weights differ")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: holds no posterior samples ({error}); run the stage sample_posterior") from None
-        return cls({name.removeprefix("draws."): value for name, value in tensors.items()}, weights), about
+        return cls(values, weights), about
 
 
 def control_variates(loss: Loss, centre: dict[str, Tensor], batches: Iterable[tuple[Tensor, ...]]) -> Loss:
-    """The same mean loss with far less gradient noise near the weights `centre` (Baker et al. 2019, equation 4).
+    """The same mean loss with far less gradient noise near the weights `centre`, best an optimum (Baker et al. 2019, eq. 4).
 
-    A minibatch's gradient at `centre` is subtracted and that of all data there, in `batches`, is added. A step then costs two
-    gradients, whose noise falls with the distance from `centre`, best an optimum.
+    A minibatch's gradient at `centre` is subtracted and that of all data there, in `batches`, is added.
     """
     gradient, centre = torch.func.grad(loss), {name: value.detach() for name, value in centre.items()}
     count, total = 0, {name: torch.zeros_like(value) for name, value in centre.items()}
@@ -110,7 +109,7 @@ class Chains:
         if self.vectorized:
             losses = torch.func.vmap(self.loss)(self.parameters, *batch)
         else:
-            names, each = list(self.parameters), zip(*(t.unbind() for t in (*self.parameters.values(), *batch)), strict=True)
+            names, each = list(self.parameters), zip(*(*self.parameters.values(), *batch), strict=True)
             losses = torch.stack([self.loss(dict(zip(names, one, strict=False)), *one[len(names) :]) for one in each])
         losses.sum().backward()  # the loss of a chain depends on its own weights only
         lr = self.optimizer.step_size()
@@ -136,8 +135,7 @@ class Chains:
         state = {"lrs": torch.tensor(self.lrs, dtype=torch.float64)}
         for name, p in self.parameters.items():
             kept = {"draws": torch.stack(self.kept[name], 1)} if self.lrs else {}
-            entries = {"value": p.detach(), **kept, **self.optimizer.state[p]}
-            state |= {f"{name}/{entry}": value for entry, value in entries.items()}
+            state |= {f"{name}/{entry}": v for entry, v in {"value": p.detach(), **kept, **self.optimizer.state[p]}.items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor], done: int) -> None:

@@ -1,8 +1,4 @@
-"""The posterior of weights of the decoder, given the training images and one draw of latents from q(z | x) for each.
-
-All other weights stay as trained: U(θ) = -log prior(θ) - Σ log p(x | z, θ). Chains start from the trained weights, the centre of
-the control variates, without which gradient noise would only allow steps too small to get anywhere.
-"""
+"""The posterior of weights of the decoder, given the training images and one draw of latents from q(z | x) for each."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -75,8 +71,7 @@ def part_of(decoder: Decoder, part: Part) -> dict[str, Tensor]:
         known = ", ".join(sorted(module for module in modules if module.count(".") < 2))
         raise InputError(f"posterior.part: the decoder has no {name!r}; it has {known}, and their submodules")
     prefixes = tuple(f"{name}." for name in names)
-    weights = {key: value.detach() for key, value in decoder.named_parameters() if key.startswith(prefixes)}
-    if not weights:
+    if not (weights := {key: value.detach() for key, value in decoder.named_parameters() if key.startswith(prefixes)}):
         raise InputError(f"posterior.part: {', '.join(names)} of the decoder holds no weights; name a part that does")
     return weights
 
@@ -97,8 +92,8 @@ class DecoderChains(Chains):
         self.label, self.steps, self.adapts = f"sample_posterior: {sampler}", burn_in + thin * draws, lr is None
         options: dict[str, Any] = {"num_data": loss.count, "prior_precision": prior_precision, "temperature": temperature}
         options |= {"friction": friction} if sampler == "sghmc" else {}
+        data = (loss.data(part.tolist()) for part in torch.arange(loss.count).split(batch_size))
         with Progress(f"{self.label}: the gradient of all {loss.count:,} images"):
-            data = (loss.data(part.tolist()) for part in torch.arange(loss.count).split(batch_size))
             corrected = control_variates(loss, loss.start, data)
         start = {name: value.expand(chains, *value.shape) for name, value in loss.start.items()}
         make = partial(SAMPLERS[sampler], lr=lambda step: self.lr, seed=seed_for(loss.seed, "posterior", sampler), **options)
@@ -147,8 +142,8 @@ class DecoderPosterior:
 
     def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, draws: Draws) -> None:
         known = {name: tuple(value.shape) for name, value in autoencoder.decoder.named_parameters()}
-        for name, value in draws.values.items():
-            if known.get(name) != (shape := tuple(value.shape[2:])):
+        for name, shape in ((name, tuple(value.shape[2:])) for name, value in draws.values.items()):
+            if known.get(name) != shape:
                 raise InputError(f"posterior samples have {name} {shape}, the decoder {known.get(name, 'has not')}")
         self.autoencoder, self.likelihood, self.draws, self.device = autoencoder, likelihood, draws, likelihood.log_scale.device
         self.weights = (draws.weights / draws.weights.sum() / draws.chains).repeat(draws.chains)  # (S,), sum 1
@@ -179,19 +174,21 @@ class DecoderPosterior:
         return mean, variance.sqrt()
 
     @torch.no_grad()
-    def scores(self, pixels: Tensor) -> Tensor:
-        """How unlike the training data uint8 images (N, C, H, W) are: spread of `log_prob` at the mean of q(z | x), nats (N,)."""
-        xs = (to_float(part).to(self.device) for part in pixels.split(BATCH))
-        return torch.cat([self.moments(self.log_prob(x, self.autoencoder.encode(x).mean))[1] for x in xs])
-
-    @torch.no_grad()
     def uncertainty(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over draws of the decoded images, each (B, C, H, W) in [-1, 1]."""
         return self.moments(torch.stack([self.likelihood.mean(output).clamp(-1, 1) for output in self.outputs(z)]))
 
-    @torch.no_grad()
+    def scores(self, pixels: Tensor) -> Tensor:
+        """How unlike the training data uint8 images (N, C, H, W) are: spread of `log_prob` at the mean of q(z | x), nats (N,)."""
+        return torch.cat([self.moments(self.log_prob(x, z))[1] for x, z in self._encoded(pixels)])
+
     def reconstructions(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """`uncertainty` at the mean of q(z | x) of uint8 images (N, C, H, W), on the CPU."""
-        xs = (to_float(part).to(self.device) for part in pixels.split(BATCH))
-        mean, std = zip(*(self.uncertainty(self.autoencoder.encode(x).mean) for x in xs), strict=True)
+        mean, std = zip(*(self.uncertainty(z) for _, z in self._encoded(pixels)), strict=True)
         return torch.cat(mean).cpu(), torch.cat(std).cpu()
+
+    def _encoded(self, pixels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for x in (to_float(part).to(self.device) for part in pixels.split(BATCH)):
+            with torch.no_grad():
+                z = self.autoencoder.encode(x).mean
+            yield x, z

@@ -37,7 +37,7 @@ class Polynomial:
 
     @classmethod
     def between(cls, first: float, last: float, steps: int, gamma: float = 0.55) -> "Polynomial":
-        """From step size `first` at step 0 to `last` at step `steps`."""
+        """From step size `first` at step 0 to `last` at step `steps`; `InputError` if it would not fall."""
         if not (0 < last < first and steps >= 1 and gamma > 0):
             raise InputError(f"a step size from {first} to {last} in {steps} steps: give 0 < last < first, steps >= 1, gamma > 0")
         b = steps / ((first / last) ** (1 / gamma) - 1)
@@ -71,9 +71,6 @@ class Cyclical:
 class SGLD(torch.optim.Optimizer):
     """θ ← θ - (ε/2) ∇U(θ) + N(0, ε T) (Welling & Teh 2011, equation 4), U(θ) = -log prior(θ) - Σ log p(datum | θ).
 
-    Samples follow exp(-U / T) up to an error that vanishes with ε: where U has curvature a and the estimated gradient variance V,
-    the variance of θ at T = 1 is (1 + εV/4) / (a (1 - εa/4)) instead of 1/a.
-
     `lr` is ε, a number or a function of the step; `temperature` is T. ∇U is estimated by `num_data`, the size of the whole data
     set, times `.grad`, the gradient of the *mean* loss over a minibatch in nats. The prior has the variance 1 / prior_precision,
     0 is flat. `seed` decides all noise; None draws one from torch's global generator. Parameter groups may have their own values.
@@ -87,8 +84,8 @@ class SGLD(torch.optim.Optimizer):
         prior: str = "gaussian", temperature: float = 1.0, seed: int | None = None, **extra: Any,
     ) -> None:  # fmt: skip
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        common = {"num_data": num_data, "prior_precision": prior_precision, "prior": prior, "temperature": temperature}
-        super().__init__(params, {"lr": lr, **common, "seed": seed, **self.extra, **extra})
+        common = {"lr": lr, "num_data": num_data, "prior_precision": prior_precision, "prior": prior}
+        super().__init__(params, {**common, "temperature": temperature, "seed": seed, **self.extra, **extra})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -138,9 +135,8 @@ class SGLD(torch.optim.Optimizer):
 class PSGLD(SGLD):
     """θ ← θ - (ε/2) G ∇U(θ) + N(0, ε T G), G = 1 / (eps + √V) (Li et al. 2016, algorithm 1).
 
-    V is a running mean of squared gradients of the mean loss (weight 1 - alpha, corrected for its start at 0). While G changes,
-    an exact sampler needs a term Γ = ∂G/∂θ; it is left out, as it vanishes for alpha to 1 (section 4). After `adaptation_steps`
-    G stays as it is and samples are exact: end the burn-in there.
+    V is a running mean of squared gradients of the mean loss (weight 1 - alpha, corrected for its start at 0). The term
+    Γ = ∂G/∂θ is left out (section 4). After `adaptation_steps` G stays as it is and samples are exact: end the burn-in there.
     """
 
     extra: ClassVar[dict[str, Any]] = {"alpha": 0.99, "eps": 1e-5, "adaptation_steps": None}
@@ -165,8 +161,7 @@ class PSGLD(SGLD):
 class SGHMC(SGLD):
     """v ← (1 - α) v - (ε/2) ∇U(θ) + N(0, α ε T), θ ← θ + v (Chen et al. 2014, equation 15, with η = ε/2).
 
-    `friction` is α in (0, 1]; 1 is SGLD. A smaller α carries the momentum farther and amplifies gradient noise: the variance is
-    (1 + εV/(4α)) / (a (1 - εa/(4(2 - α)))).
+    `friction` is α in (0, 1]; 1 is SGLD. A smaller α carries the momentum farther and amplifies gradient noise.
     """
 
     extra: ClassVar[dict[str, Any]] = {"friction": 0.1}

@@ -41,7 +41,7 @@ class StepSize:
     def noise_ratio(self, lr: float) -> float:
         """Variance of the injected noise of a step over that of its gradient noise, 4αT/(εV); it should be far above 1."""
         noise = max(self.gradient_noise, self.mean_gradient_noise)
-        return math.inf if noise == 0 else 4 * self.friction * self.temperature / (lr * noise)
+        return 4 * self.friction * self.temperature / (lr * noise) if noise else math.inf
 
     def inflation(self, lr: float) -> float:
         """Stationary variance over T/a, (1 + εV/(4αT)) / (1 - εa/(4(2 - α))); infinite if the chain diverges."""
@@ -61,9 +61,9 @@ class StepSize:
         if not math.isfinite(inflation):
             found.append(f"step size {lr:.3g} diverges: {left}")
         elif inflation > 1 + 2 * tolerance:
-            wide = f"step size {lr:.3g} gives variances about {inflation:.2f} times what they should be"
             why = f"injected noise is {self.noise_ratio(lr):.3g} times the gradients', {left}"
-            found.append(f"{wide} ({why}): take {self.recommended(tolerance):.3g}, or larger batches")
+            instead = f"take {self.recommended(tolerance):.3g}, or larger batches"
+            found.append(f"step size {lr:.3g} gives variances about {inflation:.2f} times what they should be ({why}): {instead}")
         if (t := self.temperature) != 1:
             found.append(f"temperature {t:g}: samples are of the posterior to the power of {1 / t:g}")
         return found
@@ -80,9 +80,8 @@ def find_step_size(
 ) -> StepSize:  # fmt: skip
     """Measure curvature and gradient noise at the present weights. `loss(i)` is the mean loss of minibatch i.
 
-    The curvature is the largest eigenvalue, by modulus, of the Hessian over the first minibatches (power method). The noise is
-    the variance of the gradients along its eigenvector. A Laplace prior has no curvature. With `nearby`, measured at other
-    weights, only the noise is measured anew.
+    The curvature is the largest eigenvalue, by modulus, of the Hessian over the first minibatches (power method), the noise the
+    variance of gradients along its eigenvector. With `nearby`, measured at other weights, only the noise is measured anew.
     """
     if minibatches < 2:
         raise InputError(f"minibatches {minibatches}: a variance takes 2 or more")
@@ -92,25 +91,19 @@ def find_step_size(
     def gradient(i: int, graph: bool = False) -> list[Tensor]:
         return [g * num_data for g in torch.autograd.grad(loss(i), params, create_graph=graph, materialize_grads=True)]
 
-    def hessian_times(direction: list[Tensor]) -> list[Tensor]:
-        product, few = [prior_precision * d for d in direction], min(CURVATURE_MINIBATCHES, minibatches)
+    few, vector = min(CURVATURE_MINIBATCHES, minibatches), normal_like(params, seed, "step size")
+    curvature, unit = (nearby.curvature, list(nearby.direction)) if nearby else (0.0, [])
+    for _ in range(0 if nearby else ITERATIONS):
+        norm = _dot(vector, vector).sqrt()
+        unit = [v / norm for v in vector]
+        vector = [prior_precision * u for u in unit]  # then plus the Hessian times `unit`
         for i in range(few):
-            slope = _dot(gradient(i, graph=True), direction)
+            slope = _dot(gradient(i, graph=True), unit)
             if slope.requires_grad:  # else the loss is linear
-                torch._foreach_add_(product, torch.autograd.grad(slope, params, materialize_grads=True), alpha=1 / few)
-        return product
-
-    if nearby:
-        curvature, unit = nearby.curvature, list(nearby.direction)
-    else:
-        curvature, vector = 0.0, normal_like(params, seed, "step size")
-        for _ in range(ITERATIONS):
-            norm = _dot(vector, vector).sqrt()
-            unit = [v / norm for v in vector]
-            vector = hessian_times(unit)
-            before, curvature = curvature, float(_dot(vector, unit))
-            if abs(curvature - before) <= CONVERGED * abs(curvature):
-                break
+                torch._foreach_add_(vector, torch.autograd.grad(slope, params, materialize_grads=True), alpha=1 / few)
+        before, curvature = curvature, float(_dot(vector, unit))
+        if abs(curvature - before) <= CONVERGED * abs(curvature):
+            break
     gradients = [gradient(i) for i in range(minibatches)]
     along = torch.stack([_dot(g, unit) for g in gradients]).var()
     each = torch.stack([torch.stack(parts).double().var(0).sum() for parts in zip(*gradients, strict=True)]).sum()

@@ -2,10 +2,6 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(
-    __name__,
-    {
-        "AutoencoderKL": "autoencoder", "VQModel": "autoencoder", "load_autoencoder": "autoencoder",
-        "TextEncoder": "text.encoder", "UNet": "unet", "UnconditionalUNet": "unet",
-    },
-)  # fmt: skip
+__getattr__, __all__ = exports(__name__, {
+    "autoencoder": "AutoencoderKL VQModel load_autoencoder", "text.encoder": "TextEncoder", "unet": "UNet UnconditionalUNet",
+})  # fmt: skip

@@ -2,15 +2,4 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(
-    __name__,
-    {
-        "compare": "promotion",
-        "find": "versions",
-        "load": "versions",
-        "lookup": "versions",
-        "promote": "promotion",
-        "register": "registration",
-        "rollback": "promotion",
-    },
-)
+__getattr__, __all__ = exports(__name__, {"registration": "compare promote register rollback", "versions": "find load lookup"})

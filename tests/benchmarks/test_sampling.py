@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ldm.base.device import default_device, reuse_freed_memory
 from ldm.base.randomness import generator
 from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
-from ldm.diffusion.recipe import Recipe
+from ldm.diffusion.options import Recipe
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet

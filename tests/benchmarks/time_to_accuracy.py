@@ -33,7 +33,7 @@ from ldm.data.batches import Batches, order
 from ldm.data.latents import Latents, open_latents, write_latents
 from ldm.data.reader import ShardReader
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.recipe import Recipe
+from ldm.diffusion.options import Recipe
 from ldm.evaluation.evaluation import balanced, labelled
 from ldm.evaluation.metrics.prompt_accuracy import fit_classifier
 from ldm.model import LatentDiffusion

@@ -25,15 +25,14 @@ from ldm.cli import app
 from ldm.config import load_settings
 from ldm.data.reader import open_shards
 from ldm.data.shards import write_shards
-from ldm.diffusion.recipe import Recipe
+from ldm.diffusion.options import Recipe
 from ldm.evaluation.bounds import image_bounds
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
 from ldm.nets.text.minilm import MiniLM
 from ldm.nets.unet import UNet
 from ldm.registry import versions
-from ldm.registry.promotion import gate_and_promote, promote, rollback
-from ldm.registry.registration import Registered, register
+from ldm.registry.registration import Registered, gate_and_promote, promote, register, rollback
 from ldm.registry.versions import Unreachable, connect, describe, downloaded, find, kept, load, lookup, overview
 
 ROOT = Path(__file__).resolve().parents[2]
