@@ -1,7 +1,7 @@
 """Statistics of a folder of images or of shards, and a check of shards against their index."""
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,11 @@ SHEET, TILE = 48, 96  # images of a contact sheet, and the side of each in pixel
 def check_shards(folder: Path) -> Iterator[str]:
     """Every difference between a shard folder and its index, a line each: hashes, sizes, offsets, images, further files."""
     try:
-        readers = {split: open_shards(folder, split) for split in SPLITS}
-        index = readers["train"].index
+        readers = [open_shards(folder, split) for split in SPLITS]
+        index = readers[0].index
         expected = {entry["name"]: entry for entry in index["shards"]} | index["files"]
-        damaged = {}
+        further = sorted({path.name for path in folder.iterdir()} - {"index.json", *expected})
+        damaged = dict.fromkeys(further, "not in the index")
         for name, entry in expected.items():
             path = folder / name
             if not path.is_file():
@@ -37,31 +38,26 @@ def check_shards(folder: Path) -> Iterator[str]:
                 damaged[name] = f"{path.stat().st_size} bytes, the index says {entry['bytes']}"
             elif file_hash(path) != entry["sha256"]:
                 damaged[name] = "its sha256 is not that of the index"
-        further = {path.name for path in folder.iterdir()} - {"index.json", *expected}
-        damaged |= dict.fromkeys(sorted(further), "not in the index")
         yield from (f"{folder / name}: {problem}" for name, problem in damaged.items())
-        for reader in readers.values() if "offsets.npy" not in damaged else ():
+        for reader in readers if "offsets.npy" not in damaged else ():
             yield from _check_split(reader, folder)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         yield f"{folder / 'index.json'}: damaged ({type(error).__name__}: {error})"
 
 
 def _check_split(reader: ShardReader, folder: Path) -> Iterator[str]:
-    shards = reader.shard_positions()
-    counted = {shard["name"]: len(positions) for shard, positions in shards}
-    for shard in reader.index["shards"]:
-        found = counted.get(shard["name"], 0)
-        if shard["split"] == reader.split and found != shard["count"]:
-            yield f"{folder / 'offsets.npy'}: {found} samples of {shard['name']}, the index says {shard['count']}"
-    for shard, positions in shards:
-        path = folder / shard["name"]
+    positions = {shard["name"]: positions for shard, positions in reader.shard_positions()}
+    for shard in (shard for shard in reader.index["shards"] if shard["split"] == reader.split):
+        path, here = folder / shard["name"], positions.get(shard["name"], range(0))
+        if len(here) != shard["count"]:
+            yield f"{folder / 'offsets.npy'}: {len(here)} samples of {path.name}, the index says {shard['count']}"
         try:
             with tarfile.open(path, "r:") as tar:
                 members = {(member.offset_data, member.size) for member in tar}
         except (OSError, tarfile.TarError) as error:
             yield f"{path}: not a readable tar: {error}"
             continue
-        for position in positions:
+        for position in here:
             places = reader.offsets[position, 1:].reshape(-1, 2).tolist()
             for part, (offset, size) in zip(PARTS, places, strict=True):
                 if (offset, size) not in members:
@@ -83,11 +79,9 @@ class Inventory:
 
     def summary(self) -> list[tuple[str, str]]:
         """Lines for people: a name and its value."""
-        images = self.images
+        images, reasons = self.images, self.unreadable.reason.value_counts().head(MOST_FREQUENT)
         splits = ", ".join(f"{(images.split == split).sum():,} {split}" for split in SPLITS if "split" in images)
-        lines = [("images", f"{len(images):,} ({splits})" if splits else f"{len(images):,}")]
-        lines.append(("unreadable", f"{len(self.unreadable):,}"))
-        reasons = self.unreadable.reason.value_counts().head(MOST_FREQUENT)
+        lines = [("images", f"{len(images):,}" + (f" ({splits})" if splits else "")), ("unreadable", f"{len(self.unreadable):,}")]
         lines += [(f"  {count:,}", str(reason)) for reason, count in reasons.items()]
         if self.ignored:
             lines.append(("ignored", ", ".join(f"{count:,} {suffix}" for suffix, count in self.ignored.items())))
@@ -97,10 +91,10 @@ class Inventory:
             empty = (images.text.str.strip() == "").sum()
             spread["captions"] = f"{images.text.nunique():,} distinct, {empty:,} empty; {spread['captions']} characters"
             lines += spread.items()
-            if "label" in images:
-                counts = images.label.value_counts()
-                listed = ", ".join(f"{label} {count:,}" for label, count in counts.head(MOST_FREQUENT).items())
-                lines.append(("labels", f"{len(counts)}: {listed}{', …' if len(counts) > MOST_FREQUENT else ''}"))
+        if len(images) and "label" in images:
+            counts = images.label.value_counts()
+            listed = [f"{label} {count:,}" for label, count in counts.head(MOST_FREQUENT).items()]
+            lines.append(("labels", f"{len(counts)}: {', '.join(listed)}{', …' if len(counts) > MOST_FREQUENT else ''}"))
         return lines
 
 
@@ -109,36 +103,33 @@ def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) ->
     if (folder / "index.json").is_file():
         return _inspect_shards(folder)
     collection = read_collection(folder)
+    table, places = collection.table, collection.places
 
     def size(place: Place) -> tuple[int, int, int]:
         blob = place.read()
         return *decode(blob, channels=3, min_side=min_side, max_pixels=max_pixels).size, len(blob)
 
-    with mapped(size, collection.places, min(default_workers(), len(collection.places) // IMAGES_PER_WORKER)) as sizes:
+    with mapped(size, places, min(default_workers(), len(places) // IMAGES_PER_WORKER)) as sizes:
         found = list(sizes)
-    bad = {
-        n: str(error) for n, error in zip(collection.table.file_name, found, strict=True) if isinstance(error, UnreadableImage)
-    }
+    bad = {name: str(error) for name, error in zip(table.file_name, found, strict=True) if isinstance(error, UnreadableImage)}
+    readable = np.flatnonzero(~table.file_name.isin(bad))
+    images = table.iloc[readable].copy()
+    images[["width", "height", "bytes"]] = np.reshape([found[i] for i in readable], (-1, 3))
     unreadable = pd.DataFrame([*collection.refused.items(), *bad.items()], columns=["file_name", "reason"])
-    readable = np.flatnonzero(~collection.table.file_name.isin(bad))
-    images = collection.table.iloc[readable].copy()
-    images[["width", "height", "bytes"]] = [found[i] for i in readable]
     drawn = readable[order(0, len(readable), 0, min(SHEET, len(readable)))]
-    tiles = [_tile(decode(collection.places[i].read(), channels=3)) for i in drawn]
-    return Inventory(images, unreadable, collection.ignored, np.array(tiles))
+    return Inventory(images, unreadable, collection.ignored, _sheet(decode(places[i].read(), channels=3) for i in drawn))
 
 
 def _inspect_shards(folder: Path) -> Inventory:
     readers = [open_shards(folder, split) for split in SPLITS]
     side = readers[0].preprocessing.side
     parts = [r.captions.assign(width=side, height=side, bytes=r.offsets[:, 2], split=r.split) for r in readers]
-    images = pd.concat(parts, ignore_index=True)
     places = [(reader, i) for reader in readers for i in range(len(reader))]
     drawn = [places[i] for i in order(0, len(places), 0, min(SHEET, len(places)))]
-    tiles = [_tile(from_array(reader.images([i])[0])) for reader, i in drawn]
     quarantined = pd.read_csv(folder / "quarantine.csv", dtype=str, keep_default_na=False)
-    return Inventory(images, quarantined, readers[0].index["ignored"], np.array(tiles))
+    sheet = _sheet(from_array(reader.images([i])[0]) for reader, i in drawn)
+    return Inventory(pd.concat(parts, ignore_index=True), quarantined, readers[0].index["ignored"], sheet)
 
 
-def _tile(image: Image.Image) -> np.ndarray:
-    return to_array(fit_square(image.convert("RGB"), TILE, "lanczos", "contain"))
+def _sheet(images: Iterable[Image.Image]) -> np.ndarray:
+    return np.array([to_array(fit_square(image.convert("RGB"), TILE, "lanczos", "contain")) for image in images])

@@ -30,11 +30,10 @@ def write_latents(
     readers: dict[str, ShardReader], out: Path, encode: Encode, embed: Embed, identity: dict[str, Any],
     progress: Callable[[int], None], *, store: Path, code: str, flip: bool = False, batch_size: int = 256,
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
-    """Encode all images and captions of `readers` (by split) to `out`, all or nothing.
+    """Encode all images and captions of `readers` (by split) to `out`, all or nothing; training images also mirrored with `flip`.
 
     Returns the manifest and how many files came from the store. `identity` (hashes of the autoencoder, of the text encoder, …)
     goes to the manifest, which also has the hash of each shard and per-channel statistics of the training latents.
-    With `flip`, training images are encoded a second time, mirrored.
 
     The files are links to `store/KEY-SHA256.safetensors`. The key is the hash of `identity`, of the shard and of `code` (all else
     that decides about the bytes: versions, device). A shard whose key is there is not encoded again. Files that `out` does not
@@ -51,9 +50,10 @@ def write_latents(
             made_from = {**identity, "preprocessing": reader.index["preprocessing"], "flip": mirrored, "code": code}
             for shard, positions in reader.shard_positions():
                 key = content_hash(canonical_json({**made_from, "shard": shard["sha256"]}).encode())
-                kept = _find(store, key)
-                reused += kept is not None
-                if kept is None:
+                sound = (path for path in store.glob(f"{key}-*") if path.name == f"{key}-{file_hash(path)}.safetensors")
+                if kept := next(sound, None):
+                    reused += 1
+                else:
                     new = store / f"{key}.{os.getpid()}.partial"
                     save_file(_encode_shard(reader, positions, encode, embed, batch_size, mirrored), new)
                     kept = new.rename(store / f"{key}-{file_hash(new)}.safetensors")
@@ -61,7 +61,10 @@ def write_latents(
                 if split == "train":
                     totals = totals + _totals(tensors)
                 name = Path(shard["name"]).with_suffix(".safetensors").name
-                _link(kept, partial / name)
+                try:
+                    os.link(kept, partial / name)
+                except OSError:  # another file system, or one without hard links
+                    shutil.copyfile(kept, partial / name)
                 hashes = {"sha256": kept.stem.rpartition("-")[2], "shard_sha256": shard["sha256"]}
                 files.append({"name": name, "split": split, **hashes, "count": len(tensors["mean"])})
                 done += len(positions)
@@ -83,22 +86,6 @@ def prune_store(store: Path, latents: Path) -> None:
     for path in store.glob("*"):
         if path.stem.rpartition("-")[2] not in kept:
             path.unlink(missing_ok=True)  # another run may have removed it
-
-
-def _find(store: Path, key: str) -> Path | None:
-    """The file for a key, if its content still has the hash in its name."""
-    for path in store.glob(f"{key}-*.safetensors"):
-        if path.name == f"{key}-{file_hash(path)}.safetensors":
-            return path
-        path.unlink()
-    return None
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
 
 
 def _encode_shard(
@@ -160,12 +147,8 @@ def open_latents(folder: Path, split: str, **expected: str) -> Latents:
             raise InputError(f"{path}: {name} is {manifest.get(name)}, expected {value}: stale; run `cache_latents` again")
     files = [load_file(folder / file["name"]) for file in manifest["files"] if file["split"] == split]
     empty = load_file(folder / "empty.safetensors")
-    first_row = np.cumsum([0, *(len(file["text"]) for file in files)]).tolist()
-    return Latents(
-        mean=torch.cat([file["mean"] for file in files]),
-        logvar=torch.cat([file["logvar"] for file in files]),
-        caption=torch.cat([file["caption"] + row for file, row in zip(files, first_row, strict=False)]),
-        text=torch.cat([file["text"] for file in [*files, empty]]),
-        text_mask=torch.cat([file["text_mask"] for file in [*files, empty]]),
-        manifest=manifest,
-    )
+    rows = np.cumsum([0, *(len(file["text"]) for file in files)]).tolist()  # the first row of `text` of each file
+    moments = {name: torch.cat([file[name] for file in files]) for name in ("mean", "logvar")}
+    texts = {name: torch.cat([file[name] for file in [*files, empty]]) for name in ("text", "text_mask")}
+    caption = torch.cat([file["caption"] + row for file, row in zip(files, rows, strict=False)])
+    return Latents(**moments, **texts, caption=caption, manifest=manifest)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -42,9 +42,12 @@ class ShardReader:
 
     def __init__(self, place: Path | str, split: str, cache: ShardCache | None = None):
         self.place, self.split, self._cache = place, split, cache
-        self._files: dict[int, int] = {}  # shard number -> file descriptor, in the order of opening
+        self._files: dict[int, IO[bytes]] = {}  # by shard number, in the order of opening
         where = f"{place}/index.json"
-        text = cache.text("index.json") if cache else _text(Path(where))
+        try:
+            text = cache.text("index.json") if cache else Path(where).read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            text = None
         if text is None:
             raise InputError(f"{where}: not found, so this is no folder of shards; run the `shard` stage (dvc repro shard)")
         try:
@@ -56,12 +59,11 @@ class ShardReader:
                 raise InputError(f"{where}: no split {split!r}; found {', '.join(splits)}")
             start, stop = splits[split]
             self.preprocessing = Preprocessing(**self.index["preprocessing"])
-            table = self._read_offsets()
+            self.offsets = self._read_offsets()[start:stop]
+            if len(self) != stop - start:
+                raise InputError(f"{place}/offsets.npy: {len(self)} rows of {split}, {stop - start} expected; {AGAIN}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{where}: damaged ({type(error).__name__}: {error}); {AGAIN}") from None
-        if len(table) < stop:
-            raise InputError(f"{place}/offsets.npy: {len(table)} rows, {stop} expected; {AGAIN}")
-        self.offsets = table[start:stop]
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -82,8 +84,8 @@ class ShardReader:
             try:
                 image = decode_stored(self._read(shard, offset, size), p)
             except UnreadableImage as error:
-                name, key = self.index["shards"][shard]["name"], self._key(shard, offset)
-                raise InputError(f"{self.place}/{name}: sample {key} is damaged ({error}); {AGAIN}") from None
+                where = f"{self.place}/{self.index['shards'][shard]['name']}: sample {self._key(shard, offset)}"
+                raise InputError(f"{where} is damaged ({error}); {AGAIN}") from None
             top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if crops is None else crops[i]
             image = image[top : top + p.image_size, left : left + p.image_size]
             images[i] = image[:, ::-1] if mirrored else image
@@ -100,7 +102,7 @@ class ShardReader:
         """`prompts.csv`: columns `text,label`; empty if the source has none."""
         if "prompts.csv" not in self.index["files"]:
             return pd.DataFrame({"text": [], "label": []})
-        with os.fdopen(self._open("prompts.csv", self.index["files"]["prompts.csv"]), "rb") as file:
+        with self._open("prompts.csv", self.index["files"]["prompts.csv"]) as file:
             return pd.read_csv(file, dtype=str, keep_default_na=False)
 
     @cached_property
@@ -129,15 +131,15 @@ class ShardReader:
         entry = self.index["shards"][shard]
         if shard not in self._files:
             if len(self._files) >= (OPEN_FETCHED if self._cache else OPEN_FILES):
-                os.close(self._files.pop(next(iter(self._files))))
+                self._files.pop(next(iter(self._files))).close()
             self._files[shard] = self._open(entry["name"], entry)
-        blob = os.pread(self._files[shard], size, offset)
+        blob = os.pread(self._files[shard].fileno(), size, offset)
         if len(blob) != size:
             raise InputError(f"{self.place}/{entry['name']}: ends before byte {offset + size}; it is damaged, {AGAIN}")
         return blob
 
     def _read_offsets(self) -> np.ndarray:
-        with os.fdopen(self._open("offsets.npy", self.index["files"]["offsets.npy"]), "rb") as file:
+        with self._open("offsets.npy", self.index["files"]["offsets.npy"]) as file:
             try:
                 np.lib.format.read_magic(file)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -147,24 +149,16 @@ class ShardReader:
             except Exception as error:  # numpy's reader of headers raises anything
                 raise InputError(f"{self.place}/offsets.npy: damaged ({error}); {AGAIN}") from None
 
-    def _open(self, name: str, entry: dict[str, Any]) -> int:
+    def _open(self, name: str, entry: dict[str, Any]) -> IO[bytes]:
         if self._cache:
-            return self._cache.open(name, entry["sha256"], entry["bytes"])
+            return os.fdopen(self._cache.open(name, entry["sha256"], entry["bytes"]), "rb")
         try:
-            return os.open(f"{self.place}/{name}", os.O_RDONLY)
+            return open(f"{self.place}/{name}", "rb")
         except FileNotFoundError:
             raise InputError(f"{self.place}/{name}: not found, though index.json lists it; {AGAIN}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.place, self.split, self._cache)
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
-
-
-def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def open_shards(
@@ -172,9 +166,8 @@ def open_shards(
 ) -> ShardReader:
     """Open one split of a shard folder; raises `InputError` if there is none.
 
-    `place` may be any URL that fsspec knows (`s3://`, `https://`, `file://`, …). A shard is fetched when it is first read,
-    verified by its sha256, and kept in the folder `cache` (default: `ldm-shards` in the user's cache folder), which holds
-    `cache_bytes` at most.
+    `place` may be any URL that fsspec knows. A shard is fetched when it is first read, verified by its sha256, and kept in the
+    folder `cache` (default: `ldm-shards` in the user's cache folder), which holds `cache_bytes` at most.
     """
     if not is_url(place):
         return ShardReader(Path(place), split)

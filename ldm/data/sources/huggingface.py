@@ -33,8 +33,7 @@ class HuggingFace(Source):
         for a data set that cannot be had, for unclear columns, and for a row without its image file, caption or label.
         """
         where = f"data.source.dataset {self.dataset!r}"
-        name, config, commit = _locate(self.dataset, root, where)
-        splits = _load(name, config, commit, where)
+        splits, local = _load(self.dataset, root, where)
         from datasets import Image  # `_load` says what to install without it
 
         features = next(iter(splits.values())).features
@@ -45,7 +44,7 @@ class HuggingFace(Source):
                 read = rows.select_columns([image, *set(columns.values())]).cast_column(image, Image(decode=False))
                 for number, row in enumerate(read):
                     here = f"{where}: split {split}, row {number}"
-                    blob = _read(row[image], None if commit else Path(name), here)
+                    blob = _read(row[image] or {"bytes": b""}, local, here)
                     file_name = f"{split}/{number:08d}{_suffix(blob)}"
                     (folder / file_name).write_bytes(blob)
                     record = {key: _value(row[column], features[column]) for key, column in columns.items()}
@@ -56,34 +55,32 @@ class HuggingFace(Source):
         return sum(map(len, splits.values()))
 
 
-def _locate(dataset: str, root: Path, where: str) -> tuple[str, str | None, str | None]:
-    """The name that `datasets` takes, the configuration, and the commit (None for a local folder)."""
+def _load(dataset: str, root: Path, where: str) -> tuple[dict[str, Any], Path | None]:
+    """Every split of the data set, as memory-mapped tables in the cache of `datasets`; and its folder if it is a local one."""
+    name, config, commit = dataset, None, None
     if hub := HUB.fullmatch(dataset):
-        return f"hf://datasets/{hub['name']}", hub["config"], hub["commit"]  # the prefix: never a folder of the same name
-    for folder, config in ((dataset, None), (dataset.rpartition(":")[0], dataset.rpartition(":")[2])):
-        if folder and (root / folder).is_dir():
-            return str((root / folder).resolve()), config, None
-    hint = "a data set on the hub is NAME@COMMIT or NAME:CONFIG@COMMIT with the 40 hex digits of a commit"
-    raise InputError(f"{where}: no such folder; {hint}, since a name alone, or a branch, would not say which data")
-
-
-def _load(name: str, config: str | None, commit: str | None, where: str) -> dict[str, Any]:
-    """Every split of the data set, as memory-mapped tables in the cache of `datasets`."""
+        name, config, commit = f"hf://datasets/{hub['name']}", hub["config"], hub["commit"]  # never a folder of that name
+    elif not (root / dataset).is_dir():
+        name, _, config = dataset.rpartition(":")
+        if not (name and (root / name).is_dir()):
+            hint = "a data set on the hub is NAME@COMMIT or NAME:CONFIG@COMMIT with the 40 hex digits of a commit"
+            raise InputError(f"{where}: no such folder; {hint}, since a name alone, or a branch, would not say which data")
+    folder = None if hub else (root / name).resolve()
     try:
         import datasets
-        import huggingface_hub.utils as hub
+        import huggingface_hub.utils as hub_utils
     except ImportError as error:
         raise InputError(f"{where} needs a package ({error}); pip install 'ldm-pipeline[huggingface]'") from None
-    for library in (datasets, hub):
+    for library in (datasets, hub_utils):
         library.disable_progress_bars()
         library.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        builder = datasets.load_dataset_builder(name, config, revision=commit)
+        builder = datasets.load_dataset_builder(str(folder or name), config, revision=commit)
         # If the hub does not answer, `datasets` takes the latest copy in its cache, whatever its commit.
         if commit and builder.hash != commit:
             raise ConnectionError(f"the hub does not answer, and the latest copy in the cache is of commit {builder.hash}")
         builder.download_and_prepare()
-        return builder.as_dataset()
+        return builder.as_dataset(), folder
     except Exception as error:  # many libraries raise here; every error means that the data cannot be had
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its cause has the reason
         reason = (generic and error.__cause__) or error
@@ -104,8 +101,8 @@ def _columns(features: dict[str, Any], where: str) -> tuple[str, dict[str, str]]
         expected = "expected text or caption, or a single one of strings or of classes, among its columns"
         raise InputError(f"{where}: which column holds the captions? {expected} {found}")
     columns = {"text": caption} | ({"label": label} if label else {})
-    for name, type_ in types.items():
-        if name not in (caption, label) and (type_ in (*STRINGS, "bool", "ClassLabel") or NUMBER.fullmatch(type_)):
+    for name in types:
+        if name not in (caption, label) and (types[name] in (*STRINGS, "bool", "ClassLabel") or NUMBER.fullmatch(types[name])):
             free = name
             while free in ("file_name", *columns):
                 free = f"source_{free}"
@@ -131,13 +128,11 @@ def _type(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def _read(image: dict[str, Any] | None, folder: Path | None, where: str) -> bytes:
-    """The bytes of an image file; none for a row without an image. A local data set, in `folder`, may name files of its own."""
+def _read(image: dict[str, Any], folder: Path | None, where: str) -> bytes:
+    """The bytes of an image file. A local data set, in `folder`, may name files of its own."""
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    if image is None:
-        return b""
     if image["bytes"] is not None or image["path"] is None:
         return image["bytes"] or b""
     path = (folder or Path()) / image["path"]
