@@ -9,7 +9,7 @@ import typer
 
 from ldm.base.errors import InputError
 from ldm.commands import autoencoder, checkpoints, data, registry, shared
-from ldm.commands.shared import Model, Out, SamplingCommand, Seed, Set
+from ldm.commands.shared import Model, Out, SamplingCommand, Seed, Set, load_model, write_images
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.add_typer(data.app, name="data", help="Images and shards: check, stats, drift, ingest, purge.")
@@ -37,15 +37,14 @@ def run(
     """Bring the whole pipeline up to date, once, here, and register the model.
 
     Runs the stages of `dvc.yaml` that are out of date, registers the result, lets the gate decide whether it becomes
-    `models:/ldm@champion`, and prints a summary. What is up to date is not run again; what was interrupted continues
-    from its last checkpoint.
+    `models:/ldm@champion`, and prints a summary. What was interrupted continues from its last checkpoint.
 
     Exit codes: 0 done, 1 a stage failed, 2 bad input (one line says what to mend), 130 interrupted.
 
     Environment: `LDM_STAGE_RETRIES` (default 1), `LDM_STAGE_TIMEOUT` (seconds a stage; default none).
     """
-    arguments = ["--ingest", str(ingest.absolute())] if ingest else []
     root = shared.project()
+    arguments = ["--ingest", str(ingest.absolute())] if ingest else []
     if assignments:
         from ldm.config import change_settings
 
@@ -72,13 +71,12 @@ def sample(
 
     Example: `ldm sample --prompt "a handwritten seven" -n 16 --set steps=32 --out seven.png`
     """
-    loaded = shared.load_model(model)
-    options = shared.sampling(loaded, assignments)
-    weaker = None if guide is None else shared.load_model(guide)
+    loaded, weaker = load_model(model), load_model(guide) if guide else None
     prompts = [text for text in prompt for _ in range(n)]
+    options = shared.sampling(loaded, assignments)
     typer.echo(f"drawing {shared.counted(len(prompts))} …", err=True)
     images = loaded.sample(prompts, negative=negative, guide=weaker, seed=seed, first=first, **options)
-    shared.write_images(images, out, prompt if len(prompt) > 1 else None)
+    write_images(images, out, prompt if len(prompt) > 1 else None)
 
 
 @app.command(cls=SamplingCommand)
@@ -109,10 +107,9 @@ def interpolate(
         raise InputError(f"{a!r} and {b!r}: one is a file and one is not; give two images or two prompts")
     if linear and not files[0]:
         raise InputError("--linear joins two images; prompts are always joined by a line")
-    loaded = shared.load_model(model)
+    loaded = load_model(model)
     first, last = (shared.read_image(Path(end), loaded) if files[0] else end for end in (a, b))
-    options = shared.sampling(loaded, assignments)
-    shared.write_images(loaded.interpolate(first, last, n, linear=linear, seed=seed, **options), out)
+    write_images(loaded.interpolate(first, last, n, linear=linear, seed=seed, **shared.sampling(loaded, assignments)), out)
 
 
 def main() -> None:

@@ -9,36 +9,25 @@ from ldm.base.errors import InputError
 from ldm.commands.shared import Model, Out, Seed, check_file, load_model, read_image, write_images
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+Side = Annotated[int | None, typer.Option(min=1, help="Keep the images' size; work on tiles of this many pixels a side.")]
 
 
 @app.command()
 def sample(
     out: Out, n: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 16, model: Model = None, seed: Seed = 0
 ) -> None:
-    """Draw latents from the autoencoder's prior and images from its likelihood, without the diffusion model.
-
-    How far these are from real images is what the diffusion model is there to learn.
-
-    Example: `ldm autoencoder sample -n 16 --out prior.png`
-    """
+    """Draw latents from the autoencoder's prior and images from its likelihood, without the diffusion model."""
     write_images(load_model(model).sample_prior(n, seed=seed), out)
 
 
 @app.command()
 def reconstruct(
-    images: Annotated[list[Path], typer.Argument(help="Files of images.")],
-    out: Out,
-    model: Model = None,
-    tile: Annotated[
-        int | None, typer.Option(min=1, help="Keep the images' size; work on tiles of this many pixels a side.")
-    ] = None,
+    images: Annotated[list[Path], typer.Argument(help="Files of images.")], out: Out, model: Model = None, tile: Side = None
 ) -> None:
     """Encode images and decode their latents. A sheet shows each image beside its reconstruction.
 
     Images are prepared as for training. With `--tile` they keep their size (rounded down to the autoencoder's factor),
     however large, and only the reconstructions are written.
-
-    Example: `ldm autoencoder reconstruct a.png b.png --out pairs.png`
     """
     for path in images:
         check_file(path)
@@ -67,10 +56,7 @@ def traverse(
     reach: Annotated[float, typer.Option(min=0, help="Standard deviations to either side.")] = 3.0,
     model: Model = None,
 ) -> None:
-    """Shift one latent channel after the other, to see what each does to an image. A sheet has a row for each channel.
-
-    Example: `ldm autoencoder traverse a.png --out channels.png`
-    """
+    """Shift one latent channel after the other, to see what each does to an image. A sheet has a row for each channel."""
     check_file(image)
     loaded = load_model(model)
     images = loaded.traverse(read_image(image, loaded), n, reach=reach)

@@ -14,10 +14,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 @app.command()
 def check(path: Annotated[Path, typer.Argument(help="A folder of shards.")] = Path("data/shards")) -> None:
-    """Verify every hash and offset of a shard folder, and decode every image. Exit code 1 if something is wrong.
-
-    Example: `ldm data check data/shards`
-    """
+    """Verify every hash and offset of a shard folder, and decode every image. Exit code 1 if something is wrong."""
     from ldm.data.inspect import check_shards
 
     problems = 0
@@ -35,10 +32,7 @@ def stats(
     path: Annotated[Path, typer.Argument(help="A folder of shards, of images or of tars.")] = Path("data/shards"),
     sheet: Annotated[Path, typer.Option(callback=checked, help="Contact sheet to write.")] = Path("contact_sheet.png"),
 ) -> None:
-    """Counts, sizes and caption lengths of a collection, before or after sharding, and a contact sheet of some images.
-
-    Example: `ldm data stats data/raw/source`
-    """
+    """Counts, sizes and caption lengths of a collection, before or after sharding, and a contact sheet of some images."""
     from ldm.config import load_settings
     from ldm.data.inspect import inspect
     from ldm.report.grid import image_grid
@@ -63,10 +57,7 @@ def drift(
     """Are new images like those that the model was trained on? Exit code 1 if not.
 
     An image's score is how much its bound varies over posterior samples of the decoder's weights, compared with the test images.
-    It takes several unlike images to be sure that a folder is unlike; images beyond the limit are named in any case.
     The samples come from the stage sample_posterior: set `sample_posterior: [sgld]` in params.yaml and run the pipeline.
-
-    Example: `ldm data drift ~/inbox`
     """
     from ldm.collection.drift import drift
 
@@ -86,8 +77,6 @@ def ingest(
 
     Images that are in the collection already, have no caption yet or are still being written stay where they are. A call
     that is killed loses nothing; the next one continues. `ldm run --ingest FOLDER` ingests and then runs the pipeline.
-
-    Example: `ldm data ingest ~/inbox`
     """
     from ldm.collection.ingest import ingest
 
@@ -106,8 +95,6 @@ def purge(
     First delete it from the collection and run the pipeline, so that nothing current holds it. This deletes its file and every
     shard and latents file made from it, in DVC's cache and remote. Such a shard holds other images too, so old commits can no
     longer be checked out whole. The versions that saw the image get a tag, `ldm.purged`.
-
-    Example: `ldm data purge 2025-03-01/0042.png --dry-run`
     """
     from ldm.collection.purge import UNTOUCHED, purge
 

@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands.shared import Name, model_name, table, tracked_project
+from ldm.commands.shared import Name, model_name, project, table
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+Shown = Annotated[str | None, typer.Argument(help="VERSION, models:/NAME@ALIAS or models:/NAME/VERSION; else the champion.")]
 
 
 @app.command("list")
@@ -16,18 +17,13 @@ def list_versions(name: Name = None) -> None:
     from ldm.registry.versions import find, overview
 
     name = model_name(name)
-    rows = [overview(version) for version in find({}, name)]
-    if not rows:
+    if not (rows := [overview(version) for version in find({}, name)]):
         raise InputError(f"model {name!r} has no versions; `ldm run` registers one")
     table(rows)
 
 
 @app.command()
-def show(
-    model: Annotated[
-        str | None, typer.Argument(help="VERSION, models:/NAME@ALIAS or models:/NAME/VERSION; else the champion.")
-    ] = None,
-) -> None:
+def show(model: Shown = None) -> None:
     """One version: aliases, where it came from, how it was evaluated, why it was promoted or not."""
     from ldm.registry.versions import describe, lookup
 
@@ -39,14 +35,10 @@ def show(
 
 @app.command()
 def register() -> None:
-    """Register the model of the project folder and let the gate decide, after a plain `dvc repro`.
+    """Register the model of the project folder, unless it is, and let the gate decide. `ldm run` does this by itself."""
+    from ldm.registry.registration import gate_and_promote, register
 
-    The same files are never registered twice. `ldm run` does this by itself.
-    """
-    from ldm.registry.promotion import gate_and_promote
-    from ldm.registry.registration import register
-
-    root = tracked_project()
+    root = project(tracked=True)
     registered = register(root)
     decision = gate_and_promote(root, registered.version)
     print(f"version {registered.version} ({'new' if registered.created else 'registered before'})")
@@ -56,7 +48,7 @@ def register() -> None:
 @app.command()
 def promote(version: Annotated[int, typer.Argument(help="Version number.")], name: Name = None) -> None:
     """Make a version champion by hand, whatever the gate decided; the champion so far becomes `previous`."""
-    from ldm.registry.promotion import promote
+    from ldm.registry.registration import promote
 
     promote(version, model_name(name))
     print(f"version {version} is champion")
@@ -65,6 +57,6 @@ def promote(version: Annotated[int, typer.Argument(help="Version number.")], nam
 @app.command()
 def rollback(name: Name = None) -> None:
     """Swap `champion` and `previous`."""
-    from ldm.registry.promotion import rollback
+    from ldm.registry.registration import rollback
 
     print(f"version {rollback(model_name(name))} is champion")

@@ -25,12 +25,12 @@ class SamplingCommand(typer.core.TyperCommand):
         from ldm.base.options import keys
         from ldm.diffusion.options import Sampling
 
-        settings = []
+        option: Any = next(param for param in self.params if param.name == "assignments")
+        option.help += " Keys: "
         for key in keys(Sampling):
             about = ", ".join(map(str, key.values)) or ("of " + ", ".join(key.kinds) if key.kinds else "")
-            settings.append(f"`{key.name}`" + (f" ({about})" if about else ""))
-        option: Any = next(param for param in self.params if param.name == "assignments")
-        option.help += f" Keys: {', '.join(settings)}."
+            option.help += f"`{key.name}` ({about}), " if about else f"`{key.name}`, "
+        option.help = option.help.removesuffix(", ") + "."
         super().format_help(context, formatter)
 
 
@@ -53,25 +53,21 @@ Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a sampling setting of the model.")]
 
 
-def project() -> Path:
+def project(tracked: bool = False) -> Path:
+    """The project's folder; if `tracked`, its own MLflow store becomes the default."""
     from ldm.config import find_root
-
-    return find_root()
-
-
-def tracked_project() -> Path:
-    """The project's folder; its own MLflow store becomes the default."""
     from ldm.registry.tracking import use_default_store
 
-    root = project()
-    use_default_store(root)
+    root = find_root()
+    if tracked:
+        use_default_store(root)
     return root
 
 
 def model_name(name: str | None = None) -> str:
     from ldm.config import load_settings
 
-    root = tracked_project()
+    root = project(tracked=True)
     return name or load_settings(root).registry.name
 
 
@@ -85,7 +81,7 @@ def load_model(model: str | None) -> "LatentDiffusion":
             from ldm.registry.versions import downloaded
 
             if "MLFLOW_TRACKING_URI" not in os.environ:
-                tracked_project()
+                project(tracked=True)
             folder = stack.enter_context(downloaded(model))
         elif not (folder / "model.json").is_file():
             raise InputError(f"{model}: holds no model.json; give models:/NAME@ALIAS, models:/NAME/VERSION or a saved folder")

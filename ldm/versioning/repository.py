@@ -47,7 +47,8 @@ class Node(NamedTuple):
 
     name: str
     outs: tuple[str, ...]  # paths relative to the project's root
-    upstream: tuple[str, ...]  # names of the stages whose outs it reads
+    upstream: frozenset[str] = frozenset()  # names of the stages whose outs it reads
+    needs: frozenset[str] = frozenset()  # these and all that they need
 
 
 def read_graph(root: Path) -> tuple[Node, ...]:
@@ -60,29 +61,18 @@ def read_graph(root: Path) -> tuple[Node, ...]:
         for stage in networkx.lexicographical_topological_sort(graph.reverse(), key=order.index):
             if stage.cmd:
                 outs = (os.path.relpath(out.fs_path, repo.root_dir) if out.is_in_repo else out.def_path for out in stage.outs)
-                upstream = sorted(stage_name(needed) for needed in graph.successors(stage) if needed.cmd)
-                nodes.append(Node(stage_name(stage), tuple(outs), tuple(upstream)))
+                needed = (graph.successors(stage), networkx.descendants(graph, stage))
+                upstream = (frozenset(stage_name(other) for other in others if other.cmd) for others in needed)
+                nodes.append(Node(stage_name(stage), tuple(outs), *upstream))
     return tuple(nodes)
 
 
 def ancestors(nodes: tuple[Node, ...], target: str) -> tuple[Node, ...]:
     """`target` and every stage that it needs, in the order given."""
-    if target not in (names := [node.name for node in nodes]):
-        raise InputError(f"dvc.yaml has no stage {target!r}; it has {', '.join(names)}")
-    needed = {target}
-    for node in reversed(nodes):
-        if node.name in needed:
-            needed.update(node.upstream)
+    needed = next((node.needs | {target} for node in nodes if node.name == target), None)
+    if needed is None:
+        raise InputError(f"dvc.yaml has no stage {target!r}; it has {', '.join(node.name for node in nodes)}")
     return tuple(node for node in nodes if node.name in needed)
-
-
-def descendants(nodes: tuple[Node, ...], target: str) -> tuple[Node, ...]:
-    """Every stage that needs `target`, in the order given."""
-    affected = {target}
-    for node in nodes:
-        if affected & set(node.upstream):
-            affected.add(node.name)
-    return tuple(node for node in nodes if node.name in affected - {target})
 
 
 def check_data(root: Path, path: str) -> None:

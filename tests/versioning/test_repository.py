@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ldm.base.errors import InputError
-from ldm.versioning.repository import ancestors, descendants, read_graph
+from ldm.versioning.repository import ancestors, read_graph
 
 
 def test_stages_come_after_what_they_need_and_keep_their_paths(project: Path) -> None:
@@ -36,11 +36,11 @@ def test_ancestors_leave_out_what_the_target_does_not_need(project: Path) -> Non
         ancestors(stages, "evaluat")
 
 
-def test_descendants_are_what_needs_the_target(project: Path) -> None:
+def test_a_stage_knows_all_that_it_needs(project: Path) -> None:
     stages = read_graph(project)
-    assert [stage.name for stage in descendants(stages, "shard")] == ["train_unet", "evaluate", "aside"]
-    assert [stage.name for stage in descendants(stages, "train_unet")] == ["evaluate"]
-    assert descendants(stages, "evaluate") == ()
+    assert [stage.name for stage in stages if "shard" in stage.needs] == ["train_unet", "evaluate", "aside"]
+    assert [stage.name for stage in stages if "train_unet" in stage.needs] == ["evaluate"]
+    assert not any("evaluate" in stage.needs for stage in stages)
 
 
 def test_data_that_dvc_tracks_without_a_command_is_no_stage(project: Path) -> None:
@@ -51,7 +51,7 @@ def test_data_that_dvc_tracks_without_a_command_is_no_stage(project: Path) -> No
     (project / "dvc.yaml").write_text(text.replace("deps: [knob.txt]", "deps: [knob.txt, raw]"))
     stages = read_graph(project)
     assert [stage.name for stage in stages] == ["shard", "train_unet", "evaluate", "aside"]
-    assert stages[0].upstream == ()
+    assert stages[0].upstream == stages[0].needs == frozenset()
 
 
 @pytest.mark.parametrize(
