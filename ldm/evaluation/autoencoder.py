@@ -14,8 +14,7 @@ from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.data.reader import ShardReader
 from ldm.nets.autoencoder import Autoencoder
 
-SCALE_IMAGES = 512  # validation images to which a scale is fitted
-PIXELS = 1 << 18  # of the images that are measured at once
+SCALE_IMAGES, PIXELS = 512, 1 << 18  # to which a scale is fitted; of the images that are measured at once
 
 
 def summary(bound: Elbo) -> dict[str, float]:

@@ -34,14 +34,8 @@ ABOUT = {  # unit, title, how to read it
 }  # fmt: skip
 
 
-def image_bounds(
-    model: Any, samples: ShardReader, *, levels: int, seed: int, progress: Callable[[int], None] = lambda done: None
-) -> pd.DataFrame:
-    """`model.bound` (see `ldm.model.LatentDiffusion`) of every image under its own caption.
-
-    Columns `key`, `reconstruction`, `entropy`, `prior`, `nats` (their sum, a lower bound on log p(x | caption), nats
-    per image) and `dims`. An image's draws depend on its key and `seed`, so two models meet the same noise.
-    """
+def image_bounds(model: Any, samples: ShardReader, levels: int, seed: int, progress: Callable[[int], None]) -> pd.DataFrame:
+    """`model.bound` of each image under its caption: its terms, their sum `nats`, and `dims`. Draws depend on key and `seed`."""
     frames, names = [], ("reconstruction", "entropy", "prior", "nats")
     progress(0)
     for start in range(0, len(samples), BATCH):
@@ -70,12 +64,8 @@ def measure_bounds(evaluation: Evaluation, levels: int, importance_samples: int)
     with Progress("evaluate: bound", len(test)) as progress:
         frame = image_bounds(model, test, levels=levels, seed=evaluation.seed, progress=progress)
     to_bits, nats = -1 / (own.dims * math.log(2)), float(frame.nats.mean())
-    numbers |= {
-        "importance_bits_per_dim": float(tighter.mean()) * to_bits,
-        "importance_gap_nats": float(tighter.mean() - own.nats.double().mean().cpu()),
-        "nats": nats,
-        "bits_per_dim": nats * to_bits,
-        "bits_per_dim_se": -float(frame.nats.std()) / math.sqrt(len(frame)) * to_bits,
-        **{f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")},
-    }
+    gap = float(tighter.mean() - own.nats.double().mean().cpu())
+    numbers |= {"importance_bits_per_dim": float(tighter.mean()) * to_bits, "importance_gap_nats": gap, "nats": nats}
+    numbers |= {"bits_per_dim": nats * to_bits, "bits_per_dim_se": -float(frame.nats.std()) / math.sqrt(len(frame)) * to_bits}
+    numbers |= {f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")}
     return frame, described(numbers, ABOUT, {"bits_per_dim": f"{note}, given their captions"})

@@ -15,17 +15,14 @@ from ldm.bayes.elbo import Elbo
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
 from ldm.evaluation.autoencoder import evaluate_elbo
-from ldm.evaluation.features.feature_space import FeatureSpace
+from ldm.evaluation.features import FeatureSpace
 from ldm.nets.autoencoder import DiagonalGaussian, VQModel
 
 MOST, BATCH = 4096, 256  # images of a split that are used at most, and that are encoded and decoded at a time
 
 
 class Evaluation:
-    """A trained system, an `ldm.model.LatentDiffusion`, beside real images, uint8 (N, C, H, W), and their labels (N,), if any.
-
-    Whatever is drawn depends on `seed` alone. Real images come in random order, so that the first few stand for all.
-    """
+    """A trained `ldm.model.LatentDiffusion` beside real images in random order, uint8 (N, C, H, W), and their labels, if any."""
 
     def __init__(self, model: Any, train: ShardReader, test: ShardReader, seed: int, sample_count: int, unseen_count: int):
         self.model, self.train, self.test, self.seed = model, train, test, seed

@@ -23,11 +23,7 @@ class Decision:
 
 
 def decide(challenger: Series, champion: Series | None, level: float = 0.005) -> Decision:
-    """Promote if the lower Student-t confidence limit of the mean paired improvement is above zero.
-
-    `challenger` and `champion` hold nats by image key, in any order; keys that differ are a ValueError. Without a
-    champion a challenger whose bound is finite is promoted.
-    """
+    """Promote if the lower limit of the mean improvement is above 0. Both hold nats by image key; `ValueError` if keys differ."""
     if not 0 < level < 0.5:
         raise ValueError(f"level must be between 0 and 0.5, found {level}")
     models = {name: nats for name, nats in (("challenger", challenger), ("champion", champion)) if nats is not None}
@@ -40,7 +36,6 @@ def decide(challenger: Series, champion: Series | None, level: float = 0.005) ->
         if len(extra := here.index.difference(there.index)):
             found = f"image {extra[0]!r} has a value of the {has} but none of the {lacks} ({len(extra)} such)"
             raise ValueError(f"{found}: evaluate both on the same images")
-
     n = len(challenger)
     for name, nats in models.items():
         if len(bad := nats.index[~np.isfinite(nats)]):
@@ -49,7 +44,6 @@ def decide(challenger: Series, champion: Series | None, level: float = 0.005) ->
         return Decision(True, level, "no champion yet", n)
     if champion is None or n < 2:
         return Decision(False, level, f"{n} image(s) cannot show an improvement: at least 2 are needed", n)
-
     gains = challenger.to_numpy(np.float64) - champion.loc[challenger.index].to_numpy(np.float64)
     mean, se = float(gains.mean()), float(gains.std(ddof=1)) / math.sqrt(n)
     lower = mean - float(stdtrit(n - 1, 1 - level)) * se  # Student-t quantile

@@ -68,14 +68,10 @@ def average_bound(posterior: DecoderPosterior, bounds: DataFrame, test: ShardRea
         "bits_per_dim": float((-bounds.nats * to_bits).mean()),
         "average_bits_per_dim": float((-(bounds.nats + gain) * to_bits).mean()),
         "draw_bits_per_dim": float((-(bounds.nats + each.mean(0).numpy() - single) * to_bits).mean()),
-        "gain_nats": float(gain.mean()),
-        "gain_nats_se": float(gain.std(ddof=1) / np.sqrt(len(gain))),
-        "draws": posterior.draws.count,
-        "weights": sum(value.numel() for value in next(iter(posterior.draws)).values()),
-        "rhat": float(found.rhat.max()),
-        "ess": float(found.ess.min()),
-        "convergence_warnings": warnings(found),
-    }
+        "gain_nats": float(gain.mean()), "gain_nats_se": float(gain.std(ddof=1) / np.sqrt(len(gain))),
+        "draws": posterior.draws.count, "weights": sum(value.numel() for value in next(iter(posterior.draws)).values()),
+        "rhat": float(found.rhat.max()), "ess": float(found.ess.min()), "convergence_warnings": warnings(found),
+    }  # fmt: skip
 
 
 def uncertainty_maps(posterior: DecoderPosterior, pixels: Tensor, sampled: Tensor, plots: Path) -> Metrics:

@@ -22,10 +22,7 @@ def image_grid(
     images: np.ndarray, columns: int, path: Path, *,
     row_labels: Labels = None, column_labels: Labels = None, captions: Labels = None,
 ) -> None:  # fmt: skip
-    """Write uint8 images (N, C, H, W), C = 1 or 3, row by row as one PNG, small ones enlarged to about 64 pixels.
-
-    Labels name rows and columns, captions stand below each image. Long ones are wrapped.
-    """
+    """Write uint8 images (N, C, H, W), C = 1 or 3, row by row as one PNG, small ones enlarged to about 64 pixels."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"expected uint8 images (N, 1 or 3, H, W), found {images.dtype} {images.shape}")
     rows = -(-len(images) // columns)

@@ -28,25 +28,15 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def decision_page(path: Path, decision: Any, frame: DataFrame | None, *, challenger: str, champion: str | None) -> None:
-    """Write a decision, an `ldm.evaluation.gate.Decision`: what was decided and why, then the numbers.
-
-    `frame` has one row per image key and the columns `challenger` and `champion` (nats), or is None where nothing
-    was compared. `challenger` and `champion` are the models' names, e.g. "ldm version 7".
-    """
+    """Write a `ldm.evaluation.gate.Decision` and why. `frame`: nats of both models by image key; None: not compared."""
     values: dict[str, Any] = {}
     if frame is not None and champion is not None and math.isfinite(decision.mean):
         gains = (frame.challenger - frame.champion).sort_values(kind="stable", ascending=False)
         keys = list(dict.fromkeys([*gains.index[:SHOWN], *gains.index[-SHOWN:]]))
-        values = {
-            "bits": abs(decision.mean) / math.log(2),
-            "share": abs(decision.mean / float(frame.champion.mean())),
-            "better": float((gains > 0).mean()),
-            "changes": [(key, gains[key], frame.challenger[key], frame.champion[key]) for key in keys],
-            "chart": differences(gains.to_numpy(), x_label="improvement, nats"),
-        }
-    write_page(
-        path, "decision.html", decision=decision, challenger=challenger, champion=champion, compared=bool(values), **values
-    )
+        values = {"bits": abs(decision.mean) / math.log(2), "share": abs(decision.mean / float(frame.champion.mean()))}
+        values["better"], values["chart"] = float((gains > 0).mean()), differences(gains.to_numpy(), x_label="improvement, nats")
+        values["changes"] = [(key, gains[key], frame.challenger[key], frame.champion[key]) for key in keys]
+    write_page(path, "decision.html", decision=decision, challenger=challenger, champion=champion, **values)
 
 
 def _embedded(picture: Path | np.ndarray) -> str:

@@ -46,11 +46,7 @@ def loss_curves(frame: DataFrame, path: Path, *, title: str, columns: Sequence[s
 
 
 def rate_distortion(frame: DataFrame, path: Path, *, title: str) -> None:
-    """Write distortion -log p(x | z) against rate KL(q(z | x) || p(z)), both in bits/dim, as one PNG.
-
-    Columns `rate_bits_per_dim`, `distortion_bits_per_dim` and `series`, a curve each. Grey lines of slope -1 join what has the
-    same sum, the code length -ELBO (Alemi et al. 2018, "Fixing a broken ELBO"): the lower left is better.
-    """
+    """Write distortion against rate, bits/dim, a curve a `series`, over lines of equal sum, -ELBO (Alemi et al. 2018)."""
     with _chart(path, 4.8, title, "rate: KL, bits/dim", "distortion: −log p(x | z), bits/dim") as axes:
         for label, curve in frame.groupby("series", sort=False):
             curve = curve.sort_values("rate_bits_per_dim", kind="stable")

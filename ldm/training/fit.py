@@ -86,10 +86,9 @@ class Ema:
 
     def __init__(self, module: nn.Module, halflife_images: int):
         self.halflife_images, live = halflife_images, module.state_dict(keep_vars=True)
-        self._average = {name: tensor.detach().clone() for name, tensor in live.items()}
-        pairs = [(self._average[name], tensor) for name, tensor in live.items()]
-        self._weights = [pair for pair in pairs if isinstance(pair[1], nn.Parameter)]
-        self._buffers = [pair for pair in pairs if not isinstance(pair[1], nn.Parameter)]
+        self.average = {name: tensor.detach().clone() for name, tensor in live.items()}  # with the module's keys
+        pairs = [(average, live[name]) for name, average in self.average.items()]
+        self._weights, self._buffers = ([p for p in pairs if isinstance(p[1], nn.Parameter) == is_weight] for is_weight in (1, 0))
 
     @torch.no_grad()
     def update(self, images_seen: int, batch_size: int) -> None:
@@ -100,10 +99,6 @@ class Ema:
         torch._foreach_lerp_(averages, weights, weight)
         for average, buffer in self._buffers:
             average.copy_(buffer)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averages themselves, with the module's keys."""
-        return self._average
 
 
 def learning_rate(schedule: Training, images_seen: int) -> float:
@@ -121,12 +116,10 @@ def fit(
 ) -> Fitted:  # fmt: skip
     """Train `objective.module` for `schedule.images` images, resuming from `store` if it holds a checkpoint.
 
-    `progress(done, row)` is called before the first and after every batch; the row is empty unless one was closed.
-    `num_data` is what an optimizer that samples a posterior needs to know: the number of terms the loss is a mean of.
-
-    In a process group each rank takes its share of every batch; the first one saves and logs. Raises `FloatingPointError` if
-    a loss or gradient is not finite or explodes, after saving the batch, and `KeyboardInterrupt`, after saving a checkpoint,
-    when `should_stop()` turns true: on all ranks after the same batch, within `SYNC_SECONDS` or a batch.
+    `progress(done, row)` is called before the first and after every batch; the row is empty unless one was closed. `num_data`,
+    for optimizers that sample a posterior, is the number of terms that the loss is a mean of. Each rank takes its share of every
+    batch; the first one saves and logs. Raises `FloatingPointError` for a loss or gradient that is not finite or explodes, after
+    saving the batch, and `KeyboardInterrupt` if `should_stop()`, after a checkpoint: on all ranks after the same batch.
     """
     loss = _parallel(objective, execution)  # before the optimizer: sharding replaces the parameters
     choice: Optimizer = schedule.optimizer
@@ -158,7 +151,7 @@ def fit(
         row_due = done % every < schedule.batch_size or done >= schedule.images
         if synced or checkpoint_due or row_due:
             run.check(schedule.batch_size)
-        row = run.log(done, lr) if row_due else {}
+        row = run.close_row(done, lr) if row_due else {}
         if checkpoint_due:
             run.save(done)
             if stop:
@@ -166,7 +159,7 @@ def fit(
         progress(done, row)  # after the checkpoint: printing fails if its reader is gone
     tracker.flush()
     objective.module.eval()
-    return Fitted(distributed.full_tensors(run.ema.state_dict()), run.curve)
+    return Fitted(distributed.full_tensors(run.ema.average), run.curve)
 
 
 class _Loss(nn.Module):
@@ -201,10 +194,7 @@ def _gradients(
     loss: nn.Module, optimizer: torch.optim.Optimizer, seed: int, execution: Execution, max_norm: float, images_seen: int,
     batch_size: int,
 ) -> tuple[list[str], Tensor]:  # fmt: skip
-    """Fill the gradients with those of a batch, over micro-batches and ranks, and clip each `clip_group` to `max_norm`.
-
-    Returns names and values, float64, of the batch's metrics; the last is the norm of all gradients before clipping.
-    """
+    """Fill and clip the gradients of a batch; return its metrics, last the norm before clipping: names, and values in float64."""
     share = batch_size // distributed.ranks()
     first, step = distributed.rank() * share, min(execution.micro_batch or share, share)
     parts = [slice(start, min(start + step, first + share)) for start in range(first, first + share, step)]
@@ -215,7 +205,7 @@ def _gradients(
         with loss.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
             value, metrics = loss(images_seen, batch_size, generator(seed, "loss", images_seen), part)
             (value if len(parts) == 1 else value * weight).backward()
-        rows.append(torch.stack([value.detach() for value in (value, *metrics.values())]).double() * weight)
+        rows.append(torch.stack([x.detach() for x in (value, *metrics.values())]).double() * weight)
     means = distributed.mean(torch.stack(rows).sum(0))
     groups: dict[int, list[Tensor]] = defaultdict(list)
     for group in optimizer.param_groups:
@@ -294,8 +284,8 @@ class _Run:
             self.count += 1
         self.unread = []
 
-    def log(self, images_seen: int, lr: float) -> dict[str, float]:
-        """Close a row of the loss curve: means since the last one."""
+    def close_row(self, images_seen: int, lr: float) -> dict[str, float]:
+        """Log the means since the last row of the loss curve."""
         row = {name: total / self.count for name, total in self.sums.items()}
         self.sums, self.count = {}, 0
         self.curve.append({"images": images_seen, **row, "lr": lr})
@@ -303,7 +293,7 @@ class _Run:
         return row
 
     def save(self, images_seen: int) -> None:
-        parts = self.objective.module.state_dict(), self.ema.state_dict(), optimizer_tensors(self.optimizer)
+        parts = self.objective.module.state_dict(), self.ema.average, optimizer_tensors(self.optimizer)
         named = {f"{part}.{k}": v for part, state in zip(PARTS, parts, strict=True) for k, v in state.items()}
         tensors, state = distributed.full_tensors(named), {name: getattr(self, name) for name in STATE}
         if distributed.rank() == 0:
@@ -319,7 +309,7 @@ class _Run:
         model, ema, optimizer = ({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{p}.")} for p in PARTS)
         try:
             distributed.load(self.objective.module.state_dict(), model)
-            distributed.load(self.ema.state_dict(), ema)
+            distributed.load(self.ema.average, ema)
             load_optimizer_tensors(self.optimizer, optimizer)
             self.tracker.load_state_dict(state["tracker"])
             for name in STATE:

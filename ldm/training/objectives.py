@@ -116,22 +116,18 @@ class AdversarialObjective(VaeObjective):
             idle = sum(0.0 * p.sum() for p in discriminator.parameters())
             nothing = dict.fromkeys(("adversarial_weight", "real_logits", "fake_logits"), torch.zeros((), device=x.device))
             return negative + idle, metrics | nothing
+        from ldm.base import distributed
+
         constant = {name: p.detach() for name, p in discriminator.named_parameters()}
         fooling = -torch.func.functional_call(discriminator, constant, (mean,)).float().mean()
-        weight = options.discriminator_weight * adaptive_weight(negative, fooling, self.autoencoder.decoder.conv_out.weight)
+        last = self.autoencoder.decoder.conv_out.weight
+        gradients = (torch.autograd.grad(loss, last, retain_graph=True)[0].float() for loss in (negative, fooling))
+        pulls = [distributed.mean(gradient).norm() for gradient in gradients]  # of this part of the batch, over all ranks
+        weight = options.discriminator_weight * (pulls[0] / (pulls[1] + SMALL)).clamp(max=LARGEST_WEIGHT).detach()
         real, fake = (discriminator(images).float() for images in (x, mean.detach()))
         hinge = 0.5 * (torch.relu(1 - real) + torch.relu(1 + fake)).mean()
         metrics |= {"adversarial_weight": weight, "real_logits": real.mean(), "fake_logits": fake.mean()}
         return negative + weight * fooling + hinge, metrics
-
-
-def adaptive_weight(negative: Tensor, fooling: Tensor, layer: Tensor) -> Tensor:
-    """λ of Esser et al. 2021, equation 7, detached: of one part of the batch, over all ranks."""
-    from ldm.base import distributed
-
-    gradients = (torch.autograd.grad(loss, layer, retain_graph=True)[0].float() for loss in (negative, fooling))
-    pulls = [distributed.mean(gradient).norm() for gradient in gradients]
-    return (pulls[0] / (pulls[1] + SMALL)).clamp(max=LARGEST_WEIGHT).detach()
 
 
 class VaeChoice(Choice):
@@ -144,8 +140,6 @@ class VaeChoice(Choice):
 
 
 class ElboChoice(VaeChoice):
-    """The evidence lower bound."""
-
     kind: Literal["elbo"] = "elbo"
 
 

@@ -16,9 +16,7 @@ class Optimizer(Choice):
         raise NotImplementedError
 
 
-class AdamW(Optimizer):
-    """Loshchilov & Hutter 2019."""
-
+class AdamW(Optimizer):  # Loshchilov & Hutter 2019
     kind: Literal["adamw"] = "adamw"
     weight_decay: NonNegative = 0.0
 
@@ -27,10 +25,7 @@ class AdamW(Optimizer):
 
 
 class Sgld(Optimizer):
-    """Stochastic gradient Langevin dynamics, see `ldm/langevin/README.md`. The learning rate is the step size.
-
-    The last weights are a draw from the posterior, and their average estimates its mean. Gradients are not clipped.
-    """
+    """Stochastic gradient Langevin dynamics (`ldm/langevin/README.md`): `lr` is the step size, gradients are not clipped."""
 
     kind: Literal["sgld"] = "sgld"
     clips: ClassVar[bool] = False

@@ -23,8 +23,7 @@ FREQUENCIES, DEVICE_SHARE = 64, 0.5  # of an uncertainty's features; of a GPU's 
 class UnetObjective:
     """The denoiser's loss on fresh posterior samples, with captions dropped for classifier-free guidance.
 
-    Metrics beside the loss are never weighted: `mse`, if that is not the loss, and the mean in each quarter of the noise
-    levels drawn, from the least noise, `loss_noise_q1`, to the most, `loss_noise_q4`. No data loader runs.
+    Unweighted beside it: `mse`, if the loss is weighted, and the mean in each quarter of the noise levels, least first.
     """
 
     def __init__(self, denoiser: Denoiser, latents: Latents, options: TrainUnet, seed: int, device: torch.device):
@@ -88,10 +87,7 @@ class Uncertainty(nn.Module):
 
 
 def quarters(levels: NoiseLevels) -> tuple[Tensor, Tensor]:
-    """The noise levels between the quarters of training's distribution, float32 (3,), and each quarter's share (4,).
-
-    A level belongs to the quarter above it. For a table whose length is no multiple of four, shares are about a quarter.
-    """
+    """The levels between the quarters of the distribution, float32 (3,), each in the quarter above; the shares of each (4,)."""
     boundaries, count = levels.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).float(), len(levels.table)
     evenly = levels.quantile((torch.arange(count, dtype=torch.float64) + 0.5) / count).float()
     members = torch.bucketize(evenly, boundaries, right=True).bincount(minlength=4)

@@ -21,16 +21,11 @@ class LossWeight(Choice):
 
 
 class Standard(LossWeight):
-    """The standard loss of the prediction."""
-
     kind: Literal["standard"] = "standard"
 
 
 class MinSnr(LossWeight):
-    """min(1 / sigma², gamma) times the squared error of x0, for every prediction (Hang et al. 2023, section 3.4).
-
-    The signal-to-noise ratio is 1 / sigma², and the error of x0 is c_out times that of the network's output.
-    """
+    """min(1 / sigma², gamma) times the squared error of x0, c_out times the network's (Hang et al. 2023, section 3.4)."""
 
     kind: Literal["min_snr"] = "min_snr"
     gamma: Rate = 5.0
@@ -50,5 +45,4 @@ class Learned(LossWeight):
         return Uncertainty()
 
     def weighted(self, losses: Tensor, sigma: Tensor, denoiser: Denoiser, module: torch.nn.Module | None) -> Tensor:
-        assert module is not None
-        return module(losses, sigma)
+        return module(losses, sigma)  # type: ignore[misc]

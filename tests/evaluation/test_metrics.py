@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ldm.base.errors import InputError
 from ldm.base.options import OneOf, kinds
 from ldm.evaluation.evaluation import Evaluation, balanced, labelled
-from ldm.evaluation.features.pca import Pca
+from ldm.evaluation.features import Pca
 from ldm.evaluation.metrics.frechet import Frechet, frechet_distance
 from ldm.evaluation.metrics.kernel import Kernel, kernel_distance
 from ldm.evaluation.metrics.latents import Latents

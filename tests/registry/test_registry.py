@@ -70,7 +70,7 @@ def write_outs(root: Path, model: LatentDiffusion, image: str = "8x8x1, box") ->
     if isinstance(model.autoencoder, VQModel):
         bounds = pd.DataFrame({"key": test.captions.key, "reconstruction": -100.0, "rate": 10.0, "dims": 64})
     else:
-        bounds = image_bounds(model, test, levels=LEVELS, seed=0)
+        bounds = image_bounds(model, test, levels=LEVELS, seed=0, progress=print)
         metrics |= {"bits_per_dim": 3.0, "bits_per_dim_se": 0.1}
     bounds.to_csv(root / "reports/bounds.csv", index=False)
     (root / "reports/metrics.json").write_text(json.dumps(metrics))
@@ -462,4 +462,4 @@ def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def _bounds(root: Path, model: LatentDiffusion) -> pd.DataFrame:
-    return image_bounds(model, open_shards(root / "data/shards", "test"), levels=LEVELS, seed=0)
+    return image_bounds(model, open_shards(root / "data/shards", "test"), levels=LEVELS, seed=0, progress=print)

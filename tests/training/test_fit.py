@@ -184,7 +184,7 @@ def test_ema_is_a_recursion_with_its_halflife_in_images(halflife: int) -> None:
             module.weight.copy_(torch.from_numpy(value))
             module.count += 1
         ema.update(step * 16, 16)
-    found = ema.state_dict()
+    found = ema.average
     np.testing.assert_allclose(found["weight"][0].numpy(), numpy_ema(values[1:], values[0], 16, halflife), rtol=1e-12)
     assert found.keys() == module.state_dict().keys()
     assert found["count"] == 59  # a counter is no weight
@@ -197,7 +197,7 @@ def test_ema_of_a_step_forgets_half_in_a_halflife() -> None:
     nn.init.ones_(module.weight)
     for step in range(20):  # 20 batches of 32 are 640 images, long after the ramp
         ema.update(10**6 + 32 * step, 32)
-    assert float(ema.state_dict()["weight"]) == pytest.approx(0.5, abs=1e-12)
+    assert float(ema.average["weight"]) == pytest.approx(0.5, abs=1e-12)
 
 
 def test_global_norm_is_that_of_all_values_together() -> None:

@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from ldm.base.errors import InputError
 from ldm.base.options import OneOf
-from ldm.evaluation.features.feature_space import FeatureSpace
-from ldm.evaluation.features.pca import Pca
+from ldm.evaluation.features import FeatureSpace, Pca
 from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
 from ldm.evaluation.value import Value
 
@@ -40,15 +39,12 @@ class Frechet(Metric):
 
 
 def frechet_distance(a: Array, b: Array) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁^½ Σ₂ Σ₁^½)^½) of features (N, d): the squared distance of the fitted Gaussians.
-
-    Dowson & Landau 1982; Heusel et al. 2017. In float64, from symmetric eigenvalues, which unlike a general matrix
-    square root stay real when a covariance is nearly singular. Needs more samples than dimensions on both sides.
-    """
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁^½ Σ₂ Σ₁^½)^½) of features (N, d), N > d (Dowson & Landau 1982; Heusel et al. 2017)."""
     import numpy as np
 
     if (n := min(len(a), len(b))) <= a.shape[1]:
         raise ValueError(f"a Fréchet distance needs more samples than dimensions, found N = {n} and d = {a.shape[1]}")
+    # symmetric eigenvalues stay real when a covariance is nearly singular, unlike a general matrix square root
     cov_a, cov_b = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (a, b))
     values, vectors = np.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T

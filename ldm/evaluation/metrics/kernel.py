@@ -3,8 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from ldm.base.options import OneOf
-from ldm.evaluation.features.feature_space import FeatureSpace
-from ldm.evaluation.features.pca import Pca
+from ldm.evaluation.features import FeatureSpace, Pca
 from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
 from ldm.evaluation.value import Value
 
@@ -24,11 +23,7 @@ class Kernel(Metric):
 
 
 def kernel_distance(a: Array, b: Array) -> tuple[float, float]:
-    """Unbiased squared MMD of features (N, d) with the kernel (x·y/d + 1)³, and its standard error.
-
-    "KID", Bińkowski et al. 2018. `a` and `b` must be independent samples. The standard error is a jackknife over both; it
-    errs to the large side near distance 0.
-    """
+    """Unbiased MMD² of independent features (N, d), kernel (x·y/d + 1)³ (Bińkowski et al. 2018), and its jackknife error."""
     import numpy as np
 
     if min(m := len(a), n := len(b)) < 3:

@@ -4,16 +4,13 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from ldm.base.options import Choice
+from ldm.evaluation.features import Array as Array
 from ldm.evaluation.value import Value
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ldm.evaluation.evaluation import Evaluation as Evaluation
-
-    Array = np.ndarray
 else:
-    Array = Evaluation = Any  # for annotations: the command line reads metrics without the libraries that measure
+    Evaluation = Any
 
 
 class Metric(Choice):

@@ -2,23 +2,16 @@
 
 from typing import Any, Literal
 
-from ldm.evaluation.features.pca import flat
+from ldm.evaluation.features import flat
 from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
 from ldm.evaluation.value import Value, described
 
 SIDE = 16  # the classifier sees images averaged down to at most this many pixels
-ABOUT = {  # unit, title, how to read it
-    "prompt_accuracy": (
-        "share", "prompt accuracy",
-        "Samples in which a classifier trained on real images finds what the prompt asks for. Higher is better.",
-    ),
-    "unseen_prompt_accuracy": (
-        "share", "unseen prompt accuracy", "The same for prompts that no caption says in these words. Higher is better.",
-    ),
-    "classifier_accuracy": (
-        "share", "classifier accuracy", "Test images whose label the classifier finds: what prompt accuracy can be trusted to.",
-    ),
-}  # fmt: skip
+READINGS = {
+    "prompt_accuracy": "Samples in which a classifier trained on real images finds what the prompt asks for. Higher is better.",
+    "unseen_prompt_accuracy": "The same for prompts that no caption says in these words. Higher is better.",
+    "classifier_accuracy": "Test images whose label the classifier finds: what prompt accuracy can be trusted to.",
+}
 
 
 class PromptAccuracy(Metric):
@@ -35,14 +28,12 @@ class PromptAccuracy(Metric):
         numbers = {"prompt_accuracy": accuracy, "classifier_accuracy": real}
         if (unseen := evaluation.unseen_prompts) is not None:
             numbers["unseen_prompt_accuracy"] = classifier.score(evaluation.unseen_samples, unseen.label)
-        return described(numbers, ABOUT, {"prompt_accuracy": f"real test images: {real:.1%}", "unseen_prompt_accuracy": ""})
+        about = {name: ("share", name.replace("_", " "), reading) for name, reading in READINGS.items()}
+        return described(numbers, about, {"prompt_accuracy": f"real test images: {real:.1%}", "unseen_prompt_accuracy": ""})
 
 
 def fit_classifier(images: Array, labels: Any) -> Any:
-    """A support vector machine on pixels of real images, uint8 (N, C, H, W), with labels (N,) of any sortable type.
-
-    Its `score(images, labels)` is the share of images that it gives their label.
-    """
+    """A support vector machine on pixels, uint8 (N, C, H, W); its `score` is the share of images that it gives their label."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import FunctionTransformer
     from sklearn.svm import SVC

@@ -16,11 +16,7 @@ class Psnr(Metric):
 
 
 def psnr(images: Array, reconstructions: Array) -> Array:
-    """Peak signal-to-noise ratio in dB of each pair of 8-bit images (N, C, H, W) -> (N,).
-
-    An identical pair would be infinite; it gets the value of a pair that differs by one level in one value,
-    the largest that a differing pair can have, so that means stay finite.
-    """
+    """PSNR in dB of each pair of 8-bit images (N, C, H, W) -> (N,); of an identical pair that of one level in one value."""
     import numpy as np
 
     if images.shape != reconstructions.shape or {images.dtype, reconstructions.dtype} != {np.dtype(np.uint8)}:

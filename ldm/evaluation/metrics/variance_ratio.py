@@ -26,11 +26,7 @@ class VarianceRatio(Metric):
 
 
 def variance_ratio(real: Array, real_labels: Any, generated: Array, generated_labels: Any) -> float | None:
-    """Variance within labels of generated images over that of real ones, uint8 (N, C, H, W), with labels (N,).
-
-    For each label the unbiased variance over its images, averaged over pixels; then the mean over labels,
-    generated / real. Uses the labels that have at least two images on both sides; None if there is none.
-    """
+    """Unbiased variance within a label, mean over labels with two images on both sides, generated / real; None without any."""
     import numpy as np
 
     of_real, of_generated = np.asarray(real_labels), np.asarray(generated_labels)

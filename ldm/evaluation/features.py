@@ -1,26 +1,35 @@
-"""Principal components of the pixels of real images."""
+"""The feature spaces that distances between sets of images are measured in."""
 
-from typing import TYPE_CHECKING, Literal
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
-from ldm.base.options import Positive
-from ldm.evaluation.features.feature_space import Extractor, FeatureSpace
+from ldm.base.options import Choice, Positive
 
 if TYPE_CHECKING:
-    import numpy as np
+    from numpy import ndarray as Array
+else:
+    Array = Any  # for annotations: the command line reads metrics without the libraries that measure
 
+Extractor = Callable[[Array], Array]  # uint8 images (N, C, H, W) to features, float64 (N, d)
 LARGEST_SIDE = 32  # larger images are averaged down first: a full SVD of raw photographs would not fit in memory
 
 
-class Pca(FeatureSpace):
-    """The leading principal components of training images: pixels in [0, 1], not whitened; a full SVD in float64.
+class FeatureSpace(Choice):
+    """Maps images to vectors. A subclass has its own options."""
 
-    The largest loading of each component is positive.
-    """
+    @abstractmethod
+    def build(self, train_images: Array, most: int) -> tuple[str, Extractor]:
+        """Its name, such as "pca32", and the mapping; it may be fitted to these images, and have `most` dimensions at most."""
+
+
+class Pca(FeatureSpace):
+    """The leading principal components of pixels in [0, 1], not whitened; the largest loading of each is positive."""
 
     kind: Literal["pca"] = "pca"
     dim: Positive = 32  # fewer for few or very small images
 
-    def build(self, train_images: "np.ndarray", most: int) -> tuple[str, Extractor]:
+    def build(self, train_images: Array, most: int) -> tuple[str, Extractor]:
         import numpy as np
 
         pixels = flat(train_images, LARGEST_SIDE)
@@ -31,14 +40,10 @@ class Pca(FeatureSpace):
         components = np.linalg.svd(pixels - mean, full_matrices=False)[2][:dim]
         largest = np.abs(components).argmax(axis=1)
         components = components * np.sign(components[np.arange(dim), largest])[:, None]  # (d, pixels)
-
-        def extract(images: np.ndarray) -> np.ndarray:
-            return (flat(images, LARGEST_SIDE) - mean) @ components.T
-
-        return f"pca{dim}", extract
+        return f"pca{dim}", lambda images: (flat(images, LARGEST_SIDE) - mean) @ components.T
 
 
-def flat(images: "np.ndarray", side: int) -> "np.ndarray":
+def flat(images: Array, side: int) -> Array:
     """Pixels in [0, 1], float64 (N, D), of uint8 images (N, C, H, W), whose longer axes are averaged down to `side` blocks."""
     import numpy as np
 

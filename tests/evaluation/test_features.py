@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from ldm.evaluation.features.pca import Pca, flat
+from ldm.evaluation.features import Pca, flat
 
 RANDOM = np.random.default_rng(0)
 
