@@ -1,7 +1,4 @@
-"""The flow: bring the stages of dvc.yaml up to date, register the model, let the gate decide.
-
-DVC decides what has to run; Prefect adds retries, time limits, cancellation and a record.
-"""
+"""The flow: DVC decides which stages have to run; Prefect adds retries, time limits, cancellation and a record."""
 
 import contextlib
 import fcntl
@@ -26,9 +23,9 @@ from ldm.base.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
 from ldm.collection import ingest as ingestion
 from ldm.config import load_settings
 from ldm.data.latents import prune_store
-from ldm.registry import lineage, promotion, registration, tracking, versions
+from ldm.registry import lineage, registration, tracking, versions
 from ldm.registry.tracking import Records
-from ldm.versioning.repository import Node, ancestors, check_data, descendants, read_graph
+from ldm.versioning.repository import Node, ancestors, check_data, read_graph
 from ldm.versioning.reproduce import up_to_date
 
 WORDS = {"cached": "nothing to do", "restored": "brought back from DVC's cache"}  # for stages that were not executed
@@ -38,13 +35,12 @@ PLAIN = {"plain": True}  # marks log lines that `flows.run` shows as they are
 
 def _can_be_retried(_task: Any, _run: Any, state: Any) -> bool:
     error = state.result(raise_on_failure=False)
-    bad_input = error.bad_input if isinstance(error, StageFailed) else isinstance(error, InputError)
-    return isinstance(error, versions.Unreachable) or not bad_input
+    return isinstance(error, versions.Unreachable) or not getattr(error, "bad_input", isinstance(error, InputError))
 
 
 _registry_task = task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=_can_be_retried)
 register = _registry_task(registration.register)
-gate = _registry_task(promotion.gate_and_promote).with_options(name="gate")
+gate = _registry_task(registration.gate_and_promote).with_options(name="gate")
 
 
 @task(cache_policy=NO_CACHE)
@@ -75,8 +71,7 @@ def run_stage(root: Path, stage: str, fresh: bool, parent_run: str | None, recor
     """Run one stage of dvc.yaml as a child process, unless it is `fresh`; its lines are this task's log."""
     if fresh:
         return Step(stage, "cached", 0)
-    logger = get_run_logger()
-    limit = float(os.environ.get("LDM_STAGE_TIMEOUT") or "inf")
+    logger, limit = get_run_logger(), float(os.environ.get("LDM_STAGE_TIMEOUT") or "inf")
     env = {"LDM_RECORDS": str(records.folder)} | ({"LDM_PARENT_RUN": parent_run} if parent_run else {})
     try:
         with records.delivering():
@@ -90,11 +85,9 @@ def run_stage(root: Path, stage: str, fresh: bool, parent_run: str | None, recor
 @flow(name="ldm-pipeline", validate_parameters=False)
 def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
     """Ingest what is new in `inbox`, bring every stage up to date, register the model, let the gate decide, set the aliases."""
-    folder = Path(root).resolve()
-    settings = load_settings(folder)
-    graph = read_graph(folder)
-    others = descendants(graph, TARGET)
-    notes: list[tuple[str, str]] = []
+    folder, notes = Path(root).resolve(), list[tuple[str, str]]()
+    settings, graph = load_settings(folder), read_graph(folder)
+    others = tuple(node for node in graph if TARGET in node.needs)
     tracking.use_default_store(folder)
     with _alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
         steps = [Step("start", "", time.monotonic() - STARTED)]

@@ -32,8 +32,7 @@ def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
     from prefect.exceptions import TerminationSignal
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows import pipeline
-    from flows.summary import show
+    from flows import pipeline, summary
     from ldm.registry import tracking
 
     if temporary and PREFECT_API_URL.value():  # a profile names one
@@ -47,7 +46,7 @@ def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
     logging.getLogger().handlers = [_Console()]  # in place of Prefect's
     try:
         with temporary_settings({PREFECT_API_URL: temporary.url} if temporary else {}):
-            show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox)))
+            summary.show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox)))
     except TerminationSignal:
         return 143
     return 0

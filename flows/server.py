@@ -1,9 +1,9 @@
 """A Prefect server for a run or a schedule without one: a child process that ends with its owner.
 
-Prefect can start such a server itself, but imports the whole server into this process for it, which takes seconds, and leaves
-it behind if this process is killed.
+Prefect's own way imports the whole server into this process, which takes seconds, and leaves it behind if this process is killed.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -31,19 +31,14 @@ class Server:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine's own server is behind no proxy
         deadline = time.monotonic() + START_SECONDS
         while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                direct.open(f"{self.url}/health", timeout=2).close()
-                return
-            except OSError:
-                time.sleep(0.05)
+            with contextlib.suppress(OSError):
+                return direct.open(f"{self.url}/health", timeout=2).close()
+            time.sleep(0.05)
         raise InputError("Prefect's server does not start; `prefect server start` says why, or set PREFECT_API_URL")
 
 
 def start(port: int | None = None) -> Server:
-    """Start a server on a port of this machine; with no port given, one for a single run, on a free port.
-
-    It stops when this process ends, also by `kill -9`.
-    """
+    """Start a server on a port of this machine; with no port given, one for a single run, on a free port."""
     try:
         listening = socket.create_server(("127.0.0.1", port or 0))
     except OSError as error:
@@ -51,8 +46,7 @@ def start(port: int | None = None) -> Server:
     with listening:
         url, file = f"http://127.0.0.1:{listening.getsockname()[1]}/api", listening.fileno()
         kind = TEMPORARY if port is None else {"PREFECT_UI_API_URL": url}
-        env = {**os.environ, **kind, "PREFECT__SERVER_FINAL": "1"}
-        command = [sys.executable, "-m", "flows.server", str(file)]
+        env, command = {**os.environ, **kind, "PREFECT__SERVER_FINAL": "1"}, [sys.executable, "-m", "flows.server", str(file)]
         # in a session of its own: Ctrl-C reaches the terminal's whole group, and this process handles it
         return Server(url, subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[file], env=env, start_new_session=True))
 
@@ -62,8 +56,9 @@ def main() -> None:
     listening = socket.socket(fileno=int(sys.argv[1]))
     import uvicorn
 
-    app = "prefect.server.api.server:create_app"
-    server = uvicorn.Server(uvicorn.Config(app, factory=True, log_level="error", lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config("prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on")
+    )
 
     def watch() -> None:
         os.read(0, 1)  # nothing is ever written

@@ -36,9 +36,10 @@ def summarise(
 ) -> Summary:  # fmt: skip
     """`others` are the stages beside the registered model: the `summary` of their metrics is a result."""
     name, is_champion = settings.registry.name, champion == registered.version
-    model = f"models:/{name}/{registered.version}"
-    verdict = "champion" if is_champion else "not promoted"
-    results = _headlines(root / METRICS_TABLE)
+    uri, prompt = f"models:/{name}/{registered.version}", _first_caption(root / SHARDS)
+    headlines = [(value, " ".join(value.shown()).strip()) for value in read_values(root / METRICS_TABLE) if value.headline]
+    width = max((len(number) for _, number in headlines), default=0)
+    results = [(v.title, f"{number:<{width}}  {f'({v.note})' if v.note else ''}".rstrip()) for v, number in headlines]
     places = [("samples", SAMPLES), ("report", REPORT), ("decision", DECISION)]
     for stage, out in ((node.name, out) for node in others for out in node.outs if (root / out).exists()):
         if (root / out).is_dir() and out.startswith("reports/"):
@@ -47,9 +48,10 @@ def summarise(
             results.append((stage, text))
     results += notes
     results += [("adopted", line) for out in (AUTOENCODER, UNET) if (line := lineage.adopted(root / out))]
-    results.append(("model", f"{model} ({'new' if registered.created else 'registered before'})"))
+    results.append(("model", f"{uri} ({'new' if registered.created else 'registered before'})"))
+    verdict = "champion" if is_champion else "not promoted"
     results.append(("gate", f"{'promoted' if decision.promote else verdict}: {decision.reason}"))
-    uri, prompt = f"models:/{name}@champion" if is_champion else model, first_caption(root / SHARDS)
+    uri = f"models:/{name}@champion" if is_champion else uri
     commands = (f'ldm sample --model {uri} --prompt "{prompt}" -n 16 --out samples.png', "ldm registry list", "make ui")
     return Summary(steps, results, [place for place in places if (root / place[1]).exists()], commands)
 
@@ -63,23 +65,21 @@ def show(summary: Summary) -> None:
     print()
     for step in summary.steps:
         status = f"[{'green' if step.status == 'executed' else 'dim'}]{step.status:<12}[/]"
-        console.print(f"{step.name:<{width}}{status}{step.seconds:>8.1f} s  {_memory(step.peak_bytes):>9}".rstrip())
-    print()
-    for what, value in lines:
-        print(f"{what:<{width}}{value}")
+        console.print(f"{step.name:<{width}}{status}{step.seconds:>8.1f} s  {step.memory:>9}".rstrip())
+    print("", *(f"{what:<{width}}{value}" for what, value in lines), sep="\n")
     print("\nnext:", *summary.next, sep="\n  ")
 
 
 def markdown(summary: Summary, root: Path) -> str:
     """The summary as Prefect's artifact, with a link to the report."""
     lines = ["| stage | status | seconds | peak memory |", "|---|---|---:|---:|"]
-    lines += [f"| {step.name} | {step.status} | {step.seconds:.1f} | {_memory(step.peak_bytes)} |" for step in summary.steps]
+    lines += [f"| {step.name} | {step.status} | {step.seconds:.1f} | {step.memory} |" for step in summary.steps]
     lines += ["", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in summary.results)]
     lines += ["", *(f"- [{what}]({(root / place).as_uri()})" for what, place in summary.places)]
     return "\n".join(lines)
 
 
-def first_caption(shards: Path) -> str:
+def _first_caption(shards: Path) -> str:
     """Some caption of the data, as a prompt to try."""
     for path in sorted(shards.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -87,16 +87,3 @@ def first_caption(shards: Path) -> str:
                 if member.name.endswith(".txt") and (file := tar.extractfile(member)):
                     return file.read().decode("utf-8").strip() or "…"
     return "…"
-
-
-def _headlines(table: Path) -> Lines:
-    """The headline numbers with their units, and facts about them in a column of its own."""
-    values = [value for value in read_values(table) if value.headline]
-    numbers = [" ".join(value.shown()).strip() for value in values]
-    width = max(map(len, numbers), default=0)
-    notes = [f"({value.note})" if value.note else "" for value in values]
-    return [(v.title, f"{number:<{width}}  {note}".rstrip()) for v, number, note in zip(values, numbers, notes, strict=True)]
-
-
-def _memory(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB" if size else ""

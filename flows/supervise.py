@@ -1,7 +1,7 @@
 """Run one stage as a child process: pass on its lines, limit its time, leave none of its processes behind.
 
-The child is `python -m ldm.versioning.reproduce STAGE` in a session of its own. DVC passes its stdin on to the stage, which
-stops when it closes (`LDM_OWNER_PIPE`): only this process holds the other end, so it closes even after `kill -9`.
+The child runs `ldm.versioning.reproduce` in a session of its own. DVC passes its stdin on to the stage, which stops when it
+closes (`LDM_OWNER_PIPE`): only this process holds the other end, so it closes even after `kill -9`.
 """
 
 import codecs
@@ -40,6 +40,10 @@ class Step:
     seconds: float
     peak_bytes: int = 0  # resident memory of the largest process, as seen every `MEMORY_POLL` seconds; 0 if unknown
 
+    @property
+    def memory(self) -> str:
+        return f"{self.peak_bytes / 2**20:,.0f} MiB" if self.peak_bytes else ""
+
 
 class StageFailed(Exception):
     """A stage ended with an error; `exit_code` is that of its command (2: bad input)."""
@@ -57,13 +61,14 @@ def run_stage(
     Waits if another process holds DVC's lock. Raises `StageFailed`, also after `timeout` seconds.
     """
     start, looked, peak = time.monotonic(), 0.0, 0
-    command = [sys.executable, "-m", "ldm.versioning.reproduce", stage]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # `python` in dvc.yaml is this one
     with tempfile.TemporaryFile("r+") as result, contextlib.ExitStack() as stack:
         fd = result.fileno()
         ours = {"PATH": path, "LDM_OWNER_PIPE": "1", "LDM_RESULT_FD": str(fd), "PYTHONUNBUFFERED": "1"}
-        options: dict[str, Any] = {"cwd": root, "env": {**os.environ, **env, **ours}, "pass_fds": [fd], "start_new_session": True}
-        child: Any = stack.enter_context(subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, **options))
+        child: Any = stack.enter_context(subprocess.Popen(
+            [sys.executable, "-m", "ldm.versioning.reproduce", stage], stdin=PIPE, stdout=PIPE, stderr=STDOUT,
+            cwd=root, env={**os.environ, **env, **ours}, pass_fds=[fd], start_new_session=True,
+        ))  # fmt: skip
         stack.callback(_stop, child.pid)
         for line in _lines(child.stdout.fileno()):
             if time.monotonic() - start > timeout:
@@ -99,12 +104,11 @@ def _lines(output: int) -> Iterator[str | None]:
 
 def _peak_memory(session: int) -> int:
     """Peak resident bytes of the largest process. (`wait4` would report our own if that is larger.)"""
-    peak = 0
+    peaks = [0]
     for process in _running(session, descendants=True):
         with contextlib.suppress(OSError):  # it has ended
-            found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-            peak = max(peak, int(found[1]) * 1024 if found else 0)
-    return peak
+            peaks += map(int, re.findall(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()))
+    return 1024 * max(peaks)
 
 
 def _runs(process: psutil.Process) -> bool:

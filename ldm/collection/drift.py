@@ -1,7 +1,6 @@
 """Drift: are new images like those that the model was trained on?
 
-An image's score is the spread of its bound over posterior samples of the decoder's weights (`ldm.langevin.decoder`). New
-images are compared with the test images, whose scores the stage sample_posterior has written.
+An image's score is the spread of its bound over posterior samples of the decoder's weights (`ldm.langevin.decoder`).
 """
 
 from contextlib import suppress
@@ -53,18 +52,16 @@ class Drift:
         """The report, for people."""
         scored = len(self.scores)
         chosen = "" if self.found == scored + self.unreadable else f", {scored} of them scored, at random"
-        count = "1 image" if self.found == 1 else f"{self.found} images"
+        count = f"{self.found} image{'s' * (self.found != 1)}{chosen}; {self.unreadable} unreadable"
         share = f"{self.beyond} of {scored} images score beyond {QUANTILE:.0%} of the test images (p = {self.p_value:.2g})"
-        verdict = f"drift: {share}; look at them" if self.drifted else f"no drift: {share}"
-        unlike = self.scores[self.scores.score > self.limit].head(LISTED).itertuples(index=False)
-        listed = [f"  {name}: {score:.3g} nats, the limit is {self.limit:.3g}" for name, score in unlike]
-        return [f"{count}{chosen}; {self.unreadable} unreadable", verdict, *listed]
+        listed = self.scores.head(min(self.beyond, LISTED)).itertuples(index=False)
+        lines = [f"  {name}: {score:.3g} nats, the limit is {self.limit:.3g}" for name, score in listed]
+        return [count, f"drift: {share}; look at them" if self.drifted else f"no drift: {share}", *lines]
 
 
 def samplers(root: Path) -> list[str]:
     """The samplers that params.yaml names and that have left posterior samples; those of others may be of another model."""
-    files = ("samples.safetensors", "scores.csv")
-    asked = load_settings(root).sample_posterior
+    files, asked = ("samples.safetensors", "scores.csv"), load_settings(root).sample_posterior
     return [sampler for sampler in asked if all((root / POSTERIOR / sampler / name).is_file() for name in files)]
 
 
@@ -74,7 +71,7 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
     Raises `InputError` if there are no samples, none of this model, or no images.
     """
     known = samplers(root)
-    if not known or (sampler or known[0]) not in known:
+    if not known or (sampler and sampler not in known):
         has = f"it has {', '.join(known)}" if known else "set sample_posterior: [sgld] in params.yaml and run the pipeline"
         raise InputError(f"{root / POSTERIOR}: no posterior samples{f' of {sampler}' if sampler else ''}; {has}")
     source = root / POSTERIOR / (sampler or known[0])
@@ -98,6 +95,5 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
     reference = pd.read_csv(source / "scores.csv").score.to_numpy()
     limit = float(np.quantile(reference, QUANTILE))
     counts = [[int((values > limit).sum()), int((values <= limit).sum())] for values in (scores, reference)]
-    p_value = float(fisher_exact(counts, alternative="greater").pvalue)
     table = pd.DataFrame({"file_name": list(pixels), "score": scores}).sort_values("score", ascending=False, ignore_index=True)
-    return Drift(len(images), table, len(chosen) - len(pixels), limit, p_value)
+    return Drift(len(images), table, len(chosen) - len(pixels), limit, float(fisher_exact(counts, alternative="greater").pvalue))

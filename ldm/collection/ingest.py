@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import canonical_json, content_hash, file_hash
+from ldm.base.files import canonical_json, content_hash, file_hash
 from ldm.config import load_settings
 from ldm.data.folders import CAPTION_TABLES, check_tables, decode_caption, normal, read_table, sidecar_of, walk
 from ldm.data.images import SUFFIXES
@@ -37,7 +37,7 @@ ORIGINALS = ".ingest.json"  # in a batch whose originals may still be in the inb
 LISTED = 3  # names in a line of the report
 ADVICE = "set data.path in params.yaml to a folder for your own images, e.g. data/raw/mine"
 
-# why a file stays in the inbox
+# Why a file stays in the inbox:
 KNOWN = "already in the collection"
 WAITING = f"changed in the last {SETTLE:.0f} s, so perhaps still being written"
 UNCAPTIONED = "without a caption (a row of the table, or a .txt in UTF-8)"
@@ -62,10 +62,9 @@ class Ingested:
         """The report, for people."""
         lines = [f"{len(self.moved)} images moved to {self.batch}" if self.batch else f"nothing moved from {self.inbox}"]
         for reason, names in sorted(self.left.items()):
-            listed = ", ".join(name.encode(errors="backslashreplace").decode() for name in names[:LISTED])
-            lines.append(f"{len(names)} left, {reason}: {listed}{', …' if len(names) > LISTED else ''}")
-        if self.pointer:
-            lines.append(f"versioned by {self.pointer}: commit that to git")
+            listed = ", ".join([*names[:LISTED], "…"] if len(names) > LISTED else names)
+            lines.append(f"{len(names)} left, {reason}: {listed.encode(errors='backslashreplace').decode()}")
+        lines += [f"versioned by {self.pointer}: commit that to git"] if self.pointer else []
         return [f"ingest: {line}" for line in lines]
 
 
@@ -81,7 +80,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):
         raise InputError(f"{inbox}: no folder that this user may read and write")
     (root / ".ldm").mkdir(exist_ok=True)
-    left: dict[str, list[str]] = defaultdict(list)
+    left, batch = defaultdict[str, list[str]](list), None
     with (root / ".ldm/ingest.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed; a second ingest waits
         try:
@@ -90,8 +89,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
                 shutil.rmtree(collection / PARTIAL, ignore_errors=True)
                 for originals in sorted(collection.glob(f"*/{ORIGINALS}")):
                     _clear(originals)
-                batch, taken = None, _copy(inbox, collection, settle, left)
-                if taken:
+                if taken := _copy(inbox, collection, settle, left):
                     with held(repo, collection):  # a running stage would record the batch as read though it has not seen it
                         batch = _free_name(collection)
                         os.rename(collection / PARTIAL, batch)
@@ -117,8 +115,9 @@ def _collection(root: Path, inbox: Path, repo: Any) -> Path:
             # A file that is neither here nor in DVC's cache was never fetched: `dvc add` would drop it from the collection.
             tree = out.get_obj()
             if tree is None or not all(folder.joinpath(*key).exists() or out.cache.exists(file.value) for key, _, file in tree):
-                advice = f"`dvc pull`, or `dvc add {name}` where what is here is all"
-                raise InputError(f"data.path {name}: not all of it is here; {advice}")
+                raise InputError(
+                    f"data.path {name}: not all of it is here; `dvc pull`, or `dvc add {name}` if what is here is all"
+                )
         elif path.is_relative_to(folder) or folder.is_relative_to(path):
             by = f"stage {stage.name} writes" if stage.cmd else f"{stage.path_in_repo} versions"
             raise InputError(f"data.path {name}: {by} {path.relative_to(root)}; {ADVICE}")
@@ -151,14 +150,14 @@ def _copy(inbox: Path, collection: Path, settle: float, left: dict[str, list[str
             continue
         if digest in taken or any(known_hash(path) == digest for path in known[size]):
             left[KNOWN].append(name)
+            continue
+        partial.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inbox / name, partial / name)
+        if file_hash(partial / name) == digest:
+            taken[digest] = name
         else:
-            partial.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(inbox / name, partial / name)
-            if file_hash(partial / name) == digest:
-                taken[digest] = name
-            else:
-                (partial / name).unlink()
-                left[WAITING].append(name)
+            (partial / name).unlink()
+            left[WAITING].append(name)
     if taken:
         table = pd.DataFrame([rows[name] for name in taken.values()])
         table = table[["file_name", "text", *table.columns.difference(["file_name", "text"], sort=False)]]
@@ -166,8 +165,7 @@ def _copy(inbox: Path, collection: Path, settle: float, left: dict[str, list[str
         table.to_csv(partial / CAPTION_TABLES[0], index=False, quoting=csv.QUOTE_ALL, errors="backslashreplace")
         originals = {name: digest for digest, name in taken.items()}
         needed = {sidecar_of(path.name) for path in inbox.iterdir() if _is_image(path.name) and path.name not in originals}
-        read = {sidecar_of(name): sidecars[name] for name in originals if name in sidecars}
-        originals |= {name: digest for name, digest in read.items() if name not in needed}
+        originals |= {sidecar_of(name): sidecars[name] for name in originals.keys() & sidecars if sidecar_of(name) not in needed}
         (partial / ORIGINALS).write_text(canonical_json({"inbox": str(inbox), "files": originals}), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _sync(path)
@@ -179,8 +177,7 @@ def _survey(collection: Path) -> tuple[dict[int, list[Path]], bool | None]:
 
     Raises `InputError` if a batch would not fit in.
     """
-    images: dict[int, list[Path]] = defaultdict(list)
-    tables, texts, stems = [], set(), set()
+    images, tables, texts, stems = defaultdict[int, list[Path]](list), [], set(), set()
     for path in (collection / name for name, refusal in walk(collection) if not refusal):
         if path.name in CAPTION_TABLES:
             tables.append(path)
@@ -199,8 +196,7 @@ def _survey(collection: Path) -> tuple[dict[int, list[Path]], bool | None]:
 
 def _ready(inbox: Path, settle: float, left: dict[str, list[str]]) -> tuple[dict[str, Row], dict[str, str]]:
     """Images that are complete and have a caption: rows of the batch's table, and the sha256 of the .txt files read, by name."""
-    ages: dict[str, float] = {}
-    now = time.time()
+    ages, now = dict[str, float](), time.time()
     for path in sorted(inbox.glob("[!.]*")):
         if path.is_symlink() or not path.is_file():
             left[NO_FILE].append(path.name)
@@ -250,7 +246,7 @@ def _is_text(value: str) -> bool:
 def _free_name(collection: Path) -> Path:
     day = f"{datetime.now(UTC):%Y-%m-%d}"
     names = itertools.chain([day], (f"{day}-{number}" for number in itertools.count(2)))
-    return next(collection / name for name in names if not (collection / name).exists())
+    return next(path for path in map(collection.joinpath, names) if not path.exists())
 
 
 def _clear(originals: Path) -> None:

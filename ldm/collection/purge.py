@@ -1,8 +1,7 @@
 """Purge an image that was removed from the collection: old copies in DVC's cache and remote, and all that was made of them.
 
-Everything is found by content. The key of a shard's sample is sha256(file)[:16] + sha256(file_name)[:8], so the names in a tar
-tell which images it holds; the manifest of latents names the sha256 of each file's shard; an original is known by its
-hash. Shards are deleted last, since they lead to all the rest: the same call finishes a purge that was killed.
+The key of a shard's sample is sha256(file)[:16] + sha256(file_name)[:8], so a shard tells which images it holds; the manifest of
+latents names the sha256 of their shards. Shards are deleted last: they lead to all the rest, also after a purge that was killed.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ import pandas as pd
 import yaml
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import content_hash, file_hash
+from ldm.base.files import content_hash, file_hash
 from ldm.base.paths import LATENT_STORE, LATENTS, SHARD_CACHE, SHARDS
 from ldm.config import load_settings
 from ldm.data.images import SUFFIXES
@@ -53,12 +52,11 @@ class _Objects:
     """The objects of DVC's cache and of a remote by md5; an object that both have is read from the cache."""
 
     def __init__(self, cache: Any, remote: Any | None) -> None:
-        self.stores = {"cache": cache} | ({} if remote is None else {"remote": remote})
+        self.stores = {"cache": cache} | ({"remote": remote} if remote is not None else {})
         self.places: dict[str, list[str]] = {}
         for place, store in self.stores.items():
-            for md5 in set(store.all()):
-                if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5):
-                    self.places.setdefault(md5, []).append(place)
+            for md5 in filter(re.compile(r"[0-9a-f]{32}(\.dir)?").fullmatch, set(store.all())):
+                self.places.setdefault(md5, []).append(place)
         self.folders = [self.listing(md5) for md5 in self.places if md5.endswith(".dir")]
         self.files = {(path, md5) for folder in self.folders for path, md5 in folder.items() if md5 in self.places}
 
@@ -97,10 +95,9 @@ class _Objects:
         """The samples of each tar. An object that only the remote has is opened, by a request, if it may be a tar."""
         others = {md5 for name, md5 in self.files if not name.endswith(".tar") and "cache" not in self.places[md5]}
         found = {}
-        for md5 in self.places.keys() - others:
-            if not md5.endswith(".dir") and self.is_tar(md5):
-                with self.open(md5) as file:
-                    found[md5] = _samples(file)
+        for md5 in (md5 for md5 in self.places.keys() - others if not md5.endswith(".dir") and self.is_tar(md5)):
+            with self.open(md5) as file:
+                found[md5] = _samples(file)
         return found
 
 
@@ -113,13 +110,20 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
 
     Raises `InputError` while the image is in the collection or in what the pipeline made of it, and if nothing is left of it.
     """
+    from dvc.config import NoRemoteError
     from dvc_data.hashfile.db import get_index
 
-    root = root.resolve()
+    root, store, notes = root.resolve(), None, list[str]()
     tracking.use_default_store(root)
     try:
         with open_repository(root) as repo:
-            store, notes = _remote(repo, remote)
+            try:
+                store = repo.cloud.get_remote_odb(remote)
+            except NoRemoteError:
+                if remote:
+                    raise
+                known = ", ".join(repo.config["remote"])
+                notes += [f"no default remote: not looked at are {known}; name one with --remote"] if known else []
             with contextlib.nullcontext() if dry_run else held(repo, root / SHARDS, root / LATENTS):
                 objects = _Objects(repo.cache.local, store)
                 names, digests, kinds, unclear = _find(root, repo, objects, image)
@@ -138,19 +142,6 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
         raise InputError(f"{image}: {error}; mend that and purge again") from None
     notes += [f"not purged: files of that name that no shard holds, with sha256 {unclear}"] * bool(unclear)
     return Purged(tuple(sorted(names)), tuple(sorted(digests)), copies, tuple(notes), versions)
-
-
-def _remote(repo: Any, name: str | None) -> tuple[Any | None, list[str]]:
-    """The objects of a remote, or a note that no remote is searched."""
-    from dvc.config import NoRemoteError
-
-    try:
-        return repo.cloud.get_remote_odb(name), []
-    except NoRemoteError:
-        if name:
-            raise
-        known = ", ".join(repo.config["remote"])
-        return None, [f"no default remote: not looked at are {known}; name one with --remote"] if known else []
 
 
 def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str], set[str], dict[str, set[str]], str]:
@@ -179,17 +170,18 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str
     current: dict[str, str] = {}  # what dvc.lock and the .dvc files name now: md5 -> path in the project
     for out in repo.index.outs:
         md5, path = out.hash_info.value if out.hash_info else "", out.fs_path.removeprefix(f"{root}/")
-        files = objects.listing(md5) if md5.endswith(".dir") else {"": md5}
-        current |= {file: f"{path}/{name}".rstrip("/") for name, file in files.items()}
+        current |= (
+            {file: f"{path}/{name}" for name, file in objects.listing(md5).items()} if md5.endswith(".dir") else {md5: path}
+        )
     present = [current[md5] for md5 in (*originals, *shards, *latents) if md5 in current]
     present += [str(path) for path in (root / SHARDS).glob("*.tar") if _holds(path, digests)]
     if present:
         raise InputError(f"{image}: still in {present[0]}; {again}")
     others = {md5 for path, md5 in objects.files if path == image} - originals if by_name else set()
     unclear = ", ".join(sorted(map(objects.sha256, others - current.keys())))
+    if unclear and not (shards or originals):
+        raise InputError(f"{image}: in no shard; files of that name have sha256 {unclear}: purge by the one that is meant")
     if not (shards or originals):
-        if unclear:
-            raise InputError(f"{image}: in no shard; files of that name have sha256 {unclear}: purge by the one that is meant")
         nothing = f"nothing, or nothing left, of it in DVC's {' or '.join(objects.stores)}"
         raise InputError(f"{image}: {nothing}; a name is the whole path within data.path, as in data/shards")
     return names, digests, {"latents": latents & objects.places.keys(), "image": originals, "shard": shards}, unclear
@@ -251,6 +243,5 @@ def _versions(root: Path, objects: _Objects, shards: set[str], digests: set[str]
             continue
         else:
             how = "unknown"
-        splits = ", ".join(split for split in SPLITS if split in seen)
-        rows.append((str(version.version), ", ".join(version.aliases), splits, how))
+        rows.append((str(version.version), ", ".join(version.aliases), ", ".join(filter(seen.__contains__, SPLITS)), how))
     return pd.DataFrame(rows, columns=["version", "aliases", "splits", "seen"])

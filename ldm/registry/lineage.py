@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.base.hashing import file_hash
+from ldm.base.files import file_hash
 from ldm.base.paths import METRICS, PLOTS, REPORT, SAMPLES, SHARDS
 from ldm.registry.tracking import Run, stage_run
 

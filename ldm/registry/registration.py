@@ -1,4 +1,4 @@
-"""Register the trained system of a project as a new version, with its files, its lineage and how it was evaluated."""
+"""Register the trained system of a project as a new version; decide which version is champion: the gate, by hand, rollback."""
 
 import contextlib
 import hashlib
@@ -6,19 +6,24 @@ import json
 import shutil
 import tempfile
 import warnings
+from dataclasses import asdict
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from ldm.base.errors import InputError
-from ldm.base.hashing import folder_hash
+from ldm.base.files import folder_hash
 from ldm.base.options import keys, value_at
-from ldm.base.paths import AUTOENCODER, METRICS, MODEL, REPORT, UNET
+from ldm.base.paths import AUTOENCODER, BOUNDS, DECISION, METRICS, MODEL, REPORT, SHARDS, UNET
+from ldm.base.progress import Progress
 from ldm.config import Settings, load_settings
 from ldm.diffusion.options import Sampling
+from ldm.evaluation.gate import Decision, decide
 from ldm.registry import lineage
 from ldm.registry.tracking import experiment_id, milliseconds
-from ldm.registry.versions import BITS, HASH, IMAGE, LINEAGE, NO_BOUND, connect, find
+from ldm.registry.versions import BITS, GATE, HASH, IMAGE, LINEAGE, NO_BOUND, Version, by_alias, connect, find, load, lookup, tag
 from ldm.versioning.repository import locked_makers, read_yaml
 
 KEPT = ("dvc.lock", "params.yaml", METRICS, REPORT)  # stored with a version, in LINEAGE
@@ -51,6 +56,77 @@ def register(root: Path, run_id: str | None = None) -> Registered:
     with lineage.pipeline_run(root, settings.model_dump(), name="register") as run:
         lineage.log_results(run, root)
         return _create(client, root, settings, digest, run.id)
+
+
+def gate_and_promote(root: Path, version: int) -> Decision:
+    """Make `version` (the outs in `root`) champion if it beats the champion on the test images; writes decision.html.
+
+    A decision is made once for a champion and level, and a version that was champion does not come back by itself:
+    someone, or a better model, replaced it.
+    """
+    settings = load_settings(root)
+    name, level, page = settings.registry.name, settings.registry.level, root / DECISION
+    challenger, champion = lookup(f"models:/{name}/{version}"), by_alias(name, "champion")
+    earlier = json.loads(challenger.tags.get(GATE, "{}"))
+    settled, frame = _settled(challenger, champion, earlier, level), None
+    if reason := settled or _not_comparable(challenger, champion):
+        decision = Decision(promote=False, level=level, reason=reason)
+    else:
+        frame = compare(root, champion)
+        decision = decide(frame["challenger"], frame.get("champion"), level)
+    if settled and earlier.get("promote") == ("champion" in challenger.aliases):  # its page is still right
+        with contextlib.suppress(Exception):  # each of MLflow's stores has its own
+            connect().download_artifacts(challenger.run_id, page.name, str(page.parent))
+            return decision
+    from ldm.report.page import decision_page  # draws with matplotlib
+
+    rival = f"{name} version {champion.version}" if champion else None
+    decision_page(page, decision, frame, challenger=f"{name} version {version}", champion=rival)
+    if settled:
+        return decision
+    if challenger.run_id:
+        connect().log_artifact(challenger.run_id, str(page))
+    record = asdict(decision) | {"champion": champion.version if champion else None, "applied": not decision.promote}
+    tag(challenger, GATE, json.dumps(record))  # before the aliases: a kill in between leaves a decision to be applied
+    if decision.promote:
+        promote(version, name)
+        tag(challenger, GATE, json.dumps(record | {"applied": True}))
+    return decision
+
+
+def promote(version: int, name: str = "ldm") -> None:
+    """Make a version champion, whatever the gate decided, and the champion so far `previous`."""
+    wanted, champion, client = lookup(f"models:/{name}/{version}"), by_alias(name, "champion"), connect()
+    if champion and champion.version != version:  # previous first: there is no moment without a champion
+        client.set_registered_model_alias(name, "previous", str(champion.version))
+    client.set_registered_model_alias(name, "champion", str(wanted.version))
+
+
+def rollback(name: str = "ldm") -> int:
+    """Swap champion and previous; returns the version that is champion now."""
+    if (previous := by_alias(name, "previous")) is None:
+        raise InputError(f"model {name!r} has no version with the alias 'previous': nothing to roll back to")
+    promote(previous.version, name)
+    return previous.version
+
+
+def compare(root: Path, champion: Version | None) -> pd.DataFrame:
+    """Lower bounds on log p in nats, a row per test image: columns `challenger`, the model in `root`, and `champion`, if any.
+
+    The champion is measured on the test images in `root` as `evaluate` measures the challenger: the same levels and noise.
+    """
+    from ldm.base.device import default_device
+    from ldm.data.reader import open_shards
+    from ldm.evaluation.bounds import image_bounds
+
+    nats = {"challenger": pd.read_csv(root / BOUNDS, dtype={"key": str}).set_index("key")["nats"]}
+    if champion is not None:
+        settings, samples = load_settings(root), open_shards(root / SHARDS, "test")
+        model = load(champion.uri, default_device())
+        with Progress("gate: bound of the champion", len(samples)) as progress:
+            bounds = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
+        nats["champion"] = bounds.set_index("key")["nats"]
+    return pd.DataFrame(nats)
 
 
 def _check_outs(root: Path) -> None:
@@ -132,3 +208,33 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
     (path / LINEAGE).mkdir()
     for kept in KEPT:
         shutil.copy(root / kept, path / LINEAGE)
+
+
+def _settled(challenger: Version, champion: Version | None, earlier: dict[str, Any], level: float) -> str | None:
+    """Why there is no new decision about the challenger after the `earlier` one; None if one is due."""
+    if champion and champion.version == challenger.version:
+        return f"version {challenger.version} is the champion already"
+    if not champion or not earlier.get("applied"):
+        return None
+    if earlier["promote"]:
+        back = f"`ldm registry promote {challenger.version}` brings it back"
+        return f"version {challenger.version} was champion before version {champion.version}; {back}"
+    same = (earlier["champion"], earlier["level"]) == (champion.version, level)
+    return f"decided before against version {champion.version}: {earlier['reason']}" if same else None
+
+
+def _not_comparable(challenger: Version, champion: Version | None) -> str | None:
+    """Why the gate cannot compare the bounds of two versions; None if it can, and if there is no champion."""
+    reasons = []
+    for version in filter(None, (challenger, champion)):
+        if version.tags.get(BITS) == NO_BOUND:
+            reasons.append(f"version {version.version} has a VQ autoencoder, and so no bound on log p(x)")
+    if champion:
+        ours, theirs = challenger.tags.get(IMAGE), champion.tags.get(IMAGE)
+        if ours != theirs:
+            reasons.append(f"its images are {ours}, those of champion version {champion.version} are {theirs}")
+        test, held_out = (json.loads(found.tags["ldm.evaluation"]) for found in (challenger, champion))
+        if test["test_fraction"] > held_out["test_fraction"] + held_out["val_fraction"]:
+            reasons.append(f"champion version {champion.version} was trained on some of its test images")
+    by_hand = f"`ldm registry promote {challenger.version}` decides by hand"
+    return f"not comparable: {reasons[0]}; {by_hand}" if reasons else None

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.base.hashing import file_hash, folder_hash
+from ldm.base.files import file_hash, folder_hash
 
 METRICS, PARAMS = 1000, 100  # MLflow's limits for one request
 RETRY_SECONDS = 300.0  # wait after a failed delivery, so that a dead server costs seconds, not minutes

@@ -167,7 +167,7 @@ def _files(version: Version, path: str) -> Iterator[Path]:
             copy = mlflow.artifacts.download_artifacts(f"{version.uri}/{path}", dst_path=folder)
         except (mlflow.MlflowException, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise NotStored(f"{version.uri}: the registry has no {path} of it ({reason}); `ldm run` stores it") from error
+            raise NotStored(f"{version.uri}: the registry has no {path} of it, which `ldm run` stores ({reason})") from error
         yield Path(copy)
 
 
@@ -199,28 +199,27 @@ def overview(version: Version) -> dict[str, str]:
     tags, created = version.tags, f"{version.created:%Y-%m-%d %H:%M}"
     row = {"version": str(version.version), "aliases": ", ".join(version.aliases), "created": created}
     row["bits_per_dim"] = tags[BITS] if tags[BITS] == NO_BOUND else f"{float(tags[BITS]):.4f}"
-    row |= {"gate": _gate(version).get("in short", ""), "image": tags[IMAGE]}
-    return row | {"git_commit": tags.get("ldm.git_commit", "")[:8]}
+    return row | {"gate": _gate(version)[0], "image": tags[IMAGE], "git_commit": tags.get("ldm.git_commit", "")[:8]}
 
 
 def describe(version: Version) -> dict[str, str]:
     """All about a version in words: where it came from, what the gate said and why, how it was evaluated."""
     created = f"{version.created:%Y-%m-%d %H:%M} UTC"
     facts = {"version": version.uri, "aliases": ", ".join(version.aliases), "created": created, "run": version.run_id or ""}
-    facts |= {"gate": "no decision yet"} | {name: words for name, words in _gate(version).items() if name != "in short"}
-    return facts | {key.removeprefix("ldm."): value for key, value in sorted(version.tags.items()) if key != GATE}
+    tags = {key.removeprefix("ldm."): value for key, value in sorted(version.tags.items()) if key != GATE}
+    return facts | _gate(version)[1] | tags
 
 
-def _gate(version: Version) -> dict[str, str]:
-    """What the gate decided about a version, why, and the place of its page; nothing before its decision."""
+def _gate(version: Version) -> tuple[str, dict[str, str]]:
+    """What the gate decided about a version: in short, and in full with the place of its page."""
     if GATE not in version.tags:
-        return {}
+        return "", {"gate": "no decision yet"}
     gate = json.loads(version.tags[GATE])
     outcome = "promoted" if gate["promote"] else "not promoted"
-    words = {"gate": f"{outcome}: {gate['reason']}", "in short": f"{outcome}: {re.split('[:;]', gate['reason'])[0]}"}
+    short, words = f"{outcome}: {re.split('[:;]', gate['reason'])[0]}", {"gate": f"{outcome}: {gate['reason']}"}
     if math.isfinite(gate["mean"]):
         gain = f"{gate['mean']:+.3g} ± {gate['se']:.2g} nats"
-        words["in short"] = f"{outcome}: {gain} against version {gate['champion']}"
+        short = f"{outcome}: {gain} against version {gate['champion']}"
         words["improvement"] = f"{gain} per image over models:/{version.name}/{gate['champion']}, on {gate['n']} test images"
     if version.run_id:
         name = Path(DECISION).name
@@ -229,4 +228,4 @@ def _gate(version: Version) -> dict[str, str]:
         page = version.folder / f"../../../{version.run_id}/artifacts/{name}" if version.folder else None
         if page and page.is_file():
             words["decision page"] = str(page.resolve())
-    return words
+    return short, words

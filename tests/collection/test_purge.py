@@ -26,7 +26,6 @@ from typer.testing import CliRunner
 
 from ldm.base.errors import InputError
 from ldm.cli import app
-from ldm.collection import purge as purge_module
 from ldm.collection.purge import TAG, purge
 from ldm.config import load_settings
 from ldm.data.images import to_png
@@ -288,7 +287,7 @@ def test_from_a_remote_that_is_no_folder(history: History, folder: Path, monkeyp
         if path.is_file():
             store.add_bytes(path.parent.name + path.name, path.read_bytes())
     before = {md5: store.fs.cat_file(store.oid_to_path(md5)) for md5 in store.all()}
-    monkeypatch.setattr(purge_module, "_remote", lambda repo, name: (store, []))
+    monkeypatch.setattr("dvc.data_cloud.DataCloud.get_remote_odb", lambda cloud, name: store)
     shutil.rmtree(folder / "project/.dvc/cache")
     purge(Path("."), history.train.name)
     after = {md5: store.fs.cat_file(store.oid_to_path(md5)) for md5 in store.all()}
