@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.base.errors import InputError
-from ldm.base.files import replacing
-from ldm.base.hashing import canonical_json
+from ldm.base.files import canonical_json, replacing
 from ldm.base.options import chosen
 from ldm.base.pixels import to_float, to_uint8
 from ldm.base.randomness import generator
@@ -24,7 +23,7 @@ from ldm.diffusion.guidance import Guidance, autoguidance, classifier_free
 from ldm.diffusion.options import Diffusion, Recipe, Sampling, changed_sampling
 from ldm.diffusion.samplers.sampler import DenoiseFn
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian, VQModel, load_autoencoder
-from ldm.nets.backbones.backbone import load_backbone
+from ldm.nets.backbone import load_backbone
 from ldm.nets.diffusers import Pretrained
 from ldm.nets.text.encoder import Text, TextEncoder, trim
 from ldm.nets.tiling import decode_tiled, encode_tiled

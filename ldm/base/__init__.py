@@ -1,1 +1,1 @@
-"""The ground everything stands on: errors, files, hashes, randomness, device, processes, progress, paths."""
+"""The ground everything stands on: errors, files and hashes, randomness, device, processes, progress, paths."""

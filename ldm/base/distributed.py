@@ -37,8 +37,7 @@ def all_ranks_equal(number: int, device: torch.device) -> bool:
 def shard(module: nn.Module, parts: Iterable[nn.Module]) -> None:
     """Shard parameters, gradients and so the optimizer's state over all ranks, in place (FSDP2; Zhao et al. 2023).
 
-    Call it before an optimizer sees the parameters. Each of the `parts` is gathered only while it runs; the rest stays
-    gathered during the module's whole forward and backward pass.
+    Call it before an optimizer sees the parameters. Each of the `parts` is gathered only while it runs.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -64,12 +63,10 @@ def full_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state with sharded tensors gathered, on the CPU. All ranks have to call this; only rank 0 gets the gathered ones."""
     found = {}
     for name, tensor in state.items():
-        if _is_sharded(tensor):
-            tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-            if rank():
-                continue
-            tensor = tensor.cpu()  # a GPU may have no room for all full tensors
-        found[name] = tensor
+        if not _is_sharded(tensor):
+            found[name] = tensor
+        elif (whole := tensor.full_tensor()) is not None and not rank():  # type: ignore[attr-defined]
+            found[name] = whole.cpu()  # a GPU may have no room for all full tensors
     return found
 
 
@@ -89,11 +86,8 @@ def load(state: dict[str, Tensor], found: dict[str, Tensor]) -> None:
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the ranks that torchrun's variables (`RANK`, `WORLD_SIZE`, …) describe; without them, stay a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    with contextlib.ExitStack() as joined:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            joined.callback(dist.destroy_process_group)
         yield
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

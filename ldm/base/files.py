@@ -1,11 +1,14 @@
-"""Folders and files that are written whole or not at all, and locks."""
+"""Folders and files that are written whole or not at all, locks, hashes; JSON whose bytes depend on the value alone."""
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -48,3 +51,23 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a child that was forked meanwhile would keep the lock
+
+
+def content_hash(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """One sha256 over the names and contents of every file below `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return content_hash("".join(f"{path.relative_to(folder).as_posix()}\0{file_hash(path)}\n" for path in files).encode())
+
+
+def canonical_json(value: Any) -> str:
+    """Indented JSON with sorted keys and a final newline."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n"

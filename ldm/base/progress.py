@@ -15,11 +15,6 @@ os.register_at_fork(before=_printing.acquire, after_in_parent=_printing.release,
 atexit.register(_printing.acquire)
 
 
-def _write(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more; the work goes on until it is stopped
-        print(f"{line}\n", end="", flush=True)  # a single write, which other output cannot split
-
-
 class Progress(contextlib.AbstractContextManager["Progress"]):
     """A bar with speed and time left on a terminal; elsewhere plain lines. If no line follows, a thread repeats the last one.
 
@@ -41,23 +36,23 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             self._open_bar()
             return
         if total is None:
-            _write(label)
+            self._print()
         self._thread = threading.Thread(target=self._beat, name=f"progress of {label}", daemon=True)
         self._thread.start()
 
     def __call__(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Show that `done` of the total are done; the first call gives the count at the start.
+        """Show that `done` of the total are done, and metrics until there are others. It is cheap enough for every batch.
 
-        It is cheap enough to be called for every batch. Metrics are shown until others replace them.
+        The first call gives the count at the start.
         """
         finished = self.total is not None and done >= self.total
         with _printing:
             if self._closed.is_set():
                 return
             now, due = time.monotonic(), finished or self._origin is None
-            self._origin = start, first = self._origin or (now, done)
+            self._updated, (start, first) = now, self._origin or (now, done)
+            self._origin = start, first
             self._position = f"{done:,}{'' if self.total is None else f'/{self.total:,}'} {self.unit}"
-            self._updated = now
             if metrics:
                 self._note = " ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:3])
             rate = (done - first) / max(now - start, 1e-9)  # of this process
@@ -83,28 +78,26 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         self.close()
 
     def _open_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich import console, progress
 
-        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.elapsed:,.0f} s")]
+        text = progress.TextColumn
+        columns: list[progress.ProgressColumn] = [text("{task.description}"), progress.BarColumn(), text("{task.elapsed:,.0f} s")]
         if self.total is not None:
-            columns += [MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("left")]
-        self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            columns += [progress.MofNCompleteColumn(), text("{task.fields[rate]}"), progress.TimeRemainingColumn(), text("left")]
+        self._bar = progress.Progress(*columns, text("{task.fields[note]}"), console=console.Console(stderr=True))
         self._task = self._bar.add_task(self.label, total=self.total, rate="", note="")
         self._bar.start()
         atexit.register(self._bar.stop)  # also after a failure, or the terminal keeps a hidden cursor
 
     def _beat(self) -> None:
-        """Print a line whenever none was printed for `HEARTBEAT` seconds."""
         while not self._closed.wait(max(self._printed + self.HEARTBEAT - time.monotonic(), 0)):
             with _printing:
-                now = time.monotonic()
-                if self._closed.is_set() or now - self._printed < self.HEARTBEAT:
-                    continue
-                waited = f"{now - self._updated:.0f} s"
-                self._print(f"{self._position}, last update {waited} ago" if self._position else waited, self._note)
+                if not self._closed.is_set() and (now := time.monotonic()) - self._printed >= self.HEARTBEAT:
+                    waited = f"{now - self._updated:.0f} s"
+                    self._print(f"{self._position}, last update {waited} ago" if self._position else waited, self._note)
 
     def _print(self, *parts: str) -> None:
-        _write(f"{self.label}: {'  '.join(filter(None, parts))}")
         self._printed = time.monotonic()
+        words = "  ".join(filter(None, parts))
+        with contextlib.suppress(OSError):  # nobody reads any more; the work goes on until it is stopped
+            print(f"{self.label}: {words}\n" if words else f"{self.label}\n", end="", flush=True)  # one write, never split

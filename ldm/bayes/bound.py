@@ -54,15 +54,15 @@ def whole_bound(
 ) -> Bound:  # fmt: skip
     """log p(x) >= E_q[log p(x | z)] - E_q[log q(z | x)] + E_q[log p_diffusion(z)], from one sample of q(z | x) an image.
 
-    Images x (B, C, H, W) are 8-bit values in [-1, 1]. `latent_noise` (B, c, h, w) makes the samples, and `latent_mean` and
-    `latent_std` (1, c, 1, 1) standardise them. All terms use standardised latents, so no Jacobian is missing. `u` and `noise` are
-    those of `diffusion_bound`. `InputError` for a VQ autoencoder, whose latents have no density, and if p(x | z) is a density.
+    Images x (B, C, H, W) are 8-bit values in [-1, 1]. `latent_noise` (B, c, h, w) makes the samples, `latent_mean` and
+    `latent_std` (1, c, 1, 1) standardise them, and all terms use them so. `u` and `noise` are those of `diffusion_bound`.
+    `InputError` for a VQ autoencoder, whose latents have no density, and if p(x | z) is a density.
     """
     if hasattr(autoencoder, "quantize"):
         raise InputError("the whole system's bound is undefined for a VQ autoencoder: report rate and distortion instead")
     if not likelihood.discrete:
-        found, take = f"a {likelihood.kind} likelihood gives densities", "discretized_gaussian, discretized_logistic or bernoulli"
-        raise InputError(f"the whole system's bound needs probabilities of 8-bit values and {found}: take {take}")
+        take = "take discretized_gaussian, discretized_logistic or bernoulli"
+        raise InputError(f"the bound needs probabilities of 8-bit values, a {likelihood.kind} likelihood gives densities: {take}")
     posterior = autoencoder.encode(x)
     sample = posterior.sample(latent_noise)
     reconstruction = likelihood.log_prob(x, autoencoder.decode(sample)).double().flatten(1).sum(1)

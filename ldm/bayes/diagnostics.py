@@ -1,7 +1,4 @@
-"""What the latents of a split carry: active units, the two parts of the KL term, posterior collapse (`README.md`).
-
-E_x KL(q(z | x) || p(z)) = I(x; z) + KL(q(z) || p(z)), with the aggregate posterior q(z) = E_x q(z | x) (Hoffman & Johnson 2016).
-"""
+"""What the latents of a split carry: active units, the two parts of the KL term, posterior collapse (`README.md`)."""
 
 import math
 from dataclasses import dataclass
@@ -47,8 +44,8 @@ class Diagnostics:
             return None
         used, most = len(self.kl) - len(found), float(self.kl[found].max()) / self.positions
         which = f"{len(found)} of {len(self.kl)} latent channels ({', '.join(map(str, found))})"
-        fewer = f", or use fewer autoencoder.latent_channels ({used} carry all there is)" if used else ""
-        change = f"lower autoencoder.regulariser.beta, or set its beta_warmup_images or free_bits{fewer}"
+        change = "lower autoencoder.regulariser.beta, or set its beta_warmup_images or free_bits"
+        change += f", or use fewer autoencoder.latent_channels ({used} carry all there is)" if used else ""
         return f"posterior collapse: {which} carry less than {COLLAPSED} nats a position, at most {most:.2g}: {change}"
 
     def metrics(self) -> dict[str, float]:
@@ -71,9 +68,8 @@ def diagnose(mean: Tensor, logvar: Tensor, seed: int = 0) -> Diagnostics:
     """Diagnostics of the posteriors N(mean, exp(logvar)) of a split's images, each (N, c, h, w); the prior is N(0, I).
 
     Moments, active units and KL use all images. The information terms are Monte-Carlo estimates, with one draw from each of M
-    posteriors (by `seed`), whose mixture stands for q(z): VALUES for the marginal of a channel, IMAGES for whole latents. As the
-    mixture includes a draw's own posterior, information saturates at ln M (Poole et al. 2019, equation 12), the ceiling. Near it,
-    where whole latents of real images mostly are, information is underestimated and aggregate_kl overestimated.
+    posteriors (by `seed`), whose mixture stands for q(z): VALUES for the marginal of a channel, IMAGES for whole latents. They
+    saturate at ln M, the ceiling (Poole et al. 2019, equation 12); near it, aggregate_kl is overestimated.
     """
     if mean.shape != logvar.shape or mean.ndim != 4:
         raise ValueError(f"expected mean and logvar (N, c, h, w), found {tuple(mean.shape)} and {tuple(logvar.shape)}")
@@ -82,9 +78,9 @@ def diagnose(mean: Tensor, logvar: Tensor, seed: int = 0) -> Diagnostics:
     rng, positions = generator(seed, "diagnostics"), mean.shape[2] * mean.shape[3]
     sums = torch.zeros((4, *mean.shape[1:]), dtype=torch.float64, device=mean.device)  # (4, c, h, w)
     rows = max(1, CHUNK // mean[0].numel())
-    for m, v in zip(mean.split(rows), logvar.split(rows), strict=True):
-        m, v = m.double(), v.double()
-        sums += torch.stack([part.sum(0) for part in (m, m.square(), v.exp(), DiagonalGaussian(m, v).kl())])
+    for parts in zip(mean.split(rows), logvar.split(rows), strict=True):
+        q = DiagonalGaussian(*(part.double() for part in parts))
+        sums += torch.stack([part.sum(0) for part in (q.mean, q.mean.square(), q.logvar.exp(), q.kl())])
     centre, square, variance, kl = sums.cpu() / count
     spread = (square - centre.square()) * count / (count - 1)  # unbiased variance of E[z | x] over x
     total = square.mean((1, 2)) - centre.mean((1, 2)).square() + variance.mean((1, 2))
@@ -102,8 +98,7 @@ def _aggregate_kl(mean: Tensor, logvar: Tensor, rng: torch.Generator) -> Tensor:
     at = _spread_out(mean.numel(), VALUES, rng).to(mean.device)
     q = DiagonalGaussian(*(t.take(at).double().cpu() for t in (mean, logvar)))  # (M,)
     noise = torch.randn(len(q.mean), generator=rng, dtype=torch.float64)
-    z = q.sample(noise)
-    pairs = q.log_prob(z[:, None])  # (M, M): of draw i under posterior j
+    pairs = q.log_prob((z := q.sample(noise))[:, None])  # (M, M): of draw i under posterior j
     pairs.diagonal().copy_(STANDARD_NORMAL.log_prob(noise) - 0.5 * q.logvar)  # exact, however narrow q is
     return (pairs.logsumexp(1) - math.log(len(z)) - STANDARD_NORMAL.log_prob(z)).mean()
 

@@ -54,8 +54,7 @@ def elbo(autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noise: Ten
     estimated as log q(z | x) - log p(z) of the sample. A VQ autoencoder (one with `quantize`) has a uniform prior over K codes
     and a deterministic encoder: the KL term is ln K nats a position (van den Oord et al. 2017) and `noise` is unused.
     """
-    posterior = autoencoder.encode(x)
-    vq = hasattr(autoencoder, "quantize")
+    posterior, vq = autoencoder.encode(x), hasattr(autoencoder, "quantize")
     if vq and log_prior is not None:
         raise InputError("a VQ autoencoder's prior is uniform over its codes: call elbo without log_prior")
     z = posterior.mean if vq else posterior.sample(noise)  # the decoder of a VQ autoencoder quantises first
@@ -74,8 +73,7 @@ def importance_bound(
 ) -> Tensor:
     """log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x) of images x (B, C, H, W), in nats (B,), float64; no gradients.
 
-    (Burda et al. 2016, equation 8.) Its mean rises from the ELBO at K = 1 to log p(x). `noises` are K draws from N(0, I) of the
-    latents' shape; one is held at a time.
+    (Burda et al. 2016, equation 8.) `noises` are K draws from N(0, I) of the latents' shape; one is held at a time.
     """
     if hasattr(autoencoder, "quantize"):
         raise InputError("importance_bound has nothing to weigh: a VQ autoencoder's posterior is a single code; report its elbo")

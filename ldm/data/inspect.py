@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import file_hash
+from ldm.base.files import file_hash
 from ldm.data.batches import order
 from ldm.data.folders import Place
 from ldm.data.images import MAX_PIXELS, UnreadableImage, decode, fit_square, from_array, to_array

@@ -18,9 +18,7 @@ class Noise(Choice):
     """A distribution over noise levels of latents with unit variance."""
 
     sigma_max: Annotated[float, Field(ge=1)] = 80.0  # noise levels stop here
-    # Multiplies noise levels: an image of twice the side needs twice the noise to hide what it shows (Hoogeboom et al. 2023; in
-    # terms of sigma, the timestep shift of Esser et al. 2024, equation 23, is the same).
-    shift: Annotated[float, Field(ge=1 / 16, le=16)] = 1.0
+    shift: Annotated[float, Field(ge=1 / 16, le=16)] = 1.0  # multiplies them (Hoogeboom et al. 2023; Esser et al. 2024, eq. 23)
 
     def build(self) -> NoiseLevels:
         return NoiseLevels(self, self.table())
@@ -79,13 +77,13 @@ class NoiseLevels:
             sigmas = self.sigma_max * (ramp * math.log(self.sigma_min / self.sigma_max)).exp()
         else:
             sigmas = self.noise.uniform_grid(1 - torch.arange(steps, dtype=torch.float64) / steps, self.table)
-        return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+        return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 class Table(Noise):
-    """A variance-preserving schedule, whose entries training draws uniformly. Timesteps beyond `sigma_max` are left out.
+    """A variance-preserving schedule with sigma = sqrt((1 - alpha_bar) / alpha_bar) (Karras et al. 2022, appendix C).
 
-    sigma = sqrt((1 - alpha_bar) / alpha_bar), where alpha_bar is the cumulative product of 1 - beta (Karras et al. 2022, app. C).
+    Training draws its entries uniformly. Timesteps beyond `sigma_max` are left out.
     """
 
     zero_terminal_snr: bool = False  # rescale it, so that the last timestep is noise alone (Lin et al. 2023, algorithm 1)

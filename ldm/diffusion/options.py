@@ -77,8 +77,8 @@ class Recipe:
         encoder, max_tokens, sha256 = (values["text"][name] for name in ("encoder", "max_tokens", "sha256"))
         text = {"kind": "minilm"} if encoder == "minilm" else {"kind": "transformers", "model": encoder}
         flat = {"schedule": "karras", "guidance_interval": None, "guidance_rescale": 0.0} | values["sampling"]
-        eta, churn, sampler = flat.pop("eta", 0.0), flat.pop("churn", 0.0), {"kind": flat.pop("sampler")}
-        sampler |= {"ddim": {"eta": eta}, "heun": {"churn": churn}}.get(sampler["kind"], {})
+        kind, eta, churn = flat.pop("sampler"), flat.pop("eta", 0.0), flat.pop("churn", 0.0)
+        sampler = {"kind": kind, **{"ddim": {"eta": eta}, "heun": {"churn": churn}}.get(kind, {})}
         return cls(
             diffusion={"prediction": values["kind"], "noise": noise},
             text={"options": {**text, "max_tokens": max_tokens}, "sha256": sha256},

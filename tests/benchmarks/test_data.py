@@ -20,7 +20,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.base.hashing import canonical_json
+from ldm.base.files import canonical_json
 from ldm.data.batches import Batches, order
 from ldm.data.latents import Latents, open_latents, write_latents
 from ldm.data.reader import PARTS, VERSION, open_shards

@@ -11,7 +11,7 @@ from image_folders import OPTIONS, make_folder, numbered
 from PIL import Image
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import file_hash
+from ldm.base.files import file_hash
 from ldm.data.inspect import TILE, check_shards, inspect
 from ldm.data.reader import open_shards
 from ldm.data.shards import write_shards

@@ -19,7 +19,7 @@ from tiny import set_params
 from typer.testing import CliRunner
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import folder_hash
+from ldm.base.files import folder_hash
 from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
 from ldm.cli import app
 from ldm.config import load_settings

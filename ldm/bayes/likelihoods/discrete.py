@@ -42,8 +42,7 @@ class DiscretizedGaussian(Family):
 
     def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         # In float64 whatever x is: a narrow bin's mass is a difference of two nearly equal numbers.
-        distance = centred_levels(x.double()) * BIN - location.double()
-        precision = torch.exp(-log_scale.double())
+        distance, precision = centred_levels(x.double()) * BIN - location.double(), torch.exp(-log_scale.double())
         # By symmetry, take the bin below the mean: Phi(near) - Phi(far), as Phi(near) (1 - Phi(far) / Phi(near)).
         # An outermost bin is Phi(near) alone, with its finite edge.
         outermost = x.abs() > 1 - BIN / 2

@@ -58,8 +58,7 @@ class Likelihood(nn.Module):
         if self.scale != "per_pixel":
             return output, self.log_scale
         location, raw = output.chunk(2, dim=1)
-        low, high = LOG_SCALES
-        middle, half = (low + high) / 2, (high - low) / 2
+        middle, half = sum(LOG_SCALES) / 2, (LOG_SCALES[1] - LOG_SCALES[0]) / 2
         # tanh is close to the identity in the middle, and its gradient lets a pixel leave either end of the range
         return location, middle + half * torch.tanh((self.log_scale + raw - middle) / half)
 
@@ -90,9 +89,7 @@ def load_likelihood(folder: Path) -> Likelihood:
 
 def as_discrete(likelihood: Likelihood) -> Likelihood | None:
     """The same distribution integrated over 8-bit values: itself if discrete, DiscretizedX of a per-pixel X, else None."""
-    if likelihood.discrete:
-        return likelihood
-    if likelihood.scale != "per_pixel":
-        return None
+    if likelihood.discrete or likelihood.scale != "per_pixel":
+        return likelihood if likelihood.discrete else None
     family = kinds(Family)[f"discretized_{likelihood.kind}"]
     return family(scale="per_pixel", log_scale=float(likelihood.log_scale)).build().to(likelihood.log_scale.device)
