@@ -108,7 +108,7 @@ def crops(seed: int, start: int, count: int, margin: int, flip: bool) -> np.ndar
     return np.stack([*(draw % np.uint64(margin + 1) for draw in draws[:2]), draws[2] & np.uint64(flip)], axis=1).astype(np.int64)
 
 
-class Batches:
+class Batches(Dataset[torch.Tensor | InputError]):
     """Training batches of a split, decoded ahead by worker processes, whose number changes nothing.
 
     `shuffle` is `global` or `shard` (see `order_by_shard`); `flip` mirrors half of the images. Each of `ranks` processes
@@ -119,8 +119,10 @@ class Batches:
         self, reader: ShardReader, seed: int, *, shuffle: str = "global", flip: bool = False, workers: int = 0,
         rank: int = 0, ranks: int = 1,
     ):  # fmt: skip
-        self.workers, self.rank, self.ranks = workers, rank, ranks
-        self._images = _Images(reader, seed, shuffle, flip)
+        self.reader, self.seed, self.flip, self.workers, self.rank, self.ranks = reader, seed, flip, workers, rank, ranks
+        self._order = partial(order, seed, len(reader))
+        if shuffle == "shard":
+            self._order = partial(order_by_shard, seed, tuple(len(positions) for _, positions in reader.shard_positions()))
         self._stream: Iterator[torch.Tensor | InputError] = iter(())
         self._next: tuple[int, int] | None = None  # position and size of the batch that the stream gives next
 
@@ -130,32 +132,23 @@ class Batches:
         Batches in sequence are cheapest. Raises `InputError`, naming the sample, if one cannot be decoded.
         """
         if self._next != (position, batch_size):
+            self._stream = iter(())  # ends the workers, which else would be copied
             share = batch_size // self.ranks
             spans = ((start, share) for start in itertools.count(position + self.rank * share, batch_size))
             generator = torch.Generator()  # else the loader would draw a seed for its workers from the global state
             options: dict[str, Any] = {"num_workers": self.workers, "prefetch_factor": AHEAD if self.workers else None}
-            self._stream = iter(DataLoader(self._images, None, sampler=spans, generator=generator, **options))
+            self._stream = iter(DataLoader(self, None, sampler=spans, generator=generator, **options))
         batch = next(self._stream)
+        self._next = None if isinstance(batch, InputError) else (position + batch_size, batch_size)
         if isinstance(batch, InputError):
-            self._next = None
             raise batch
-        self._next = position + batch_size, batch_size
         return batch
 
-
-class _Images(Dataset[torch.Tensor | InputError]):
-    """Images by span (first global position, count). Errors are returned: torch would wrap a worker's in its traceback."""
-
-    def __init__(self, reader: ShardReader, seed: int, shuffle: str, flip: bool):
-        self.reader, self.seed, self.flip = reader, seed, flip
-        self.order = partial(order, seed, len(reader))
-        if shuffle == "shard":
-            self.order = partial(order_by_shard, seed, tuple(len(positions) for _, positions in reader.shard_positions()))
-
     def __getitem__(self, span: tuple[int, int]) -> torch.Tensor | InputError:
+        """The images of a span (first global position, count), or the error: torch would wrap a worker's in its traceback."""
         margin = self.reader.preprocessing.margin
         chosen = crops(self.seed, *span, margin, self.flip) if margin or self.flip else None
         try:
-            return torch.from_numpy(self.reader.images(self.order(*span), chosen))
+            return torch.from_numpy(self.reader.images(self._order(*span), chosen))
         except InputError as error:
             return error

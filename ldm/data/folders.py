@@ -64,10 +64,8 @@ def read_folder(folder: Path) -> Collection:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; set data.path in params.yaml to a folder of captioned images")
-    found: list[str] = []
-    tables: list[str] = []
+    found, tables, others = [], [], {}  # others: name -> why it must not be opened, or ""
     refused: dict[str, str] = {}
-    others: list[tuple[str, str]] = []
     for name, reason in walk(folder):
         path = PurePosixPath(name)
         if path.suffix.lower() in UNREAD:
@@ -77,17 +75,15 @@ def read_folder(folder: Path) -> Collection:
         elif path.suffix.lower() in SUFFIXES or reason == LINKED_FOLDER:
             refused[name] = reason
         elif path.name not in CAPTION_TABLES and name != PROMPTS:
-            others.append((name, reason))
+            others[name] = reason
         elif reason:
             raise InputError(f"{folder / name}: {reason}")
         elif name != PROMPTS:
             tables.append(name)
     if not found:
         raise InputError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))}); put captioned images there")
-    texts = {name for name, reason in others if name.endswith(".txt") and not reason}
-    table = _captions(folder, sorted(found), tables, texts, refused)
-    sidecars = set(map(sidecar_of, found))
-    ignored = Counter(PurePosixPath(name).suffix or name for name, _ in others if name not in sidecars)
+    table = _captions(folder, found, tables, {name for name, reason in others.items() if not reason}, refused)
+    ignored = Counter(PurePosixPath(name).suffix or name for name in sorted(others.keys() - set(map(sidecar_of, found))))
     return Collection(table, [Place(folder / name) for name in table.file_name], refused, dict(sorted(ignored.items())))
 
 
@@ -118,7 +114,7 @@ def walk(folder: Path) -> Iterator[tuple[str, str]]:
             yield relative.encode(errors="backslashreplace").decode(), reason
 
 
-def _captions(folder: Path, found: list[str], tables: list[str], texts: set[str], refused: dict[str, str]) -> pd.DataFrame:
+def _captions(folder: Path, found: list[str], tables: list[str], files: set[str], refused: dict[str, str]) -> pd.DataFrame:
     """Captions of all images found, sorted by file name: from the nearest table, else from sidecars, else from folders' names."""
     check_tables(folder, tables)
     uncaptioned, parts = set(found), []
@@ -129,29 +125,30 @@ def _captions(folder: Path, found: list[str], tables: list[str], texts: set[str]
         part["file_name"] = prefix + part.file_name
         uncaptioned -= set(part.file_name)
         parts.append(part)
-    names = sorted(uncaptioned)
-    if names and (parts or any(sidecar_of(name) in texts for name in names)):
-        captions = []
-        for name in names:
-            sidecar = folder / sidecar_of(name)
-            if sidecar_of(name) not in texts:
-                raise InputError(f"{folder / name}: has no caption file {sidecar.name} beside it, as other images here do")
-            try:
-                captions.append(decode_caption(sidecar.read_bytes()))
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{sidecar}: not readable as UTF-8 text: {error}") from None
-        parts.append(pd.DataFrame({"file_name": names, "text": captions}))
-    elif names and all("/" in name for name in names):
-        classes = [name.rsplit("/", 2)[-2] for name in names]
-        parts.append(pd.DataFrame({"file_name": names, "text": classes, "label": classes}))
-    elif names:
+    rest = pd.DataFrame({"file_name": sorted(uncaptioned)})
+    if parts or any(sidecar_of(name) in files for name in rest.file_name):
+        parts.append(rest.assign(text=[_sidecar(folder, name, files) for name in rest.file_name]))
+    elif all("/" in name for name in rest.file_name):
+        classes = [name.rsplit("/", 2)[-2] for name in rest.file_name]
+        parts.append(rest.assign(text=classes, label=classes))
+    else:
         advice = "add metadata.csv (file_name,text), a .txt file beside each image, or a subfolder for each class"
         raise InputError(f"{folder}: {len(found)} images but no captions; {advice}")
-    table = pd.concat(parts, ignore_index=True).sort_values("file_name", ignore_index=True)
+    table = pd.concat([part for part in parts if len(part)], ignore_index=True).sort_values("file_name", ignore_index=True)
     if "label" in table and table.label.isna().any():
         first = table.file_name[table.label.isna()].iloc[0]
         raise InputError(f"{folder / first}: has no label, as other images here do; give every image one, or drop the column")
     return table
+
+
+def _sidecar(folder: Path, image: str, files: set[str]) -> str:
+    path = folder / sidecar_of(image)
+    if sidecar_of(image) not in files:
+        raise InputError(f"{folder / image}: has no caption file {path.name} beside it, as other images here do")
+    try:
+        return decode_caption(path.read_bytes())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
 
 
 def check_tables(folder: Path, tables: list[str]) -> None:
@@ -199,9 +196,9 @@ def _from_table(path: Path, found: set[str], refused: set[str]) -> pd.DataFrame:
     table = read_table(path)
     forms = {normal(name): name for name in found}
     table["file_name"] = [n if n in found else forms.get(normal(n), str(PurePosixPath(n))) for n in table.file_name]
-    duplicated = table.file_name[table.file_name.duplicated()]
-    if len(duplicated):
-        raise InputError(f"{path}: {duplicated.iloc[0]!r} has more than one row; keep one caption an image")
+    if table.file_name.duplicated().any():
+        twice = table.file_name[table.file_name.duplicated()].iloc[0]
+        raise InputError(f"{path}: {twice!r} has more than one row; keep one caption an image")
     table = table[~table.file_name.isin(refused)]
     if missing := sorted(set(table.file_name) - found):
         raise InputError(f"{path}: names {len(missing)} images that are absent, as {missing[0]!r}; add them or remove the rows")

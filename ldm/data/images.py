@@ -91,7 +91,17 @@ def decode(
         if min(width, height) < min_side:
             raise UnreadableImage(f"{width} x {height} pixels, smaller than data.min_side {min_side}")
         upright = ImageOps.exif_transpose(image)
-        return _to_eight_bits(upright, background).convert("L" if channels == 1 else "RGB")
+        if upright.mode == "F":
+            raise UnreadableImage("floating-point pixels; 8 or 16 bits are read")
+        if upright.mode == "I" or upright.mode.startswith("I;16"):
+            values = np.asarray(upright).astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise UnreadableImage(f"{upright.mode} pixels from {values.min()} to {values.max()}; 8 or 16 bits are read")
+            upright = Image.fromarray((values // 257).astype(np.uint8))
+        elif upright.has_transparency_data:
+            layers = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", layers.size, background), layers)
+        return upright.convert("L" if channels == 1 else "RGB")
 
 
 def decode_stored(blob: bytes, preprocessing: Preprocessing) -> np.ndarray:
@@ -116,21 +126,6 @@ def _reasons() -> Iterator[None]:
     except Exception as error:  # decoders of foreign bytes raise anything: struct.error, KeyError, ZeroDivisionError, …
         reason = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
         raise UnreadableImage(f"{type(error).__name__}: {reason}") from None
-
-
-def _to_eight_bits(image: Image.Image, background: str) -> Image.Image:
-    """Scale 16-bit greys to 8 bits and composite transparency on the background; other modes stay as they are."""
-    if image.mode == "F":
-        raise UnreadableImage("floating-point pixels; 8 or 16 bits are read")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UnreadableImage(f"{image.mode} pixels from {values.min()} to {values.max()}; 8 or 16 bits are read")
-        return Image.fromarray((values // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layers.size, background), layers)
-    return image
 
 
 def fit_square(image: Image.Image, size: int, resize_filter: str, fit: str = "cover", background: str = "#ffffff") -> Image.Image:

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from ldm.base.errors import InputError
-from ldm.base.files import replacing
-from ldm.base.hashing import canonical_json, content_hash, file_hash
+from ldm.base.files import canonical_json, content_hash, file_hash, replacing
 from ldm.base.lazy import Tensor, torch
 from ldm.data.reader import ShardReader
 
@@ -58,8 +57,10 @@ def write_latents(
                     save_file(_encode_shard(reader, positions, encode, embed, batch_size, mirrored), new)
                     kept = new.rename(store / f"{key}-{file_hash(new)}.safetensors")
                 tensors = load_file(kept)
-                if split == "train":
-                    totals = totals + _totals(tensors)
+                if split == "train":  # latents z ~ q(z | x): their number, their sum and the expected sum of their squares
+                    mean, variance = tensors["mean"].double(), tensors["logvar"].double().exp()
+                    squares = (mean.square() + variance).sum((0, 2, 3))
+                    totals = totals + torch.stack([torch.full_like(squares, mean[:, 0].numel()), mean.sum((0, 2, 3)), squares])
                 name = Path(shard["name"]).with_suffix(".safetensors").name
                 try:
                     os.link(kept, partial / name)
@@ -71,10 +72,9 @@ def write_latents(
                 progress(done)
         text, mask = embed([""])
         save_file({"text": text, "text_mask": mask}, partial / "empty.safetensors")
-        count, total, squares = totals
-        mean = total / count
+        mean, square = totals[1:] / totals[0]  # per channel, float64 (c,)
         facts = {"version": 2, "preprocessing": made_from["preprocessing"], "flip": flip, "files": files}
-        manifest = {**identity, **facts, "latent_mean": mean.tolist(), "latent_std": (squares / count - mean**2).sqrt().tolist()}
+        manifest = {**identity, **facts, "latent_mean": mean.tolist(), "latent_std": (square - mean**2).sqrt().tolist()}
         (partial / "manifest.json").write_text(canonical_json(manifest))
     prune_store(store, out)
     return manifest, reused
@@ -109,13 +109,6 @@ def _encode_shard(
     text, mask = embed(distinct)
     caption = torch.tensor([number[text] for text in texts] * (2 if mirrored else 1))
     return {"mean": mean, "logvar": logvar, "caption": caption, "text": text, "text_mask": mask}
-
-
-def _totals(tensors: dict[str, Tensor]) -> Tensor:
-    """The number of latents z ~ q(z | x) per channel, their sum and the expected sum of their squares, float64 (3, c)."""
-    mean, variance = tensors["mean"].double(), tensors["logvar"].double().exp()
-    count = torch.full_like(mean[0, :, 0, 0], mean[:, 0].numel())
-    return torch.stack([count, mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from ldm.base.environment import env_count
 from ldm.base.errors import InputError
 from ldm.data.images import UnreadableImage
 
+Progress = Callable[[int, int], None]  # (done, total)
+
 CHUNK = 16  # items of a task
 AHEAD = 8  # tasks whose results wait, for each process
 IMAGES_PER_WORKER = 500  # fewer are done before another process has started
@@ -31,11 +33,13 @@ def loader_workers(device: str) -> int:
 
 
 @contextlib.contextmanager
-def mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Iterator[Any]]:
+def mapped(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int, progress: Progress = lambda done, total: None
+) -> Iterator[Iterator[Any]]:
     """`map(function, items)` by `workers` processes, in order; by this one if there are fewer than two.
 
-    An `UnreadableImage` is the result of its item; what else `function` raises is raised here. The processes end with this
-    one; if one of them dies, `InputError` is raised.
+    `progress` is told how many results were read, and of how many. An `UnreadableImage` is the result of its
+    item; what else `function` raises is raised here. The processes end with this one; if one dies, `InputError` is raised.
     """
 
     def attempt(item: Any) -> Any:
@@ -45,9 +49,11 @@ def mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -
             return error
 
     def results(found: Iterable[Any]) -> Iterator[Any]:
-        for result in found:
+        progress(0, len(items))
+        for done, result in enumerate(found, start=1):
             if isinstance(result, Exception) and not isinstance(result, UnreadableImage):
                 raise result
+            progress(done, len(items))
             yield result
 
     if workers < 2:

@@ -5,6 +5,7 @@ and every file with its hash), `offsets.npy` (where each part of a sample starts
 the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the number of processes.
 """
 
+import functools
 import json
 import re
 import shutil
@@ -20,8 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ldm.base.errors import InputError
-from ldm.base.files import replacing
-from ldm.base.hashing import canonical_json, content_hash, file_hash
+from ldm.base.files import canonical_json, content_hash, file_hash, replacing
 from ldm.data.duplicates import SIDE, near_duplicates, thumbnail
 from ldm.data.folders import PROMPTS, Collection, Place, read_folder, walk
 from ldm.data.images import MAX_PIXELS, SUFFIXES, Preprocessing, UnreadableImage, to_png
@@ -40,19 +40,9 @@ class _Image:
     place: Place
     digest: str  # content hash of its file
     split: str
+    top: str  # the top-level folder: a shard holds images of one, so a new folder changes no other shard
     thumbnail: bytes = b""  # once it is written
     offsets: tuple[int, ...] = ()  # its row of offsets.npy, once it is written
-
-    @property
-    def group(self) -> tuple[int, str]:
-        """Split and top-level folder: a shard holds images of one group, so a new folder changes no other shard."""
-        top, separator, _ = self.row["file_name"].partition("/")
-        return SPLITS.index(self.split), top if separator else ""
-
-    @property
-    def key(self) -> str:
-        """Content first, then name: equal files may have several names."""
-        return self.digest[:16] + content_hash(self.row["file_name"].encode(errors="backslashreplace"))[:8]
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
@@ -89,8 +79,8 @@ def write_shards(
     collection = read_collection(folder)
     prompts = _find_prompts(folder, collection.table)
     recipe, bad = Preprocessing(**preprocessing), dict(collection.refused)  # bad: file name -> reason
-    total = len(collection.places)
-    found, workers = total + len(bad), min(workers, total // IMAGES_PER_WORKER)
+    places = collection.places
+    found, workers = len(places) + len(bad), min(workers, len(places) // IMAGES_PER_WORKER)
 
     def encode(image: _Image) -> tuple[dict[str, bytes], bytes]:
         """The image's parts by suffix, in the order of `reader.PARTS`, and its thumbnail."""
@@ -102,10 +92,10 @@ def write_shards(
         return parts | _texts(image.row), thumbnail(pixels)
 
     with replacing(out) as partial:
-        with mapped(lambda place: content_hash(place.read()), collection.places, workers) as hashes:
-            images = _hashed(collection, hashes, bad, val_fraction, test_fraction, progress)
-        with mapped(encode, images, workers) as encoded:
-            shards, written = _write_tars(partial, images, encoded, shard_size, bad, lambda done: progress("write", done, total))
+        with mapped(lambda place: content_hash(place.read()), places, workers, functools.partial(progress, "hash")) as hashes:
+            images = _hashed(collection, hashes, bad, val_fraction, test_fraction)
+        with mapped(encode, images, workers, functools.partial(progress, "write")) as encoded:
+            shards, written = _write_tars(partial, images, encoded, shard_size, bad)
         quarantined = pd.DataFrame(sorted(bad.items()), columns=["file_name", "reason"])
         if len(bad) > max_bad_fraction * found:
             if report:
@@ -126,20 +116,17 @@ def write_shards(
         return _write_index(partial, shards, written, facts)
 
 
-def _hashed(
-    collection: Collection, hashes: Iterator[Any], bad: dict[str, str], val: float, test: float, progress: Progress
-) -> list[_Image]:
+def _hashed(collection: Collection, hashes: Iterator[Any], bad: dict[str, str], val: float, test: float) -> list[_Image]:
     """The images, those of one shard side by side. Unreadable files go to `bad`."""
-    images, total = [], len(collection.places)
-    progress("hash", 0, total)
-    rows = zip(collection.table.to_dict("records"), collection.places, hashes, strict=True)
-    for done, (row, place, digest) in enumerate(rows, start=1):
+    images = []
+    for row, place, digest in zip(collection.table.to_dict("records"), collection.places, hashes, strict=True):
+        name = row["file_name"]
         if isinstance(digest, UnreadableImage):
-            bad[row["file_name"]] = str(digest)
+            bad[name] = str(digest)
         else:
-            images.append(_Image({str(name): value for name, value in row.items()}, place, digest, split_of(digest, val, test)))
-        progress("hash", done, total)
-    return sorted(images, key=lambda image: image.group)
+            top = name.split("/")[0] if "/" in name else ""
+            images.append(_Image({str(k): v for k, v in row.items()}, place, digest, split_of(digest, val, test), top))
+    return sorted(images, key=lambda image: (SPLITS.index(image.split), image.top))
 
 
 def _texts(row: dict[str, Any]) -> dict[str, bytes]:
@@ -153,27 +140,26 @@ def _texts(row: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _write_tars(
-    out: Path, images: list[_Image], encoded: Iterator[Any], shard_size: int, bad: dict[str, str], progress: Callable[[int], None]
+    out: Path, images: list[_Image], encoded: Iterator[Any], shard_size: int, bad: dict[str, str]
 ) -> tuple[list[dict[str, Any]], list[_Image]]:
     """Write shards; return their entries in the index, and the images in them. Unreadable images go to `bad`."""
     import webdataset  # only to write: a machine that trains on shards need not have it
 
     shards: list[dict[str, Any]] = []
     written: list[_Image] = []
-    progress(done := 0)
-    for (split, top), group in groupby(images, lambda image: image.group):
+    for (split, top), group in groupby(images, lambda image: (image.split, image.top)):
         members = list(group)
         for number, start in enumerate(range(0, len(members), shard_size)):
-            path = out / f"{SPLITS[split]}-{_plain(top)}{number:05d}.tar"
+            path = out / f"{split}-{_plain(top)}{number:05d}.tar"
             before, position = len(written), 0
             with webdataset.TarWriter(str(path), user="", group="", mtime=0, encoder=False) as tar:
                 for image, found in zip(members[start : start + shard_size], encoded, strict=False):
-                    done += 1
                     if isinstance(found, UnreadableImage):
                         bad[image.row["file_name"]] = str(found)
                         continue
                     parts, preview = found
-                    tar.write({"__key__": image.key, **parts})
+                    name = content_hash(image.row["file_name"].encode(errors="backslashreplace"))
+                    tar.write({"__key__": image.digest[:16] + name[:8], **parts})  # equal files may have several names
                     places = {}
                     for part, blob in sorted(parts.items()):  # the order in which they are written, each after its header
                         places[part] = position + tarfile.BLOCKSIZE, len(blob)
@@ -182,10 +168,9 @@ def _write_tars(
                     written.append(replace(image, thumbnail=preview, offsets=offsets))
             if count := len(written) - before:
                 identity = {"sha256": file_hash(path), "bytes": path.stat().st_size}
-                shards.append({"name": path.name, "split": SPLITS[split], "count": count, **identity})
+                shards.append({"name": path.name, "split": split, "count": count, **identity})
             else:
                 path.unlink()
-            progress(done)
     return shards, written
 
 

@@ -20,15 +20,12 @@ Parts = dict[str, tarfile.TarInfo]  # the files of a sample by extension
 
 
 def read_tars(folder: Path) -> Collection:
-    """The images of every `*.tar` below `folder`, by WebDataset's convention: files of one name are one sample.
-
-    A sample is an image with a caption in `.txt` or `.caption`, or as `text` or `caption` in its JSON, and optionally `.json`
-    (an object: further columns) and `.cls` (its label). `file_name` is `TAR/KEY.SUFFIX`.
+    """The images of every `*.tar` below `folder`, by WebDataset's convention (see README.md). `file_name` is `TAR/KEY.SUFFIX`.
 
     Raises `InputError` for damaged tars, members that lead out of the tar, pickles, lacking captions and names that occur twice.
     """
     rows: list[dict[str, Any]] = []
-    places: list[Place] = []
+    places: dict[str, Place] = {}
     ignored: Counter[str] = Counter()
     for name, reason in walk(folder):
         path = folder / name
@@ -37,22 +34,21 @@ def read_tars(folder: Path) -> Collection:
             continue
         if reason:
             raise InputError(f"{path}: {reason}")
-        for key, parts in sorted(_samples(path, ignored).items()):
+        for key, parts in _samples(path, ignored).items():
             images = [part for part in parts if f".{part}" in SUFFIXES]
             if len(images) > 1:
                 raise InputError(f"{path}: sample {key!r} has {len(images)} images, {' and '.join(images)}; keep one")
             if images:
                 rows.append({"file_name": f"{name}/{key}.{images[0]}", **_caption(path, key, parts)})
-                places.append(Place(path, parts[images[0]].offset_data, parts[images[0]].size))
+                places[rows[-1]["file_name"]] = Place(path, parts[images[0]].offset_data, parts[images[0]].size)
             else:
                 ignored[f"(samples without an image in {name})"] += 1
     if not rows:
         raise InputError(f"{folder}: its tars hold no images ({', '.join(sorted(SUFFIXES))})")
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).sort_values("file_name", ignore_index=True)
     if "label" in table and table.label.isna().any():
         raise InputError(f"{folder}: {table.file_name[table.label.isna()].iloc[0]!r} has no label, as other samples do")
-    order = table.file_name.argsort(kind="stable")
-    return Collection(table.iloc[order].reset_index(drop=True), [places[i] for i in order], {}, dict(sorted(ignored.items())))
+    return Collection(table, [places[name] for name in table.file_name], {}, dict(sorted(ignored.items())))
 
 
 def _samples(path: Path, ignored: Counter[str]) -> dict[str, Parts]:
@@ -64,8 +60,8 @@ def _samples(path: Path, ignored: Counter[str]) -> dict[str, Parts]:
                 if member.isdir():
                     continue
                 name, where = PurePosixPath(member.name), f"{path}: member {member.name!r}"
-                stem, _, suffix = name.name.partition(".")
-                extension = suffix.lower()
+                stem, _, extension = name.name.partition(".")
+                extension = extension.lower()
                 if name.is_absolute() or ".." in name.parts:
                     raise InputError(f"{where} leads out of the tar; write it again with plain names")
                 if not member.isreg() or member.issparse():
