@@ -16,6 +16,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # images that we cannot read
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # by content: a suffix proves nothing, and Pillow's EPS runs a program
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box")}
+MODES = {1: "L", 3: "RGB"}  # Pillow's name for 1 and 3 channels
 MAX_PIXELS = 89_478_485  # Pillow warns beyond this
 ORIENTATION = 0x0112  # EXIF tag
 JPEG = b"\xff\xd8"  # first bytes of a file
@@ -45,11 +46,6 @@ class Preprocessing:
         return self.image_size + self.margin
 
     @property
-    def mode(self) -> str:
-        """Pillow's mode of stored images."""
-        return "L" if self.channels == 1 else "RGB"
-
-    @property
     def described(self) -> str:
         """Size and filter in a few words, such as `32x32x1, lanczos`; results are comparable only if these are equal."""
         words = [f"{self.image_size}x{self.image_size}x{self.channels}", self.resize_filter]
@@ -71,7 +67,7 @@ class Preprocessing:
         if not blob.startswith(JPEG):
             return False
         with Image.open(io.BytesIO(blob), formats=("JPEG",)) as image:
-            fits = image.mode == self.mode and image.size == (self.side, self.side)
+            fits = image.mode == MODES[self.channels] and image.size == (self.side, self.side)
             return fits and image.getexif().get(ORIENTATION, 1) == 1
 
 
@@ -101,13 +97,13 @@ def decode(
         elif upright.has_transparency_data:
             layers = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", layers.size, background), layers)
-        return upright.convert("L" if channels == 1 else "RGB")
+        return upright.convert(MODES[channels])
 
 
 def decode_stored(blob: bytes, preprocessing: Preprocessing) -> np.ndarray:
     """Pixels of a stored image, uint8 (H, W, C); raises `UnreadableImage` if `preprocessing` does not store such images."""
-    side, mode = preprocessing.side, preprocessing.mode
     with _reasons():
+        side, mode = preprocessing.side, MODES[preprocessing.channels]
         image = (JpegImageFile if blob.startswith(JPEG) else PngImageFile)(io.BytesIO(blob))  # no other format is stored
         if image.mode != mode or image.size != (side, side):
             raise ValueError(f"{image.mode} of {image.width} x {image.height} pixels, expected {mode} of {side} x {side}")

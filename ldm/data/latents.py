@@ -1,9 +1,4 @@
-"""The latent cache: posterior moments of every image and text embeddings of every caption.
-
-One safetensors file per shard holds `mean` and `logvar` (N, c, h, w), mirrored images after the others; `text` (U, T, D) and
-`text_mask` (U, T), a row for each distinct caption of the shard; and `caption` (N,), the row of each image's caption. The
-folder also has `empty.safetensors` (the embedded empty caption) and `manifest.json`. Latents are neither sampled nor scaled.
-"""
+"""The latent cache: posterior moments of every image and text embeddings of every caption; README.md says which files."""
 
 import json
 import os
@@ -32,11 +27,8 @@ def write_latents(
     """Encode all images and captions of `readers` (by split) to `out`, all or nothing; training images also mirrored with `flip`.
 
     Returns the manifest and how many files came from the store. `identity` (hashes of the autoencoder, of the text encoder, …)
-    goes to the manifest, which also has the hash of each shard and per-channel statistics of the training latents.
-
-    The files are links to `store/KEY-SHA256.safetensors`. The key is the hash of `identity`, of the shard and of `code` (all else
-    that decides about the bytes: versions, device). A shard whose key is there is not encoded again. Files that `out` does not
-    hold leave the store.
+    goes to the manifest. The files are links to `store/KEY-SHA256.safetensors`, where the key is the hash of `identity`, of the
+    shard and of `code` (all else that decides about the bytes: versions, device). Files that `out` does not hold leave the store.
     """
     from safetensors.torch import load_file, save_file
 

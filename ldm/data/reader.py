@@ -47,9 +47,8 @@ class ShardReader:
         try:
             text = cache.text("index.json") if cache else Path(where).read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
-            text = None
-        if text is None:
-            raise InputError(f"{where}: not found, so this is no folder of shards; run the `shard` stage (dvc repro shard)")
+            hint = "so this is no folder of shards; run the `shard` stage (dvc repro shard)"
+            raise InputError(f"{where}: not found, {hint}") from None
         try:
             self.index: dict[str, Any] = json.loads(text)
             version, splits = self.index.get("version"), self.index.get("splits", {})

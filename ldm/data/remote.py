@@ -39,11 +39,9 @@ class ShardCache:
         self.url, self.folder, self.max_bytes = url.rstrip("/"), folder, max_bytes
         self._listing = folder / LOCKS / "folder"  # held where files grow, go or get their names
 
-    def text(self, name: str) -> str | None:
-        """The text of a small file at the URL, never from the folder; None if there is no such file."""
-        with contextlib.suppress(FileNotFoundError):
-            return self._attempt(name, lambda filesystem, url: filesystem.cat_file(url).decode())
-        return None
+    def text(self, name: str) -> str:
+        """The text of a small file at the URL, never from the folder; raises `FileNotFoundError` if there is none."""
+        return str(self._attempt(name, lambda filesystem, url: filesystem.cat_file(url).decode()))
 
     def open(self, name: str, sha256: str, size: int) -> int:
         """A read-only descriptor of the local copy, readable even after the copy was evicted. The caller closes it."""

@@ -1,9 +1,4 @@
-"""Write a folder of captioned images as WebDataset tars with an index.
-
-A shard folder holds plain tars (`KEY.png` or `KEY.jpg`, `KEY.txt`, `KEY.json` for each image), `index.json` (preprocessing,
-and every file with its hash), `offsets.npy` (where each part of a sample starts), `quarantine.csv`, `duplicates.csv` and, if
-the source has one, `prompts.csv`. Equal inputs give equal bytes, whatever the number of processes.
-"""
+"""Write a folder of captioned images as WebDataset tars with an index; README.md says which files."""
 
 import functools
 import json
@@ -70,11 +65,9 @@ def write_shards(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the images of `folder` (see `read_collection`) as shards to `out`, all or nothing, and return the index.
 
-    Every image is either in a shard or in `quarantine.csv`. `workers` processes hash, then encode; `progress` is told how many
-    images are done. `preprocessing` has the fields of `images.Preprocessing`.
-
-    Raises `InputError` for bad folders and captions, for a split with fewer than `SMALLEST_SPLIT` images, and if more than
-    `max_bad_fraction` of the images are unreadable, which then are listed in the file `report`.
+    `workers` processes hash, then encode. `preprocessing` has the fields of `images.Preprocessing`. Raises `InputError` for bad
+    folders and captions, for a split with fewer than `SMALLEST_SPLIT` images, and if more than `max_bad_fraction` of the images
+    are unreadable, which then are listed in the file `report`.
     """
     collection = read_collection(folder)
     prompts = _find_prompts(folder, collection.table)

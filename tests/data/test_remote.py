@@ -205,7 +205,8 @@ def test_bytes_arrive_from_s3_and_stay_when_the_server_has_gone(
         moto.put("arrive", **{"shards/train.tar": blob, "shards/index.json": '{"ä": 1}'.encode()})
         cache = ShardCache("s3://arrive/shards/", disk, 32 * MB)
         assert cache.text("index.json") == '{"ä": 1}'
-        assert cache.text("prompts.csv") is None
+        with pytest.raises(FileNotFoundError):
+            cache.text("prompts.csv")
         assert read(cache, "train.tar", blob) == blob
         assert kept(disk) == {sha(blob)}
     finally:
@@ -224,7 +225,8 @@ def test_bytes_arrive_from_a_web_server_and_a_folder(name: str, web: Web, tmp_pa
     for number, url in enumerate([web.url, f"file://{tmp_path}/www"]):
         cache = ShardCache(url, disk / str(number), 16 * MB)
         assert cache.text("index.json") == "{}"
-        assert cache.text("prompts.csv") is None
+        with pytest.raises(FileNotFoundError):
+            cache.text("prompts.csv")
         assert read(cache, name, blob) == read(cache, name, blob) == blob
         assert kept(cache.folder) == {sha(blob)}
     assert sum(count for (_, path), count in web.asked.items() if path.endswith(".tar")) == 1
@@ -340,7 +342,8 @@ def test_absent_files_and_places_are_named(moto: Moto, web: Web, disk: Path) -> 
         cache = ShardCache(url, disk, MB)
         with refused(f"{url}/train.tar: not found", within=5):
             read(cache, "train.tar", b"abc")
-        assert cache.text("index.json") is None
+        with pytest.raises(FileNotFoundError):
+            cache.text("index.json")
     assert web.asked["GET", "train.tar"] == 1  # no use to ask again
     assert kept(disk) == set()
 

@@ -1,7 +1,4 @@
-"""scikit-learn's handwritten digits as a folder of captioned images.
-
-1,797 scans of 8 x 8 pixels with 17 grey levels (Alpaydin & Kaynak 1998, UCI "Optical Recognition of Handwritten Digits").
-"""
+"""scikit-learn's handwritten digits (Alpaydin & Kaynak 1998, UCI "Optical Recognition of Handwritten Digits")."""
 
 from pathlib import Path
 from typing import Literal
