@@ -1,8 +1,4 @@
-"""`params.yaml` as frozen, validated settings: the one place that knows its sections.
-
-Everything here changes results. What does not (device, threads, tracking address) is environment. What can be chosen is a class
-beside the thing that it builds (`ldm.base.options.Choice`).
-"""
+"""`params.yaml` as frozen, validated settings. Everything here changes results; what does not is environment."""
 
 import io
 import json
@@ -19,7 +15,7 @@ from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, as
 from ldm.data.sources.source import Source
 from ldm.diffusion.options import Diffusion, Sampling
 from ldm.evaluation.metrics.metric import Metric
-from ldm.nets.backbones.backbone import Backbone
+from ldm.nets.backbone import Backbone
 from ldm.nets.regulariser import Kl, Regulariser
 from ldm.nets.text.encoder import Text
 from ldm.training.objectives import ElboChoice
@@ -73,13 +69,12 @@ class Autoencoder(Section):
 
     @model_validator(mode="after")
     def _levels_and_version(self) -> "Autoencoder":
-        last = len(self.block_out_channels) - 1
-        if any(level > last for level in self.attention) or len(set(self.attention)) < len(self.attention):
-            raise ValueError(f"attention is {list(self.attention)}; name levels once each, of 0 to {last} in block_out_channels")
-        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
-            channels, groups = list(self.block_out_channels), self.norm_num_groups
+        channels, groups, name = list(self.block_out_channels), self.norm_num_groups, self.pretrained or ""
+        if set(self.attention) - set(range(len(channels))) or len(set(self.attention)) < len(self.attention):
+            known = f"0 to {len(channels) - 1} in block_out_channels"
+            raise ValueError(f"attention is {list(self.attention)}; name levels once each, of {known}")
+        if any(count % groups for count in channels):
             raise ValueError(f"block_out_channels {channels} are not all multiples of norm_num_groups {groups}")
-        name = self.pretrained or ""
         if name.startswith("models:/") and not re.fullmatch(r"models:/[\w.-]+/\d+", name):
             raise ValueError(f"pretrained {name} may change; write models:/NAME/VERSION (`ldm registry show` names it)")
         return self
@@ -145,7 +140,7 @@ class Settings(Section):
         vae, regulariser = self.train_vae, self.autoencoder.regulariser
         if not vae.images and not self.autoencoder.pretrained:
             raise ValueError("train_vae.images is 0: then autoencoder.pretrained names the autoencoder that is used as it is")
-        bound = isinstance(vae.objective, ElboChoice) and isinstance(regulariser, Kl) and regulariser.is_bound
+        bound = isinstance(vae.objective, ElboChoice) and regulariser == Kl()
         if isinstance(vae.optimizer, Sgld) and not bound:
             raise ValueError("optimizer sgld needs objective elbo, and regulariser kl: beta 1, beta_warmup_images 0, free_bits 0")
         if self.sample_posterior and not isinstance(regulariser, Kl):
@@ -177,9 +172,9 @@ def load_settings(root: Path) -> Settings:
 
 
 def change_settings(root: Path, assignments: list[str]) -> list[str]:
-    """Write values into `root/params.yaml`, comments kept; returns what changed, a line each. See `ldm.base.options.assigned`.
+    """Write values (`ldm.base.options.assigned`) into `root/params.yaml`, comments kept; returns what changed, a line each.
 
-    Raises `InputError`, and changes nothing, if the settings are then not valid.
+    `InputError`, and nothing is changed, if the settings are then not valid.
     """
     from ruamel.yaml import YAML
 

@@ -60,10 +60,7 @@ class LatentDiffusion:
         return cls(autoencoder, likelihood, load_backbone(folder / "unet").place(device), recipe)
 
     def save(self, folder: Path | str) -> None:
-        """Write safetensors and JSON, all or nothing; equal models give equal bytes.
-
-        Replaces a saved model, and raises `InputError` rather than replace anything else.
-        """
+        """Write safetensors and JSON, all or nothing; equal models give equal bytes. `InputError` if other files are there."""
         folder = Path(folder)
         if folder.exists() and not (folder / "model.json").is_file() and (folder.is_file() or any(folder.iterdir())):
             raise InputError(f"{folder}: exists and is not a saved model; name another folder")
@@ -89,10 +86,7 @@ class LatentDiffusion:
 
     @torch.inference_mode()
     def encode(self, images: Tensor, tile: int | None = None) -> DiagonalGaussian:
-        """q(z | x) over latents, not standardised, of images (N, C, H, W).
-
-        `tile`: encode by tiles of this many pixels a side that overlap by a quarter, for large images; see `ldm.nets.tiling`.
-        """
+        """q(z | x) over latents, not standardised, of images (N, C, H, W), by tiles of `tile` pixels (`ldm.nets.tiling`)."""
         if tile:
             return encode_tiled(self.autoencoder, to_float(images), tile, self._overlap(tile))
         return self.autoencoder.encode(to_float(images).to(self.device))
@@ -101,10 +95,10 @@ class LatentDiffusion:
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """E[x | z] as images (N, C, H, W), for latents (N, c, h, w); `tile` as in `encode`."""
         if tile:
-            whole = decode_tiled(self.autoencoder, latents.cpu(), tile, self._overlap(tile))
-            return to_uint8(self.likelihood.mean(whole.to(self.device))).cpu()
-        parts = [self.likelihood.mean(self.autoencoder.decode(part.to(self.device))) for part in latents.split(BATCH)]
-        return to_uint8(torch.cat(parts)).cpu()
+            parts = [decode_tiled(self.autoencoder, latents.cpu(), tile, self._overlap(tile)).to(self.device)]
+        else:
+            parts = [self.autoencoder.decode(part.to(self.device)) for part in latents.split(BATCH)]
+        return to_uint8(torch.cat([self.likelihood.mean(part) for part in parts])).cpu()
 
     def _overlap(self, tile: int) -> int:
         factor = self.autoencoder.factor
@@ -114,10 +108,7 @@ class LatentDiffusion:
 
     @torch.inference_mode()
     def sample_prior(self, n: int, *, seed: int = 0) -> Tensor:
-        """Ancestral samples of the autoencoder alone, images (n, C, H, W): z ~ p(z), x ~ p(x | z), without diffusion or prompt.
-
-        p(z) is the standard normal, or for a VQ model uniform over its codes.
-        """
+        """Images (n, C, H, W) of the autoencoder alone: x ~ p(x | z), z ~ p(z), standard normal or uniform over a VQ's codes."""
         rngs = [generator(seed, "prior", i) for i in range(n)]
         if isinstance(self.autoencoder, VQModel):
             codes, places = self.autoencoder.quantize.embedding.weight, self.latent_shape[1:]
@@ -135,9 +126,8 @@ class LatentDiffusion:
 
         A channel is shifted at all places alike, in `n` steps from -reach to reach of its standard deviations over the data.
         """
-        _, std = self._affine
         steps = torch.linspace(-reach, reach, n, device=self.device)
-        shifts = (torch.diag(std.flatten())[:, None] * steps[:, None]).flatten(0, 1)  # (channels · n, channels)
+        shifts = (torch.diag(self._affine[1].flatten())[:, None] * steps[:, None]).flatten(0, 1)  # (channels · n, channels)
         return self.decode(self.encode(image[None]).mean + shifts[:, :, None, None])
 
     def sample(self, prompts: list[str], **options: Any) -> Tensor:
@@ -159,24 +149,23 @@ class LatentDiffusion:
             raise InputError(f"first {first}: images are numbered from 0")
         if options.guidance == 1 and (negative or guide is not None):
             raise InputError("guidance 1 leads nowhere: with a negative prompt or a guiding model, set another value")
-        weaker = None
         if guide is not None:
             if negative:
                 raise InputError("guidance leads away from a negative prompt or from a weaker model; give one of the two")
             ours, theirs = ((r.autoencoder, r.latent_mean, r.latent_std) for r in (self.recipe, guide.recipe))
             if ours != theirs:
                 raise InputError("the guiding model was trained on other latents; take one of the same autoencoder and data")
-            weaker = guide, guide._embed(prompts)
+        weaker = (guide, guide._embed(prompts)) if guide else None
         return self._sample_latents(self._embed([*prompts, negative]), options, seed, range(first, first + len(prompts)), weaker)
 
     @torch.inference_mode()
     def interpolate(
         self, a: str | Tensor, b: str | Tensor, n: int, *, linear: bool = False, seed: int = 0, **sampling: Any
     ) -> Tensor:
-        """`n` images from `a` to `b`, (n, C, H, W).
+        """`n` images (n, C, H, W) between two images (C, H, W) or two prompts.
 
-        Two images (C, H, W) are joined by a great circle between their standardised latent means, or by a line if `linear`. Two
-        prompts are joined by a line between their token embeddings, and every image starts from the same noise.
+        Images are joined by a great circle between their standardised latent means, or by a line if `linear`; prompts by a line
+        between their token embeddings, and every image starts from the same noise.
         """
         weights = torch.linspace(0, 1, n, device=self.device)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -226,9 +215,8 @@ class LatentDiffusion:
     @property
     def _affine(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, (1, c, 1, 1) each."""
-        moments = (self.recipe.latent_mean, self.recipe.latent_std)
-        mean, std = (torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1) for values in moments)
-        return mean, std
+        moments = torch.tensor([self.recipe.latent_mean, self.recipe.latent_std], dtype=torch.float32, device=self.device)
+        return moments[0].view(1, -1, 1, 1), moments[1].view(1, -1, 1, 1)
 
     def _embed(self, prompts: list[str]) -> Embedded:
         distinct = list(dict.fromkeys(prompts))

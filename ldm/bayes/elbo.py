@@ -48,11 +48,10 @@ class Elbo(LowerBound):
 
 
 def elbo(autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noise: Tensor, log_prior: LogPrior | None = None) -> Elbo:
-    """One-sample estimate for images x (B, C, H, W) in [-1, 1]; `noise` ~ N(0, I) has the latents' shape.
+    """One-sample estimate for images x (B, C, H, W) in [-1, 1] (Kingma & Welling 2014, equation 7).
 
-    (Kingma & Welling 2014, equation 7; Rezende et al. 2014.) The prior is N(0, I) and the KL term exact; with `log_prior` it is
-    estimated as log q(z | x) - log p(z) of the sample. A VQ autoencoder (one with `quantize`) has a uniform prior over K codes
-    and a deterministic encoder: the KL term is ln K nats a position (van den Oord et al. 2017) and `noise` is unused.
+    `noise` ~ N(0, I) has the latents' shape. The prior is N(0, I) and the KL term exact; with `log_prior` it is estimated from
+    the sample. For a VQ autoencoder, the KL term is ln K nats a position (van den Oord et al. 2017) and `noise` is unused.
     """
     posterior, vq = autoencoder.encode(x), hasattr(autoencoder, "quantize")
     if vq and log_prior is not None:

@@ -29,19 +29,18 @@ class Draws:
         return len(next(iter(self.values.values())))
 
     @property
-    def count(self) -> int:
-        """Draws of all chains together."""
+    def count(self) -> int:  # of all chains together
         return self.chains * len(self.weights)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The weights of each draw, name -> tensor, chain after chain."""
-        for number in range(self.count):
-            yield {name: value.flatten(0, 1)[number] for name, value in self.values.items()}
+        for each in zip(*(value.flatten(0, 1) for value in self.values.values()), strict=True):
+            yield dict(zip(self.values, each, strict=True))
 
     def save(self, path: Path, about: dict[str, Any] | None = None) -> None:
         """Write safetensors with `about` as JSON in the header. Equal draws give equal bytes."""
-        tensors = {**{f"draws.{name}": value.contiguous() for name, value in self.values.items()}, "weights": self.weights}
-        save_file(tensors, path, metadata={"about": json.dumps(about or {}, sort_keys=True)})
+        draws = {f"draws.{name}": value.contiguous() for name, value in self.values.items()}
+        save_file({**draws, "weights": self.weights}, path, metadata={"about": json.dumps(about or {}, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> tuple["Draws", dict[str, Any]]:
@@ -83,9 +82,8 @@ def control_variates(loss: Loss, centre: dict[str, Tensor], batches: Iterable[tu
 class Chains:
     """Chains of a `sampler`, such as functools.partial(SGLD, lr=…, num_data=…), each with its own minibatches and noise.
 
-    Their weights are stacked, (chains, …) by name as in `start`, and one optimizer steps them all. `vectorized` computes their
-    losses in one pass (torch.func.vmap), if the model's operations allow it; otherwise one after the other, equal but for
-    rounding. After the first `burn_in` steps, every `thin`-th step is kept as a draw if `keep(step)` is true.
+    Their weights are stacked, (chains, …) by name as in `start`; `vectorized` computes their losses at once (torch.func.vmap).
+    After the first `burn_in` steps, every `thin`-th step is kept as a draw if `keep(step)` is true.
     """
 
     def __init__(

@@ -112,7 +112,9 @@ class DecoderChains(Chains):
         with Progress(f"{self.label}: the curvature"):
             return self.find(loss, list(weights.values()), nearby=self.at_start)
 
-    def run(self, saved: Checkpoint | None, save: Callable[..., None], stoppable: Stoppable) -> None:
+    def run(
+        self, saved: tuple[dict[str, Tensor], dict[str, Any]] | None, save: Callable[..., None], stoppable: Stoppable
+    ) -> None:
         """Take all steps, from a checkpoint on if there is one; if a stop was asked for, save and raise `KeyboardInterrupt`."""
         if saved:
             self.load_state_dict(saved[0], saved[1]["images_seen"])
@@ -129,8 +131,7 @@ class DecoderChains(Chains):
                     losses = self.step(*self.minibatch(self.done))
                     if not losses.isfinite().all():
                         raise InputError(f"{label}: the chains diverged by step {self.done}; set a smaller posterior.lr, or null")
-                    stop = should_stop()
-                    if stop or self.done % CHECKPOINT_STEPS == 0:
+                    if (stop := should_stop()) or self.done % CHECKPOINT_STEPS == 0:
                         save(self.state_dict(), {"images_seen": self.done, "lr": self.lr})
                     if stop:
                         raise KeyboardInterrupt(f"stopped at a checkpoint after {self.done} steps")

@@ -1,4 +1,4 @@
-"""Probabilities of 8-bit values."""
+"""Probabilities of 8-bit values, the outermost of which stand for all beyond them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from ldm.bayes.likelihoods.family import Family
 
 
 class DiscretizedLogistic(Family):
-    """A logistic distribution integrated over the bin of each 8-bit value; the outermost bins reach to infinity.
-
-    Salimans et al. 2017 (PixelCNN++), equation 2 with a single component.
-    """
+    """A logistic distribution integrated over the bin of each 8-bit value (Salimans et al. 2017, equation 2, one component)."""
 
     kind: Literal["discretized_logistic"] = "discretized_logistic"
     discrete: ClassVar[bool] = True
@@ -35,7 +32,7 @@ class DiscretizedLogistic(Family):
 
 
 class DiscretizedGaussian(Family):
-    """A Gaussian integrated over the bin of each 8-bit value; the outermost bins reach to infinity (Ho et al. 2020, eq. 13)."""
+    """A Gaussian integrated over the bin of each 8-bit value (Ho et al. 2020, equation 13)."""
 
     kind: Literal["discretized_gaussian"] = "discretized_gaussian"
     discrete: ClassVar[bool] = True
@@ -69,8 +66,8 @@ class Bernoulli(Family):
     log_scale: ClassVar = 0.0  # type: ignore[misc]
 
     def log_prob(self, x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-        if bool((grey := x.abs() != 1).any()):
-            found = f"train_vae.likelihood bernoulli needs images of 0 and 255 only, found {int(to_uint8(x[grey][0]))}"
+        if len(grey := x[x.abs() != 1]):
+            found = f"train_vae.likelihood bernoulli needs images of 0 and 255 only, found {int(to_uint8(grey[0]))}"
             raise InputError(f"{found}; threshold them, or choose a discretized likelihood")
         return torch.nn.functional.logsigmoid(x * location)
 

@@ -12,13 +12,12 @@ if TYPE_CHECKING:
 
 
 class Family(Choice):
-    """A location-scale family; the values of an image are independent, and the decoder computes their locations.
+    """A location-scale family: independent values, whose locations the decoder computes.
 
-    The scale is one number, `learned` or `fixed`, or `per_pixel`: the second half of the decoder's channels. Continuous families
-    have densities over [-1, 1], discrete ones probabilities of 8-bit values: -log2 p(x | z) / dims is a code length in bits/dim.
+    The scale is one number, `learned` or `fixed`, or `per_pixel`: the second half of the decoder's channels.
     """
 
-    discrete: ClassVar[bool] = False
+    discrete: ClassVar[bool] = False  # probabilities of 8-bit values, not densities over [-1, 1]
     scale: Literal["learned", "fixed", "per_pixel"] = "learned"
     log_scale: float = -3.0
 

@@ -18,12 +18,9 @@ LOG_SCALES = (-7.0, 2.0)  # of a pixel: from a ninth of a bin, where one value h
 
 
 class Likelihood(nn.Module):
-    """p(x | z), a product over the values of an image; `output` is what the decoder computes from z.
+    """p(x | z), a product over the values of an image; `output` is what the decoder computes from z."""
 
-    `log_scale` is the scale if it is fixed, its initial value if it is learned, and per pixel the one for an output of 0.
-    """
-
-    log_scale: Tensor
+    log_scale: Tensor  # per pixel, that of an output of 0
 
     def __init__(self, family: Family):
         super().__init__()

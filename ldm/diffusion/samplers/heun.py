@@ -11,14 +11,9 @@ from ldm.diffusion.samplers.sampler import DenoiseFn, NoiseFn, SampleFn, Sampler
 
 
 def heun(
-    denoiser: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    noise: NoiseFn | None = None,
-    *,
-    churn: float = 0.0,
+    denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: NoiseFn | None = None, *, churn: float = 0.0,
     churn_max: float = math.inf,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Second order, two evaluations a step (Karras et al. 2022, algorithms 1 and 2).
 
     With `churn` (their S_churn), each step from a level up to `churn_max` first adds noise and starts from a higher level.

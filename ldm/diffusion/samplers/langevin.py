@@ -16,7 +16,6 @@ def langevin(
 
     Each Euler step to the next level is followed by `corrections` steps of Langevin dynamics there (Song & Ermon 2019):
     x <- x + (eps / 2) grad log p(x; sigma) + N(0, eps), eps = (step sigma)², grad log p = (D(x; sigma) - x) / sigma².
-    For a normal p of variance v >= sigma², the chain's variance is v / (1 - eps / (4 v)): at most about step² / 4 of v too wide.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = denoiser(x, level(x, sigma))

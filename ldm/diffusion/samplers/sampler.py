@@ -1,8 +1,7 @@
 """What all samplers share: plain functions `(denoiser, x, sigmas, noise) -> x0`, with `x` at noise level `sigmas[0]`.
 
-`denoiser(x, sigma (B,))` estimates x0; `sigmas` descends and may end in 0; `noise(i)` is the i-th standard normal draw, like x
-(by default from torch's generator). Deterministic samplers follow the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma,
-others a stochastic equation with the same marginals (Karras et al. 2022, equations 3 and 6).
+`denoiser(x, sigma (B,))` estimates x0; `sigmas` descends and may end in 0; `noise(i)` is the i-th standard normal draw, like x.
+They follow the ODE dx/dsigma = (x - D(x; sigma)) / sigma or an SDE of the same marginals (Karras et al. 2022, eq. 3 and 6).
 """
 
 from collections.abc import Callable
