@@ -1,7 +1,4 @@
-"""Prefect flows: when and where the stages of dvc.yaml run.
-
-Sets what Prefect and MLflow read on import; values that the user has set stay.
-"""
+"""Prefect flows. Sets what Prefect and MLflow read on import; values that the user has set stay."""
 
 import os
 import time

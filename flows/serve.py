@@ -1,7 +1,4 @@
-"""The pipeline on a schedule, on one machine: `python -m flows.serve --cron "0 3 * * *"` until it is stopped.
-
-It uses the Prefect server that `PREFECT_API_URL` names, or else starts one, whose pages show the schedule and its runs.
-"""
+"""The pipeline on a schedule, until stopped, with the Prefect server that `PREFECT_API_URL` names, or else one that it starts."""
 
 import argparse
 import os

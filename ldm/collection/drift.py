@@ -1,7 +1,4 @@
-"""Drift: are new images like those that the model was trained on?
-
-An image's score is the spread of its bound over posterior samples of the decoder's weights (`ldm.langevin.decoder`).
-"""
+"""Drift: compare new images with the test images by the spread of their bounds over posterior samples of the decoder."""
 
 from contextlib import suppress
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Ingest: move new images from an inbox into a dated batch of the collection, and version the collection with DVC.
 
-A kill at any moment loses and doubles nothing. Images are copied to a hidden folder, which one rename makes the batch. The
-batch has a list of the originals with their hashes; only those leave the inbox, if they have not changed. The next call
-finishes what a killed call began. `dvc add` always comes last.
+A kill loses and doubles nothing: images are copied to a hidden folder, which one rename makes the batch. Its list of the
+originals with their hashes tells, also the next call, what may leave the inbox. `dvc add` always comes last.
 """
 
 import csv
@@ -72,9 +71,8 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
     """Move new images from `inbox` to `data.path/YYYY-MM-DD` (UTC; `-2`, `-3`, … if that exists); `dvc add` the collection.
 
     An image is new if it lies directly in `inbox`, has a caption there, equals no image of the collection and none before it in
-    `inbox`, and neither it nor its caption has changed for `settle` seconds. The batch gets a `metadata.csv`.
-
-    Raises `InputError` for a collection that cannot take batches, a damaged table, and labels that do not match the collection's.
+    `inbox`, and neither it nor its caption has changed for `settle` seconds. The batch gets a `metadata.csv`. Raises `InputError`
+    for a collection that cannot take batches, a damaged table, and labels that do not match the collection's.
     """
     root, inbox = root.resolve(), inbox.resolve()
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):

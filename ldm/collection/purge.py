@@ -68,16 +68,11 @@ class _Objects:
         with self.open(md5) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def is_tar(self, md5: str) -> bool:
-        with self.open(md5) as file:
-            return file.read(262)[257:] == b"ustar"
-
     def matches(self, md5: str, digests: tuple[str, ...]) -> bool:
         """Whether the sha256 of a file, or of a tar's member, begins with one of `digests`."""
-        if not self.is_tar(md5):
-            return self.sha256(md5).startswith(digests)
-        with self.open(md5) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with contextlib.suppress(tarfile.TarError), self.open(md5) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             return any(content_hash(part.read()).startswith(digests) for member in tar if (part := tar.extractfile(member)))
+        return self.sha256(md5).startswith(digests)  # it is no tar
 
     def json(self, md5: str) -> Any:
         """Empty if there is no such object, or it is damaged."""
@@ -92,10 +87,10 @@ class _Objects:
         return {entry["relpath"]: entry["md5"] for entry in self.json(md5)}
 
     def tars(self) -> dict[str, dict[str, str]]:
-        """The samples of each tar. An object that only the remote has is opened, by a request, if it may be a tar."""
+        """The samples of each tar, none for other files. What only the remote has is opened, by a request, if it may be one."""
         others = {md5 for name, md5 in self.files if not name.endswith(".tar") and "cache" not in self.places[md5]}
         found = {}
-        for md5 in (md5 for md5 in self.places.keys() - others if not md5.endswith(".dir") and self.is_tar(md5)):
+        for md5 in self.places.keys() - others:
             with self.open(md5) as file:
                 found[md5] = _samples(file)
         return found
@@ -107,7 +102,6 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
     `image` is its `file_name` in the collection, which means all contents that a shard held under that name, or the sha256 of
     its file, which means all its names. `remote` is a DVC remote, else the default one. Model versions that saw the image get
     a tag (`TAG`) first. Latents and shards that held it are deleted with the other images in them, which have newer copies.
-
     Raises `InputError` while the image is in the collection or in what the pipeline made of it, and if nothing is left of it.
     """
     from dvc.config import NoRemoteError
@@ -170,9 +164,8 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str
     current: dict[str, str] = {}  # what dvc.lock and the .dvc files name now: md5 -> path in the project
     for out in repo.index.outs:
         md5, path = out.hash_info.value if out.hash_info else "", out.fs_path.removeprefix(f"{root}/")
-        current |= (
-            {file: f"{path}/{name}" for name, file in objects.listing(md5).items()} if md5.endswith(".dir") else {md5: path}
-        )
+        files = objects.listing(md5) if md5.endswith(".dir") else {"": md5}
+        current |= {file: f"{path}/{name}".rstrip("/") for name, file in files.items()}
     present = [current[md5] for md5 in (*originals, *shards, *latents) if md5 in current]
     present += [str(path) for path in (root / SHARDS).glob("*.tar") if _holds(path, digests)]
     if present:

@@ -61,8 +61,7 @@ def register(root: Path, run_id: str | None = None) -> Registered:
 def gate_and_promote(root: Path, version: int) -> Decision:
     """Make `version` (the outs in `root`) champion if it beats the champion on the test images; writes decision.html.
 
-    A decision is made once for a champion and level, and a version that was champion does not come back by itself:
-    someone, or a better model, replaced it.
+    A decision is made once for a champion and level. A version that was replaced as champion comes back only by hand.
     """
     settings = load_settings(root)
     name, level, page = settings.registry.name, settings.registry.level, root / DECISION

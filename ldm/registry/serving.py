@@ -1,7 +1,4 @@
-"""The registered model as MLflow runs it: prompts in as a DataFrame, PNGs out.
-
-MLflow stores this file with the model and executes it on load (models from code); nothing is unpickled.
-"""
+"""The registered model as MLflow runs it. MLflow stores this file with it and executes it on load; nothing is unpickled."""
 
 import json
 from typing import Any

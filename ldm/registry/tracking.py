@@ -1,8 +1,7 @@
 """MLflow runs, with an honest status and buffered metrics.
 
-Tracking is on where `MLFLOW_TRACKING_URI` is set; a server that is away costs one warning and never stops the work. Importing
-mlflow takes longer than most stages: under the flow, which sets `LDM_RECORDS`, a stage records its run in a file, and the
-flow's process delivers the file to MLflow.
+A server that is away costs one warning and never stops the work. Importing mlflow takes longer than most stages: under the flow,
+which sets `LDM_RECORDS`, a stage records its run in a file, and the flow's process delivers the file to MLflow.
 """
 
 import contextlib
