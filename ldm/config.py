@@ -172,10 +172,7 @@ def load_settings(root: Path) -> Settings:
 
 
 def change_settings(root: Path, assignments: list[str]) -> list[str]:
-    """Write values (`ldm.base.options.assigned`) into `root/params.yaml`, comments kept; returns what changed, a line each.
-
-    `InputError`, and nothing is changed, if the settings are then not valid.
-    """
+    """Write values into `root/params.yaml`, comments kept; returns what changed, a line each. `InputError` if not valid then."""
     from ruamel.yaml import YAML
 
     before = load_settings(root).model_dump()

@@ -122,11 +122,8 @@ class LatentDiffusion:
 
     @torch.inference_mode()
     def traverse(self, image: Tensor, n: int, *, reach: float = 3.0) -> Tensor:
-        """Shift one latent channel after the other of an image (C, H, W): images (channels · n, C, H, W), channel by channel.
-
-        A channel is shifted at all places alike, in `n` steps from -reach to reach of its standard deviations over the data.
-        """
-        steps = torch.linspace(-reach, reach, n, device=self.device)
+        """Shift each latent channel of an image (C, H, W) in `n` steps, alike at all places: images (channels · n, C, H, W)."""
+        steps = torch.linspace(-reach, reach, n, device=self.device)  # in standard deviations over the data
         shifts = (torch.diag(self._affine[1].flatten())[:, None] * steps[:, None]).flatten(0, 1)  # (channels · n, channels)
         return self.decode(self.encode(image[None]).mean + shifts[:, :, None, None])
 

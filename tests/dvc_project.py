@@ -33,7 +33,7 @@ STAGE = """
 import json, os, pathlib, sys, tarfile, threading, time
 import yaml
 
-def watch():  # what the real stages do: see ldm/stages/runtime.py
+def watch():  # what the real stages do: see ldm/stages/stage.py
     while os.read(0, 1): pass
     os._exit(130)
 

@@ -359,5 +359,5 @@ def test_reading_settings_waits_for_no_heavy_library() -> None:
     code = "import pathlib, sys, ldm.config; ldm.config.load_settings(pathlib.Path()); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "numpy", "pandas", "scipy", "sklearn", "mlflow", "matplotlib", "transformers", "tokenizers", "PIL"}
-    assert "ldm.nets.backbones.unet" in loaded
+    assert "ldm.nets.backbone" in loaded
     assert not heavy & set(loaded)

@@ -35,10 +35,7 @@ def all_ranks_equal(number: int, device: torch.device) -> bool:
 
 
 def shard(module: nn.Module, parts: Iterable[nn.Module]) -> None:
-    """Shard parameters, gradients and so the optimizer's state over all ranks, in place (FSDP2; Zhao et al. 2023).
-
-    Call it before an optimizer sees the parameters. Each of the `parts` is gathered only while it runs.
-    """
+    """Shard parameters over all ranks, in place, before an optimizer sees them (FSDP2). Each part is gathered while it runs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

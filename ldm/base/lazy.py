@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 def exports(package: str, names: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
     """`__getattr__` and `__all__` for `package`, whose public names live in its submodules, `{submodule: "Name other"}`.
 
-    Importing a package must not import its submodules: a stage depends only on the modules that it uses
-    (see `ldm.stages.fingerprint`), and `ldm --help` must not wait for torch.
+    A stage then depends only on the modules that it uses (`ldm.stages.fingerprint`), and `ldm --help` does not wait for torch.
     """
     homes = {name: module for module, found in names.items() for name in found.split()}
 

@@ -41,10 +41,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         self._thread.start()
 
     def __call__(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Show that `done` of the total are done, and metrics until there are others. It is cheap enough for every batch.
-
-        The first call gives the count at the start.
-        """
+        """Show that `done` of the total are done, in the first call at the start, and metrics until there are others."""
         finished = self.total is not None and done >= self.total
         with _printing:
             if self._closed.is_set():

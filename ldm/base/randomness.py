@@ -23,10 +23,7 @@ CHUNK = 1 << 16  # draws from one generator: few enough to stay in a core's cach
 
 
 def fill_normal(out: Tensor, *position: str | int, std: float = 1.0) -> Tensor:
-    """Fill `out`, contiguous and of floats, with draws of N(0, std²) for a position (see `seed_for`); returns it.
-
-    On a CPU all of torch's threads draw, each chunk from a generator of its own: the same numbers for any number of threads.
-    """
+    """Fill `out`, contiguous floats, with N(0, std²) for a position (`seed_for`), for any number of threads alike; returns it."""
     if out.device.type != "cpu":
         return out.normal_(0, std, generator=generator(*position, device=out.device))
     chunks = out.view(-1).split(CHUNK)

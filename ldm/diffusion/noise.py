@@ -81,10 +81,7 @@ class NoiseLevels:
 
 
 class Table(Noise):
-    """A variance-preserving schedule with sigma = sqrt((1 - alpha_bar) / alpha_bar) (Karras et al. 2022, appendix C).
-
-    Training draws its entries uniformly. Timesteps beyond `sigma_max` are left out.
-    """
+    """A variance-preserving schedule, sigma² = (1 - alpha_bar) / alpha_bar, whose entries training draws uniformly."""
 
     zero_terminal_snr: bool = False  # rescale it, so that the last timestep is noise alone (Lin et al. 2023, algorithm 1)
 

@@ -11,15 +11,14 @@ if TYPE_CHECKING:
 else:
     Array = Any  # for annotations: the command line reads metrics without the libraries that measure
 
-Extractor = Callable[[Array], Array]  # uint8 images (N, C, H, W) to features, float64 (N, d)
 LARGEST_SIDE = 32  # larger images are averaged down first: a full SVD of raw photographs would not fit in memory
 
 
 class FeatureSpace(Choice):
-    """Maps images to vectors. A subclass has its own options."""
+    """Maps uint8 images (N, C, H, W) to features, float64 (N, d). A subclass has its own options."""
 
     @abstractmethod
-    def build(self, train_images: Array, most: int) -> tuple[str, Extractor]:
+    def build(self, train_images: Array, most: int) -> tuple[str, Callable[[Array], Array]]:
         """Its name, such as "pca32", and the mapping; it may be fitted to these images, and have `most` dimensions at most."""
 
 
@@ -29,7 +28,7 @@ class Pca(FeatureSpace):
     kind: Literal["pca"] = "pca"
     dim: Positive = 32  # fewer for few or very small images
 
-    def build(self, train_images: Array, most: int) -> tuple[str, Extractor]:
+    def build(self, train_images: Array, most: int) -> tuple[str, Callable[[Array], Array]]:
         import numpy as np
 
         pixels = flat(train_images, LARGEST_SIDE)

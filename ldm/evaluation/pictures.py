@@ -25,7 +25,20 @@ def draw(evaluation: Evaluation, plots: Path, vae: pd.DataFrame, unet: pd.DataFr
     plots.mkdir(parents=True)
     if evaluation.unseen_prompts is not None:
         prompt_grid(plots / "unseen_prompts.png", evaluation.unseen_prompts, evaluation.unseen_samples)
-    draw_system(evaluation, plots)
+    # reconstructions, samples of the autoencoder alone, walks between two test images, what each latent channel does
+    model, real, width = evaluation.model, evaluation.test_images, min(len(evaluation.test_images), COLUMNS)
+    starts = range(0, min(len(real), 3 * width) - width + 1, width)  # up to three full pairs of rows
+    pairs = [half[start : start + width] for start in starts for half in (real, evaluation.reconstructions)]
+    names = ["real", "reconstructed"] * len(starts)
+    image_grid(np.concatenate(pairs), width, plots / "reconstructions.png", row_labels=names)
+    drawn = model.sample_prior(2 * COLUMNS, seed=seed_for(evaluation.seed, "prior")).numpy()
+    image_grid(drawn, COLUMNS, plots / "prior_samples.png")
+    first, last = torch.from_numpy(evaluation.test.images([0, min(1, len(evaluation.test) - 1)]))
+    walks = [model.interpolate(first, last, COLUMNS, linear=linear) for linear in (True, False)]
+    image_grid(torch.cat(walks).numpy(), COLUMNS, plots / "interpolation.png", row_labels=["linear", "spherical"])
+    moved = model.traverse(first, len(STEPS), reach=3)[: ROWS * len(STEPS)].numpy()
+    names = [f"channel {i}" for i in range(len(moved) // len(STEPS))]
+    image_grid(moved, len(STEPS), plots / "traversals.png", row_labels=names, column_labels=STEPS)
     if (found := evaluation.latents) is not None:
         bars, low = plots / "latent_channels.png", COLLAPSED * found.positions
         channel_bars(found.kl.tolist(), bars, title="KL of each latent channel", low=low)
@@ -47,23 +60,6 @@ def prompt_grid(path: Path, prompts: pd.DataFrame, images: np.ndarray) -> None:
     width = min(COLUMNS, *map(len, rows))
     chosen = np.concatenate([row[:width] for row in rows])
     image_grid(images[chosen], width, path, captions=prompts.text[chosen].tolist())
-
-
-def draw_system(evaluation: Evaluation, plots: Path) -> None:
-    """Reconstructions, samples of the autoencoder alone, walks between two test images, what each latent channel does."""
-    model, real, columns = evaluation.model, evaluation.test_images, min(len(evaluation.test_images), COLUMNS)
-    starts = range(0, min(len(real), 3 * columns) - columns + 1, columns)  # up to three full pairs of rows
-    pairs = [half[start : start + columns] for start in starts for half in (real, evaluation.reconstructions)]
-    names = ["real", "reconstructed"] * len(starts)
-    image_grid(np.concatenate(pairs), columns, plots / "reconstructions.png", row_labels=names)
-    drawn = model.sample_prior(2 * COLUMNS, seed=seed_for(evaluation.seed, "prior")).numpy()
-    image_grid(drawn, COLUMNS, plots / "prior_samples.png")
-    first, last = torch.from_numpy(evaluation.test.images([0, min(1, len(evaluation.test) - 1)]))
-    walks = [model.interpolate(first, last, COLUMNS, linear=linear) for linear in (True, False)]
-    image_grid(torch.cat(walks).numpy(), COLUMNS, plots / "interpolation.png", row_labels=["linear", "spherical"])
-    moved = model.traverse(first, len(STEPS), reach=3)[: ROWS * len(STEPS)].numpy()
-    names = [f"channel {i}" for i in range(len(moved) // len(STEPS))]
-    image_grid(moved, len(STEPS), plots / "traversals.png", row_labels=names, column_labels=STEPS)
 
 
 def draw_rate_distortion(own: Elbo, curve: pd.DataFrame, path: Path, *, discrete: bool) -> None:

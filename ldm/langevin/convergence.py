@@ -9,8 +9,7 @@ RHAT, ESS = 1.01, 400.0  # thresholds of Vehtari et al. 2021
 def convergence(values: np.ndarray) -> DataFrame:
     """Rank-normalised split R-hat, `rhat`, and bulk effective sample size, `ess`, of `values` (chains, draws, quantities).
 
-    (Vehtari et al. 2021.) NaN for fewer than 4 draws a chain. Give functions of a model's outputs rather than weights: different
-    weights of a network can be the same function.
+    (Vehtari et al. 2021.) NaN for fewer than 4 draws a chain. Give functions of a model's outputs rather than its weights.
     """
     import arviz  # here: it takes a second
 

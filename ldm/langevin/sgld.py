@@ -159,12 +159,9 @@ class PSGLD(SGLD):
 
 
 class SGHMC(SGLD):
-    """v ← (1 - α) v - (ε/2) ∇U(θ) + N(0, α ε T), θ ← θ + v (Chen et al. 2014, equation 15, with η = ε/2).
+    """v ← (1 - α) v - (ε/2) ∇U(θ) + N(0, α ε T), θ ← θ + v (Chen et al. 2014, equation 15, with η = ε/2)."""
 
-    `friction` is α in (0, 1]; 1 is SGLD. A smaller α carries the momentum farther and amplifies gradient noise.
-    """
-
-    extra: ClassVar[dict[str, Any]] = {"friction": 0.1}
+    extra: ClassVar[dict[str, Any]] = {"friction": 0.1}  # α; a smaller one carries farther and amplifies gradient noise
 
 
 SAMPLERS = {"sgld": SGLD, "psgld": PSGLD, "sghmc": SGHMC}

@@ -3,24 +3,19 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import file_hash
+from ldm.base.files import file_hash
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits (B, 1, h, w), one for each patch, of images (B, C, H, W) being real (Isola et al. 2017, "PatchGAN").
-
-    Group norms take the place of batch norms: an image's logits then depend on no other image, however a batch is divided.
-    """
+    """Logits (B, 1, h, w), one for each patch, of images (B, C, H, W) being real (Isola et al. 2017, "PatchGAN")."""
 
     def __init__(self, inputs: int, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
@@ -28,7 +23,7 @@ class PatchDiscriminator(nn.Module):
         blocks: list[nn.Module] = [nn.Conv2d(inputs, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for layer in range(1, layers + 1):
             convolution = nn.Conv2d(widths[layer - 1], widths[layer], 4, 1 if layer == layers else 2, 1, bias=False)
-            blocks += [convolution, nn.GroupNorm(1, widths[layer]), nn.LeakyReLU(0.2)]
+            blocks += [convolution, nn.GroupNorm(1, widths[layer]), nn.LeakyReLU(0.2)]  # batch norms would mix images
         self.net = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,26 +61,22 @@ class Perceptual(nn.Module):
 
     @classmethod
     def from_file(cls, path: Path, sha256: str) -> "Perceptual":
-        """VGG-16 with the weights of a safetensors file, or of torch's own format read without unpickling objects.
-
-        The file has torchvision's keys, `features.N.weight`, and may have LPIPS's channel weights, `linK.model.1.weight`.
+        """VGG-16 with the weights of a file, safetensors or torch's own format (read without unpickling objects): torchvision's
+        keys, `features.N.weight`, and, if there are any, LPIPS's channel weights, `linK.model.1.weight`.
         """
         if not path.is_file():
             raise InputError(f"{path}: no such file; train_vae.objective.perceptual is `random`, or a file of VGG-16 weights")
         if (found := file_hash(path)) != sha256:
             raise InputError(f"{path}: sha256 is {found}, perceptual_sha256 says {sha256}; fetch it again, or set that")
-        try:
-            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-            raise InputError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]})") from error
         net = cls(cls.VGG16)
         kept = {key: value for key, value in net.state_dict().items() if not key.startswith("features.")}
-        learned = {key.partition(".")[0]: value.flatten() for key, value in state.items() if key.startswith("lin")}
         try:
-            net.load_state_dict(kept | learned | {key: value for key, value in state.items() if key.startswith("features.")})
-        except RuntimeError as error:
-            found = textwrap.shorten(str(error).partition(":")[2], 400)
-            raise InputError(f"{path}: not torchvision's VGG-16 (without batch normalisation): {found}") from error
+            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+            kept |= {key.partition(".")[0]: value.flatten() for key, value in state.items() if key.startswith("lin")}
+            net.load_state_dict(kept | {key: value for key, value in state.items() if key.startswith("features.")})
+        except Exception as error:  # of many kinds, all of which mean that the file does not hold these weights
+            found = textwrap.shorten(str(error), 450)
+            raise InputError(f"{path}: not the weights of torchvision's VGG-16 without batch normalisation: {found}") from error
         return net
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -94,8 +85,7 @@ class Perceptual(nn.Module):
             real = self._maps(x)
         total = torch.zeros(len(x), device=x.device)
         for level, (a, b) in enumerate(zip(real, self._maps(y), strict=True)):
-            weight = getattr(self, f"lin{level}").view(1, -1, 1, 1)
-            total = total + ((a - b).square() * weight).sum(1).mean((1, 2))
+            total = total + ((a - b).square() * getattr(self, f"lin{level}").view(1, -1, 1, 1)).sum(1).mean((1, 2))
         return total
 
     def _maps(self, x: Tensor) -> list[Tensor]:

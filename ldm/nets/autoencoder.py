@@ -16,8 +16,6 @@ EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 BETA = 0.25  # commitment cost of van den Oord et al. 2017, equation 3
 DISTANCES = 2**24  # between latents and codes, at a time
-# diffusers' names of blocks without and with attention
-DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -54,30 +52,26 @@ def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x.float())
 
 
-def _block(
-    inputs: int, width: int, layers: int, groups: int, attentions: int, resample: type[Downsample] | type[Upsample] | None = None
-) -> Block:
+def _block(inputs: int, width: int, groups: int, layers: int, attentions: int, resample: type | None = None) -> Block:
     resnets = (Resnet(inputs if i == 0 else width, width, groups, EPS) for i in range(layers))
     attention = [ImageAttention(width, groups, EPS) for _ in range(attentions)]
     return Block(resnets, attention, resample(width) if resample else None)
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) to moments (AutoencoderKL) or features (VQModel). `channels` and `attention` are by level."""
+    """Images (B, C, H, W) to moments (AutoencoderKL) or features (VQModel)."""
 
-    def __init__(
-        self, inputs: int, outputs: int, channels: list[int], attention: list[bool], layers: int, groups: int, middle: bool
-    ) -> None:
+    def __init__(self, config: dict[str, Any], outputs: int) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(inputs, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
+        channels, groups, layers = config["block_out_channels"], config["norm_num_groups"], config["layers_per_block"]
+        self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
+        self.down_blocks, before = nn.ModuleList(), channels[0]
         for level, width in enumerate(channels):
-            before, attentions = channels[max(level - 1, 0)], layers if attention[level] else 0
-            resample = Downsample if level < len(channels) - 1 else None
-            self.down_blocks.append(_block(before, width, layers, groups, attentions, resample))
-        self.mid_block = _block(channels[-1], channels[-1], 2, groups, 1 if middle else 0)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
+            attentions, down = layers * config["attention"][level], Downsample if level < len(channels) - 1 else None
+            self.down_blocks.append(_block(before, width, groups, layers, attentions, down))
+            before = width
+        self.mid_block = _block(before, before, groups, 2, int(config["mid_block_add_attention"]))
+        self.conv_norm_out, self.conv_out = nn.GroupNorm(groups, before, EPS), nn.Conv2d(before, outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -89,18 +83,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The encoder's mirror, with one more resnet in each level."""
 
-    def __init__(
-        self, inputs: int, outputs: int, channels: list[int], attention: list[bool], layers: int, groups: int, middle: bool
-    ) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(inputs, channels[-1], 3, padding=1)
-        self.mid_block = _block(channels[-1], channels[-1], 2, groups, 1 if middle else 0)
+        channels, groups, layers = config["block_out_channels"], config["norm_num_groups"], config["layers_per_block"] + 1
+        before = channels[-1]
+        self.conv_in = nn.Conv2d(config["latent_channels"], before, 3, padding=1)
+        self.mid_block = _block(before, before, groups, 2, int(config["mid_block_add_attention"]))
         self.up_blocks = nn.ModuleList()
-        for level in reversed(range(len(channels))):
-            before, attentions = channels[min(level + 1, len(channels) - 1)], layers + 1 if attention[level] else 0
-            self.up_blocks.append(_block(before, channels[level], layers + 1, groups, attentions, Upsample if level else None))
-        self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
-        self.conv_out = nn.Conv2d(channels[0], outputs, 3, padding=1)
+        for level, width in reversed(list(enumerate(channels))):
+            attentions, up = layers * config["attention"][level], Upsample if level else None
+            self.up_blocks.append(_block(before, width, groups, layers, attentions, up))
+            before = width
+        self.conv_norm_out = nn.GroupNorm(groups, before, EPS)
+        self.conv_out = nn.Conv2d(before, config["out_channels"], 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
@@ -110,28 +105,30 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(Pretrained):
-    """Images (B, in_channels, H, W) to latents (B, C, H/f, W/f), rounded down, and back.
+    """Images (B, in_channels, H, W) to latents (B, C, H/f, W/f), rounded down, and back. Levels after the first double f."""
 
-    Each level of `block_out_channels` after the first doubles the factor f. `attention` says for each level whether attention
-    follows its resnets, in encoder and decoder (None: nowhere); `mid_block_add_attention` is that of the middle.
-    """
-
+    DOWN: ClassVar = {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"}
+    UP: ClassVar = {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"}
     DEFAULTS: ClassVar = {
         "in_channels": 3, "out_channels": 3, "block_out_channels": [64], "layers_per_block": 1, "norm_num_groups": 32,
         "mid_block_add_attention": True, "down_block_types": [DOWN[False]], "up_block_types": [UP[False]],
     }  # fmt: skip
     FIXED: ClassVar = {"act_fn": "silu"}
     CARRIED: ClassVar[tuple[str, ...]] = ("sample_size", "scaling_factor", "force_upcast")
+    MOMENTS: ClassVar = 1  # channels of the encoder's output for each of `latent_channels`
     post_quant_conv: nn.Module
 
-    def _build(self, encoded: int, latents: int) -> None:
-        """Make encoder and decoder, for `encoded` channels of the encoder's output and `latents` of the latents."""
-        config, channels, self.latent_channels = self.config, self.config["block_out_channels"], latents
-        config["attention"] = per_level(config["attention"] or False, channels, "attention (down_block_types)")
-        check_divisor(channels, config["norm_num_groups"], "norm_num_groups")
-        shape = [config[key] for key in ("attention", "layers_per_block", "norm_num_groups", "mid_block_add_attention")]
-        self.encoder = Encoder(config["in_channels"], encoded, channels, *shape)
-        self.decoder = Decoder(config["latent_channels"], config["out_channels"], channels, *shape)
+    @registered
+    def __init__(
+        self, in_channels: int, out_channels: int, latent_channels: int, block_out_channels: Sequence[int],
+        layers_per_block: int = 1, norm_num_groups: int = 32, mid_block_add_attention: bool = True,
+        attention: Sequence[bool] | None = None,  # after the resnets, by level; None: nowhere
+    ) -> None:  # fmt: skip
+        self.config["attention"] = per_level(attention or False, block_out_channels, "attention")
+        check_divisor(block_out_channels, norm_num_groups, "norm_num_groups")
+        self.latent_channels = latent_channels
+        self.encoder = Encoder(self.config, self.MOMENTS * latent_channels)
+        self.decoder = Decoder(self.config)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         raise NotImplementedError
@@ -152,17 +149,6 @@ class Autoencoder(Pretrained):
         """Standard normal noise for the latents of `count` images (default: all) of the size of x (B, C, H, W)."""
         return torch.randn(count or len(x), *self.latent_shape(*x.shape[2:]), generator=rng).to(x)
 
-    @classmethod
-    def to_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
-        theirs = {key: value for key, value in config.items() if key != "attention"}
-        attends = config["attention"]
-        return theirs | {"down_block_types": [DOWN[a] for a in attends], "up_block_types": [UP[a] for a in attends[::-1]]}
-
-    @classmethod
-    def from_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
-        ours = {key: config[key] for key in cls.DEFAULTS if not key.endswith("_block_types")}
-        return ours | {"attention": [kind == DOWN[True] for kind in config["down_block_types"]]}
-
 
 class AutoencoderKL(Autoencoder):
     """With a Gaussian posterior, which a KL term keeps near N(0, 1) (Rombach et al. 2022, section 3.1)."""
@@ -170,24 +156,15 @@ class AutoencoderKL(Autoencoder):
     CLASS = "AutoencoderKL"
     DEFAULTS = Autoencoder.DEFAULTS | {"latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True}
     CARRIED = (*Autoencoder.CARRIED, "shift_factor", "latents_mean", "latents_std")
+    MOMENTS = 2
 
-    @registered
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        latent_channels: int,
-        block_out_channels: Sequence[int],
-        layers_per_block: int = 1,
-        norm_num_groups: int = 32,
-        mid_block_add_attention: bool = True,
-        attention: Sequence[bool] | None = None,
-        use_quant_conv: bool = True,  # Stable Diffusion 3 and Flux have neither of these 1x1 convolutions
-        use_post_quant_conv: bool = True,
-    ) -> None:
-        self._build(encoded=2 * latent_channels, latents=latent_channels)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else nn.Identity()
+    def __init__(self, *shape: Any, use_quant_conv: bool = True, use_post_quant_conv: bool = True, **options: Any) -> None:
+        """Further arguments as for `Autoencoder`. Stable Diffusion 3 and Flux have neither of the two 1x1 convolutions."""
+        super().__init__(*shape, **options)
+        self.config |= {"use_quant_conv": use_quant_conv, "use_post_quant_conv": use_post_quant_conv}
+        count = self.latent_channels
+        self.quant_conv = nn.Conv2d(2 * count, 2 * count, 1) if use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(count, count, 1) if use_post_quant_conv else nn.Identity()
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         mean, logvar = full_precision(self.quant_conv, self.encoder(x)).chunk(2, dim=1)  # each (B, latent_channels, H/f, W/f)
@@ -237,24 +214,14 @@ class VQModel(Autoencoder):
     FIXED = Autoencoder.FIXED | {"norm_type": "group"}
     CARRIED = (*Autoencoder.CARRIED, "lookup_from_codebook")
 
-    @registered
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        latent_channels: int,
-        block_out_channels: Sequence[int],
-        layers_per_block: int = 1,
-        norm_num_groups: int = 32,
-        mid_block_add_attention: bool = True,
-        attention: Sequence[bool] | None = None,
-        num_vq_embeddings: int = 256,
-        vq_embed_dim: int | None = None,  # channels of latents and codes; None: latent_channels
-    ) -> None:
-        self._build(encoded=latent_channels, latents=vq_embed_dim or latent_channels)
-        self.quant_conv = nn.Conv2d(latent_channels, self.latent_channels, 1)
+    def __init__(self, *shape: Any, num_vq_embeddings: int = 256, vq_embed_dim: int | None = None, **options: Any) -> None:
+        """Further arguments as for `Autoencoder`. `vq_embed_dim`: channels of latents and codes (None: `latent_channels`)."""
+        super().__init__(*shape, **options)
+        self.config |= {"num_vq_embeddings": num_vq_embeddings, "vq_embed_dim": vq_embed_dim}
+        features, self.latent_channels = self.latent_channels, vq_embed_dim or self.latent_channels
+        self.quant_conv = nn.Conv2d(features, self.latent_channels, 1)
         self.quantize = Codebook(num_vq_embeddings, self.latent_channels)
-        self.post_quant_conv = nn.Conv2d(self.latent_channels, latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(self.latent_channels, features, 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """The latents before quantisation, as the mean of a Gaussian with standard deviation 3e-7. Its KL means nothing."""

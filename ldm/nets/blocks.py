@@ -32,11 +32,9 @@ class Resnet(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, groups: int, eps: float, time_channels: int | None = None) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs, eps)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, inputs, eps), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_channels, outputs) if time_channels else None
-        self.norm2 = nn.GroupNorm(groups, outputs, eps)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, outputs, eps), nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -57,16 +55,12 @@ class HeadNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Multi-head attention of tokens (B, N, C) to themselves or to a context (B, T, D)."""
 
-    def __init__(
-        self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False, qk_norm: bool = False
-    ) -> None:
+    def __init__(self, channels: int, heads: int, context: int | None = None, bias: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
-        source, width = context_channels or channels, channels // heads
-        self.heads = heads
+        self.heads, source = heads, context or channels
         self.to_q = nn.Linear(channels, channels, bias)
-        self.to_k = nn.Linear(source, channels, bias)
-        self.to_v = nn.Linear(source, channels, bias)
-        self.norm_q, self.norm_k = (HeadNorm(width, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
+        self.to_k, self.to_v = nn.Linear(source, channels, bias), nn.Linear(source, channels, bias)
+        self.norm_q, self.norm_k = (HeadNorm(channels // heads, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, tokens: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -106,10 +100,10 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and a feed-forward network, each with a layer norm before and a residual."""
 
-    def __init__(self, channels: int, heads: int, context_channels: int, qk_norm: bool) -> None:
+    def __init__(self, channels: int, heads: int, context: int, qk_norm: bool) -> None:
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, heads, qk_norm=qk_norm)
-        self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context_channels, qk_norm=qk_norm)
+        self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context, qk_norm=qk_norm)
         net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
         self.norm3, self.ff = nn.LayerNorm(channels), nn.Sequential(OrderedDict(net=net))
 
@@ -122,11 +116,9 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """The U-Net's attention: transformer blocks over all positions, between two projections (1x1 or linear)."""
 
-    def __init__(
-        self, channels: int, heads: int, context_channels: int, groups: int, layers: int, linear: bool, qk_norm: bool
-    ) -> None:
+    def __init__(self, channels: int, heads: int, context: int, groups: int, layers: int, linear: bool, qk_norm: bool) -> None:
         super().__init__()
-        blocks = (TransformerBlock(channels, heads, context_channels, qk_norm) for _ in range(layers))
+        blocks = (TransformerBlock(channels, heads, context, qk_norm) for _ in range(layers))
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(blocks)
@@ -167,12 +159,9 @@ class Block(nn.Module):
 
     recompute = False  # keep only the inputs, and compute the rest again in the backward pass
 
-    def __init__(
-        self, resnets: Iterable[Resnet], attentions: Iterable[nn.Module], resampler: Downsample | Upsample | None = None
-    ) -> None:
+    def __init__(self, resnets: Iterable[Resnet], attentions: Iterable[nn.Module], resampler: nn.Module | None = None) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([resampler] if isinstance(resampler, Downsample) else [])
         self.upsamplers = nn.ModuleList([resampler] if isinstance(resampler, Upsample) else [])
 
@@ -183,19 +172,13 @@ class Block(nn.Module):
         return self._run(*args, **kwargs)
 
     def _run(
-        self,
-        x: Tensor,
-        time: Tensor | None = None,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-        skips: Sequence[Tensor] = (),
-        size: Sequence[int] | None = None,
+        self, x: Tensor, time: Tensor | None = None, *text: Tensor | None, skips: Sequence[Tensor] = (), size: Any = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The last of `skips` goes into the first resnet; `size` is the upsampler's."""
+        """`text`: context and mask. The last of `skips` goes into the first resnet; `size` is the upsampler's."""
         outputs = []
         for resnet, attention, skip in zip_longest(self.resnets, self.attentions, reversed(skips)):
             x = resnet(x if skip is None else torch.cat([x, skip], dim=1), time)
-            x = x if attention is None else attention(x, context, mask)
+            x = x if attention is None else attention(x, *text)
             outputs.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -206,7 +189,7 @@ class Block(nn.Module):
 
 
 def per_level(value: Any, channels: Sequence[int], name: str) -> list[Any]:
-    """A value for each level, from a list of them or one for all; `InputError` if their number is wrong."""
+    """A value for each level, from a list or one for all; `InputError` if there are too few or too many."""
     values = [value] * len(channels) if isinstance(value, int) else list(value)
     if len(values) != len(channels):
         raise InputError(f"{name} has {len(values)} values for {len(channels)} of block_out_channels")

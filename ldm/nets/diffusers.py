@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import content_hash, file_hash
-from ldm.nets.blocks import Block
+from ldm.base.files import content_hash, file_hash
+from ldm.nets.blocks import Block, per_level
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 OLD_KEYS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # diffusers before 0.12
@@ -32,9 +32,9 @@ def registered(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def constructor(self: "Pretrained", *args: Any, **kwargs: Any) -> None:
         nn.Module.__init__(self)
-        arguments = inspect.signature(init).bind(self, *args, **kwargs)
-        arguments.apply_defaults()
-        _, *given = arguments.arguments.items()
+        bound = inspect.signature(init).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        _, *given = bound.arguments.items()
         self.config = {name: list(value) if isinstance(value, list | tuple) else value for name, value in given}
         self.carried = {}
         init(self, *args, **kwargs)
@@ -46,6 +46,8 @@ class Pretrained(nn.Module):
     """A network that is saved and loaded as diffusers does."""
 
     CLASS: ClassVar[str]  # diffusers' name of the network
+    DOWN: ClassVar[Mapping[Any, str]]  # diffusers' names of the blocks by kind of attention, the first without any
+    UP: ClassVar[Mapping[Any, str]]
     DEFAULTS: ClassVar[dict[str, Any]]  # diffusers' defaults of the configuration keys that are read
     FIXED: ClassVar[dict[str, Any]]  # configuration keys with one supported value; keys in none of these must be null
     CARRIED: ClassVar[tuple[str, ...]]  # configuration keys that change no output, written back as they were read
@@ -69,12 +71,17 @@ class Pretrained(nn.Module):
     @classmethod
     def to_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
         """diffusers' configuration from the constructor's arguments."""
-        raise NotImplementedError
+        down = [cls.DOWN[kind] for kind in config["attention"]]
+        up = [cls.UP[kind] for kind in reversed(config["attention"])]
+        return {key: config[key] for key in cls.DEFAULTS if key in config} | {"down_block_types": down, "up_block_types": up}
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
         """The constructor's arguments from diffusers' configuration, defaults included."""
-        raise NotImplementedError
+        kinds = {name: kind for kind, name in cls.DOWN.items()}
+        down = per_level(config["down_block_types"], config["block_out_channels"], "down_block_types")
+        attention = [kinds.get(name, next(iter(cls.DOWN))) for name in down]
+        return {key: config[key] for key in cls.DEFAULTS if not key.endswith("_types")} | {"attention": attention}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder; equal networks give equal bytes."""
@@ -87,51 +94,41 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """The network of a folder that this class or diffusers wrote, in float32 on the CPU."""
-        config, weights = read_config(folder), Path(folder) / WEIGHTS
-        try:
-            state = load_file(weights)
-        except (ValueError, SafetensorError) as error:
-            raise InputError(f"{weights} is damaged ({error}); fetch it again") from error
-        for old, new in OLD_KEYS.items():
-            state = {key.replace(old, new): value for key, value in state.items()}
-        found = cls.DEFAULTS | {key: value for key, value in config.items() if not key.startswith("_")}
-        try:
-            arguments = cls.from_diffusers(found)
-            expected = cls.FIXED | cls.to_diffusers(arguments) | {"_class_name": cls.CLASS}
-            for key, value in {**found, "_class_name": config.get("_class_name")}.items():
-                only = expected.get(key)
-                repeated = [only] * len(found["block_out_channels"])  # diffusers may write one value once for each level
-                if value not in (None, only, repeated) and key not in cls.CARRIED:
-                    raise InputError(f"{key} = {value!r} is not supported, only {only!r}")
-            with torch.device("meta"):  # no memory for weights that are replaced
-                net = cls(**arguments)
-        except (InputError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            raise InputError(f"{Path(folder) / CONFIG}: {error}") from error
-        net.carried = {key: config[key] for key in cls.CARRIED if key in config}
-        try:
-            net.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
-        except RuntimeError as error:
-            reason = textwrap.shorten(str(error).partition(":")[2], 400)
-            raise InputError(f"{weights}: these weights are not of the network in {CONFIG}: {reason}") from error
-        return net
+        """As `load_network`, for a network of this class."""
+        return load_network(folder, cls)
 
 
 def load_network(folder: str | Path, *kinds: type[Pretrained]) -> Any:
-    """The network of a folder, of the class among `kinds` that its config.json names."""
-    found = read_config(folder).get("_class_name")
-    for kind in kinds:
-        if found == kind.CLASS:
-            return kind.from_pretrained(folder)
-    raise InputError(f"{Path(folder) / CONFIG}: _class_name is {found!r}; expected {' or '.join(kind.CLASS for kind in kinds)}")
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of a network's folder; `InputError` if it is damaged, or if it or the weights are missing."""
-    for path in (Path(folder) / name for name in (CONFIG, WEIGHTS)):
-        if not path.is_file():
-            raise InputError(f"{path} is missing: expected a folder that save_pretrained wrote (safetensors)")
+    """The network of a folder that we or diffusers wrote, of the class that its config.json names, in float32 on the CPU."""
+    path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+    for file in (path, weights):
+        if not file.is_file():
+            raise InputError(f"{file} is missing: expected a folder that save_pretrained wrote (safetensors)")
     try:
-        return dict(json.loads((Path(folder) / CONFIG).read_bytes()))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{Path(folder) / CONFIG} is damaged ({error}); fetch it again") from error
+        config = dict(json.loads(path.read_bytes()))
+        name, known = config.get("_class_name"), {kind.CLASS: kind for kind in kinds}
+        if name not in known:
+            raise InputError(f"_class_name is {name!r}; expected {' or '.join(known)}")
+        cls = known[name]
+        found = cls.DEFAULTS | {key: value for key, value in config.items() if not key.startswith("_")}
+        arguments = cls.from_diffusers(found)
+        expected = cls.FIXED | cls.to_diffusers(arguments)
+        for key, value in found.items():
+            only = expected.get(key)
+            repeated = [only] * len(found["block_out_channels"])  # diffusers may write one value once for each level
+            if value not in (None, only, repeated) and key not in cls.CARRIED:
+                raise InputError(f"{key} = {value!r} is not supported" + (f", only {only!r}" if only else ""))
+        with torch.device("meta"):  # no memory for weights that are replaced
+            net = cls(**arguments)
+    except (InputError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"{path}: {error}") from error
+    net.carried = {key: config[key] for key in cls.CARRIED if key in config}
+    try:
+        state = load_file(weights)
+        for old, new in OLD_KEYS.items():
+            state = {key.replace(old, new): value for key, value in state.items()}
+        net.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
+    except (ValueError, SafetensorError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 450)
+        raise InputError(f"{weights} is damaged, or not of the network in {CONFIG}: {reason}") from error
+    return net

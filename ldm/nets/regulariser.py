@@ -10,22 +10,17 @@ if TYPE_CHECKING:
 
 class Regulariser(Choice):
     def build(self, **config: Any) -> "Autoencoder":
-        """The untrained autoencoder; `config`: constructor arguments of `AutoencoderKL`."""
+        """The untrained autoencoder; `config`: constructor arguments of `Autoencoder`."""
         raise NotImplementedError
 
 
 class Kl(Regulariser):
-    """KL(q(z | x) ‖ N(0, I)), weighted (Rombach et al. 2022, section 3.1)."""
+    """KL(q(z | x) ‖ N(0, I)), weighted (Rombach et al. 2022, section 3.1). By default the objective is the ELBO."""
 
     kind: Literal["kl"] = "kl"
     beta: NonNegative = 1.0  # weight in the objective (Higgins et al. 2017); reported ELBOs have beta = 1
     beta_warmup_images: Count = 0  # images over which beta rises from 0 (Bowman et al. 2016)
     free_bits: NonNegative = 0.0  # nats that a latent channel of an image costs at least (Kingma et al. 2016)
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether the objective is the evidence lower bound itself."""
-        return (self.beta, self.beta_warmup_images, self.free_bits) == (1, 0, 0)
 
     def build(self, **config: Any) -> "Autoencoder":
         from ldm.nets.autoencoder import AutoencoderKL

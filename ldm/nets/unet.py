@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,19 +27,13 @@ def timestep_features(timesteps: Tensor, channels: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, channels % 2))
 
 
-DOWN = {"none": "DownBlock2D", "self": "AttnDownBlock2D", "cross": "CrossAttnDownBlock2D"}
-UP = {"none": "UpBlock2D", "self": "AttnUpBlock2D", "cross": "CrossAttnUpBlock2D"}
-
-
 class UNet(Pretrained):
-    """Noisy latents (B, C, H, W), timesteps (B,) and a text (B, T, D) to an output like the latents.
-
-    diffusers has no `qk_norm`, and its `attention_head_dim` cannot express every choice of heads with "self". Such a network is
-    saved with further keys, and with an `attention_head_dim` that makes diffusers refuse it.
-    """
+    """Noisy latents (B, C, H, W), timesteps (B,) and a text (B, T, D) to an output like the latents."""
 
     CLASS = "UNet2DConditionModel"
     MIDDLE: ClassVar = "cross"  # attention in the middle
+    DOWN: ClassVar = {"none": "DownBlock2D", "self": "AttnDownBlock2D", "cross": "CrossAttnDownBlock2D"}
+    UP: ClassVar = {"none": "UpBlock2D", "self": "AttnUpBlock2D", "cross": "CrossAttnUpBlock2D"}
     DEFAULTS: ClassVar = {
         "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
         "cross_attention_dim": 1280, "norm_num_groups": 32, "use_linear_projection": False, "transformer_layers_per_block": 1,
@@ -47,49 +42,46 @@ class UNet(Pretrained):
     }  # fmt: skip
     FIXED: ClassVar = {
         "mid_block_type": "UNetMidBlock2DCrossAttn", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
-        "only_cross_attention": False, "mid_block_only_cross_attention": False, "dual_cross_attention": False,
-        "downsample_padding": 1, "mid_block_scale_factor": 1, "dropout": 0.0, "act_fn": "silu", "norm_eps": EPS,
+        "only_cross_attention": False, "mid_block_only_cross_attention": False, "dual_cross_attention": False, "dropout": 0.0,
+        "downsample_padding": 1, "mid_block_scale_factor": 1, "act_fn": "silu", "norm_eps": EPS, "class_embeddings_concat": False,
         "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
         "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
-        "class_embeddings_concat": False,
     }  # fmt: skip
     CARRIED: ClassVar[tuple[str, ...]] = ("sample_size", "upcast_attention", "addition_embed_type_num_heads")
 
     @registered
     def __init__(
-        self,
-        in_channels: int,  # those of `concat` included
-        out_channels: int,
-        block_out_channels: Sequence[int],
-        layers_per_block: int,
-        attention: Sequence[str],  # by level: "none", "self" (of positions) or "cross" (a transformer, of positions and text)
-        cross_attention_dim: int | None,
-        num_heads: int | Sequence[int],  # one for all levels, or one each
-        norm_num_groups: int = 32,
-        use_linear_projection: bool = False,
-        transformer_layers_per_block: int | Sequence[int] = 1,
-        num_class_embeds: int | None = None,  # labels, whose embeddings are added to the time embedding
-        qk_norm: bool = False,  # of queries and keys
-    ) -> None:
+        self, in_channels: int, out_channels: int, block_out_channels: Sequence[int], layers_per_block: int,
+        attention: Sequence[str], cross_attention_dim: int | None, num_heads: int | Sequence[int], norm_num_groups: int = 32,
+        use_linear_projection: bool = False, transformer_layers_per_block: int | Sequence[int] = 1,
+        num_class_embeds: int | None = None, qk_norm: bool = False,
+    ) -> None:  # fmt: skip
+        """`attention`, by level: "none", "self" (of positions) or "cross" (a transformer, of positions and text).
+
+        `in_channels` include those of `concat`; `num_class_embeds` is a number of labels.
+        """
         channels, last, groups = list(block_out_channels), len(block_out_channels) - 1, norm_num_groups
         heads = per_level(num_heads, channels, "num_heads")
         depths = per_level(transformer_layers_per_block, channels, "transformer_layers_per_block")
-        self._check_attention(attention, cross_attention_dim)
+        if self.MIDDLE == "self" and ("cross" in attention or cross_attention_dim is not None):
+            raise InputError(f"{type(self).__name__} reads no text: found cross_attention_dim {cross_attention_dim}; use UNet")
+        if self.MIDDLE == "cross" and cross_attention_dim is None:
+            raise InputError("cross_attention_dim is missing; without text, use UnconditionalUNet")
+        if unknown := [kind for kind in per_level(attention, channels, "attention") if kind not in self.DOWN]:
+            raise InputError(f"attention has {unknown[0]!r}; known are {', '.join(self.DOWN)}")
         check_divisor(channels, groups, "norm_num_groups")
         attending = [*attention[:-1], self.MIDDLE]  # the middle has the width and heads of the last level
         used = [count if kind != "none" else 1 for count, kind in zip(heads, attending, strict=True)]
         check_divisor(channels, used, "num_heads")
         time_channels, self.layers = 4 * channels[0], layers_per_block
 
-        def attention_layer(level: int, kind: str) -> nn.Module:
-            if kind == "self":
-                return ImageAttention(channels[level], groups, EPS, heads[level], qk_norm)
-            shape = channels[level], heads[level], cross_attention_dim or 0, groups, depths[level]
-            return Transformer(*shape, use_linear_projection, qk_norm)
-
-        def block(inputs: list[int], level: int, kind: str, count: int, resampler: Downsample | Upsample | None = None) -> Block:
-            resnets = [Resnet(before, channels[level], groups, EPS, time_channels) for before in inputs]
-            return Block(resnets, [attention_layer(level, kind) for _ in range(count if kind != "none" else 0)], resampler)
+        def block(inputs: list[int], level: int, kind: str, count: int, resampler: nn.Module | None = None) -> Block:
+            width, context = channels[level], cross_attention_dim or 0
+            resnets = [Resnet(before, width, groups, EPS, time_channels) for before in inputs]
+            plain = partial(ImageAttention, width, groups, EPS, heads[level], qk_norm)
+            cross = partial(Transformer, width, heads[level], context, groups, depths[level], use_linear_projection, qk_norm)
+            attentions = [(cross if kind == "cross" else plain)() for _ in range(count if kind != "none" else 0)]
+            return Block(resnets, attentions, resampler)
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         first, second = nn.Linear(channels[0], time_channels), nn.Linear(time_channels, time_channels)
@@ -101,7 +93,7 @@ class UNet(Pretrained):
             inputs = [skips[-1], *[channels[level]] * (layers_per_block - 1)]
             down = Downsample(channels[level], symmetric=True) if level < last else None
             self.down_blocks.append(block(inputs, level, kind, layers_per_block, down))
-            skips += [channels[level]] * (layers_per_block + (down is not None))
+            skips += [channels[level]] * (layers_per_block + (level < last))
         self.mid_block = block([channels[last]] * 2, last, self.MIDDLE, 1)
         before = channels[last]
         for level, kind in reversed(list(enumerate(attention))):
@@ -111,26 +103,10 @@ class UNet(Pretrained):
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
-    def _check_attention(self, attention: Sequence[str], width: int | None) -> None:
-        per_level(attention, self.config["block_out_channels"], "attention")
-        if unknown := [kind for kind in attention if kind not in DOWN]:
-            raise InputError(f"attention has {unknown[0]!r}; known are {', '.join(DOWN)}")
-        if self.MIDDLE == "cross" and width is None:
-            raise InputError("cross_attention_dim is missing; without text, use UnconditionalUNet")
-        if self.MIDDLE != "cross" and ("cross" in attention or width is not None):
-            found = f"attention {list(attention)} and cross_attention_dim {width}"
-            raise InputError(f"{type(self).__name__} reads no text: found {found}; use UNet")
-
     def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        *,
-        class_labels: Tensor | None = None,
-        concat: Tensor | None = None,
-    ) -> Tensor:
+        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None, *,
+        class_labels: Tensor | None = None, concat: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """`timesteps` may be fractional; `context_mask` (B, T) is True at the tokens to attend to.
 
         `class_labels` are int64 (B,). `concat` (B, C', H, W) are further input channels, such as an image to fill in or enlarge.
@@ -139,13 +115,10 @@ class UNet(Pretrained):
         for name, value, option in given:
             if (value is None) != ((setting := self.config[option]) is None):
                 raise InputError(f"{name} is {'missing' if value is None else 'given'}, and the network's {option} is {setting}")
-        if context is None and context_mask is not None:
-            raise InputError("context_mask is given without context")
         x = x if concat is None else torch.cat([x, concat], dim=1)
         if x.shape[1] != self.conv_in.in_channels:
             raise InputError(f"x and concat have {x.shape[1]} channels, expected {self.conv_in.in_channels} (in_channels)")
-        features = timestep_features(timesteps, self.conv_in.out_channels).to(x.dtype)
-        time = self.time_embedding(features)  # (B, 4·channels[0])
+        time = self.time_embedding(timestep_features(timesteps, self.conv_in.out_channels).to(x.dtype))  # (B, 4·channels[0])
         if self.class_embedding is not None:
             time = time + self.class_embedding(class_labels)
         time = F.silu(time)  # once for all resnets
@@ -167,55 +140,40 @@ class UNet(Pretrained):
 
     @staticmethod
     def head_dim(config: dict[str, Any]) -> int | list[int] | None:
-        """diffusers' `attention_head_dim`; [] if it cannot express `num_heads`.
+        """diffusers' `attention_head_dim`. If it cannot express `num_heads`: [], which diffusers refuses to open.
 
         Transformers take it as the number of heads. Other attention takes it as a head's width, on the way up in reverse order.
         """
         kinds, channels = config["attention"], config["block_out_channels"]
         heads = per_level(config["num_heads"], channels, "num_heads")
         dims = [c // n if kind == "self" else n for kind, c, n in zip(kinds, channels, heads, strict=True)]
-        selves = [level for level, kind in enumerate(kinds) if kind == "self"]
-        for level in selves:
-            if level and kinds[-1 - level] == "none":  # nothing reads that level's value
+        for level, kind in enumerate(kinds):
+            if kind == "self" and level and kinds[-1 - level] == "none":  # nothing reads that level's value
                 dims[-1 - level] = dims[level]
-        same = all(dims[level] == dims[-1 - level] for level in selves)
+        same = all(dims[level] == dims[-1 - level] for level, kind in enumerate(kinds) if kind == "self")
         return _one_if_equal(dims) if same and dims[-1] == heads[-1] else []
 
     @staticmethod
-    def heads(config: dict[str, Any], kinds: Sequence[str]) -> int | list[int]:
-        """`num_heads` from diffusers' configuration: the inverse of `head_dim`."""
-        channels = config["block_out_channels"]
-        dims = per_level(config["attention_head_dim"], channels, "attention_head_dim")
-        return _one_if_equal([_heads(c, n) if kind == "self" else n for kind, c, n in zip(kinds, channels, dims, strict=True)])
+    def heads(dim: Any, kinds: Sequence[str], channels: Sequence[int]) -> list[int]:
+        """The inverse of `head_dim`."""
+        dims = per_level(dim, channels, "attention_head_dim")
+        return [max(c // n, 1) if kind == "self" else n for kind, c, n in zip(kinds, channels, dims, strict=True)]
 
     @classmethod
     def to_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
-        kinds, dim = config["attention"], [] if config["qk_norm"] else cls.head_dim(config)
-        theirs = {key: config[key] for key in cls.DEFAULTS if key in config} | {
-            "attention_head_dim": dim,
-            "down_block_types": [DOWN[kind] for kind in kinds],
-            "up_block_types": [UP[kind] for kind in reversed(kinds)],
-        }
-        return theirs | ({key: config[key] for key in ("num_heads", "qk_norm")} if dim == [] else {})
+        dim = [] if config["qk_norm"] else cls.head_dim(config)
+        further = {key: config[key] for key in ("num_heads", "qk_norm")} if dim == [] else {}
+        return super().to_diffusers(config) | {"attention_head_dim": dim} | further
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> dict[str, Any]:
-        names = {name: kind for kind, name in DOWN.items()}
-        kinds = [names.get(name, "none") for name in config["down_block_types"]]
-        per_level(kinds, config["block_out_channels"], "down_block_types")
-        read = {key: config[key] for key in cls.DEFAULTS if not key.endswith("_types") and key != "attention_head_dim"}
-        ours = {"cross_attention_dim": None, **read, "attention": kinds, "qk_norm": config.get("qk_norm", False)}
-        ours["num_heads"] = config.get("num_heads") or cls.heads(config, kinds)
-        if not config.get("num_heads") and cls.head_dim(ours) == []:
-            raise InputError(f"attention_head_dim = {config['attention_head_dim']!r} is not supported with these block types")
-        return ours
+        ours = {"cross_attention_dim": None, "qk_norm": config.get("qk_norm", False), **super().from_diffusers(config)}
+        dim, heads = ours.pop("attention_head_dim"), config.get("num_heads")
+        return ours | {"num_heads": heads or _one_if_equal(cls.heads(dim, ours["attention"], config["block_out_channels"]))}
 
 
 class UnconditionalUNet(UNet):
-    """Noisy latents and timesteps to an output like the latents, without a text: `attention` is "none" or "self".
-
-    diffusers' `UNet2DModel` has one width of a head for all levels, or one head in each. Others are saved as by `UNet`.
-    """
+    """Noisy latents and timesteps to an output like the latents, without a text: `attention` is "none" or "self"."""
 
     CLASS = "UNet2DModel"
     MIDDLE = "self"
@@ -241,16 +199,9 @@ class UnconditionalUNet(UNet):
         return None if all(n == 1 for _, n in used) else []
 
     @staticmethod
-    def heads(config: dict[str, Any], kinds: Sequence[str]) -> int | list[int]:
-        width, kinds = config["attention_head_dim"], [*kinds[:-1], "self"]
-        pairs = zip(kinds, config["block_out_channels"], strict=True)
-        return _one_if_equal([_heads(c, width or c) if kind == "self" else 1 for kind, c in pairs])
-
-
-def _heads(channels: int, width: int) -> int:
-    if channels % width:
-        raise InputError(f"attention_head_dim = {width} does not divide {channels} of block_out_channels")
-    return channels // width
+    def heads(dim: Any, kinds: Sequence[str], channels: Sequence[int]) -> list[int]:
+        pairs = zip([*kinds[:-1], "self"], channels, strict=True)
+        return [max(c // (dim or c), 1) if kind == "self" else 1 for kind, c in pairs]
 
 
 def _one_if_equal(values: list[int]) -> int | list[int]:

@@ -22,8 +22,8 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     """Fill in a page of `templates/`. Pictures are PNG files, or uint8 pixels (C, H, W)."""
     folder = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    as_yaml = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
-    environment.filters |= {"embedded": _embedded, "opened": Image.open, "as_yaml": as_yaml}
+    environment.filters |= {"embedded": _embedded, "opened": Image.open}
+    environment.filters["as_yaml"] = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     path.write_text(environment.get_template(template).render(values), encoding="utf-8", newline="\n")
 
 

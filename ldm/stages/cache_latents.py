@@ -19,25 +19,23 @@ from ldm.nets.diffusers import network_hash
 from ldm.nets.text.encoder import TextEncoder
 from ldm.registry.tracking import stage_run
 from ldm.stages.inputs import stage_shards
-from ldm.stages.runtime import stage_main
-from ldm.stages.stage import Stage
+from ldm.stages.stage import Stage, stage_main
 from ldm.stages.work import identify
 
 
 def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
-    autoencoder = load_autoencoder(root / AUTOENCODER).place(device)
+    autoencoder, digest = load_autoencoder(root / AUTOENCODER).place(device), network_hash(root / AUTOENCODER)
     encoder = TextEncoder(settings.text)
-    digest = network_hash(root / AUTOENCODER)
     identity = {"autoencoder": digest, "text_encoder": encoder.sha256, "text": settings.text.model_dump()}
+    code = identify(root, STAGE.name, {"deterministic": settings.deterministic}, {}, {"device": device.type}).key
 
     @torch.inference_mode()
     def encode(images: np.ndarray) -> tuple[Tensor, Tensor]:
         posterior = autoencoder.encode(to_float(images).to(device))
         return posterior.mean.cpu(), posterior.logvar.cpu()
 
-    code = identify(STAGE.name, {"deterministic": settings.deterministic}, {}, {"device": device.type}).key
     with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
         readers = {split: stage_shards(root, split) for split in ("train", "val")}
         total = sum(map(len, readers.values()))
@@ -45,8 +43,8 @@ def run(root: Path) -> None:
             readers, root / LATENTS, encode, encoder, identity, Progress("cache_latents", total),
             store=root / LATENT_STORE, code=code, flip=settings.cache_latents.flip,
         )  # fmt: skip
-        val = open_latents(root / LATENTS, "val", autoencoder=digest)
         if not isinstance(autoencoder, VQModel):
+            val = open_latents(root / LATENTS, "val", autoencoder=digest)
             found = diagnose(val.mean, val.logvar)
             tracker.log(found.metrics(), total)
             if warning := found.warning():

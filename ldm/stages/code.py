@@ -7,8 +7,7 @@ import yaml
 from ldm.base.files import write_text
 from ldm.base.paths import CODE
 from ldm.stages.fingerprint import fingerprint
-from ldm.stages.runtime import stage_main
-from ldm.stages.stage import NAMES, Stage
+from ldm.stages.stage import NAMES, Stage, stage_main
 
 
 def run(root: Path) -> None:

@@ -9,11 +9,11 @@ import pandas as pd
 from ldm.base import paths
 from ldm.base.device import set_up
 from ldm.base.errors import InputError
-from ldm.base.hashing import canonical_json
+from ldm.base.files import canonical_json
 from ldm.base.progress import Progress
 from ldm.bayes.likelihoods.likelihood import load_likelihood
 from ldm.config import Settings, load_settings
-from ldm.diffusion.recipe import Recipe
+from ldm.diffusion.options import Recipe
 from ldm.evaluation.bounds import measure_bounds
 from ldm.evaluation.evaluation import Evaluation
 from ldm.evaluation.metrics.metric import Metric
@@ -21,13 +21,12 @@ from ldm.evaluation.pictures import draw, prompt_grid
 from ldm.evaluation.value import as_numbers, write_values
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import load_autoencoder
-from ldm.nets.backbones.backbone import load_backbone
+from ldm.nets.backbone import load_backbone
 from ldm.nets.diffusers import network_hash
 from ldm.registry.tracking import stage_run
 from ldm.report.page import write_page
 from ldm.stages.inputs import stage_shards
-from ldm.stages.runtime import stage_main
-from ldm.stages.stage import Stage
+from ldm.stages.stage import Stage, stage_main
 
 TILES = 40  # samples shown first in the report
 
@@ -49,34 +48,25 @@ def run(root: Path) -> None:
         prompt_grid(root / paths.SAMPLES, evaluation.prompts, evaluation.samples)
         curves = [pd.read_csv(root / curve) for curve in (paths.VAE_CURVE, paths.UNET_CURVE)]
         draw(evaluation, root / paths.PLOTS, *curves, discrete=settings.train_vae.likelihood.discrete)
-        pictures = {path.stem: path for path in sorted((root / paths.PLOTS).iterdir())}
         for metric in metrics:
             with Progress(f"evaluate: {metric.kind}"):
                 values += metric.measure(evaluation)
-        numbers = as_numbers(values)
+        numbers, described = as_numbers(values), test.preprocessing.described
         write_values(root / paths.METRICS_TABLE, values)
-        images = {"image": test.preprocessing.described, "test_images": len(test)}
-        (root / paths.METRICS).write_text(canonical_json(images | numbers))
+        (root / paths.METRICS).write_text(canonical_json({"image": described, "test_images": len(test), **numbers}))
         tracker.log({"test_images": float(len(test)), **numbers}, 0)
         about = {
-            "seed": settings.seed,
-            "sampling": settings.sampling.model_dump(),
-            "evaluate": options.model_dump(),
+            "seed": settings.seed, "sampling": settings.sampling.model_dump(), "evaluate": options.model_dump(),
             "model": {name: value for name, value in asdict(model.recipe).items() if name != "sampling"},
-            "autoencoder": model.autoencoder.config,
-            "unet": model.unet.config,
-        }
+            "autoencoder": model.autoencoder.config, "unet": model.unet.config,
+        }  # fmt: skip
+        pictures = {path.stem: path for path in sorted((root / paths.PLOTS).iterdir())}
         write_page(
-            root / paths.REPORT,
-            "report.html",
-            title="Latent diffusion model: evaluation",
-            about=f"Measured on {len(test)} test images ({test.preprocessing.described}), never seen in training.",
+            root / paths.REPORT, "report.html", title="Latent diffusion model: evaluation",
+            about=f"Measured on {len(test)} test images ({described}), never seen in training.",
             samples=list(zip(evaluation.samples[:TILES], evaluation.prompts.text[:TILES], strict=True)),
-            values=values,
-            pictures=pictures,
-            warning=evaluation.latents and evaluation.latents.warning(),
-            settings=about,
-        )
+            values=values, pictures=pictures, warning=evaluation.latents and evaluation.latents.warning(), settings=about,
+        )  # fmt: skip
         for picture in (root / paths.SAMPLES, *pictures.values()):
             tracker.artifact(picture, "plots")
     whole = f"; {numbers['bits_per_dim']:.4f} ± {numbers['bits_per_dim_se']:.4f}, the whole system" if "nats" in numbers else ""
@@ -93,12 +83,10 @@ def assemble(root: Path, settings: Settings) -> None:
 
 
 STAGE = Stage(
-    "evaluate",
-    run,
-    settings=("seed", "deterministic", "train_vae.likelihood", "sampling", "evaluate"),
+    "evaluate", run, settings=("seed", "deterministic", "train_vae.likelihood", "sampling", "evaluate"),
     inputs=(paths.SHARDS, paths.AUTOENCODER, paths.UNET, paths.VAE_CURVE, paths.UNET_CURVE),
     outs=(paths.MODEL, paths.BOUNDS, paths.REPORT, paths.METRICS, paths.METRICS_TABLE, paths.SAMPLES, paths.PLOTS),
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     stage_main(STAGE)

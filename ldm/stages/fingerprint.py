@@ -1,10 +1,7 @@
-"""A fingerprint of the code that a stage computes with: every module that it imports, by meaning.
+"""A fingerprint of the code that a stage computes with: every module that it imports, by meaning. README.md says what counts.
 
-A module counts by its syntax tree without comments, docstrings, formatting, type-checking imports, printed lines and the
-texts of `InputError`s, and by content, not by name: a module that only moves changes no fingerprint. To import a module of a
-package of choices is to import all of them, as Python does. Modules in `UNCOUNTED` decide nothing about a stage's outs. The
-stage `code` writes the fingerprints to `.ldm/code.yaml`, where `dvc.yaml` reads them as parameters, so DVC runs a stage again
-only if its own fingerprint changed.
+A module counts by content, not by name: one that only moves changes no fingerprint. To import a module of a package of choices
+is to import all of them, as Python does.
 """
 
 import ast
@@ -19,7 +16,7 @@ import yaml
 
 from ldm.base import paths
 from ldm.base.errors import InputError
-from ldm.base.hashing import content_hash
+from ldm.base.files import content_hash
 
 PACKAGE = Path(__file__).parents[1]
 UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/test_fingerprint.py holds the modules to it
@@ -32,16 +29,15 @@ UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/t
     "ldm.base.progress": "prints",
     "ldm.registry.versions": "fetches a version, which never changes",
     "ldm.stages.fingerprint": "compares code",
-    "ldm.stages.runtime": "starts and ends the process",
-    "ldm.stages.stage": "declares what dvc.yaml says",
+    "ldm.stages.stage": "declares what dvc.yaml says; starts and ends the process",
     "ldm.stages.work": "names a checkpoint, or a file of latents, by all that it depends on",
     "ldm.registry.tracking": "records",
 }
-Source = Callable[[str], str]
+Source = Callable[[str], str]  # the text of a module
 
 
 def counted(stage: str, source: Source | None = None) -> dict[str, str]:
-    """Every module that a stage computes with, and the hash of its own meaning. `source` gives a module's text."""
+    """Every module that a stage computes with, and the hash of its own meaning."""
     return {name: own for name, (own, _) in sorted(_closure(stage, source).items())}
 
 
@@ -50,6 +46,14 @@ def fingerprint(stage: str, source: Source | None = None) -> str:
     found = _closure(stage, source)
     numbers = {name: number for number, name in enumerate(found)}  # by the order of imports, whatever the names
     return _hash([[own, [numbers[target] for target in targets]] for own, targets in found.values()])[:32]
+
+
+def check_recorded(root: Path, stage: str) -> None:
+    """Under DVC, raise an `InputError` if the stage's code is no longer what the stage `code` found: DVC would record that."""
+    file = root / paths.CODE
+    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get(stage) != fingerprint(stage):
+        raise InputError(f"{file}: the code of {stage} has changed since it was written; `dvc repro` (without -s), or `ldm run`")
 
 
 def _closure(stage: str, source: Source | None) -> dict[str, tuple[str, list[str]]]:
@@ -72,14 +76,17 @@ def _file(module: str) -> Path:
     return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
+def _is_module(name: str) -> bool:
+    return _file(name).is_file() and _file(name).name != "__init__.py"
+
+
 @cache
 def _meaning(module: str, text: str) -> tuple[str, list[str]]:
     """Hash of the part of a module's text that counts, and the modules of ours that count among its imports, in order."""
     try:
-        tree = ast.parse(text)
+        reduced, tree = _Reduced(), ast.parse(text)
     except SyntaxError as error:
         raise InputError(f"{_file(module)}:{error.lineno}: {error.msg}") from None
-    reduced = _Reduced()
     return _hash(_plain(reduced.visit(tree))), reduced.targets
 
 
@@ -118,21 +125,20 @@ class _Reduced(ast.NodeTransformer):
         return node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
-        if (node.module or "").partition(".")[0] != "ldm":
+        if not f"{node.module}.".startswith("ldm."):
             return node
         names = []
         for alias in node.names:
             module = f"{node.module}.{alias.name}"
-            is_module = _file(module).is_file() and _file(module).name != "__init__.py"
-            number = self._follow(module if is_module else str(node.module))
-            names.append(ast.alias(f"{number}.{'' if is_module else alias.name}", alias.asname or alias.name))
+            number = self._follow(module if _is_module(module) else str(node.module))
+            names.append(ast.alias(f"{number}.{'' if _is_module(module) else alias.name}", alias.asname or alias.name))
         return ast.ImportFrom("ldm", names, 0)  # a number instead of the module's name: what it is, its own hash says
 
     def _follow(self, module: str) -> int:
         """Its number among the modules that count; -1 where it does not."""
-        if module.partition(".")[0] != "ldm" or module in UNCOUNTED:
+        if not f"{module}.".startswith("ldm.") or module in UNCOUNTED:
             return -1
-        if not _file(module).is_file() or _file(module).name == "__init__.py":  # a public name, or one made at run time
+        if not _is_module(module):  # a public name, or one made at run time
             raise ValueError(f"import from the module itself: {module} has no file of its own")
         parts = module.split(".")
         packages = [".".join(parts[:depth]) for depth in range(2, len(parts))]
@@ -153,11 +159,3 @@ def _plain(node: Any) -> Any:
 
 def _hash(value: Any) -> str:
     return content_hash(json.dumps(value).encode())
-
-
-def check_recorded(root: Path, stage: str) -> None:
-    """Under DVC, raise an `InputError` if the stage's code is no longer what the stage `code` found: DVC would record that."""
-    file = root / paths.CODE
-    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if found.get(stage) != fingerprint(stage):
-        raise InputError(f"{file}: the code of {stage} has changed since it was written; `dvc repro` (without -s), or `ldm run`")

@@ -5,16 +5,15 @@ import os
 from pathlib import Path
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import canonical_json, content_hash
+from ldm.base.files import canonical_json, content_hash
 from ldm.base.paths import SHARD_CACHE, SHARDS
 from ldm.data.reader import ShardReader, open_shards
 
 
 def stage_shards(root: Path, split: str) -> ShardReader:
-    """A split of `data/shards`, or of the same shards at the URL `LDM_SHARDS`.
+    """A split of `data/shards`, or of the same shards at the URL `LDM_SHARDS`, which come through `.ldm/shards`.
 
-    Shards at a URL come through `.ldm/shards`, which holds `LDM_SHARD_CACHE_GB` (default 50) at most. If `data/shards` has an
-    index, the index at the URL must be equal.
+    That folder holds `LDM_SHARD_CACHE_GB` (default 50) at most. If `data/shards` has an index, the one at the URL must be equal.
     """
     url, local = os.environ.get("LDM_SHARDS"), root / SHARDS
     if not url:

@@ -13,31 +13,7 @@ from ldm.base.progress import Progress
 from ldm.config import HUB, load_settings
 from ldm.registry.tracking import stage_run, use_default_store
 from ldm.registry.versions import downloaded
-from ldm.stages.runtime import stage_main
-from ldm.stages.stage import Stage
-
-
-@contextlib.contextmanager
-def _located(root: Path, name: str, files: tuple[str, ...]) -> Iterator[Path]:
-    """The folder that a setting names, with its `files` fetched from the registry or the hub if it is not on this disk."""
-    if name.startswith("models:/"):
-        use_default_store(root)
-        with downloaded(name) as model:
-            yield model / "autoencoder"
-    elif re.fullmatch(HUB, name):
-        from huggingface_hub import snapshot_download
-
-        repository, _, place = name.partition("@")
-        commit, _, within = place.partition("/")
-        wanted = [f"{within}/{file}".lstrip("/") for file in files]  # others may be many gigabytes
-        try:
-            folder = snapshot_download(repository, revision=commit, allow_patterns=wanted)  # or from its cache: no network
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the hub does not give it ({reason}); check the name, or your access") from error
-        yield Path(folder) / within
-    else:
-        yield root / name
+from ldm.stages.stage import Stage, stage_main
 
 
 def run(root: Path) -> None:
@@ -58,6 +34,29 @@ def run(root: Path) -> None:
             except InputError as error:
                 raise InputError(f"autoencoder.pretrained {name}: {error}") from error
     print(f"pretrained: {name or 'none'}", flush=True)
+
+
+@contextlib.contextmanager
+def _located(root: Path, name: str, files: tuple[str, ...]) -> Iterator[Path]:
+    """The folder that a setting names, with its `files` fetched from the registry or the hub if it is not on this disk."""
+    if name.startswith("models:/"):
+        use_default_store(root)
+        with downloaded(name) as model:
+            yield model / "autoencoder"
+    elif re.fullmatch(HUB, name):
+        from huggingface_hub import snapshot_download
+
+        repository, _, place = name.partition("@")
+        commit, _, within = place.partition("/")
+        wanted = [f"{within}/{file}".lstrip("/") for file in files]  # others may be many gigabytes
+        try:
+            folder = snapshot_download(repository, revision=commit, allow_patterns=wanted)  # or from its cache: no network
+        except (OSError, ValueError) as error:
+            found = str(error).splitlines()[0]
+            raise InputError(f"the hub does not give it ({found}); check the name, or your access") from error
+        yield Path(folder) / within
+    else:
+        yield root / name
 
 
 STAGE = Stage("pretrained", run, settings=("autoencoder.pretrained",), outs=(PRETRAINED,))

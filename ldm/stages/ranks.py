@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std, SubprocessContext
 
-from ldm.stages.runtime import BAD_INPUT, CHECKPOINT_SECONDS, END_SECONDS, INTERRUPTED, on_signals
+from ldm.stages.stage import BAD_INPUT, CHECKPOINT_SECONDS, END_SECONDS, INTERRUPTED, on_signals
 
 HARMLESS = signal.SIGCONT  # `close` sends a signal, waits, and kills; ranks are stopped by their pipe, and need none
 
@@ -35,46 +35,36 @@ def run_ranks(stage: str, count: int) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 opens no store
         "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback,
     }  # fmt: skip
+    envs = {rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
+    command = dict.fromkeys(range(count), ("-m", f"ldm.stages.{stage}"))
     read, write = os.pipe()
     os.dup2(read, 0)
     with tempfile.TemporaryDirectory() as folder:
-        ranks = SubprocessContext(
-            stage,
-            sys.executable,
-            args=dict.fromkeys(range(count), ("-m", f"ldm.stages.{stage}")),
-            envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)},
-            logs_specs=DefaultLogsSpecs(folder, redirects=dict.fromkeys(range(1, count), Std.ERR)),
-        )
+        logs = DefaultLogsSpecs(folder, redirects=dict.fromkeys(range(1, count), Std.ERR))
+        ranks = SubprocessContext(stage, sys.executable, command, envs, logs)
+        codes: dict[int, int | None] = {0: None}
         try:
             ranks.start()  # from here on, signals raise `SignalException`
-            failed = _wait(ranks)
+            while None in codes.values() and not any(codes.values()):
+                time.sleep(0.1)
+                codes = _exit_codes(ranks)
         except SignalException:
             on_signals(signal.SIG_IGN)
             os.close(write)
             ranks.close(HARMLESS, timeout=CHECKPOINT_SECONDS)
-            return 0 if {handler.proc.returncode for handler in ranks.subprocess_handlers.values()} == {0} else INTERRUPTED
+            return 0 if set(_exit_codes(ranks).values()) == {0} else INTERRUPTED
         ranks.close(HARMLESS, timeout=END_SECONDS)  # ranks that wait for one that failed notice by themselves, or are killed
-        return _report(ranks, failed)
-
-
-def _wait(ranks: SubprocessContext) -> dict[int, int]:
-    """Wait until some ranks have failed, and return their exit codes, or until all have succeeded."""
-    while True:
-        codes = {rank: handler.proc.poll() for rank, handler in ranks.subprocess_handlers.items()}
         failed = {rank: code for rank, code in codes.items() if code}
-        if failed or None not in codes.values():
-            return failed
-        time.sleep(0.1)
-
-
-def _report(ranks: SubprocessContext, failed: dict[int, int]) -> int:
-    """Say which ranks failed before the others were ended; the stage's exit code."""
-    refused = [rank for rank, handler in ranks.subprocess_handlers.items() if handler.proc.returncode == BAD_INPUT]
-    if not refused and set(failed.values()) <= {INTERRUPTED}:
-        return INTERRUPTED if failed else 0
-    for rank in refused[:1] or failed:
-        if rank:
-            sys.stderr.write(Path(ranks.stderrs[rank]).read_text())
-        if not refused:
-            print(f"error: process {rank} of this training ended with exit code {failed[rank]}", file=sys.stderr, flush=True)
+        refused = [rank for rank, code in _exit_codes(ranks).items() if code == BAD_INPUT]
+        if not refused and set(failed.values()) <= {INTERRUPTED}:
+            return INTERRUPTED if failed else 0
+        for rank in refused[:1] or failed:
+            if rank:
+                sys.stderr.write(Path(ranks.stderrs[rank]).read_text())
+            if not refused:
+                print(f"error: process {rank} of this training ended with exit code {failed[rank]}", file=sys.stderr, flush=True)
     return BAD_INPUT if refused else 1
+
+
+def _exit_codes(ranks: SubprocessContext) -> dict[int, int | None]:
+    return {rank: handler.proc.poll() for rank, handler in ranks.subprocess_handlers.items()}

@@ -9,7 +9,7 @@ import torch
 
 from ldm.base.device import set_up
 from ldm.base.errors import InputError
-from ldm.base.hashing import canonical_json, folder_hash
+from ldm.base.files import canonical_json, folder_hash
 from ldm.base.paths import BOUNDS, MODEL, POSTERIOR, POSTERIOR_REPORTS, SHARDS
 from ldm.base.progress import Progress
 from ldm.base.randomness import seed_for
@@ -20,13 +20,12 @@ from ldm.model import LatentDiffusion
 from ldm.nets.diffusers import network_hash
 from ldm.registry.tracking import stage_run
 from ldm.stages.inputs import index_hash, stage_shards
-from ldm.stages.runtime import stage_main, stop_at_checkpoint
-from ldm.stages.stage import Stage
+from ldm.stages.stage import Stage, stage_main, stop_at_checkpoint
 from ldm.stages.work import identify, opened
 from ldm.training.checkpoint import CheckpointStore
 
 
-def run(root: Path, sampler: str) -> None:
+def run(root: Path, sampler: str = "") -> None:
     settings = load_settings(root)
     options, seed = settings.posterior, settings.seed
     if sampler not in ("sgld", "sghmc"):
@@ -34,12 +33,11 @@ def run(root: Path, sampler: str) -> None:
     device = set_up(settings.deterministic)
     train, test = (stage_shards(root, split) for split in ("train", "test"))
     model = LatentDiffusion.load(root / MODEL, device)
-    inputs = {"model": folder_hash(root / MODEL), "shards": index_hash(train)}
+    inputs, layout = {"model": folder_hash(root / MODEL), "shards": index_hash(train)}, {"device": str(device)}
     params, steps = {"sampler": sampler, **STAGE.params(settings)}, options.burn_in + options.thin * options.draws
-    identity = identify(STAGE.name, params, inputs, {"device": str(device)})
     folder, plots = root / POSTERIOR / sampler, root / POSTERIOR_REPORTS / sampler
     with (
-        opened(root, identity, steps, torch.get_num_threads()) as work,
+        opened(root, identify(root, STAGE.name, params, inputs, layout), steps, torch.get_num_threads()) as work,
         stage_run(f"{STAGE.name}_{sampler}", params, work.key, work.tags()) as tracker,
     ):
         loss = DecoderLoss(model.autoencoder, model.likelihood, train.images, len(train), options.part, seed)
@@ -71,13 +69,10 @@ def run(root: Path, sampler: str) -> None:
 
 
 STAGE = Stage(
-    "sample_posterior",
-    run,
-    settings=("seed", "deterministic", "posterior"),
-    inputs=(SHARDS, MODEL, BOUNDS),
+    "sample_posterior", run, settings=("seed", "deterministic", "posterior"), inputs=(SHARDS, MODEL, BOUNDS),
     outs=(f"{POSTERIOR}/${{item}}", f"{POSTERIOR_REPORTS}/${{item}}.json", f"{POSTERIOR_REPORTS}/${{item}}"),
     for_each="sample_posterior",
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     stage_main(STAGE)

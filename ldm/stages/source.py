@@ -7,8 +7,7 @@ from ldm.base.progress import Progress
 from ldm.config import load_settings
 from ldm.data.sources.source import Source
 from ldm.registry.tracking import stage_run
-from ldm.stages.runtime import stage_main
-from ldm.stages.stage import Stage
+from ldm.stages.stage import Stage, stage_main
 
 
 def run(root: Path) -> None:

@@ -1,15 +1,34 @@
-"""A stage of the pipeline as its module declares it. `dvc.yaml` says the same to DVC; a test holds it to this."""
+"""A stage of the pipeline as its module declares it, and the start and end of its process.
 
-from collections.abc import Callable
+`dvc.yaml` declares the same to DVC; a test compares the two.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+from ldm.base.environment import env_count
+from ldm.base.errors import InputError
 from ldm.base.options import value_at
-from ldm.config import Settings
+from ldm.config import Settings, find_root
+from ldm.stages.fingerprint import check_recorded
 
 NAMES = (  # every stage, each after those it depends on
     "code", "source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet", "evaluate", "sample_posterior",
 )  # fmt: skip
+BAD_INPUT = 2  # exit code of a stage that ended with an `InputError`
+INTERRUPTED = 130  # exit code of a stage that was stopped
+CHECKPOINT_SECONDS = 30  # time for a stopped rank to reach its checkpoint
+END_SECONDS = 5  # time for a rank to end that has no checkpoint to reach
+
+_stop = SimpleNamespace(requested=False, polled=False)  # polled: by a loop within `stop_at_checkpoint`
 
 
 @dataclass(frozen=True)
@@ -27,3 +46,64 @@ class Stage:
         """The values of the settings that it reads, by their dotted keys."""
         values = settings.model_dump()
         return {key: value_at(values, key) for key in self.settings}
+
+
+def stage_main(stage: Stage, parallel: bool = False) -> None:
+    """Run a stage in the project around the working directory and exit: 0, 2 for bad input, 130 when stopped.
+
+    If it is `parallel`, this process starts and watches the `LDM_PROCESSES` ranks that run it, unless it is one of torchrun's.
+    """
+    on_signals(_request_stop)
+    try:
+        if os.environ.get("LDM_OWNER_PIPE"):
+            threading.Thread(target=_watch_owner, args=(os.dup(0),), daemon=True).start()
+        root = find_root()
+        if "DVC_STAGE" in os.environ and stage.name != "code":
+            check_recorded(root, stage.name)
+        if parallel and "WORLD_SIZE" not in os.environ and (count := env_count("LDM_PROCESSES", 1)) > 1:
+            from ldm.stages.ranks import run_ranks  # imports torch
+
+            sys.exit(run_ranks(stage.name, count))
+        stage.run(root, *sys.argv[1:])  # the item, if the stage is `for_each`
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt as stop:
+        on_signals(signal.SIG_IGN)  # a second one does not interrupt the end
+        print(f"{stage.name}: {stop if stop.args else 'stopped'}", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+
+
+def on_signals(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stop_at_checkpoint() -> Iterator[Callable[[], bool]]:
+    """Within, a stop does not interrupt; the yielded function says whether one was requested."""
+    _stop.polled = True
+    try:
+        yield lambda: _stop.requested
+    finally:
+        _stop.polled = False
+
+
+def _request_stop(*_: object) -> None:
+    _stop.requested = True
+    if _stop.polled:
+        return
+    if threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also ends a wait in the system, such as a sleep
+
+
+def _watch_owner(pipe: int) -> None:
+    """Stop when the owner closes the other end of the pipe or dies, so that a stage never outlives it."""
+    with contextlib.suppress(OSError):
+        while os.read(pipe, 1):
+            pass
+    _request_stop()
+    if "RANK" in os.environ:  # it may be waiting for another rank that has ended
+        time.sleep(CHECKPOINT_SECONDS if _stop.polled else END_SECONDS)
+        os._exit(INTERRUPTED)

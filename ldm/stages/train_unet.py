@@ -6,17 +6,16 @@ from typing import Any
 import torch
 
 from ldm.base.device import set_up
-from ldm.base.hashing import canonical_json, file_hash
+from ldm.base.files import canonical_json, file_hash
 from ldm.base.paths import AUTOENCODER, LATENTS, UNET, UNET_CURVE
 from ldm.base.randomness import seed_for
 from ldm.config import Settings, load_settings
 from ldm.data.latents import Latents, open_latents
 from ldm.diffusion.denoiser import Denoiser
-from ldm.nets.backbones.backbone import Backbone
+from ldm.nets.backbone import Backbone
 from ldm.nets.diffusers import Pretrained, network_hash
-from ldm.stages.runtime import stage_main
-from ldm.stages.stage import Stage
-from ldm.stages.training import training, write_curve
+from ldm.stages.stage import Stage, stage_main
+from ldm.stages.training import training
 from ldm.training.unet import UnetObjective
 
 
@@ -28,41 +27,34 @@ def build(settings: Settings, context_width: int) -> Pretrained:
 
 
 def recipe(settings: Settings, latents: Latents) -> dict[str, Any]:
-    """What the weights alone do not say: a `ldm.diffusion.recipe.Recipe` but for the sampling defaults."""
-    manifest = latents.manifest
-    kept = {name: manifest[name] for name in ("autoencoder", "preprocessing", "latent_mean", "latent_std")}
-    text = {"options": manifest["text"], "sha256": manifest["text_encoder"]}
+    """A `ldm.diffusion.options.Recipe` but for the sampling defaults: what the weights alone do not say."""
+    kept = {name: latents.manifest[name] for name in ("autoencoder", "preprocessing", "latent_mean", "latent_std")}
+    text = {"options": latents.manifest["text"], "sha256": latents.manifest["text_encoder"]}
     return {"diffusion": settings.diffusion.model_dump(), "text": text, **kept}
 
 
 def run(root: Path) -> None:
     settings = load_settings(root)
-    device = set_up(settings.deterministic)
+    device, diffusion = set_up(settings.deterministic), settings.diffusion
     latents = open_latents(root / LATENTS, "train", autoencoder=network_hash(root / AUTOENCODER))
     network = build(settings, latents.text.shape[-1]).place(device)
-    options, diffusion = settings.train_unet, settings.diffusion
     denoiser = Denoiser(network, diffusion.prediction, diffusion.noise.build())
     inputs = {"latents": file_hash(root / LATENTS / "manifest.json")}
-    with training(root, STAGE, settings, options, inputs, device) as started:
-        fitted = started.fit(UnetObjective(denoiser, latents, options, settings.seed, device))
-        if not started.work:
+    with training(root, STAGE, settings, inputs, device) as (fit, _, work):
+        ema = fit(UnetObjective(denoiser, latents, settings.train_unet, settings.seed, device))
+        if not work:
             return
         network = build(settings, latents.text.shape[-1])  # a whole one: the other may have been sharded
-        network.load_state_dict({k.removeprefix("unet."): v for k, v in fitted.ema.items() if k.startswith("unet.")})
+        network.load_state_dict({k.removeprefix("unet."): v for k, v in ema.items() if k.startswith("unet.")})
         network.save_pretrained(root / UNET)
-        started.work.note_adopted(root / UNET)
         (root / UNET / "recipe.json").write_text(canonical_json(recipe(settings, latents)))
-        write_curve(fitted, root / UNET_CURVE)
 
 
 STAGE = Stage(
-    "train_unet",
-    run,
+    "train_unet", run, inputs=(LATENTS, AUTOENCODER), outs=(UNET, UNET_CURVE),
     settings=(
         "seed", "deterministic", "precision", "compile", "autoencoder.latent_channels", "backbone", "diffusion", "train_unet",
     ),
-    inputs=(LATENTS, AUTOENCODER),
-    outs=(UNET, UNET_CURVE),
 )  # fmt: skip
 
 if __name__ == "__main__":

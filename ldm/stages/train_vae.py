@@ -10,7 +10,7 @@ import torch
 from ldm.base.device import set_up
 from ldm.base.distributed import rank, ranks
 from ldm.base.errors import InputError
-from ldm.base.hashing import folder_hash
+from ldm.base.files import folder_hash
 from ldm.base.paths import AUTOENCODER, PRETRAINED, SHARDS, VAE_CURVE
 from ldm.base.progress import Progress
 from ldm.base.randomness import seed_for
@@ -23,10 +23,8 @@ from ldm.data.reader import ShardReader
 from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.autoencoder import Autoencoder, VQModel, load_autoencoder
 from ldm.stages.inputs import index_hash, stage_shards
-from ldm.stages.runtime import stage_main
-from ldm.stages.stage import Stage
-from ldm.stages.training import training, write_curve
-from ldm.training.fit import Fitted
+from ldm.stages.stage import Stage, stage_main
+from ldm.stages.training import training
 from ldm.training.objectives import VaeObjective
 
 SHAPE = ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")  # as settings and config name it
@@ -66,13 +64,14 @@ def check_same(described: Autoencoder, found: Autoencoder, name: str) -> None:
     """Raise an `InputError` if the settings do not describe the autoencoder that was found."""
 
     def in_settings(net: Autoencoder) -> dict[str, Any]:
-        codes = {"autoencoder.regulariser.num_vq_embeddings": net.config["num_vq_embeddings"]} if isinstance(net, VQModel) else {}
-        return {f"autoencoder.{key}": net.config[key] for key in SHAPE} | codes | {
-            "autoencoder.regulariser.kind": "vq" if isinstance(net, VQModel) else "kl",
+        config, is_vq = net.config, isinstance(net, VQModel)
+        codes = {"autoencoder.regulariser.num_vq_embeddings": config["num_vq_embeddings"]} if is_vq else {}
+        return {f"autoencoder.{key}": config[key] for key in SHAPE} | codes | {
+            "autoencoder.regulariser.kind": "vq" if is_vq else "kl",
             "autoencoder.latent_channels": net.latent_channels,
-            "autoencoder.attention": [level for level, attends in enumerate(net.config["attention"]) if attends],
-            "data.channels": net.config["in_channels"],
-            "out_channels (by data.channels and train_vae.likelihood.scale)": net.config["out_channels"],
+            "autoencoder.attention": [level for level, attends in enumerate(config["attention"]) if attends],
+            "data.channels": config["in_channels"],
+            "out_channels (by data.channels and train_vae.likelihood.scale)": config["out_channels"],
         }  # fmt: skip
 
     here, there = in_settings(described), in_settings(found)
@@ -83,10 +82,7 @@ def check_same(described: Autoencoder, found: Autoencoder, name: str) -> None:
 def measured(
     autoencoder: Autoencoder, likelihood: Likelihood, val: ShardReader, seed: int, trained: bool = True
 ) -> tuple[Likelihood, dict[str, float]]:
-    """A likelihood of 8-bit pixels, its scale fitted to the validation images if need be, and the bound on them.
-
-    `trained`: whether the likelihood's scale was trained, with this autoencoder or an earlier run's.
-    """
+    """A likelihood of 8-bit pixels, its scale fitted to the validation images if it was not `trained`, and the bound on them."""
     discrete = as_discrete(likelihood)
     has_scale = trained or likelihood.kind == "bernoulli" or likelihood.scale == "per_pixel"
     likelihood = discrete if discrete is not None and has_scale else fit_scale(autoencoder, val, seed)
@@ -95,43 +91,36 @@ def measured(
 
 def run(root: Path) -> None:
     settings = load_settings(root)
-    device = set_up(settings.deterministic)
+    device, out = set_up(settings.deterministic), root / AUTOENCODER
     reader, val = (stage_shards(root, split) for split in ("train", "val"))
     autoencoder, likelihood = start(root, settings)
     autoencoder.place(device), likelihood.to(device)
-    options, seed, fitted = settings.train_vae, settings.seed, Fitted({}, [])
+    options, seed = settings.train_vae, settings.seed
     inputs = {"shards": index_hash(reader), "pretrained": folder_hash(root / PRETRAINED)}
-    with training(root, STAGE, settings, options, inputs, device) as started:
+    with training(root, STAGE, settings, inputs, device) as (fit, tracker, work):
         if options.images:
             loading = {"workers": loader_workers(device.type), "rank": rank(), "ranks": ranks()}
             batches = Batches(reader, seed, shuffle=options.shuffle, flip=options.flip, **loading)
             elbo = VaeObjective(autoencoder, likelihood, batches, settings.autoencoder.regulariser)
-            size = reader.preprocessing.image_size
-            image = (reader.preprocessing.channels, size, size)
+            image = (reader.preprocessing.channels, reader.preprocessing.image_size, reader.preprocessing.image_size)
             loss = options.objective.build(elbo, root, seed_for(seed, "initialise", "discriminator"), image)
-            fitted = started.fit(loss, num_data=len(reader) * math.prod(image))  # the loss is a mean over values
-            loss.module.load_state_dict(fitted.ema)
-        if not started.work:
+            loss.module.load_state_dict(fit(loss, num_data=len(reader) * math.prod(image)))  # the loss is a mean over values
+        if not work:
             return
         trained = bool(options.images) or (root / PRETRAINED / LIKELIHOOD).is_file()
         with Progress("train_vae: validation"):
             likelihood, held_out = measured(autoencoder, likelihood, val, seed, trained)
-        started.tracker.log({f"val_{name}": value for name, value in held_out.items()}, options.images)
-        shutil.rmtree(root / AUTOENCODER, ignore_errors=True)
-        autoencoder.save_pretrained(root / AUTOENCODER)
-        likelihood.save_pretrained(root / AUTOENCODER)
-        started.work.note_adopted(root / AUTOENCODER)
-        write_curve(fitted, root / VAE_CURVE)
+        tracker.log({f"val_{name}": value for name, value in held_out.items()}, options.images)
+        shutil.rmtree(out, ignore_errors=True)
+        autoencoder.save_pretrained(out)
+        likelihood.save_pretrained(out)
     print(f"train_vae: validation ELBO {held_out['elbo_nats']:.1f} nats, {held_out['elbo_bits_per_dim']:.4f} bits/dim")
 
 
 STAGE = Stage(
-    "train_vae",
-    run,
-    settings=("seed", "deterministic", "precision", "compile", "data.channels", "autoencoder", "train_vae"),
-    inputs=(SHARDS, PRETRAINED),
-    outs=(AUTOENCODER, VAE_CURVE),
-)
+    "train_vae", run, settings=("seed", "deterministic", "precision", "compile", "data.channels", "autoencoder", "train_vae"),
+    inputs=(SHARDS, PRETRAINED), outs=(AUTOENCODER, VAE_CURVE),
+)  # fmt: skip
 
 if __name__ == "__main__":
     stage_main(STAGE, parallel=True)

@@ -12,16 +12,15 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 from ldm.base.errors import InputError
-from ldm.base.files import write_text
-from ldm.base.hashing import canonical_json, content_hash
+from ldm.base.files import canonical_json, content_hash, write_text
 from ldm.base.options import value_at
 from ldm.base.paths import WORK
 from ldm.config import Settings
@@ -33,53 +32,24 @@ PATIENCE = 2.0  # seconds to wait for a folder that another process holds, which
 
 
 @dataclass(frozen=True)
-class Identity:
-    """Everything that a run of a stage depends on, as JSON values."""
+class Work:
+    """One unfinished training and everything that its result depends on, as JSON values."""
 
+    folder: Path
     stage: str
     params: dict[str, Any]  # settings that it reads
     inputs: dict[str, str]  # hashes
     layout: dict[str, Any]  # device, processes, how batches are cut
-    code: str  # fingerprint
+    code: str  # fingerprint; "": written by an earlier version of this package
     modules: dict[str, str]  # hash of each module's text, to tell what changed; not in the key
     versions: dict[str, str]  # of libraries
-
-    @property
-    def key(self) -> str:
-        return content_hash(canonical_json(asdict(replace(self, modules={}))).encode())[:32]
-
-    def folder(self, root: Path) -> Path:
-        return root / WORK / self.stage / self.key
-
-    def today(self) -> "Identity":
-        """The same work with the code and libraries of this process."""
-        return identify(self.stage, self.params, self.inputs, self.layout)
-
-
-def identify(stage: str, params: dict[str, Any], inputs: dict[str, str], layout: dict[str, Any]) -> Identity:
-    """The identity of a run with the code and libraries of this process."""
-    params, inputs, layout = json.loads(json.dumps([params, inputs, layout], default=str))
-    versions = {name: version(name) for name in ("torch", "numpy")}
-    return Identity(stage, params, inputs, layout, fingerprint(stage), counted(stage), versions)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The folder of one unfinished training."""
-
-    folder: Path
-    identity: Identity | None  # None: written by an earlier version of this package
     total: int = 0  # images (or steps) of the whole training
-    threads: tuple[int, ...] = ()  # thread counts that it was computed with, in order
-    adopted: tuple[dict[str, Any], ...] = ()  # earlier states of the code that took part, oldest first
+    threads: Sequence[int] = ()  # thread counts that it was computed with, in order
+    adopted: Sequence[dict[str, Any]] = ()  # earlier states of the code that took part, oldest first
 
     @property
     def key(self) -> str:
         return self.folder.name
-
-    @property
-    def stage(self) -> str:
-        return self.folder.parent.name
 
     @property
     def checkpoint(self) -> Path:
@@ -104,25 +74,23 @@ class Work:
         places = (self.checkpoint, self.folder)
         return datetime.fromtimestamp(next((place.stat().st_mtime for place in places if place.exists()), 0))
 
+    def today(self) -> "Work":
+        """The same work with the code and libraries of this process."""
+        return identify(self.folder.parents[3], self.stage, self.params, self.inputs, self.layout)
+
     def changes(self) -> list[str]:
         """What has changed in code and libraries since the checkpoint; empty if a run resumes from it."""
-        if self.identity is None:
+        if not self.code:
             return ["unknown, it was written by an earlier version"]
         if self.stage not in NAMES:
             return [f"there is no stage {self.stage} any more"]
-        was, now = self.identity, self.identity.today()
-        if was.key == now.key:
+        now = self.today()
+        if now.key == self.key:
             return []
-        modules = sorted({name for name, _ in was.modules.items() ^ now.modules.items()})
-        libraries = [name for name in now.versions if was.versions.get(name) != now.versions[name]]
-        changed = modules + [f"{name} {was.versions.get(name)} to {now.versions[name]}" for name in libraries]
+        modules = sorted({name for name, _ in self.modules.items() ^ now.modules.items()})
+        libraries = [(name, self.versions.get(name), new) for name, new in now.versions.items()]
+        changed = modules + [f"{name} {old} to {new}" for name, old, new in libraries if old != new]
         return changed or ["what is imported from where"]
-
-    def other_settings(self, settings: Settings) -> list[str]:
-        """Settings that now have another value in the project."""
-        now = json.loads(json.dumps(settings.model_dump()))
-        params = self.identity.params.items() if self.identity else ()
-        return [words for key, value in params for words in _differing(key, value, value_at(now, key, value))]
 
     def state(self, settings: Settings) -> str:
         """In a few words: whether a run with these settings would resume from it."""
@@ -130,12 +98,12 @@ class Work:
             return "running"
         if changes := self.changes():
             return f"changed: {', '.join(changes)}"
-        others = self.other_settings(settings)
+        now, params = json.loads(json.dumps(settings.model_dump())), self.params.items()
+        others = [words for key, value in params for words in _differing(key, value, value_at(now, key, value))]
         return f"other settings: {', '.join(others)}" if others else "ready"
 
     def save(self) -> None:
-        values = {name: value for name, value in asdict(self).items() if name != "folder"}
-        write_text(self.folder / "work.json", canonical_json(values))
+        write_text(self.folder / "work.json", canonical_json({**vars(self), "folder": str(self.folder)}))
 
     def finish(self) -> None:
         """Delete the folder of a training that is done."""
@@ -143,8 +111,7 @@ class Work:
 
     def tags(self) -> dict[str, str]:
         """Tags of the MLflow run: its code, and the earlier states of the code that took part."""
-        assert self.identity
-        tags = {"ldm.code": self.identity.code, "ldm.threads": ", ".join(map(str, self.threads))}
+        tags = {"ldm.code": self.code, "ldm.threads": ", ".join(map(str, self.threads))}
         return tags | ({"ldm.adopted": described(self.stage, self.adopted)} if self.adopted else {})
 
     def note_adopted(self, out: Path) -> None:
@@ -154,41 +121,44 @@ class Work:
             write_text(out / ADOPTED, canonical_json({"stage": self.stage, "adopted": self.adopted}))
 
 
+def identify(root: Path, stage: str, params: dict[str, Any], inputs: dict[str, str], layout: dict[str, Any]) -> Work:
+    """The work of a run with the code and libraries of this process."""
+    params, inputs, layout = json.loads(json.dumps([params, inputs, layout], default=str))
+    versions = {name: version(name) for name in ("torch", "numpy")}
+    depends: dict[str, Any] = {"stage": stage, "params": params, "inputs": inputs, "layout": layout, "versions": versions}
+    depends["code"] = fingerprint(stage)
+    key = content_hash(canonical_json(depends).encode())[:32]
+    return Work(root / WORK / stage / key, modules=counted(stage), **depends)
+
+
 def works(root: Path, stage: str = "*") -> list[Work]:
     """Every unfinished training, of one stage or of all, the newest last."""
     return sorted(map(_read, (root / WORK).glob(f"{stage}/*/")), key=lambda work: work.written)
 
 
 @contextlib.contextmanager
-def opened(root: Path, identity: Identity, total: int, threads: int) -> Iterator[Work]:
-    """The folder of a run, locked: one process at a time.
+def opened(root: Path, run: Work, total: int, threads: int) -> Iterator[Work]:
+    """The work of a run, its folder locked: one process at a time.
 
     If it has no checkpoint but the same work has one under other code, say so before the run starts from nothing.
     """
-    folder = identity.folder(root)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        before = _read(folder)
-        if not before.reached:
-            before = Work(folder, identity)  # an interrupted `adopt` may have left a record here
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(run.folder):
+        before = _read(run.folder) if run.reached else run  # an interrupted `adopt` may have left a record without a checkpoint
         earlier = [count for count in before.threads if count != threads]
-        work = replace(before, identity=identity, total=total, threads=(*earlier, threads))
+        work = replace(run, total=total, threads=[*earlier, threads], adopted=before.adopted)
         if earlier:
             counts = ", ".join(map(str, earlier))
-            print(f"{work.stage}: was computed with {counts} threads, goes on with {threads}: rounding may differ", flush=True)
+            print(f"{run.stage}: was computed with {counts} threads, goes on with {threads}: rounding may differ", flush=True)
         work.save()
-        others = [] if work.reached else works(root, identity.stage)
-        for other in others:
-            was = other.identity
-            same = was and (was.params, was.inputs, was.layout) == (identity.params, identity.inputs, identity.layout)
+        for other in works(root, run.stage) if not work.reached else ():
+            same = (other.params, other.inputs, other.layout) == (run.params, run.inputs, run.layout)
             if same and other.reached and other.key != work.key:
-                minutes = (datetime.now() - other.written).total_seconds() / 60
-                age = f"{minutes:.0f} minutes ago" if minutes < 100 else f"{minutes / 60:.0f} hours ago"
+                where = f"{other.folder.relative_to(root)}, after {other.progress}, written {other.written:%Y-%m-%d %H:%M}"
                 print(
-                    f"{work.stage}: there is a checkpoint of these settings and inputs under other code: "
-                    f"{other.folder.relative_to(root)}, after {other.progress}, {age}\n"
-                    f"{work.stage}: changed since: {', '.join(other.changes())}\n"
-                    f"{work.stage}: this run starts from nothing; to go on from that checkpoint, stop it (ctrl-C), type "
+                    f"{run.stage}: there is a checkpoint of these settings and inputs under other code: {where}\n"
+                    f"{run.stage}: changed since: {', '.join(other.changes())}\n"
+                    f"{run.stage}: this run starts from nothing; to go on from that checkpoint, stop it (ctrl-C), type "
                     f"`ldm checkpoints adopt {other.key[:8]}`, and run again",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
@@ -200,22 +170,21 @@ def adopt(root: Path, key: str) -> Work:
     source = find(root, key)
     if not source.reached:
         raise InputError(f"{source.folder}: has no checkpoint")
-    if source.identity is None or source.stage not in NAMES:
+    if not source.code or source.stage not in NAMES:
         raise InputError(f"{source.folder}: changed: {source.changes()[0]}; `ldm checkpoints drop {source.key[:8]}`")
-    identity = source.identity.today()
-    if identity.key == source.key:
+    today = source.today()
+    if today.key == source.key:
         raise InputError(f"{source.folder}: is of today's code; a run goes on from it by itself")
-    folder = identity.folder(root)
-    with _locked(source.folder), _locked(folder):
-        step = {"code": source.identity.code, "reached": source.reached, "changed": source.changes()}
-        target = Work(folder, identity, source.total, source.threads, (*source.adopted, step))
+    with _locked(source.folder), _locked(today.folder):
+        step = {"code": source.code, "reached": source.reached, "changed": source.changes()}
+        target = replace(today, total=source.total, threads=source.threads, adopted=[*source.adopted, step])
         if target.reached >= source.reached:
-            hint = f"a run goes on from that one, or `ldm checkpoints drop {identity.key[:8]}` first"
-            raise InputError(f"{folder}: has a checkpoint of today's code already, after {target.progress}; {hint}")
+            hint = f"a run goes on from that one, or `ldm checkpoints drop {target.key[:8]}` first"
+            raise InputError(f"{target.folder}: has a checkpoint of today's code already, after {target.progress}; {hint}")
         shutil.rmtree(target.checkpoint, ignore_errors=True)  # an earlier point of the same training
         target.save()
         os.rename(source.checkpoint, target.checkpoint)
-        shutil.rmtree(source.folder)
+        source.finish()
     return target
 
 
@@ -236,11 +205,9 @@ def find(root: Path, key: str) -> Work:
 
 def is_running(work: Work) -> bool:
     """Whether a process is training it now."""
-    try:
-        with (work.folder / "lock").open("r+") as lock:  # creates nothing
-            return not _holds(lock, work.folder / "lock")
-    except FileNotFoundError:
-        return False
+    with contextlib.suppress(FileNotFoundError), (work.folder / "lock").open("r+") as lock:  # creates nothing
+        return not _holds(lock)
+    return False
 
 
 def _differing(key: str, was: Any, now: Any) -> list[str]:
@@ -253,9 +220,9 @@ def _differing(key: str, was: Any, now: Any) -> list[str]:
 def _read(folder: Path) -> Work:
     try:
         found = json.loads((folder / "work.json").read_text(encoding="utf-8"))
-        return Work(folder, Identity(**found["identity"]), found["total"], tuple(found["threads"]), tuple(found["adopted"]))
-    except (OSError, ValueError, KeyError, TypeError):  # missing, damaged, or of an earlier version
-        return Work(folder, None)
+        return Work(**found.pop("identity", {}) | found | {"folder": folder})  # an earlier version wrote some fields in there
+    except (OSError, ValueError, TypeError, AttributeError):  # missing, damaged, or of a still earlier version
+        return Work(folder, folder.parent.name, {}, {}, {}, "", {}, {})
 
 
 @contextlib.contextmanager
@@ -265,7 +232,7 @@ def _locked(folder: Path) -> Iterator[None]:
     while True:
         folder.mkdir(exist_ok=True)
         with (folder / "lock").open("w") as lock:
-            if _holds(lock, folder / "lock"):
+            if _holds(lock):
                 yield
                 return
         if time.monotonic() >= deadline:
@@ -273,10 +240,9 @@ def _locked(folder: Path) -> Iterator[None]:
         time.sleep(0.05)
 
 
-def _holds(lock: IO[str], path: Path) -> bool:
+def _holds(lock: IO[str]) -> bool:
     """Lock an open file. False if another process has locked it, or has deleted it since it was opened."""
-    try:
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+    return False

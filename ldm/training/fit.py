@@ -48,18 +48,13 @@ class Objective(Protocol):
         """For the optimizer. `lr_multiplier` scales the schedule; groups of one `clip_group` (default 0) are clipped together."""
 
     def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss (scalar) and metrics of the images `part` of the batch whose first sample is number `images_seen`.
-
-        Draws from `rng` are made for all `batch_size` images, so that they do not depend on how the batch is divided.
-        """
+        """Mean loss (scalar) and metrics of images `part` of the batch at a position; `rng` draws for the undivided batch."""
 
     def batch(self, images_seen: int, batch_size: int) -> dict[str, Tensor]: ...  # is saved if it ends the run
     def compile(self) -> None: ...
 
 
-class Tracker(Protocol):
-    """Where metrics go. Undelivered ones travel in the checkpoint, so that none is lost or doubled."""
-
+class Tracker(Protocol):  # where metrics go; undelivered ones travel in the checkpoint, so that none is lost or doubled
     def log(self, metrics: dict[str, float], images_seen: int) -> None: ...
     def flush(self) -> None: ...
     def state_dict(self) -> Any: ...
@@ -136,7 +131,6 @@ def fit(
     gradients = partial(_gradients, loss, optimizer, seed, execution, GRADIENT_NORM if choice.clips else math.inf)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
     objective.module.train()
-    sync = _Sync(device)
     progress(resumed, {})
     for images_seen in range(resumed, schedule.images, schedule.batch_size):
         lr, done = learning_rate(schedule, images_seen), images_seen + schedule.batch_size
@@ -146,7 +140,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.ema.update(done, schedule.batch_size)
-        synced, stop = sync(should_stop)
+        synced, stop = run.sync(should_stop, device)
         checkpoint_due = done < schedule.images and (stop or done % schedule.checkpoint_images < schedule.batch_size)
         row_due = done % every < schedule.batch_size or done >= schedule.images
         if synced or checkpoint_due or row_due:
@@ -222,34 +216,9 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
-class _Sync:
-    """After which batches to wait for the device and the other ranks: about every `SYNC_SECONDS`, the same batch on all ranks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.last, self.batches = device, time.monotonic(), 0  # the last synchronisation, and the batches since
-        self.next = 1  # batches until ranks synchronise, by the seconds of the slowest
-
-    def __call__(self, should_stop: Callable[[], bool]) -> tuple[bool, bool]:
-        """Whether to synchronise after this batch, and whether any rank was asked to stop. Several ranks ask only then."""
-        self.batches, stop = self.batches + 1, False
-        if distributed.ranks() == 1:
-            stop, due = should_stop(), time.monotonic() - self.last >= SYNC_SECONDS or self.batches >= SYNC_BATCHES
-        elif due := self.batches >= self.next:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # else these are the seconds it takes to queue a batch
-            seconds = (time.monotonic() - self.last) / self.batches
-            largest = torch.tensor([float(should_stop()), seconds], dtype=torch.float64, device=self.device)
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-            stop, slowest = bool(largest[0] > 0), float(largest[1])
-            self.next = int(min(max(SYNC_SECONDS / max(slowest, 1e-9), 1), SYNC_BATCHES))
-        if due:
-            self.last, self.batches = time.monotonic(), 0
-        return due, stop
-
-
 @dataclass
 class _Run:
-    """What a checkpoint holds: weights, optimizer state, average, loss curve, sums since the last row, undelivered metrics."""
+    """A run under way: what a checkpoint holds, and when to read the losses that are still on the device."""
 
     objective: Objective
     optimizer: torch.optim.Optimizer
@@ -262,6 +231,26 @@ class _Run:
     count: int = 0
     saved: int = 0  # images seen at the last checkpoint
     usual: float | None = None  # gradient norm
+    synced: float = field(default_factory=time.monotonic)  # when the device and the other ranks were last waited for
+    batches: int = 0  # since then
+    next: int = 1  # batches until ranks synchronise, by the seconds of the slowest
+
+    def sync(self, should_stop: Callable[[], bool], device: torch.device) -> tuple[bool, bool]:
+        """Whether to wait for the device after this batch, the same on all ranks, and whether any was asked to stop."""
+        self.batches, stop = self.batches + 1, False
+        if distributed.ranks() == 1:
+            stop, due = should_stop(), time.monotonic() - self.synced >= SYNC_SECONDS or self.batches >= SYNC_BATCHES
+        elif due := self.batches >= self.next:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # else these are the seconds it takes to queue a batch
+            seconds = (time.monotonic() - self.synced) / self.batches
+            largest = torch.tensor([float(should_stop()), seconds], dtype=torch.float64, device=device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            stop, slowest = bool(largest[0] > 0), float(largest[1])
+            self.next = int(min(max(SYNC_SECONDS / max(slowest, 1e-9), 1), SYNC_BATCHES))
+        if due:
+            self.synced, self.batches = time.monotonic(), 0
+        return due, stop
 
     def check(self, batch_size: int) -> None:
         """Read the metrics since the last check; raise `FloatingPointError` if a batch went wrong, which is then saved."""

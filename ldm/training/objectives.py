@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ldm.base.errors import InputError
 from ldm.base.lazy import Tensor, torch
@@ -155,13 +155,9 @@ class LdmChoice(VaeChoice):
     discriminator_channels: Positive = 32
     discriminator_layers: Positive = 2
 
-    @model_validator(mode="after")
-    def _a_file_has_a_hash(self) -> LdmChoice:
-        if (self.perceptual == "random") != (self.perceptual_sha256 is None):
-            raise ValueError("perceptual_sha256 is the sha256 of the file that perceptual names, and null for `random`")
-        return self
-
     def check(self, root: Path, likelihood: Family) -> None:
+        if (self.perceptual == "random") != (self.perceptual_sha256 is None):
+            raise ValueError("train_vae.objective: perceptual_sha256 is that of the file perceptual names, null for `random`")
         if (likelihood.kind, likelihood.scale) != ("laplace", "learned"):
             raise ValueError("objective ldm is absolute error with a learned scale: set likelihood {kind: laplace}")
         if self.perceptual != "random" and not (root / self.perceptual).is_file():

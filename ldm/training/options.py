@@ -9,9 +9,7 @@ from ldm.training.optimizers import AdamW, Optimizer
 from ldm.training.weighting import LossWeight
 
 
-class Training(Section):
-    """Linear warm-up and cosine decay, all counted in images."""
-
+class Training(Section):  # linear warm-up and cosine decay, all counted in images
     images: Count  # images seen in training
     batch_size: Positive
     lr: Rate

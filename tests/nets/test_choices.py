@@ -7,8 +7,7 @@ import torch
 
 from ldm.base.errors import InputError
 from ldm.nets.autoencoder import AutoencoderKL, VQModel
-from ldm.nets.backbones.backbone import load_backbone
-from ldm.nets.backbones.unet import UNetBackbone
+from ldm.nets.backbone import UNetBackbone, load_backbone
 from ldm.nets.regulariser import Kl, Vq
 from ldm.nets.unet import UNet
 

@@ -112,8 +112,8 @@ ODD = [
 @torch.no_grad()
 def test_minilm_is_transformers_own_bit_for_bit(max_tokens):
     options, rng = MiniLM(max_tokens=max_tokens), random.Random(0)
-    folder = options.locate()
-    (ours, width), theirs = options.network(folder), transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    folder, ours, width = options.load()
+    theirs = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="right")
     drawn = ["".join(chr(rng.randrange(32, 0xD800)) for _ in range(rng.randrange(40))) for _ in range(40)]
     for texts in ([TEXTS[0]], ["word " * 700], [*TEXTS, *ODD], drawn):  # padded alone, not padded, mixed

@@ -41,7 +41,7 @@ def problems(draw: st.DrawFn) -> tuple[Fraction, tuple[int, int], int, int]:
     tile = draw(st.integers(1, 7))
     overlap = draw(st.integers(0, tile - 1))
     sides = draw(st.tuples(*[st.integers(ratio.denominator, 24 * ratio.denominator)] * 2))
-    return ratio, sides, tile * ratio.denominator, overlap * ratio.denominator
+    return ratio, sides, tile * factor, overlap * factor
 
 
 @settings(max_examples=100, deadline=None)
@@ -51,6 +51,7 @@ def test_functions_of_single_pixels_are_unchanged(problem: tuple[Fraction, tuple
     seen, function = resample(ratio)
     x = normal(2, 3, *sides)
     found = tiled(function, x, tile, overlap, ratio)
+    tile, overlap = tile // ratio.numerator, overlap // ratio.numerator  # in pixels of the input
     shapes, (_, whole) = seen.copy(), resample(ratio)
     torch.testing.assert_close(found, whole(x), rtol=1e-5, atol=1e-5)
     assert max(max(shape[2:]) for shape in shapes) < tile + ratio.denominator  # pixels short of a latent ride along
@@ -62,7 +63,7 @@ def test_functions_of_single_pixels_are_unchanged(problem: tuple[Fraction, tuple
 def test_seams_are_linear() -> None:
     """Tiles of constant 0, 1, 2, …: between two of them the weights are those of a straight line at pixel centres."""
     calls = iter(range(100))
-    found = tiled(lambda x: torch.full((1, 1, 8, 16), float(next(calls))), normal(1, 1, 4, 14), 8, 2, Fraction(2))
+    found = tiled(lambda x: torch.full((1, 1, 8, 16), float(next(calls))), normal(1, 1, 4, 14), 16, 4, Fraction(2))
     ramp = (np.arange(4) + 0.5) / 4  # two pixels of overlap, at twice the resolution
     np.testing.assert_allclose(found[0, 0, 3].numpy(), [*np.zeros(12), *ramp, *np.ones(12)], atol=1e-6)
 

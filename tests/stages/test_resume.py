@@ -256,8 +256,8 @@ def test_what_several_processes_cannot_do_is_refused_before_they_meet(variables,
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     settings = load_settings(REPOSITORY)
-    options = settings.train_vae.model_copy(update={"batch_size": 32})
-    work = training(tmp_path, train_vae.STAGE, settings, options, {}, torch.device("cpu"))
+    settings = settings.model_copy(update={"train_vae": settings.train_vae.model_copy(update={"batch_size": 32})})
+    work = training(tmp_path, train_vae.STAGE, settings, {}, torch.device("cpu"))
     with pytest.raises(InputError, match=message), work:
         raise AssertionError("it began")
 

@@ -35,7 +35,7 @@ from ldm.nets.diffusers import network_hash
 from ldm.registry.registration import Registered
 from ldm.stages import sample_posterior
 from ldm.stages.stage import NAMES
-from ldm.versioning.repository import Node, ancestors, descendants, read_graph
+from ldm.versioning.repository import Node, ancestors, read_graph
 
 PLOTS = ("reconstructions", "samples", "scores", "traces")
 
@@ -209,7 +209,7 @@ def test_each_sampler_of_the_settings_is_a_stage_after_the_evaluation(samplers, 
     assert [stage.name for stage in graph if stage.name.startswith("sample_posterior")] == expected
     needed = [stage.name for stage in ancestors(graph, "evaluate")]
     assert needed == list(NAMES[:-1])
-    assert [stage.name for stage in descendants(graph, "evaluate")] == expected  # the flow runs these after the gate
+    assert [stage.name for stage in graph if "evaluate" in stage.needs] == expected  # the flow runs these after the gate
     for stage in graph[len(graph) - len(expected) :]:
         assert f"models/posterior/{stage.name.partition('@')[2]}" in stage.outs and "evaluate" in stage.upstream
 
@@ -218,7 +218,7 @@ def test_the_summary_of_a_run_names_the_average(sampled):
     decision = Decision(promote=True, n=0, mean=math.nan, se=math.nan, lower=math.nan, level=0.05, reason="no champion yet")
     step = Step("evaluate", "executed", 1.0)
     outs = ("reports/posterior/sghmc", "reports/posterior/sghmc.json", "models/posterior/sghmc")
-    others = (Node("sample_posterior@sghmc", outs, ()),)
+    others = (Node("sample_posterior@sghmc", outs),)
     results = summarise(sampled, load_settings(sampled), [step], others, Registered(1, created=True), decision, 1, []).results
     line = dict(results)["sample_posterior@sghmc"]
     metrics = found(sampled)

@@ -305,7 +305,7 @@ def test_perceptual_weights_of_another_file_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such file"):
         Perceptual.from_file(tmp_path / "none", "00")
     save_file({key: value for key, value in load_file(path).items() if key != "features.5.weight"}, path)
-    with pytest.raises(InputError, match=r"vgg.safetensors: not torchvision.*Missing key.*features.5.weight"):
+    with pytest.raises(InputError, match=r"vgg.safetensors: not .*torchvision.*Missing key.*features.5.weight"):
         Perceptual.from_file(path, sha256(path))
     (tmp_path / "text.pth").write_text("not weights")
     with pytest.raises(InputError, match=r"text.pth: cannot be read as weights"):

@@ -12,13 +12,10 @@ if TYPE_CHECKING:
 
 
 class Family(Choice):
-    """A location-scale family: independent values, whose locations the decoder computes.
-
-    The scale is one number, `learned` or `fixed`, or `per_pixel`: the second half of the decoder's channels.
-    """
+    """A location-scale family: independent values, whose locations the decoder computes."""
 
     discrete: ClassVar[bool] = False  # probabilities of 8-bit values, not densities over [-1, 1]
-    scale: Literal["learned", "fixed", "per_pixel"] = "learned"
+    scale: Literal["learned", "fixed", "per_pixel"] = "learned"  # one number, or the second half of the decoder's channels
     log_scale: float = -3.0
 
     def build(self) -> Likelihood:

@@ -1,10 +1,10 @@
-"""Frozen text encoders: what the setting `text` can name, and what it builds."""
+"""Frozen text encoders: the base class of what `text` can name, and what it builds."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from ldm.base.errors import InputError
-from ldm.base.hashing import content_hash, file_hash
+from ldm.base.files import content_hash, file_hash
 from ldm.base.lazy import Tensor, torch
 from ldm.base.options import Choice, Positive
 
@@ -27,12 +27,8 @@ class Text(Choice):
     def check(self, root: Path) -> None:
         """Raise a `ValueError` if the setting names nothing that could be loaded, before anything is trained."""
 
-    def locate(self) -> Path:
-        """The folder of weights and tokenizer."""
-        raise NotImplementedError
-
-    def network(self, folder: Path) -> tuple[Embed, int]:
-        """A function of N texts to the last layer (N, max_tokens, width) and its mask, bool (N, max_tokens); and the width."""
+    def load(self) -> tuple[Path, Embed, int]:
+        """Folder of weights and tokenizer; a function of N texts to the last layer (N, max_tokens, width) and its mask; width."""
         raise NotImplementedError
 
 
@@ -40,19 +36,16 @@ class TextEncoder:
     """`sha256` names weights and tokenizer; `width` is the size of a token's vector."""
 
     def __init__(self, options: Text):
-        self.folder = options.locate()
+        self.folder, self._embed, self.width = options.load()
         files = sorted(path for path in self.folder.iterdir() if path.suffix in SUFFIXES)
         self.sha256 = content_hash("".join(f"{path.name}\0{file_hash(path)}\n" for path in files).encode())
-        self._embed, self.width = options.network(self.folder)
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Embed texts: float32 (N, max_tokens, width), zero beyond each text's end, and its mask, bool (N, max_tokens)."""
-        embeddings, masks = [], []
-        for start in range(0, len(texts), BATCH):
-            with torch.no_grad():
-                hidden, mask = self._embed(texts[start : start + BATCH])
-            embeddings.append(hidden * mask[..., None])
-            masks.append(mask)
+        batches = (texts[start : start + BATCH] for start in range(0, len(texts), BATCH))
+        with torch.no_grad():
+            parts = [(hidden * mask[..., None], mask) for hidden, mask in map(self._embed, batches)]
+        embeddings, masks = zip(*parts, strict=True)
         return torch.cat(embeddings), torch.cat(masks)
 
 

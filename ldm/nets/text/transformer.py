@@ -16,21 +16,19 @@ class Transformer(Text):
         if "@" not in self.model and not (root / self.model).is_dir():
             raise ValueError(f"text.model: found {self.model!r}, neither a folder nor ID@COMMIT on the hub")
 
-    def locate(self) -> Path:
-        if Path(self.model).is_dir():
-            return Path(self.model)
-        repository, _, commit = self.model.partition("@")
-        if not commit:  # without a commit, tomorrow's weights may be others
-            raise InputError(f"text.model {self.model!r}: neither a folder here nor a hub id with a commit, written ID@COMMIT")
-        from huggingface_hub import snapshot_download
+    def load(self) -> tuple[Path, Embed, int]:
+        folder = Path(self.model)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
 
-        try:
-            return Path(snapshot_download(repository, revision=commit, allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
-        except Exception as error:  # of many kinds, all of which mean that there is no such model
-            reason = str(error).splitlines()[0]
-            raise InputError(f"text.model {self.model!r}: neither a folder here nor loadable from the hub ({reason})") from None
-
-    def network(self, folder: Path) -> tuple[Embed, int]:
+            repository, _, commit = self.model.partition("@")
+            if not commit:  # without a commit, tomorrow's weights may be others
+                raise InputError(f"text.model {self.model!r}: neither a folder here nor a hub id with a commit, ID@COMMIT")
+            try:
+                folder = Path(snapshot_download(repository, revision=commit, allow_patterns=[f"*{end}" for end in SUFFIXES]))
+            except Exception as error:  # of many kinds, all of which mean that there is no such model
+                reason = f"neither a folder here nor loadable from the hub ({str(error).splitlines()[0]})"
+                raise InputError(f"text.model {self.model!r}: {reason}") from None
         from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         from transformers.utils import logging
 
@@ -51,4 +49,4 @@ class Transformer(Text):
             tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt")
             return model(**tokens).last_hidden_state, tokens["attention_mask"].bool()
 
-        return embed, int(model.config.hidden_size)
+        return folder, embed, int(model.config.hidden_size)
