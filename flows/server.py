@@ -1,7 +1,4 @@
-"""A Prefect server for a run or a schedule without one: a child process that ends with its owner.
-
-Prefect's own way imports the whole server into this process, which takes seconds, and leaves it behind if this process is killed.
-"""
+"""A Prefect server in a child process that ends with its owner: Prefect's own takes seconds of imports and outlives a kill."""
 
 import contextlib
 import os
@@ -56,9 +53,8 @@ def main() -> None:
     listening = socket.socket(fileno=int(sys.argv[1]))
     import uvicorn
 
-    server = uvicorn.Server(
-        uvicorn.Config("prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on")
-    )
+    app = uvicorn.Config("prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on")
+    server = uvicorn.Server(app)
 
     def watch() -> None:
         os.read(0, 1)  # nothing is ever written

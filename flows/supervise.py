@@ -56,10 +56,7 @@ class StageFailed(Exception):
 def run_stage(
     root: Path, stage: str, *, on_line: Callable[[str], object] = print, timeout: float = math.inf, env: Mapping[str, str] = {}
 ) -> Step:
-    """Bring one stage up to date; on return, whatever happened, none of its processes is left.
-
-    Waits if another process holds DVC's lock. Raises `StageFailed`, also after `timeout` seconds.
-    """
+    """Bring one stage up to date, once DVC's lock is free; leaves no process. `StageFailed`, also after `timeout` seconds."""
     start, looked, peak = time.monotonic(), 0.0, 0
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # `python` in dvc.yaml is this one
     with tempfile.TemporaryFile("r+") as result, contextlib.ExitStack() as stack:

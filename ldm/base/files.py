@@ -13,10 +13,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """An empty folder `OUT.partial` to write to, which replaces `out` at the end; after an error or a kill, the old one is there.
-
-    A reader finds the old folder, the new one, or for an instant none: never a part.
-    """
+    """An empty folder to write to, which replaces `out` at the end; after an error or a kill, `out` is the old one, whole."""
     out = out.resolve()  # the folder itself is replaced, not a link to it
     partial, aside = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
     if aside.exists() and not out.exists():

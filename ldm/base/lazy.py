@@ -1,4 +1,4 @@
-"""Imports that wait until a name is used."""
+"""Imports that wait until a name is used: a stage depends only on the modules that it uses, and `ldm --help` is quick."""
 
 import importlib
 from collections.abc import Callable
@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 
 def exports(package: str, names: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
-    """`__getattr__` and `__all__` for `package`, whose public names live in its submodules, `{submodule: "Name other"}`.
-
-    A stage then depends only on the modules that it uses (`ldm.stages.fingerprint`), and `ldm --help` does not wait for torch.
-    """
+    """`__getattr__` and `__all__` for `package`, whose public names live in its submodules, `{submodule: "Name other"}`."""
     homes = {name: module for module, found in names.items() for name in found.split()}
 
     def __getattr__(name: str) -> Any:

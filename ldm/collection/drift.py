@@ -63,10 +63,7 @@ def samplers(root: Path) -> list[str]:
 
 
 def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
-    """Score the images of a folder, captioned or not, under the posterior samples of `sampler` (default: the first there is).
-
-    Raises `InputError` if there are no samples, none of this model, or no images.
-    """
+    """Score the images of a folder under the posterior samples of `sampler` (default: the first); `InputError` without any."""
     known = samplers(root)
     if not known or (sampler and sampler not in known):
         has = f"it has {', '.join(known)}" if known else "set sample_posterior: [sgld] in params.yaml and run the pipeline"

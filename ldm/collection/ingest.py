@@ -113,9 +113,7 @@ def _collection(root: Path, inbox: Path, repo: Any) -> Path:
             # A file that is neither here nor in DVC's cache was never fetched: `dvc add` would drop it from the collection.
             tree = out.get_obj()
             if tree is None or not all(folder.joinpath(*key).exists() or out.cache.exists(file.value) for key, _, file in tree):
-                raise InputError(
-                    f"data.path {name}: not all of it is here; `dvc pull`, or `dvc add {name}` if what is here is all"
-                )
+                raise InputError(f"data.path {name}: not all of it is here; `dvc pull`, or `dvc add {name}` if this is all")
         elif path.is_relative_to(folder) or folder.is_relative_to(path):
             by = f"stage {stage.name} writes" if stage.cmd else f"{stage.path_in_repo} versions"
             raise InputError(f"data.path {name}: {by} {path.relative_to(root)}; {ADVICE}")
@@ -171,10 +169,7 @@ def _copy(inbox: Path, collection: Path, settle: float, left: dict[str, list[str
 
 
 def _survey(collection: Path) -> tuple[dict[int, list[Path]], bool | None]:
-    """The images of the collection by size in bytes, and whether they have labels (None if there are no images yet).
-
-    Raises `InputError` if a batch would not fit in.
-    """
+    """The collection's images by size in bytes, and whether they have labels (None: no images); `InputError` if no batch fits."""
     images, tables, texts, stems = defaultdict[int, list[Path]](list), [], set(), set()
     for path in (collection / name for name, refusal in walk(collection) if not refusal):
         if path.name in CAPTION_TABLES:

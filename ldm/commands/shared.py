@@ -1,7 +1,4 @@
-"""What several commands use: options, the project, loading a model, reading and writing images, tables.
-
-Modules that import pydantic, MLflow or torch are imported inside functions: `ldm --help` does not wait for them.
-"""
+"""What several commands use. What imports pydantic, MLflow or torch is imported inside functions: `ldm --help` is quick."""
 
 import contextlib
 import os

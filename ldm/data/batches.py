@@ -20,10 +20,7 @@ AHEAD = 4  # batches that each worker decodes ahead
 
 
 def order(seed: int, size: int, start: int, count: int) -> np.ndarray:
-    """Indices of the samples at global positions `start … start + count - 1`, int64 (count,).
-
-    Each epoch is another permutation of all `size` samples, of which only the needed blocks are computed.
-    """
+    """Indices of the samples at global positions, int64 (count,). Each epoch is another permutation of all `size` samples."""
     epochs, within = np.divmod(np.arange(start, start + count), size)
     blocks, places = np.divmod(within, BLOCK)
     indices = np.empty(count, dtype=np.int64)
@@ -41,10 +38,9 @@ def _block(seed: int, size: int, epoch: int, block: int) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A keyed permutation of `range(size)`, evaluated at `positions`: a Feistel network with cycle walking.
+    """A keyed permutation of `range(size)` at `positions`: a Feistel network below the next power of four, with cycle walking.
 
-    Black & Rogaway 2002, "Ciphers with arbitrary finite domains": permute the integers below the next power of four, and
-    permute a result again while it is `size` or more.
+    (Black & Rogaway 2002, "Ciphers with arbitrary finite domains": permute a result again while it is `size` or more.)
     """
     half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -72,8 +68,7 @@ def _mix(values: np.ndarray, key: int) -> np.ndarray:
 def order_by_shard(seed: int, counts: tuple[int, ...], start: int, count: int, window: int = WINDOW) -> np.ndarray:
     """Like `order`, over shards of `counts` samples, so that only `window` shards are read at a time.
 
-    Each epoch permutes the shards, cuts them into windows, and permutes the samples of each window. Memory grows with the
-    number of shards, not of samples.
+    Each epoch permutes the shards, cuts them into windows, and permutes the samples of each window.
     """
     size = sum(counts)
     positions = np.arange(start, start + count)
@@ -111,8 +106,7 @@ def crops(seed: int, start: int, count: int, margin: int, flip: bool) -> np.ndar
 class Batches(Dataset[torch.Tensor | InputError]):
     """Training batches of a split, decoded ahead by worker processes, whose number changes nothing.
 
-    `shuffle` is `global` or `shard` (see `order_by_shard`); `flip` mirrors half of the images. Each of `ranks` processes
-    gets its part of every batch, in the order of ranks.
+    `shuffle` is `global` or `shard` (see `order_by_shard`); `flip` mirrors half of the images; a rank gets its part of a batch.
     """
 
     def __init__(

@@ -159,10 +159,7 @@ def check_tables(folder: Path, tables: list[str]) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A `metadata.csv` or `metadata.jsonl`: strings `file_name` and `text`, labels as text, further columns.
-
-    Raises `InputError` for a file that is no such table.
-    """
+    """A `metadata.csv` or `.jsonl`: strings `file_name` and `text`, labels as text, further columns; raises `InputError`."""
     try:
         if path.suffix == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False)

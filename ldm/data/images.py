@@ -74,10 +74,7 @@ class Preprocessing:
 def decode(
     blob: bytes, *, channels: int, background: str = "#ffffff", min_side: int = 1, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Decode an image file to greyscale (`channels` 1) or RGB (3), upright, the first frame of several.
-
-    Raises `UnreadableImage`; `min_side` and `max_pixels` are checked before pixels are decoded.
-    """
+    """Decode an image file to greyscale (`channels` 1) or RGB (3), upright, its first frame; raises `UnreadableImage`."""
     if not blob:
         raise UnreadableImage("the file is empty")
     with _reasons(), Image.open(io.BytesIO(blob), formats=FORMATS) as image:

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ldm.base.errors import InputError
+from ldm.base.files import canonical_json, content_hash
+from ldm.base.paths import SHARD_CACHE, SHARDS
 from ldm.data.images import Preprocessing, UnreadableImage, decode_stored
 from ldm.data.remote import ShardCache, is_url
 
@@ -73,10 +75,7 @@ class ShardReader:
         return Sample(key, self.images([position])[0], text, meta)
 
     def images(self, positions: Sequence[int] | np.ndarray, crops: np.ndarray | None = None) -> np.ndarray:
-        """Decoded pixels of several samples, uint8 (N, C, H, W), cropped at the centre.
-
-        `crops` (N, 3) has other crops: the first row, the first column, and whether to mirror.
-        """
+        """Decoded pixels, uint8 (N, C, H, W), cropped at the centre or by `crops` (N, 3): first row, first column, mirrored."""
         p = self.preprocessing
         images = np.empty((len(positions), p.image_size, p.image_size, p.channels), dtype=np.uint8)
         for i, (shard, offset, size, *_) in enumerate(self.offsets[np.asarray(positions, dtype=np.int64)].tolist()):
@@ -89,6 +88,11 @@ class ShardReader:
             image = image[top : top + p.image_size, left : left + p.image_size]
             images[i] = image[:, ::-1] if mirrored else image
         return images.transpose(0, 3, 1, 2)  # a view: pixels lie as decoders write them and as convolutions like them
+
+    @property
+    def digest(self) -> str:
+        """Identity of the shards: the hash of their index, which has the hash of each."""
+        return content_hash(canonical_json(self.index).encode())
 
     def shard_positions(self) -> list[tuple[dict[str, Any], range]]:
         """The shards of this split, each with the positions of its samples."""
@@ -161,7 +165,7 @@ class ShardReader:
 
 
 def open_shards(
-    place: Path | str, split: str = "train", *, cache: Path | None = None, cache_bytes: int = 50 * 2**30
+    place: Path | str, split: str = "train", *, cache: Path | None = None, cache_bytes: int = 50 << 30
 ) -> ShardReader:
     """Open one split of a shard folder; raises `InputError` if there is none.
 
@@ -172,3 +176,20 @@ def open_shards(
         return ShardReader(Path(place), split)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return ShardReader(str(place), split, ShardCache(str(place), cache or home / "ldm-shards", cache_bytes))
+
+
+def stage_shards(root: Path, split: str) -> ShardReader:
+    """A split of `data/shards`, or of the same shards at `LDM_SHARDS`, kept in `.ldm/shards`, `LDM_SHARD_CACHE_GB` at most."""
+    url, local = os.environ.get("LDM_SHARDS"), root / SHARDS
+    if not url:
+        return open_shards(local, split)
+    size = os.environ.get("LDM_SHARD_CACHE_GB") or "50"
+    try:
+        limit = int(float(size) * 1e9)
+    except (ValueError, OverflowError):
+        raise InputError(f"LDM_SHARD_CACHE_GB is {size!r}; set it to a number of gigabytes") from None
+    reader = open_shards(url, split, cache=root / SHARD_CACHE, cache_bytes=limit)
+    index = local / "index.json"
+    if index.is_file() and json.loads(index.read_text(encoding="utf-8")) != reader.index:
+        raise InputError(f"LDM_SHARDS {url}: its index.json is not that of {local}; copy {local} there again")
+    return reader

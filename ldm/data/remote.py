@@ -30,8 +30,7 @@ def is_url(place: str | Path) -> bool:
 class ShardCache:
     """Files below a URL, kept in `folder` under their sha256, `max_bytes` at most; the least recently opened are evicted.
 
-    Threads and processes may share the folder, and this object may be forked or pickled; each file is fetched once. fsspec
-    and the scheme's package read from the environment where the storage is and how to sign in.
+    Threads and processes may share the folder, and this object may be forked or pickled; each file is fetched once.
     Raises `InputError` for files that are absent, refused, out of reach, too large or damaged.
     """
 

@@ -31,10 +31,7 @@ class Guidance:
 def classifier_free(
     denoiser: Callable[..., Tensor], guidance: Guidance, context: Tensor, context_mask: Tensor, null: Tensor, null_mask: Tensor
 ) -> DenoiseFn:
-    """Guide away from `null`, the empty caption or a negative prompt (Ho & Salimans 2022), with both halves in one batch.
-
-    `context` (B, T, D) and `context_mask` (B, T) are the prompts. `null` and `null_mask` have the same shapes, or lack B.
-    """
+    """Guide away from the prompt `null` (Ho & Salimans 2022). Contexts (B, T, D) and masks (B, T); those of `null` may lack B."""
     both = torch.cat([context, null.expand_as(context)])
     both_mask = torch.cat([context_mask, null_mask.expand_as(context_mask)])
 

@@ -40,10 +40,7 @@ class Sampling(Section):
 
 
 def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampling:
-    """A model's sampling defaults with some of them changed; None changes nothing. `InputError` if a value is not valid.
-
-    `sampler` is a dictionary with options, or a kind alone, which keeps the model's options if it is the model's sampler.
-    """
+    """Sampling defaults with changes; None changes nothing, a sampler's kind alone keeps its options. Raises `InputError`."""
     given = {name: value for name, value in changes.items() if value is not None}
     if isinstance(kind := given.get("sampler"), str):
         given["sampler"] = defaults["sampler"] if kind == defaults["sampler"]["kind"] else {"kind": kind}

@@ -18,7 +18,7 @@ from ldm.base.pixels import BIN, to_float, to_uint8
 from ldm.base.randomness import generator, seed_for
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
-from ldm.langevin.convergence import convergence, warnings
+from ldm.langevin.chains import convergence, warnings
 from ldm.langevin.decoder import BATCH, DecoderPosterior
 from ldm.report.grid import image_grid
 from ldm.report.plots import histograms, traces

@@ -1,4 +1,4 @@
-"""Several chains of a sampler side by side, the draws they keep, and control variates for their gradients."""
+"""Several chains of a sampler side by side: control variates for their gradients, the draws they keep, their convergence."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pandas import DataFrame
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from ldm.base.errors import InputError
 from ldm.langevin.sgld import SGLD
 
+RHAT, ESS = 1.01, 400.0  # thresholds of Vehtari et al. 2021
 Loss = Callable[..., Tensor]  # from the weights of a chain (name -> tensor) and the tensors of its minibatch to the mean loss
 
 
@@ -58,10 +61,7 @@ class Draws:
 
 
 def control_variates(loss: Loss, centre: dict[str, Tensor], batches: Iterable[tuple[Tensor, ...]]) -> Loss:
-    """The same mean loss with far less gradient noise near the weights `centre`, best an optimum (Baker et al. 2019, eq. 4).
-
-    A minibatch's gradient at `centre` is subtracted and that of all data there, in `batches`, is added.
-    """
+    """The same mean loss with far less gradient noise near the weights `centre`, best an optimum (Baker et al. 2019, eq. 4)."""
     gradient, centre = torch.func.grad(loss), {name: value.detach() for name, value in centre.items()}
     count, total = 0, {name: torch.zeros_like(value) for name, value in centre.items()}
     for batch in batches:
@@ -143,3 +143,19 @@ class Chains:
             p.detach().copy_(entries.pop("value"))
             self.kept[name] = list(entries.pop("draws").unbind(1)) if self.lrs else []
             self.optimizer.state[p] = {entry: value.to(p.device) for entry, value in entries.items()}
+
+
+def convergence(values: np.ndarray) -> DataFrame:
+    """R-hat, `rhat`, and bulk effective sample size, `ess`, of `values` (chains, draws, quantities) (Vehtari et al. 2021)."""
+    import arviz  # here: it takes a second
+
+    data = arviz.convert_to_dataset({"value": values})
+    return DataFrame({name: np.ravel(getattr(arviz, name)(data)["value"]) for name in ("rhat", "ess")})
+
+
+def warnings(found: DataFrame) -> list[str]:
+    """Why the draws must not be taken for independent samples of one distribution, a sentence each."""
+    rhat, ess = found.rhat.max(), found.ess.min()
+    mixed = f"R-hat is {rhat:.3g} where it should be {RHAT} at most: the chains have not mixed; leave more steps between draws"
+    many = f"the effective sample size is {ess:.0f} where {ESS:.0f} are asked for; take more draws, farther apart"
+    return [warning for warning, passed in ((mixed, rhat <= RHAT), (many, ess >= ESS)) if not passed]

@@ -112,9 +112,7 @@ class DecoderChains(Chains):
         with Progress(f"{self.label}: the curvature"):
             return self.find(loss, list(weights.values()), nearby=self.at_start)
 
-    def run(
-        self, saved: tuple[dict[str, Tensor], dict[str, Any]] | None, save: Callable[..., None], stoppable: Stoppable
-    ) -> None:
+    def run(self, saved: Checkpoint | None, save: Callable[..., None], stoppable: Stoppable) -> None:
         """Take all steps, from a checkpoint on if there is one; if a stop was asked for, save and raise `KeyboardInterrupt`."""
         if saved:
             self.load_state_dict(saved[0], saved[1]["images_seen"])

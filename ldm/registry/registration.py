@@ -39,10 +39,7 @@ class Registered(NamedTuple):
 
 
 def register(root: Path, run_id: str | None = None) -> Registered:
-    """Register `models/ldm` as the challenger, once: the same files are the same version, whatever the commit.
-
-    `run_id` is the MLflow run that made it; without one (`dvc repro` knows of none) a run is opened for it.
-    """
+    """Register `models/ldm` as the challenger: the same files are one version. Without the MLflow run that made it, open one."""
     settings = load_settings(root)
     _check_outs(root)
     digest, name = folder_hash(root / MODEL), settings.registry.name
@@ -110,10 +107,7 @@ def rollback(name: str = "ldm") -> int:
 
 
 def compare(root: Path, champion: Version | None) -> pd.DataFrame:
-    """Lower bounds on log p in nats, a row per test image: columns `challenger`, the model in `root`, and `champion`, if any.
-
-    The champion is measured on the test images in `root` as `evaluate` measures the challenger: the same levels and noise.
-    """
+    """Bounds on log p in nats, a row per test image: `challenger`, the model in `root`, and `champion` under the same noise."""
     from ldm.base.device import default_device
     from ldm.data.reader import open_shards
     from ldm.evaluation.bounds import image_bounds

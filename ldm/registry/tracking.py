@@ -26,10 +26,7 @@ PATIENCE = {  # of recording, where the user has not set it: MLflow's own defaul
 
 
 class Run:
-    """What a stage tells about its run. Without a destination every call does nothing; no call raises.
-
-    A metric that arrives twice is stored once, so a checkpoint may carry undelivered metrics: write it first, then `flush`.
-    """
+    """What a stage tells about its run. No call raises. A metric that arrives twice is stored once."""
 
     def __init__(self, destination: "MlflowRun | Record | None" = None) -> None:
         self._destination = destination
@@ -103,13 +100,8 @@ def use_default_store(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def stage_run(
-    stage: str, params: Mapping[str, Any], key: str | None = None, tags: Mapping[str, str] | None = None
-) -> Iterator[Run]:
-    """A run for one stage, nested under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED, whatever happened.
-
-    `key` names the work: a retry with the same key and parent continues the earlier run instead of opening a second.
-    """
+def stage_run(stage: str, params: Mapping[str, Any], key: str | None = None, tags: Mapping[str, str] = {}) -> Iterator[Run]:
+    """A stage's run under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED. A retry with the same `key` continues it."""
     destination: MlflowRun | Record | None = None
     if os.environ.get("RANK", "0") == "0":
         if records := os.environ.get("LDM_RECORDS"):
@@ -118,7 +110,7 @@ def stage_run(
         elif os.environ.get("MLFLOW_TRACKING_URI"):
             destination = MlflowRun()
     run, status = Run(destination), "FINISHED"
-    known = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN"), **(tags or {})}
+    known = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN"), **tags}
     run.send("open", {name: value for name, value in known.items() if value}, _flat(params), key, milliseconds())
     try:
         yield run
@@ -236,10 +228,7 @@ class MlflowRun:
 
 
 class Record:
-    """Writes the record of one run: a file in `folder` with a JSON line `[call, arguments]` for each call.
-
-    The file is locked while this process lives. Each line begins with its newline: one that a full disk cuts off spoils no other.
-    """
+    """Writes the record of one run: a file, locked while this process lives, with a JSON line `[call, arguments]` a call."""
 
     id = None
 
@@ -253,7 +242,7 @@ class Record:
         """Append a call; `OSError` if it is not written whole."""
         if call == "artifact":
             arguments = (*arguments, _digest(Path(arguments[0])))
-        line = f"\n{json.dumps([call, arguments])}".encode()
+        line = f"\n{json.dumps([call, arguments])}".encode()  # newline first: a line cut off by a full disk spoils no other
         try:
             if self._file.write(line) != len(line):
                 raise OSError(f"{self.path}: the disk is full")
@@ -305,10 +294,7 @@ class Records:
                 return
 
     def _deliver(self, path: Path) -> None:
-        """Deliver the new lines of a file, and delete it after the last.
-
-        After an error the next delivery goes on where this stopped; another process begins anew, and nothing is stored twice.
-        """
+        """Deliver the new lines of a file, and delete it after the last. Nothing is stored twice, also if that was cut short."""
         with path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,4 @@
-"""Look-ups in the MLflow registry that `MLFLOW_TRACKING_URI` names: a version, its files, its model, what the gate said.
-
-An SQLite file is read by the standard library, as importing MLflow takes 2 s; any other store through MLflow's client.
-"""
+"""Look-ups in MLflow's registry: of an SQLite file without MLflow, whose import takes 2 s, of any other store by its client."""
 
 import contextlib
 import json

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from ldm.base.device import set_up
-from ldm.base.paths import AUTOENCODER, LATENT_STORE, LATENTS, SHARDS
+from ldm.base.paths import AUTOENCODER, LATENT_STORE, LATENTS
 from ldm.base.pixels import to_float
 from ldm.base.progress import Progress
 from ldm.bayes.diagnostics import diagnose
 from ldm.config import load_settings
 from ldm.data.latents import open_latents, write_latents
+from ldm.data.reader import stage_shards
 from ldm.nets.autoencoder import VQModel, load_autoencoder
 from ldm.nets.diffusers import network_hash
 from ldm.nets.text.encoder import TextEncoder
 from ldm.registry.tracking import stage_run
-from ldm.stages.inputs import stage_shards
-from ldm.stages.stage import Stage, stage_main
+from ldm.stages.stage import stage_params
 from ldm.stages.work import identify
 
 
@@ -29,14 +29,14 @@ def run(root: Path) -> None:
     autoencoder, digest = load_autoencoder(root / AUTOENCODER).place(device), network_hash(root / AUTOENCODER)
     encoder = TextEncoder(settings.text)
     identity = {"autoencoder": digest, "text_encoder": encoder.sha256, "text": settings.text.model_dump()}
-    code = identify(root, STAGE.name, {"deterministic": settings.deterministic}, {}, {"device": device.type}).key
+    code = identify(root, "cache_latents", {"deterministic": settings.deterministic}, {}, {"device": device.type}).key
 
     @torch.inference_mode()
     def encode(images: np.ndarray) -> tuple[Tensor, Tensor]:
         posterior = autoencoder.encode(to_float(images).to(device))
         return posterior.mean.cpu(), posterior.logvar.cpu()
 
-    with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
+    with stage_run("cache_latents", stage_params(root, "cache_latents", settings)) as tracker:
         readers = {split: stage_shards(root, split) for split in ("train", "val")}
         total = sum(map(len, readers.values()))
         manifest, reused = write_latents(
@@ -51,11 +51,3 @@ def run(root: Path) -> None:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         tracker.log({f"latent_std_{i}": std for i, std in enumerate(manifest["latent_std"])} | {"reused_shards": reused}, total)
     print(f"cache_latents: {len(manifest['files'])} shards, {reused} of them encoded before and reused")
-
-
-STAGE = Stage(
-    "cache_latents", run, settings=("deterministic", "text", "cache_latents"), inputs=(SHARDS, AUTOENCODER), outs=(LATENTS,)
-)
-
-if __name__ == "__main__":
-    stage_main(STAGE)

@@ -7,16 +7,10 @@ import yaml
 from ldm.base.files import write_text
 from ldm.base.paths import CODE
 from ldm.stages.fingerprint import fingerprint
-from ldm.stages.stage import NAMES, Stage, stage_main
+from ldm.stages.stage import NAMES
 
 
 def run(root: Path) -> None:
     file = root / CODE
     file.parent.mkdir(exist_ok=True)
     write_text(file, yaml.safe_dump({name: fingerprint(name) for name in NAMES if name != "code"}, sort_keys=False))
-
-
-STAGE = Stage("code", run, inputs=("ldm",), outs=(CODE,))
-
-if __name__ == "__main__":
-    stage_main(STAGE)

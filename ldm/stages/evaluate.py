@@ -13,6 +13,7 @@ from ldm.base.files import canonical_json
 from ldm.base.progress import Progress
 from ldm.bayes.likelihoods.likelihood import load_likelihood
 from ldm.config import Settings, load_settings
+from ldm.data.reader import stage_shards
 from ldm.diffusion.options import Recipe
 from ldm.evaluation.bounds import measure_bounds
 from ldm.evaluation.evaluation import Evaluation
@@ -25,8 +26,7 @@ from ldm.nets.backbone import load_backbone
 from ldm.nets.diffusers import network_hash
 from ldm.registry.tracking import stage_run
 from ldm.report.page import write_page
-from ldm.stages.inputs import stage_shards
-from ldm.stages.stage import Stage, stage_main
+from ldm.stages.stage import stage_params
 
 TILES = 40  # samples shown first in the report
 
@@ -42,7 +42,7 @@ def run(root: Path) -> None:
         evaluation = Evaluation(model, train, test, settings.seed, options.samples, options.unseen_samples)
         for metric in metrics:
             metric.check(evaluation)
-    with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
+    with stage_run("evaluate", stage_params(root, "evaluate", settings)) as tracker:
         bounds, values = measure_bounds(evaluation, options.bound_levels, options.importance_samples)
         bounds.to_csv(root / paths.BOUNDS, index=False)
         prompt_grid(root / paths.SAMPLES, evaluation.prompts, evaluation.samples)
@@ -80,13 +80,3 @@ def assemble(root: Path, settings: Settings) -> None:
     if recipe.autoencoder != network_hash(vae):
         raise InputError(f"{unet}: trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on")
     LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), load_backbone(unet), recipe).save(root / paths.MODEL)
-
-
-STAGE = Stage(
-    "evaluate", run, settings=("seed", "deterministic", "train_vae.likelihood", "sampling", "evaluate"),
-    inputs=(paths.SHARDS, paths.AUTOENCODER, paths.UNET, paths.VAE_CURVE, paths.UNET_CURVE),
-    outs=(paths.MODEL, paths.BOUNDS, paths.REPORT, paths.METRICS, paths.METRICS_TABLE, paths.SAMPLES, paths.PLOTS),
-)  # fmt: skip
-
-if __name__ == "__main__":
-    stage_main(STAGE)

@@ -29,7 +29,7 @@ UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/t
     "ldm.base.progress": "prints",
     "ldm.registry.versions": "fetches a version, which never changes",
     "ldm.stages.fingerprint": "compares code",
-    "ldm.stages.stage": "declares what dvc.yaml says; starts and ends the process",
+    "ldm.stages.stage": "reads what dvc.yaml says; starts and ends the process",
     "ldm.stages.work": "names a checkpoint, or a file of latents, by all that it depends on",
     "ldm.registry.tracking": "records",
 }

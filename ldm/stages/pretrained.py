@@ -13,13 +13,13 @@ from ldm.base.progress import Progress
 from ldm.config import HUB, load_settings
 from ldm.registry.tracking import stage_run, use_default_store
 from ldm.registry.versions import downloaded
-from ldm.stages.stage import Stage, stage_main
+from ldm.stages.stage import stage_params
 
 
 def run(root: Path) -> None:
     settings = load_settings(root)
     name = settings.autoencoder.pretrained
-    with stage_run(STAGE.name, STAGE.params(settings)), replacing(root / PRETRAINED) as partial:
+    with stage_run("pretrained", stage_params(root, "pretrained", settings)), replacing(root / PRETRAINED) as partial:
         (partial / "source.txt").write_text(f"{name or 'none'}\n")
         if name:
             from ldm.bayes.likelihoods.likelihood import FILE
@@ -57,9 +57,3 @@ def _located(root: Path, name: str, files: tuple[str, ...]) -> Iterator[Path]:
         yield Path(folder) / within
     else:
         yield root / name
-
-
-STAGE = Stage("pretrained", run, settings=("autoencoder.pretrained",), outs=(PRETRAINED,))
-
-if __name__ == "__main__":
-    stage_main(STAGE)

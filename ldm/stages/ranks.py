@@ -36,7 +36,7 @@ def run_ranks(stage: str, count: int) -> int:
         "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback,
     }  # fmt: skip
     envs = {rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
-    command = dict.fromkeys(range(count), ("-m", f"ldm.stages.{stage}"))
+    command = dict.fromkeys(range(count), ("-m", "ldm.stages", stage))
     read, write = os.pipe()
     os.dup2(read, 0)
     with tempfile.TemporaryDirectory() as folder:

@@ -10,17 +10,17 @@ import torch
 from ldm.base.device import set_up
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, folder_hash
-from ldm.base.paths import BOUNDS, MODEL, POSTERIOR, POSTERIOR_REPORTS, SHARDS
+from ldm.base.paths import BOUNDS, MODEL, POSTERIOR, POSTERIOR_REPORTS
 from ldm.base.progress import Progress
 from ldm.base.randomness import seed_for
 from ldm.config import load_settings
+from ldm.data.reader import stage_shards
 from ldm.evaluation.posterior import measure
 from ldm.langevin.decoder import DecoderChains, DecoderLoss, DecoderPosterior
 from ldm.model import LatentDiffusion
 from ldm.nets.diffusers import network_hash
 from ldm.registry.tracking import stage_run
-from ldm.stages.inputs import index_hash, stage_shards
-from ldm.stages.stage import Stage, stage_main, stop_at_checkpoint
+from ldm.stages.stage import stage_params, stop_at_checkpoint
 from ldm.stages.work import identify, opened
 from ldm.training.checkpoint import CheckpointStore
 
@@ -28,17 +28,18 @@ from ldm.training.checkpoint import CheckpointStore
 def run(root: Path, sampler: str = "") -> None:
     settings = load_settings(root)
     options, seed = settings.posterior, settings.seed
+    steps = options.burn_in + options.thin * options.draws
     if sampler not in ("sgld", "sghmc"):
         raise InputError(f"sample_posterior {sampler}: name a sampler, sgld or sghmc")
     device = set_up(settings.deterministic)
     train, test = (stage_shards(root, split) for split in ("train", "test"))
     model = LatentDiffusion.load(root / MODEL, device)
-    inputs, layout = {"model": folder_hash(root / MODEL), "shards": index_hash(train)}, {"device": str(device)}
-    params, steps = {"sampler": sampler, **STAGE.params(settings)}, options.burn_in + options.thin * options.draws
+    inputs, layout = {"model": folder_hash(root / MODEL), "shards": train.digest}, {"device": str(device)}
+    params = {"sampler": sampler, **stage_params(root, "sample_posterior", settings)}
     folder, plots = root / POSTERIOR / sampler, root / POSTERIOR_REPORTS / sampler
     with (
-        opened(root, identify(root, STAGE.name, params, inputs, layout), steps, torch.get_num_threads()) as work,
-        stage_run(f"{STAGE.name}_{sampler}", params, work.key, work.tags()) as tracker,
+        opened(root, identify(root, "sample_posterior", params, inputs, layout), steps, torch.get_num_threads()) as work,
+        stage_run(f"sample_posterior_{sampler}", params, work.key, work.tags()) as tracker,
     ):
         loss = DecoderLoss(model.autoencoder, model.likelihood, train.images, len(train), options.part, seed)
         chains, store = DecoderChains(loss, sampler, **options.model_dump(exclude={"part"})), CheckpointStore(work.checkpoint)
@@ -66,13 +67,3 @@ def run(root: Path, sampler: str = "") -> None:
         print(f"sample_posterior: warning: {warning}", flush=True)
     before, after, gain, error = (metrics[n] for n in ("bits_per_dim", "average_bits_per_dim", "gain_nats", "gain_nats_se"))
     print(f"sample_posterior: {before:.4f} bits/dim as trained, {after:.4f} averaged (by {gain:.2f} ± {error:.2f} nats an image)")
-
-
-STAGE = Stage(
-    "sample_posterior", run, settings=("seed", "deterministic", "posterior"), inputs=(SHARDS, MODEL, BOUNDS),
-    outs=(f"{POSTERIOR}/${{item}}", f"{POSTERIOR_REPORTS}/${{item}}.json", f"{POSTERIOR_REPORTS}/${{item}}"),
-    for_each="sample_posterior",
-)  # fmt: skip
-
-if __name__ == "__main__":
-    stage_main(STAGE)

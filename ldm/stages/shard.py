@@ -10,7 +10,7 @@ from ldm.config import load_settings
 from ldm.data.parallel import default_workers
 from ldm.data.shards import write_shards
 from ldm.registry.tracking import stage_run
-from ldm.stages.stage import Stage, stage_main
+from ldm.stages.stage import stage_params
 
 PRINTED = 20  # quarantined images that are printed; quarantine.csv has all
 
@@ -25,7 +25,7 @@ def run(root: Path) -> None:
             bars[what] = Progress(f"shard: {what}", total)
         bars[what](done)
 
-    with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
+    with stage_run("shard", stage_params(root, "shard", settings)) as tracker:
         folder, out, report = root / settings.data.path, root / SHARDS, root / QUARANTINE
         index = write_shards(folder, out, **data, report=report, workers=workers, progress=progress)
         counts = {split: stop - start for split, (start, stop) in index["splits"].items()}
@@ -40,9 +40,3 @@ def run(root: Path) -> None:
         print(f"shard: ignored what is no image: {listed}")
     if listed := ", ".join(f"{n} {kind}" for kind, n in index["duplicates"].items()):
         print(f"shard: {listed} duplicates, listed in {SHARDS}/duplicates.csv")
-
-
-STAGE = Stage("shard", run, settings=("data",), inputs=("${data.path}",), outs=(SHARDS,))
-
-if __name__ == "__main__":
-    stage_main(STAGE)

@@ -7,20 +7,14 @@ from ldm.base.progress import Progress
 from ldm.config import load_settings
 from ldm.data.sources.source import Source
 from ldm.registry.tracking import stage_run
-from ldm.stages.stage import Stage, stage_main
+from ldm.stages.stage import stage_params
 
 
 def run(root: Path) -> None:
     settings = load_settings(root)
     source: Source = settings.data.source
-    with stage_run(STAGE.name, STAGE.params(settings)) as tracker:
+    with stage_run("source", stage_params(root, "source", settings)) as tracker:
         with Progress(f"source: {source.kind}"):
             count = source.write(root, root / SOURCE)
         tracker.log({"images": float(count)}, 0)
     print(f"source: {count} images written to {SOURCE}", flush=True)
-
-
-STAGE = Stage("source", run, settings=("data.source",), outs=(SOURCE,))
-
-if __name__ == "__main__":
-    stage_main(STAGE)

@@ -1,18 +1,18 @@
-"""A stage of the pipeline as its module declares it, and the start and end of its process.
-
-`dvc.yaml` declares the same to DVC; a test compares the two.
-"""
+"""The start and end of a stage's process, and what dvc.yaml says of a stage."""
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import yaml
 
 from ldm.base.environment import env_count
 from ldm.base.errors import InputError
@@ -23,6 +23,7 @@ from ldm.stages.fingerprint import check_recorded
 NAMES = (  # every stage, each after those it depends on
     "code", "source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet", "evaluate", "sample_posterior",
 )  # fmt: skip
+PARALLEL = ("train_vae", "train_unet")
 BAD_INPUT = 2  # exit code of a stage that ended with an `InputError`
 INTERRUPTED = 130  # exit code of a stage that was stopped
 CHECKPOINT_SECONDS = 30  # time for a stopped rank to reach its checkpoint
@@ -31,46 +32,38 @@ END_SECONDS = 5  # time for a rank to end that has no checkpoint to reach
 _stop = SimpleNamespace(requested=False, polled=False)  # polled: by a loop within `stop_at_checkpoint`
 
 
-@dataclass(frozen=True)
-class Stage:
-    """`python -m ldm.stages.NAME` reads `inputs` and `settings`, and writes `outs`: paths in the project, keys of params.yaml."""
-
-    name: str
-    run: Callable[..., None]  # of the project's folder, and of an item where the stage is `for_each`
-    settings: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()  # "${data.path}" is the path that this setting names
-    outs: tuple[str, ...] = ()  # "${item}" is the item
-    for_each: str | None = None  # a list in params.yaml: the stage runs once for each item
-
-    def params(self, settings: Settings) -> dict[str, Any]:
-        """The values of the settings that it reads, by their dotted keys."""
-        values = settings.model_dump()
-        return {key: value_at(values, key) for key in self.settings}
+def stage_params(root: Path, name: str, settings: Settings) -> dict[str, Any]:
+    """The values of the settings that dvc.yaml names for a stage, by their dotted keys."""
+    said, values = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name], settings.model_dump()
+    return {key: value_at(values, key) for key in said.get("do", said)["params"] if isinstance(key, str)}
 
 
-def stage_main(stage: Stage, parallel: bool = False) -> None:
+def stage_main(name: str = "", *item: str) -> None:
     """Run a stage in the project around the working directory and exit: 0, 2 for bad input, 130 when stopped.
 
-    If it is `parallel`, this process starts and watches the `LDM_PROCESSES` ranks that run it, unless it is one of torchrun's.
+    `item`: that of a stage which dvc.yaml runs for each item of a list. If the stage is one of `PARALLEL`, this process starts
+    and watches the `LDM_PROCESSES` ranks that run it, unless it is one of torchrun's.
     """
     on_signals(_request_stop)
     try:
         if os.environ.get("LDM_OWNER_PIPE"):
             threading.Thread(target=_watch_owner, args=(os.dup(0),), daemon=True).start()
+        if name not in NAMES:
+            raise InputError(f"there is no stage {name!r}; there are {', '.join(NAMES)}")
         root = find_root()
-        if "DVC_STAGE" in os.environ and stage.name != "code":
-            check_recorded(root, stage.name)
-        if parallel and "WORLD_SIZE" not in os.environ and (count := env_count("LDM_PROCESSES", 1)) > 1:
+        if "DVC_STAGE" in os.environ and name != "code":
+            check_recorded(root, name)
+        if name in PARALLEL and "WORLD_SIZE" not in os.environ and (count := env_count("LDM_PROCESSES", 1)) > 1:
             from ldm.stages.ranks import run_ranks  # imports torch
 
-            sys.exit(run_ranks(stage.name, count))
-        stage.run(root, *sys.argv[1:])  # the item, if the stage is `for_each`
+            sys.exit(run_ranks(name, count))
+        importlib.import_module(f"ldm.stages.{name}").run(root, *item)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as stop:
         on_signals(signal.SIG_IGN)  # a second one does not interrupt the end
-        print(f"{stage.name}: {stop if stop.args else 'stopped'}", file=sys.stderr, flush=True)
+        print(f"{name}: {stop if stop.args else 'stopped'}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
 
 

@@ -14,7 +14,6 @@ from ldm.data.latents import Latents, open_latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.nets.backbone import Backbone
 from ldm.nets.diffusers import Pretrained, network_hash
-from ldm.stages.stage import Stage, stage_main
 from ldm.stages.training import training
 from ldm.training.unet import UnetObjective
 
@@ -40,7 +39,7 @@ def run(root: Path) -> None:
     network = build(settings, latents.text.shape[-1]).place(device)
     denoiser = Denoiser(network, diffusion.prediction, diffusion.noise.build())
     inputs = {"latents": file_hash(root / LATENTS / "manifest.json")}
-    with training(root, STAGE, settings, inputs, device) as (fit, _, work):
+    with training(root, "train_unet", settings, inputs, device, UNET, UNET_CURVE) as (fit, _, work):
         ema = fit(UnetObjective(denoiser, latents, settings.train_unet, settings.seed, device))
         if not work:
             return
@@ -48,14 +47,3 @@ def run(root: Path) -> None:
         network.load_state_dict({k.removeprefix("unet."): v for k, v in ema.items() if k.startswith("unet.")})
         network.save_pretrained(root / UNET)
         (root / UNET / "recipe.json").write_text(canonical_json(recipe(settings, latents)))
-
-
-STAGE = Stage(
-    "train_unet", run, inputs=(LATENTS, AUTOENCODER), outs=(UNET, UNET_CURVE),
-    settings=(
-        "seed", "deterministic", "precision", "compile", "autoencoder.latent_channels", "backbone", "diffusion", "train_unet",
-    ),
-)  # fmt: skip
-
-if __name__ == "__main__":
-    stage_main(STAGE, parallel=True)

@@ -11,7 +11,7 @@ from ldm.base.device import set_up
 from ldm.base.distributed import rank, ranks
 from ldm.base.errors import InputError
 from ldm.base.files import folder_hash
-from ldm.base.paths import AUTOENCODER, PRETRAINED, SHARDS, VAE_CURVE
+from ldm.base.paths import AUTOENCODER, PRETRAINED, VAE_CURVE
 from ldm.base.progress import Progress
 from ldm.base.randomness import seed_for
 from ldm.bayes.likelihoods.likelihood import FILE as LIKELIHOOD
@@ -19,11 +19,9 @@ from ldm.bayes.likelihoods.likelihood import Likelihood, as_discrete, load_likel
 from ldm.config import Settings, load_settings
 from ldm.data.batches import Batches
 from ldm.data.parallel import loader_workers
-from ldm.data.reader import ShardReader
+from ldm.data.reader import ShardReader, stage_shards
 from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.autoencoder import Autoencoder, VQModel, load_autoencoder
-from ldm.stages.inputs import index_hash, stage_shards
-from ldm.stages.stage import Stage, stage_main
 from ldm.stages.training import training
 from ldm.training.objectives import VaeObjective
 
@@ -96,8 +94,8 @@ def run(root: Path) -> None:
     autoencoder, likelihood = start(root, settings)
     autoencoder.place(device), likelihood.to(device)
     options, seed = settings.train_vae, settings.seed
-    inputs = {"shards": index_hash(reader), "pretrained": folder_hash(root / PRETRAINED)}
-    with training(root, STAGE, settings, inputs, device) as (fit, tracker, work):
+    inputs = {"shards": reader.digest, "pretrained": folder_hash(root / PRETRAINED)}
+    with training(root, "train_vae", settings, inputs, device, AUTOENCODER, VAE_CURVE) as (fit, tracker, work):
         if options.images:
             loading = {"workers": loader_workers(device.type), "rank": rank(), "ranks": ranks()}
             batches = Batches(reader, seed, shuffle=options.shuffle, flip=options.flip, **loading)
@@ -115,12 +113,3 @@ def run(root: Path) -> None:
         autoencoder.save_pretrained(out)
         likelihood.save_pretrained(out)
     print(f"train_vae: validation ELBO {held_out['elbo_nats']:.1f} nats, {held_out['elbo_bits_per_dim']:.4f} bits/dim")
-
-
-STAGE = Stage(
-    "train_vae", run, settings=("seed", "deterministic", "precision", "compile", "data.channels", "autoencoder", "train_vae"),
-    inputs=(SHARDS, PRETRAINED), outs=(AUTOENCODER, VAE_CURVE),
-)  # fmt: skip
-
-if __name__ == "__main__":
-    stage_main(STAGE, parallel=True)

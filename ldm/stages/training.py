@@ -16,7 +16,7 @@ from ldm.base.progress import Progress
 from ldm.config import Settings
 from ldm.nets.diffusers import Pretrained
 from ldm.registry.tracking import Run, stage_run
-from ldm.stages.stage import Stage, stop_at_checkpoint
+from ldm.stages.stage import stage_params, stop_at_checkpoint
 from ldm.stages.work import Work, identify, opened
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.fit import Execution, Objective, fit
@@ -24,7 +24,7 @@ from ldm.training.fit import Execution, Objective, fit
 
 @contextlib.contextmanager
 def training(
-    root: Path, stage: Stage, settings: Settings, inputs: dict[str, str], device: torch.device
+    root: Path, name: str, settings: Settings, inputs: dict[str, str], device: torch.device, out: str, table: str
 ) -> Iterator[tuple[Callable[..., dict[str, Tensor]], Run, Work | None]]:
     """Join the ranks, open the work folder and the MLflow run; at the end, write the loss curve and delete the work folder.
 
@@ -32,24 +32,24 @@ def training(
     work, which is None on other ranks than 0: they write no outs. A run with the same settings, `inputs` (hashes), code and
     layout resumes from its checkpoint.
     """
-    options, ranks = getattr(settings, stage.name), int(os.environ.get("WORLD_SIZE", "1"))
+    options, ranks = getattr(settings, name), int(os.environ.get("WORLD_SIZE", "1"))
     if options.batch_size % ranks:
-        found = f"{stage.name}.batch_size {options.batch_size}"
+        found = f"{name}.batch_size {options.batch_size}"
         raise InputError(f"{found} cannot be shared by {ranks} processes; make it a multiple")
     micro_batch, gradient_checkpointing = env_count("LDM_MICRO_BATCH", 0) or None, env_switch("LDM_GRADIENT_CHECKPOINTING")
-    shard = env_switch("LDM_SHARD_MODEL") and ranks > 1 and stage.name == "train_unet"  # autoencoders are small
+    shard = env_switch("LDM_SHARD_MODEL") and ranks > 1 and name == "train_unet"  # autoencoders are small
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = torch.bfloat16 if settings.precision == "bf16" or (settings.precision == "auto" and has_bf16) else None
     layout = {"device": str(device), "processes": ranks, "micro_batch": micro_batch, "shard": shard}
-    params = stage.params(settings)
-    run, curve = identify(root, stage.name, params, inputs, layout), list[dict[str, float]]()
+    params, curve = stage_params(root, name, settings), list[dict[str, float]]()
+    run = identify(root, name, params, inputs, layout)
 
     def fit_objective(objective: Objective, num_data: int = 0) -> dict[str, Tensor]:
         """`num_data`: size of the data, for an optimizer that samples a posterior."""
         for net in objective.module.modules():
             if isinstance(net, Pretrained):
                 net.set_gradient_checkpointing(gradient_checkpointing)
-        bar = Progress(stage.name, options.images) if work else contextlib.nullcontext(lambda done, row: None)
+        bar = Progress(name, options.images) if work else contextlib.nullcontext(lambda done, row: None)
         try:
             with bar as progress, stop_at_checkpoint() as should_stop:
                 fitted = fit(
@@ -65,11 +65,10 @@ def training(
     with distributed.process_group(device), contextlib.ExitStack() as held:
         threads, first = torch.get_num_threads(), distributed.rank() == 0
         work = held.enter_context(opened(root, run, options.images, threads)) if first else None
-        tracker = held.enter_context(stage_run(stage.name, params | layout, run.key, work.tags() if work else None))
+        tracker = held.enter_context(stage_run(name, params | layout, run.key, work.tags() if work else {}))
         yield fit_objective, tracker, work
         if work:
-            out, table = (root / path for path in stage.outs)
-            work.note_adopted(out)
-            table.parent.mkdir(parents=True, exist_ok=True)
-            pd.DataFrame(curve, columns=None if curve else ["images", "loss"]).to_csv(table, index=False)
+            work.note_adopted(root / out)
+            (root / table).parent.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(curve, columns=None if curve else ["images", "loss"]).to_csv(root / table, index=False)
             work.finish()

@@ -138,10 +138,7 @@ def works(root: Path, stage: str = "*") -> list[Work]:
 
 @contextlib.contextmanager
 def opened(root: Path, run: Work, total: int, threads: int) -> Iterator[Work]:
-    """The work of a run, its folder locked: one process at a time.
-
-    If it has no checkpoint but the same work has one under other code, say so before the run starts from nothing.
-    """
+    """The work of a run, its folder locked. If it starts from nothing beside a checkpoint under other code, that is printed."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(run.folder):
         before = _read(run.folder) if run.reached else run  # an interrupted `adopt` may have left a record without a checkpoint

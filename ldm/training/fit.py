@@ -112,9 +112,9 @@ def fit(
     """Train `objective.module` for `schedule.images` images, resuming from `store` if it holds a checkpoint.
 
     `progress(done, row)` is called before the first and after every batch; the row is empty unless one was closed. `num_data`,
-    for optimizers that sample a posterior, is the number of terms that the loss is a mean of. Each rank takes its share of every
-    batch; the first one saves and logs. Raises `FloatingPointError` for a loss or gradient that is not finite or explodes, after
-    saving the batch, and `KeyboardInterrupt` if `should_stop()`, after a checkpoint: on all ranks after the same batch.
+    for optimizers that sample a posterior, is the number of terms that the loss is a mean of. Raises `FloatingPointError`, after
+    saving the batch, for a loss or gradient that is not finite or explodes, and `KeyboardInterrupt`, after a checkpoint, if
+    `should_stop()`: on all ranks after the same batch.
     """
     loss = _parallel(objective, execution)  # before the optimizer: sharding replaces the parameters
     choice: Optimizer = schedule.optimizer

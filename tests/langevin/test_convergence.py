@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.signal import lfilter
 
-from ldm.langevin.convergence import convergence, warnings
+from ldm.langevin.chains import convergence, warnings
 
 RANDOM = np.random.default_rng(0)
 

@@ -23,7 +23,7 @@ from ldm.base.options import Choice, kinds
 from ldm.config import Settings, load_settings
 from ldm.stages import code
 from ldm.stages.fingerprint import UNCOUNTED, check_recorded, counted, fingerprint
-from ldm.stages.stage import NAMES
+from ldm.stages.stage import NAMES, stage_params
 
 STAGES = [name for name in NAMES if name != "code"]
 
@@ -53,7 +53,7 @@ USED = {
     "ldm.base.paths": "constants that dvc.yaml repeats",
     "ldm.base.progress": "Progress",
     "ldm.registry.versions": "downloaded",
-    "ldm.stages.stage": "Stage stage_main stop_at_checkpoint",
+    "ldm.stages.stage": "stage_params stop_at_checkpoint",
     "ldm.stages.work": "Work identify opened",
     "ldm.registry.tracking": "Run stage_run use_default_store",
 }
@@ -255,7 +255,8 @@ def without_defaults(found: Any, given: Any) -> Any:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_counts_the_code_of_all_that_its_settings_can_choose(stage):
     modules = set()
-    for key in importlib.import_module(f"ldm.stages.{stage}").STAGE.settings:
+    keys = stage_params(REPOSITORY, stage, load_settings(REPOSITORY)).keys()
+    for key in keys:
         field, section = key.split(".")[0], Settings
         for part in key.split("."):
             field = section.model_fields[part]
@@ -264,7 +265,7 @@ def test_a_stage_counts_the_code_of_all_that_its_settings_can_choose(stage):
     if stage == "shard":  # reads all of `data` but this
         modules = {module for module in modules if not module.startswith("ldm.data.sources")}
     assert modules - {"ldm.base.options"} <= counted(stage).keys()
-    assert modules or not {"text", "backbone", "sampling"} & set(importlib.import_module(f"ldm.stages.{stage}").STAGE.settings)
+    assert modules or not {"text", "backbone", "sampling"} & keys
 
 
 def models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -313,7 +314,7 @@ def test_a_stage_refuses_to_run_other_code_than_dvc_will_record(tmp_path, monkey
         check_recorded(tmp_path, "shard")
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    command = [sys.executable, "-m", "ldm.stages.shard"]
+    command = [sys.executable, "-m", "ldm.stages", "shard"]
     env = environment(DVC_STAGE="shard", PYTHONPATH=str(REPOSITORY))
     refused = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "the code of shard" in refused.stderr

@@ -1,7 +1,6 @@
-"""dvc.yaml says of every stage what its module declares, and a module declares what it reads."""
+"""What dvc.yaml says of a stage is what its module reads and writes."""
 
 import ast
-import importlib
 import os
 import subprocess
 import sys
@@ -11,41 +10,41 @@ from typing import Any
 import pytest
 import yaml
 
+from ldm.base import paths
 from ldm.base.paths import CODE
 from ldm.config import load_settings
-from ldm.stages.stage import NAMES, Stage
+from ldm.stages.stage import NAMES, stage_params
 
 ROOT = Path(__file__).parents[2]
 DVC: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
-def declared(name: str) -> Stage:
-    stage = importlib.import_module(f"ldm.stages.{name}").STAGE
-    assert isinstance(stage, Stage)
-    return stage
-
-
 def test_dvc_yaml_has_every_stage_in_its_order_and_can_be_read():
     assert tuple(DVC) == NAMES
-    assert {path.stem for path in (ROOT / "ldm/stages").glob("*.py") if "STAGE = Stage(" in path.read_text()} == set(NAMES)
+    assert {path.stem for path in (ROOT / "ldm/stages").glob("*.py") if "\ndef run(root: Path" in path.read_text()} == set(NAMES)
     assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 140
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dvc_yaml_says_what_the_stage_declares(name):
-    stage, said = declared(name), DVC[name]
-    item = ""
-    if stage.for_each:
-        assert said.keys() == {"foreach", "do"} and said["foreach"] == f"${{{stage.for_each}}}"
+def test_dvc_yaml_names_the_paths_of_a_stage_and_no_others(name):
+    """Those of `ldm.base.paths` that its module names, and the shards where it opens them."""
+    said, item, text = DVC[name], "", (ROOT / f"ldm/stages/{name}.py").read_text()
+    if "foreach" in said:
+        assert said.keys() == {"foreach", "do"} and said["foreach"] == f"${{{name}}}"
         said, item = said["do"], " ${item}"
-    paths = [
-        next(iter(out)) if isinstance(out, dict) else out for kind in ("outs", "metrics", "plots") for out in said.get(kind, [])
-    ]
-    assert stage.name == name and said["cmd"] == f"python -m ldm.stages.{name}{item}"
-    assert tuple(said.get("deps", ())) == stage.inputs
-    assert sorted(paths) == sorted(stage.outs)
-    code = [{CODE: [name]}] if name != "code" else []
-    assert said.get("params", []) == [*stage.settings, *code]
+    assert said["cmd"] == f"python -m ldm.stages {name}{item}"
+    listed = [entry for kind in ("deps", "outs", "metrics", "plots") for entry in said.get(kind, [])]
+    found = {str(next(iter(entry)) if isinstance(entry, dict) else entry) for entry in listed} - {"ldm", "${data.path}"}
+    names = {alias.name for node in ast.parse(text).body if isinstance(node, ast.ImportFrom) and node.module == "ldm.base.paths"
+             for alias in node.names} | {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)
+                                         and ast.unparse(node.value) == "paths"}  # fmt: skip
+    own = {getattr(paths, constant) for constant in names} | ({paths.SHARDS} if "stage_shards(" in text else set())
+    assert {path.partition("/${item}")[0] for path in found} == {
+        path for path in own if not path.startswith(".ldm/") or name == "code"
+    }
+    if name != "code":
+        assert said["params"][-1] == {CODE: [name]}
+        assert all(isinstance(key, str) for key in said["params"][:-1])
 
 
 def test_dvc_yaml_names_no_file_of_the_package():
@@ -63,12 +62,12 @@ def test_stages_load_where_the_orchestration_is_absent(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_reads_the_settings_that_it_declares_and_no_others(name):
     """Every `settings.a.b` of the stage's own module (others get values, never the settings) lies in one of its settings."""
-    tree, stage = ast.parse((ROOT / f"ldm/stages/{name}.py").read_text()), declared(name)
+    tree = ast.parse((ROOT / f"ldm/stages/{name}.py").read_text())
+    keys = stage_params(ROOT, name, load_settings(ROOT)).keys() if name != "code" else set()
     chains = {ast.unparse(node).removeprefix("settings.") for node in ast.walk(tree) if isinstance(node, ast.Attribute)
               and ast.unparse(node).startswith("settings.")}  # fmt: skip
-    if "training(root, STAGE, settings" in ast.unparse(tree):  # which reads these
+    if "training(root, '" in ast.unparse(tree):  # which reads these
         chains |= {"precision", "compile"}
     read = {chain for chain in chains if not any(other.startswith(chain + ".") for other in chains)}
-    assert {chain for chain in read if not any(f"{chain}.".startswith(f"{key}.") for key in stage.settings)} == set()
-    assert {key for key in stage.settings if not any(f"{chain}.".startswith(f"{key}.") for chain in read)} == set()
-    assert stage.params(load_settings(ROOT)).keys() == set(stage.settings)
+    assert {chain for chain in read if not any(f"{chain}.".startswith(f"{key}.") for key in keys)} == set()
+    assert {key for key in keys if not any(f"{chain}.".startswith(f"{key}.") for chain in read)} == set()
