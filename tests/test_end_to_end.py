@@ -104,7 +104,7 @@ def test_comments_and_docstrings_run_nothing_and_neither_do_tools(ran, tmp_path,
         text = path.read_text()
         assert text.startswith('"""'), path
         path.write_text(text.replace('"""', '"""Edited. ', 1) + "\n# a comment\n")
-    names = ("cli", "base/progress", "evaluation/gate", "versioning/graph")
+    names = ("cli", "base/progress", "evaluation/gate", "versioning/repository")
     for name in (*names, "registry/versions", "registry/tracking", "registry/lineage"):
         append(root / f"ldm/{name}.py", "\n_EDITED = True\n")
     printed = succeed(shell(root, "ldm", "run", **home))

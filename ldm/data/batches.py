@@ -121,10 +121,7 @@ class Batches(Dataset[torch.Tensor | InputError]):
         self._next: tuple[int, int] | None = None  # position and size of the batch that the stream gives next
 
     def at(self, position: int, batch_size: int) -> torch.Tensor:
-        """This rank's part of the `batch_size` images at a global position, uint8 (batch_size / ranks, C, H, W).
-
-        Batches in sequence are cheapest. Raises `InputError`, naming the sample, if one cannot be decoded.
-        """
+        """This rank's part of the images at a position, uint8 (batch_size / ranks, C, H, W); a damaged one is an `InputError`."""
         if self._next != (position, batch_size):
             self._stream = iter(())  # ends the workers, which else would be copied
             share = batch_size // self.ranks

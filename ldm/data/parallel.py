@@ -73,6 +73,8 @@ def mapped(
         raise InputError("a worker process was killed; if memory ran out, set LDM_WORKERS to fewer than now") from None
     finally:
         batches._shutdown_workers()  # now, not when the traceback that holds it is gone
+        for worker in batches._workers:  # some may just have been told to end
+            worker.join()
 
 
 def _start(worker: int) -> None:

@@ -20,10 +20,7 @@ Parts = dict[str, tarfile.TarInfo]  # the files of a sample by extension
 
 
 def read_tars(folder: Path) -> Collection:
-    """The images of every `*.tar` below `folder`, by WebDataset's convention (see README.md). `file_name` is `TAR/KEY.SUFFIX`.
-
-    Raises `InputError` for damaged tars, members that lead out of the tar, pickles, lacking captions and names that occur twice.
-    """
+    """The images of every `*.tar` below `folder` (README.md); `file_name` is `TAR/KEY.SUFFIX`. Raises `InputError`."""
     rows: list[dict[str, Any]] = []
     places: dict[str, Place] = {}
     ignored: Counter[str] = Counter()

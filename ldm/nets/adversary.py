@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import ClassVar
 
 import torch
@@ -75,7 +76,8 @@ class Perceptual(nn.Module):
             kept |= {key.partition(".")[0]: value.flatten() for key, value in state.items() if key.startswith("lin")}
             net.load_state_dict(kept | {key: value for key, value in state.items() if key.startswith("features.")})
         except Exception as error:  # of many kinds, all of which mean that the file does not hold these weights
-            found = textwrap.shorten(str(error), 450)
+            unread = isinstance(error, UnpicklingError)  # whose text is torch's advice to programmers
+            found = "cannot be read as weights" if unread else textwrap.shorten(str(error), 450)
             raise InputError(f"{path}: not the weights of torchvision's VGG-16 without batch normalisation: {found}") from error
         return net
 

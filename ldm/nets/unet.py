@@ -200,8 +200,10 @@ class UnconditionalUNet(UNet):
 
     @staticmethod
     def heads(dim: Any, kinds: Sequence[str], channels: Sequence[int]) -> list[int]:
-        pairs = zip([*kinds[:-1], "self"], channels, strict=True)
-        return [max(c // (dim or c), 1) if kind == "self" else 1 for kind, c in pairs]
+        pairs = list(zip([*kinds[:-1], "self"], channels, strict=True))
+        if wrong := [c for kind, c in pairs if dim and kind == "self" and c % dim]:
+            raise InputError(f"attention_head_dim = {dim} does not divide the {wrong[0]} channels of a level with attention")
+        return [c // (dim or c) if kind == "self" else 1 for kind, c in pairs]
 
 
 def _one_if_equal(values: list[int]) -> int | list[int]:

@@ -127,8 +127,9 @@ def mlflow_client() -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # a new database would report each of its migrations
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # a new database would report each of its migrations, and an absent server each attempt, where we warn once
+    for name, level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
     return MlflowClient()
 
 

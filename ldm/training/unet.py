@@ -21,10 +21,7 @@ FREQUENCIES, DEVICE_SHARE = 64, 0.5  # of an uncertainty's features; of a GPU's 
 
 
 class UnetObjective:
-    """The denoiser's loss on fresh posterior samples, with captions dropped for classifier-free guidance.
-
-    Unweighted beside it: `mse`, if the loss is weighted, and the mean in each quarter of the noise levels, least first.
-    """
+    """The denoiser's loss on fresh posterior samples; beside it `mse`, unweighted, and means in each quarter of noise levels."""
 
     def __init__(self, denoiser: Denoiser, latents: Latents, options: TrainUnet, seed: int, device: torch.device):
         self.denoiser, self.options, self.seed, self.device = denoiser, options, seed, device

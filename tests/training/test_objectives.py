@@ -308,7 +308,7 @@ def test_perceptual_weights_of_another_file_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"vgg.safetensors: not .*torchvision.*Missing key.*features.5.weight"):
         Perceptual.from_file(path, sha256(path))
     (tmp_path / "text.pth").write_text("not weights")
-    with pytest.raises(InputError, match=r"text.pth: cannot be read as weights"):
+    with pytest.raises(InputError, match=r"text.pth: not the weights .*: cannot be read as weights"):
         Perceptual.from_file(tmp_path / "text.pth", sha256(tmp_path / "text.pth"))
 
 

@@ -11,7 +11,4 @@ class Source(Choice):
 
     @abstractmethod
     def write(self, root: Path, out: Path) -> int:
-        """Write captioned images to the folder `out`, all or nothing; return how many. Paths in options are relative to `root`.
-
-        Raises `InputError` for data that cannot be had.
-        """
+        """Write captioned images to `out`, all or nothing; return how many. Paths in options are relative to `root`."""
