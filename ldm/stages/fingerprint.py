@@ -82,12 +82,14 @@ def _is_module(name: str) -> bool:
 
 @cache
 def _meaning(module: str, text: str) -> tuple[str, list[str]]:
-    """Hash of the part of a module's text that counts, and the modules of ours that count among its imports, in order."""
+    """Hash of what counts of a module's text, and templates that it fills in; the modules of ours that it imports, in order."""
     try:
         reduced, tree = _Reduced(), ast.parse(text)
     except SyntaxError as error:
         raise InputError(f"{_file(module)}:{error.lineno}: {error.msg}") from None
-    return _hash(_plain(reduced.visit(tree))), reduced.targets
+    fills = any(isinstance(node, ast.Constant) and node.value == "templates" for node in ast.walk(tree))
+    pages = sorted(_file(module).parent.glob("templates/*")) if fills else ()
+    return _hash([_plain(reduced.visit(tree)), *(page.read_text(encoding="utf-8") for page in pages)]), reduced.targets
 
 
 class _Reduced(ast.NodeTransformer):

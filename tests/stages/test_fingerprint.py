@@ -22,7 +22,7 @@ from ldm.base.errors import InputError
 from ldm.base.options import Choice, kinds
 from ldm.config import Settings, load_settings
 from ldm.stages import code
-from ldm.stages.fingerprint import UNCOUNTED, check_recorded, counted, fingerprint
+from ldm.stages.fingerprint import UNCOUNTED, _meaning, check_recorded, counted, fingerprint
 from ldm.stages.stage import NAMES, stage_params
 
 STAGES = [name for name in NAMES if name != "code"]
@@ -207,6 +207,17 @@ def test_packages_own_files_hold_public_names_and_nothing_that_computes():
             if isinstance(node, ast.ImportFrom) and f"{node.module}".startswith("ldm") and f"{node.module}" not in MODULES:
                 assert all(f"{node.module}.{alias.name}" in MODULES for alias in node.names), (name, ast.unparse(node))
             assert not (isinstance(node, ast.ImportFrom) and node.level), name
+
+
+def test_a_page_counts_with_the_module_that_fills_it_in(tmp_path, monkeypatch):
+    package = Path(shutil.copytree(REPOSITORY / "ldm", tmp_path / "ldm"))
+    monkeypatch.setattr("ldm.stages.fingerprint.PACKAGE", package)
+    before = {stage: fingerprint(stage) for stage in STAGES}
+    page = package / "report/templates/report.html"
+    page.write_text(page.read_text() + "<!-- edited -->")
+    _meaning.cache_clear()
+    assert [stage for stage in STAGES if fingerprint(stage) != before[stage]] == ["evaluate"]
+    _meaning.cache_clear()
 
 
 # that what does not count decides nothing
