@@ -66,10 +66,7 @@ def sample(
     guide: Annotated[str | None, typer.Option(help="A weaker model of the same latents that guidance leads away from.")] = None,
     assignments: Set = None,
 ) -> None:
-    """Draw images for prompts. What is not set is the model's own default.
-
-    Example: `ldm sample --prompt "a handwritten seven" -n 16 --set steps=32 --out seven.png`
-    """
+    """Draw images for prompts. What is not set is the model's own default."""
     loaded, weaker = load_model(model), load_model(guide) if guide else None
     prompts = [text for text in prompt for _ in range(n)]
     options = shared.sampling(loaded, assignments)
@@ -93,8 +90,6 @@ def interpolate(
 
     Two images are joined by a great circle between their latents. Two prompts are joined by a line between their text
     embeddings, and every image starts from the same noise.
-
-    Example: `ldm interpolate "a handwritten three" "a handwritten eight" -n 8 --out walk.png`
     """
     from ldm.data.images import SUFFIXES
 

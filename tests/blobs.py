@@ -54,7 +54,7 @@ def make_project(root: Path, changes: dict[str, Any], binary: bool = False) -> P
 
 
 def run_stages(root: Path, *names: str) -> None:
-    """As `python -m ldm.stages NAME` in the project's folder would, but for what that does to a process; "NAME ARGUMENT", too."""
+    """As `python -m ldm.stages.NAME` in the project's folder would, but for what that does to a process; "NAME ARGUMENT", too."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         for name in names:

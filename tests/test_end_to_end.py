@@ -70,7 +70,7 @@ def test_the_stages_alone_make_the_same_files_elsewhere(ran, tmp_path, shell):
     set_params(root, TINY)
     absent = {"PYTHONPATH": str(tmp_path / "absent"), "MLFLOW_TRACKING_URI": UNREACHABLE}
     for stage in STAGES:
-        result = shell(root, "python", "-m", "ldm.stages", stage, **absent)
+        result = shell(root, "python", "-m", f"ldm.stages.{stage}", **absent)
         printed = succeed(result) + result.stderr
         assert stage == "code" or "goes on without tracking" in printed
     for name in ("reports/metrics.json", "reports/samples.png", "reports/report.html"):
@@ -297,7 +297,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, project, shell, home):
             file.write("photos/gone.jpg,a gone gradient,nobody\n")
     # One case goes through Prefect and DVC, two stop before; the others are run as the stage that would find them.
     alone = case in ("unknown key", "wrong value", "empty folder")
-    result = shell(project, *(("python", "-m", "ldm.stages", "shard") if alone else ("ldm", "run")), **home)
+    result = shell(project, *(("python", "-m", "ldm.stages.shard") if alone else ("ldm", "run")), **home)
     output = result.stdout + result.stderr
     assert result.returncode == 2, output
     assert expected in output and "Traceback" not in output

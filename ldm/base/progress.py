@@ -18,8 +18,7 @@ atexit.register(_printing.acquire)
 class Progress(contextlib.AbstractContextManager["Progress"]):
     """A bar with speed and time left on a terminal; elsewhere plain lines. If no line follows, a thread repeats the last one.
 
-    It ends when `total` is reached, or with `close()`. A step without a count is wrapped,
-    `with Progress("evaluate: samples"): ...`, and shows how long it has taken so far.
+    It ends at `total`, or with `close()`. A step without a count, `with Progress("evaluate: samples"): ...`, shows its seconds.
     """
 
     INTERVAL = 5.0  # least seconds between plain lines

@@ -71,8 +71,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
     """Move new images from `inbox` to `data.path/YYYY-MM-DD` (UTC; `-2`, `-3`, … if that exists); `dvc add` the collection.
 
     An image is new if it lies directly in `inbox`, has a caption there, equals no image of the collection and none before it in
-    `inbox`, and neither it nor its caption has changed for `settle` seconds. The batch gets a `metadata.csv`. Raises `InputError`
-    for a collection that cannot take batches, a damaged table, and labels that do not match the collection's.
+    `inbox`, and neither it nor its caption has changed for `settle` seconds. Raises `InputError`, before anything is moved.
     """
     root, inbox = root.resolve(), inbox.resolve()
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):

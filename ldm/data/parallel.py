@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from ldm.base.environment import env_count
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, env_count
 from ldm.data.images import UnreadableImage
 
 Progress = Callable[[int, int], None]  # (done, total)

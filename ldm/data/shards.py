@@ -65,9 +65,8 @@ def write_shards(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the images of `folder` (see `read_collection`) as shards to `out`, all or nothing, and return the index.
 
-    `workers` processes hash, then encode. `preprocessing` has the fields of `images.Preprocessing`. Raises `InputError` for bad
-    folders and captions, for a split with fewer than `SMALLEST_SPLIT` images, and if more than `max_bad_fraction` of the images
-    are unreadable, which then are listed in the file `report`.
+    `preprocessing` has the fields of `images.Preprocessing`. Raises `InputError` for bad folders, captions and splits, and if
+    more than `max_bad_fraction` of the images are unreadable, which then are listed in the file `report`.
     """
     collection = read_collection(folder)
     prompts = _find_prompts(folder, collection.table)

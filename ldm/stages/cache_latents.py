@@ -19,7 +19,7 @@ from ldm.nets.autoencoder import VQModel, load_autoencoder
 from ldm.nets.diffusers import network_hash
 from ldm.nets.text.encoder import TextEncoder
 from ldm.registry.tracking import stage_run
-from ldm.stages.stage import stage_params
+from ldm.stages.stage import stage_main, stage_params
 from ldm.stages.work import identify
 
 
@@ -51,3 +51,7 @@ def run(root: Path) -> None:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         tracker.log({f"latent_std_{i}": std for i, std in enumerate(manifest["latent_std"])} | {"reused_shards": reused}, total)
     print(f"cache_latents: {len(manifest['files'])} shards, {reused} of them encoded before and reused")
+
+
+if __name__ == "__main__":
+    stage_main("cache_latents", run)

@@ -26,7 +26,7 @@ from ldm.nets.backbone import load_backbone
 from ldm.nets.diffusers import network_hash
 from ldm.registry.tracking import stage_run
 from ldm.report.page import write_page
-from ldm.stages.stage import stage_params
+from ldm.stages.stage import stage_main, stage_params
 
 TILES = 40  # samples shown first in the report
 
@@ -80,3 +80,7 @@ def assemble(root: Path, settings: Settings) -> None:
     if recipe.autoencoder != network_hash(vae):
         raise InputError(f"{unet}: trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on")
     LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), load_backbone(unet), recipe).save(root / paths.MODEL)
+
+
+if __name__ == "__main__":
+    stage_main("evaluate", run)

@@ -1,8 +1,4 @@
-"""A fingerprint of the code that a stage computes with: every module that it imports, by meaning. README.md says what counts.
-
-A module counts by content, not by name: one that only moves changes no fingerprint. To import a module of a package of choices
-is to import all of them, as Python does.
-"""
+"""A fingerprint of the code that a stage computes with: every module that it imports, by meaning. README.md says what counts."""
 
 import ast
 import json
@@ -23,7 +19,7 @@ UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/t
     "ldm.base.lazy": "public names; the stages import from the modules themselves",
     "ldm.base.options": "checks settings and returns the file's own values, which DVC compares",
     "ldm.config": "checks settings and returns the file's own values, which DVC compares",
-    "ldm.base.errors": "ends a run",
+    "ldm.base.errors": "ends a run; reads environment variables, none of which changes what is meant",
     "ldm.registry.lineage": "describes a run",
     "ldm.base.paths": "dvc.yaml names the same paths, which DVC compares",
     "ldm.base.progress": "prints",
@@ -142,7 +138,7 @@ class _Reduced(ast.NodeTransformer):
             return -1
         if not _is_module(module):  # a public name, or one made at run time
             raise ValueError(f"import from the module itself: {module} has no file of its own")
-        parts = module.split(".")
+        parts = module.split(".")  # to import a module of a package of choices is to import all of them, as Python does
         packages = [".".join(parts[:depth]) for depth in range(2, len(parts))]
         choices = [package for package in packages if re.search(rf"^from {package}\.", _text(package), re.MULTILINE)]
         self.targets += [name for name in (module, *choices) if name not in self.targets]

@@ -13,7 +13,7 @@ from ldm.base.progress import Progress
 from ldm.config import HUB, load_settings
 from ldm.registry.tracking import stage_run, use_default_store
 from ldm.registry.versions import downloaded
-from ldm.stages.stage import stage_params
+from ldm.stages.stage import stage_main, stage_params
 
 
 def run(root: Path) -> None:
@@ -57,3 +57,7 @@ def _located(root: Path, name: str, files: tuple[str, ...]) -> Iterator[Path]:
         yield Path(folder) / within
     else:
         yield root / name
+
+
+if __name__ == "__main__":
+    stage_main("pretrained", run)

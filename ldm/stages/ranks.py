@@ -21,10 +21,9 @@ logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
 
 
 def run_ranks(stage: str, count: int) -> int:
-    """Run a stage as `count` ranks. Returns the stage's exit code when all of them have ended.
+    """Run a stage as `count` ranks; returns the stage's exit code when all of them have ended.
 
-    The ranks' stdin is a pipe of which only this process holds the other end: they stop when this process closes it or is
-    killed. The stderr of ranks other than 0 is shown only if they fail.
+    Their stdin is a pipe of which only this process holds the other end: they stop when this process closes it or is killed.
     """
     with socket.create_server(("127.0.0.1", 0)) as listening:  # TCPStore itself would listen on all interfaces
         port = listening.getsockname()[1]
@@ -36,7 +35,7 @@ def run_ranks(stage: str, count: int) -> int:
         "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback,
     }  # fmt: skip
     envs = {rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
-    command = dict.fromkeys(range(count), ("-m", "ldm.stages", stage))
+    command = dict.fromkeys(range(count), ("-m", f"ldm.stages.{stage}"))
     read, write = os.pipe()
     os.dup2(read, 0)
     with tempfile.TemporaryDirectory() as folder:

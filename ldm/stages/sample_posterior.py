@@ -20,7 +20,7 @@ from ldm.langevin.decoder import DecoderChains, DecoderLoss, DecoderPosterior
 from ldm.model import LatentDiffusion
 from ldm.nets.diffusers import network_hash
 from ldm.registry.tracking import stage_run
-from ldm.stages.stage import stage_params, stop_at_checkpoint
+from ldm.stages.stage import stage_main, stage_params, stop_at_checkpoint
 from ldm.stages.work import identify, opened
 from ldm.training.checkpoint import CheckpointStore
 
@@ -67,3 +67,7 @@ def run(root: Path, sampler: str = "") -> None:
         print(f"sample_posterior: warning: {warning}", flush=True)
     before, after, gain, error = (metrics[n] for n in ("bits_per_dim", "average_bits_per_dim", "gain_nats", "gain_nats_se"))
     print(f"sample_posterior: {before:.4f} bits/dim as trained, {after:.4f} averaged (by {gain:.2f} ± {error:.2f} nats an image)")
+
+
+if __name__ == "__main__":
+    stage_main("sample_posterior", run)

@@ -10,7 +10,7 @@ from ldm.config import load_settings
 from ldm.data.parallel import default_workers
 from ldm.data.shards import write_shards
 from ldm.registry.tracking import stage_run
-from ldm.stages.stage import stage_params
+from ldm.stages.stage import stage_main, stage_params
 
 PRINTED = 20  # quarantined images that are printed; quarantine.csv has all
 
@@ -40,3 +40,7 @@ def run(root: Path) -> None:
         print(f"shard: ignored what is no image: {listed}")
     if listed := ", ".join(f"{n} {kind}" for kind, n in index["duplicates"].items()):
         print(f"shard: {listed} duplicates, listed in {SHARDS}/duplicates.csv")
+
+
+if __name__ == "__main__":
+    stage_main("shard", run)

@@ -7,7 +7,7 @@ from ldm.base.progress import Progress
 from ldm.config import load_settings
 from ldm.data.sources.source import Source
 from ldm.registry.tracking import stage_run
-from ldm.stages.stage import stage_params
+from ldm.stages.stage import stage_main, stage_params
 
 
 def run(root: Path) -> None:
@@ -18,3 +18,7 @@ def run(root: Path) -> None:
             count = source.write(root, root / SOURCE)
         tracker.log({"images": float(count)}, 0)
     print(f"source: {count} images written to {SOURCE}", flush=True)
+
+
+if __name__ == "__main__":
+    stage_main("source", run)

@@ -1,7 +1,6 @@
 """The start and end of a stage's process, and what dvc.yaml says of a stage."""
 
 import contextlib
-import importlib
 import os
 import signal
 import sys
@@ -14,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from ldm.base.environment import env_count
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, env_count
 from ldm.base.options import value_at
 from ldm.config import Settings, find_root
 from ldm.stages.fingerprint import check_recorded
@@ -23,7 +21,6 @@ from ldm.stages.fingerprint import check_recorded
 NAMES = (  # every stage, each after those it depends on
     "code", "source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet", "evaluate", "sample_posterior",
 )  # fmt: skip
-PARALLEL = ("train_vae", "train_unet")
 BAD_INPUT = 2  # exit code of a stage that ended with an `InputError`
 INTERRUPTED = 130  # exit code of a stage that was stopped
 CHECKPOINT_SECONDS = 30  # time for a stopped rank to reach its checkpoint
@@ -38,26 +35,24 @@ def stage_params(root: Path, name: str, settings: Settings) -> dict[str, Any]:
     return {key: value_at(values, key) for key in said.get("do", said)["params"] if isinstance(key, str)}
 
 
-def stage_main(name: str = "", *item: str) -> None:
+def stage_main(name: str, run: Callable[..., None], parallel: bool = False) -> None:
     """Run a stage in the project around the working directory and exit: 0, 2 for bad input, 130 when stopped.
 
-    `item`: that of a stage which dvc.yaml runs for each item of a list. If the stage is one of `PARALLEL`, this process starts
-    and watches the `LDM_PROCESSES` ranks that run it, unless it is one of torchrun's.
+    `run` gets the project's folder, and the item of a stage that dvc.yaml runs for each item of a list. If the stage is
+    `parallel`, this process starts and watches the `LDM_PROCESSES` ranks that run it, unless it is one of torchrun's.
     """
     on_signals(_request_stop)
     try:
         if os.environ.get("LDM_OWNER_PIPE"):
             threading.Thread(target=_watch_owner, args=(os.dup(0),), daemon=True).start()
-        if name not in NAMES:
-            raise InputError(f"there is no stage {name!r}; there are {', '.join(NAMES)}")
         root = find_root()
         if "DVC_STAGE" in os.environ and name != "code":
             check_recorded(root, name)
-        if name in PARALLEL and "WORLD_SIZE" not in os.environ and (count := env_count("LDM_PROCESSES", 1)) > 1:
+        if parallel and "WORLD_SIZE" not in os.environ and (count := env_count("LDM_PROCESSES", 1)) > 1:
             from ldm.stages.ranks import run_ranks  # imports torch
 
             sys.exit(run_ranks(name, count))
-        importlib.import_module(f"ldm.stages.{name}").run(root, *item)
+        run(root, *sys.argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)

@@ -14,6 +14,7 @@ from ldm.data.latents import Latents, open_latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.nets.backbone import Backbone
 from ldm.nets.diffusers import Pretrained, network_hash
+from ldm.stages.stage import stage_main
 from ldm.stages.training import training
 from ldm.training.unet import UnetObjective
 
@@ -47,3 +48,7 @@ def run(root: Path) -> None:
         network.load_state_dict({k.removeprefix("unet."): v for k, v in ema.items() if k.startswith("unet.")})
         network.save_pretrained(root / UNET)
         (root / UNET / "recipe.json").write_text(canonical_json(recipe(settings, latents)))
+
+
+if __name__ == "__main__":
+    stage_main("train_unet", run, parallel=True)

@@ -22,6 +22,7 @@ from ldm.data.parallel import loader_workers
 from ldm.data.reader import ShardReader, stage_shards
 from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.autoencoder import Autoencoder, VQModel, load_autoencoder
+from ldm.stages.stage import stage_main
 from ldm.stages.training import training
 from ldm.training.objectives import VaeObjective
 
@@ -113,3 +114,7 @@ def run(root: Path) -> None:
         autoencoder.save_pretrained(out)
         likelihood.save_pretrained(out)
     print(f"train_vae: validation ELBO {held_out['elbo_nats']:.1f} nats, {held_out['elbo_bits_per_dim']:.4f} bits/dim")
+
+
+if __name__ == "__main__":
+    stage_main("train_vae", run, parallel=True)

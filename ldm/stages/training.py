@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.base import distributed
-from ldm.base.environment import env_count, env_switch
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, env_count, env_switch
 from ldm.base.progress import Progress
 from ldm.config import Settings
 from ldm.nets.diffusers import Pretrained
@@ -29,8 +28,7 @@ def training(
     """Join the ranks, open the work folder and the MLflow run; at the end, write the loss curve and delete the work folder.
 
     Yields the function that trains an objective as the settings say and returns its averaged weights, the MLflow run, and the
-    work, which is None on other ranks than 0: they write no outs. A run with the same settings, `inputs` (hashes), code and
-    layout resumes from its checkpoint.
+    work, which is None on ranks that write no outs. Equal settings, `inputs` (hashes), code and layout resume a checkpoint.
     """
     options, ranks = getattr(settings, name), int(os.environ.get("WORLD_SIZE", "1"))
     if options.batch_size % ranks:

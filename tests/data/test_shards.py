@@ -286,7 +286,7 @@ def test_the_stage_killed_with_its_processes_at_work(seed: int, tmp_path: Path) 
     make_folder(root / "data/raw/mine", numbered(1500), seed)
     params = {"path": "data/raw/mine", "image_size": 64, "channels": 3, "shard_size": 50}
     set_params(root, {"data": params})
-    command, env = [sys.executable, "-m", "ldm.stages", "shard"], environment(LDM_WORKERS="2", PYTHONPATH=str(root))
+    command, env = [sys.executable, "-m", "ldm.stages.shard"], environment(LDM_WORKERS="2", PYTHONPATH=str(root))
     stage = subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.DEVNULL)
     partial, wanted = root / "data/shards.partial", int(random.integers(1, 20))
     deadline = time.monotonic() + 60

@@ -45,7 +45,7 @@ MODULES = {
 # what modules that count may use of those that do not: names that neither compute nor choose anything
 USED = {
     "ldm.config": "settings as the file has them",
-    "ldm.base.errors": "InputError",
+    "ldm.base.errors": "InputError env_count env_switch",
     "ldm.base.lazy": "Tensor torch",
     "ldm.base.options": (
         "Choice Count Fraction NonNegative OneOf Positive Rate Section chosen explained keys kinds value_at"  # classes by kind
@@ -53,7 +53,7 @@ USED = {
     "ldm.base.paths": "constants that dvc.yaml repeats",
     "ldm.base.progress": "Progress",
     "ldm.registry.versions": "downloaded",
-    "ldm.stages.stage": "stage_params stop_at_checkpoint",
+    "ldm.stages.stage": "stage_main stage_params stop_at_checkpoint",
     "ldm.stages.work": "Work identify opened",
     "ldm.registry.tracking": "Run stage_run use_default_store",
 }
@@ -325,7 +325,7 @@ def test_a_stage_refuses_to_run_other_code_than_dvc_will_record(tmp_path, monkey
         check_recorded(tmp_path, "shard")
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    command = [sys.executable, "-m", "ldm.stages", "shard"]
+    command = [sys.executable, "-m", "ldm.stages.shard"]
     env = environment(DVC_STAGE="shard", PYTHONPATH=str(REPOSITORY))
     refused = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "the code of shard" in refused.stderr

@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def stage(root: Path, name: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ldm.stages", name]
+    command = [sys.executable, "-m", f"ldm.stages.{name}"]
     return subprocess.run(command, cwd=root, env=environment(**extra), capture_output=True, text=True, timeout=60)
 
 

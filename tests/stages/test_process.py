@@ -27,9 +27,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def start(body: str, stdin: Any = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
         lines = ["import atexit, os, sys, time", "from ldm.base.errors import InputError"]
-        lines += ["from ldm.stages import stage", "from ldm.stages.stage import stop_at_checkpoint", "def run(root):"]
-        lines += ["    " + line for line in (body or "pass").splitlines()]
-        lines += ["stage.NAMES, sys.modules['ldm.stages.toy'] = ('toy',), sys.modules['__main__']", "stage.stage_main('toy')"]
+        lines += ["from ldm.stages.stage import stage_main, stop_at_checkpoint", "def run(root):"]
+        lines += ["    " + line for line in (body or "pass").splitlines()] + ["stage_main('toy', run)"]
         clean = {name: value for name, value in os.environ.items() if name != "LDM_OWNER_PIPE"}
         process = subprocess.Popen(
             [sys.executable, "-c", "\n".join(lines)],

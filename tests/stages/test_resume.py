@@ -48,7 +48,7 @@ PAIRS = {  # stage, settings, environment
 
 def start(root: Path, stage: str, **extra: str) -> subprocess.Popen[str]:
     """The stage's process; what it says on stderr, and nothing on stdout, is piped."""
-    command, env = [sys.executable, "-m", "ldm.stages", stage], environment(**extra)
+    command, env = [sys.executable, "-m", f"ldm.stages.{stage}"], environment(**extra)
     return subprocess.Popen(command, cwd=root, env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -155,7 +155,7 @@ def alive(pid: int) -> bool:
 
 
 def resumed(root: Path, stage: str, kept: int, **extra: str) -> dict[str, bytes]:
-    command = [sys.executable, "-m", "ldm.stages", stage]
+    command = [sys.executable, "-m", f"ldm.stages.{stage}"]
     again = subprocess.run(command, cwd=root, env=environment(**extra), capture_output=True, text=True, check=True)
     assert f"resuming after {kept} images" in again.stdout
     return contents(root, stage)
@@ -198,7 +198,7 @@ def test_a_checkpoint_outlives_an_edit_that_changes_nothing_and_is_adopted_after
 
 
 def run_again(root: Path, stage: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ldm.stages", stage]
+    command = [sys.executable, "-m", f"ldm.stages.{stage}"]
     return subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=True)
 
 

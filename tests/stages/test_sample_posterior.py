@@ -143,7 +143,7 @@ LONG = {"part": ["conv_out"], "burn_in": 10, "thin": 40, "draws": 5, "batch_size
 
 
 def start(root: Path, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ldm.stages", "sample_posterior", "sghmc"]
+    command = [sys.executable, "-m", "ldm.stages.sample_posterior", "sghmc"]
     return subprocess.Popen(command, cwd=root, env=environment(PYTHONPATH=str(REPOSITORY)), **options)
 
 

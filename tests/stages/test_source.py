@@ -34,7 +34,7 @@ def run_stage(root: Path, source: dict[str, str], **extra: str) -> subprocess.Co
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPOSITORY / name, root)
     set_params(root, {"data": {"source": source}})
-    command, home = [sys.executable, "-m", "ldm.stages", "source"], {"HF_HOME": os.environ["HF_HOME"]}
+    command, home = [sys.executable, "-m", "ldm.stages.source"], {"HF_HOME": os.environ["HF_HOME"]}
     return subprocess.run(command, cwd=root, env=environment(**home | extra), capture_output=True, text=True, timeout=60)
 
 

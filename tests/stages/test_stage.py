@@ -32,7 +32,7 @@ def test_dvc_yaml_names_the_paths_of_a_stage_and_no_others(name):
     if "foreach" in said:
         assert said.keys() == {"foreach", "do"} and said["foreach"] == f"${{{name}}}"
         said, item = said["do"], " ${item}"
-    assert said["cmd"] == f"python -m ldm.stages {name}{item}"
+    assert said["cmd"] == f"python -m ldm.stages.{name}{item}"
     listed = [entry for kind in ("deps", "outs", "metrics", "plots") for entry in said.get(kind, [])]
     found = {str(next(iter(entry)) if isinstance(entry, dict) else entry) for entry in listed} - {"ldm", "${data.path}"}
     names = {alias.name for node in ast.parse(text).body if isinstance(node, ast.ImportFrom) and node.module == "ldm.base.paths"

@@ -28,9 +28,8 @@ class HuggingFace(Source):
     def write(self, root: Path, out: Path) -> int:
         """Write each split as `SPLIT/00000000.SUFFIX`, with the images' own bytes, and captions as `metadata.jsonl`.
 
-        The table has `file_name`, `text` (the first of several captions), `label` if one column holds classes, and every
-        other scalar. A row without an image becomes an empty file, which the `shard` stage quarantines. Raises `InputError`
-        for a data set that cannot be had, for unclear columns, and for a row without its image file, caption or label.
+        The table has `file_name`, `text` (the first of several captions), `label` if one column holds classes, and every other
+        scalar. A row without an image becomes an empty file, which the `shard` stage quarantines; one without text is refused.
         """
         where = f"data.source.dataset {self.dataset!r}"
         splits, local = _load(self.dataset, root, where)
