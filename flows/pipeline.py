@@ -1,12 +1,10 @@
 """The flow: DVC decides which stages have to run; Prefect adds retries, time limits, cancellation and a record."""
 
-import contextlib
-import fcntl
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from ldm.config import load_settings
 from ldm.data.latents import prune_store
 from ldm.registry import lineage, registration, tracking, versions
 from ldm.registry.tracking import Records
-from ldm.versioning.repository import Node, ancestors, check_data, read_graph
+from ldm.versioning.repository import Node, alone, ancestors, check_data, read_graph
 from ldm.versioning.reproduce import up_to_date
 
 WORDS = {"cached": "nothing to do", "restored": "brought back from DVC's cache"}  # for stages that were not executed
@@ -89,7 +87,7 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
     settings, graph = load_settings(folder), read_graph(folder)
     others = tuple(node for node in graph if TARGET in node.needs)
     tracking.use_default_store(folder)
-    with _alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
+    with alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
         steps = [Step("start", "", time.monotonic() - STARTED)]
         if inbox:
             ingested, seconds = _timed(ingest, folder, inbox)
@@ -113,20 +111,6 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
     for what, value in summary.results:
         get_run_logger().info("%s: %s", what, value)  # for the logs of scheduled runs
     return summary
-
-
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Allow one run at a time in a folder: two would change the same files."""
-    path = root / ".ldm/pipeline.lock"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{root}: process {path.read_text()} runs the pipeline here; wait for it or stop it") from None
-        path.write_text(str(os.getpid()))
-        yield
 
 
 def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

@@ -46,9 +46,11 @@ def run(
     arguments = ["--ingest", str(ingest.absolute())] if ingest else []
     if assignments:
         from ldm.config import change_settings
+        from ldm.versioning.repository import alone
 
-        for line in change_settings(root, assignments):
-            print(f"params.yaml: {line}", flush=True)
+        with alone(root):  # a run that is under way would train its later stages under other settings than it recorded
+            for line in change_settings(root, assignments):
+                print(f"params.yaml: {line}", flush=True)
     os.chdir(root)
     # Become the flow: a parent in between would have to pass every signal on, and could die before it.
     os.execv(sys.executable, [sys.executable, "-m", "flows.run", *arguments])

@@ -1,7 +1,6 @@
 """`params.yaml` as frozen, validated settings. Everything here changes results; what does not is environment."""
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,6 +90,13 @@ class Evaluate(Section):
     importance_samples: Positive  # posterior samples a test image, for the autoencoder's importance-weighted bound
     metrics: tuple[Annotated[Metric, OneOf()], ...]  # beside the bound
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Evaluate":
+        names = [getattr(metric, "name", metric.kind) for metric in self.metrics]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"metrics: two are called {repeated[0]}; give one of them another name, or remove it")
+        return self
+
 
 class Posterior(Section):
     """How the stages `sample_posterior` sample weights of the decoder."""
@@ -173,18 +179,20 @@ def load_settings(root: Path) -> Settings:
 
 def change_settings(root: Path, assignments: list[str]) -> list[str]:
     """Write values into `root/params.yaml`, comments kept; returns what changed, a line each. `InputError` if not valid then."""
-    from ruamel.yaml import YAML
+    from ruamel.yaml import YAML, YAMLError
 
-    before = load_settings(root).model_dump()
-    path, document = root / "params.yaml", YAML()
+    path, document, changed_text = (root / "params.yaml").resolve(), YAML(), io.StringIO()  # resolved: a link stays one
     document.preserve_quotes, document.width, document.default_flow_style = True, 1000, None  # new lists in one line
     document.indent(mapping=2, sequence=4, offset=2)
     document.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
-    values = assigned(document.load(path.read_text(encoding="utf-8")), assignments)
-    after = validated(json.loads(json.dumps(values)), root).model_dump()
-    text = io.StringIO()
-    document.dump(values, text)
-    write_text(path, text.getvalue())
+    try:
+        text = path.read_text(encoding="utf-8")
+        document.dump(assigned(document.load(text), assignments), changed_text)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    before, after = (yaml.safe_load(found) for found in (text, changed_text.getvalue()))  # as `load_settings` reads it
+    validated(after, root)
+    write_text(path, changed_text.getvalue())
     names = dict.fromkeys(assignment.partition("=")[0].removesuffix(".kind") for assignment in assignments)
     changes = ((name, value_at(before, name, None), value_at(after, name, None)) for name in names)
     changed = {name: f"{name}: {old}, now {new}" for name, old, new in changes if old != new}

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, replacing
-from ldm.base.options import chosen
+from ldm.base.options import chosen, explained
 from ldm.base.pixels import to_float, to_uint8
 from ldm.base.randomness import generator
 from ldm.bayes.bound import Bound, whole_bound
@@ -51,10 +52,13 @@ class LatentDiffusion:
         folder = Path(folder)
         try:
             recipe = Recipe.read(json.loads((folder / "model.json").read_text()))
+            Diffusion.model_validate(recipe.diffusion), Sampling.model_validate(recipe.sampling)
+            chosen(Text, recipe.text["options"])
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{folder}: holds no model.json; give a folder that LatentDiffusion.save wrote") from None
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / 'model.json'}: not a model of this version: {error}") from None
+            reason = explained(error) if isinstance(error, ValidationError) else error
+            raise InputError(f"{folder / 'model.json'}: not a model of this version: {reason}") from None
         autoencoder = load_autoencoder(folder / "autoencoder").place(device)
         likelihood = load_likelihood(folder / "autoencoder").to(device)
         return cls(autoencoder, likelihood, load_backbone(folder / "unet").place(device), recipe)
@@ -164,7 +168,7 @@ class LatentDiffusion:
         Images are joined by a great circle between their standardised latent means, or by a line if `linear`; prompts by a line
         between their token embeddings, and every image starts from the same noise.
         """
-        weights = torch.linspace(0, 1, n, device=self.device)
+        options, weights = changed_sampling(self.recipe.sampling, sampling), torch.linspace(0, 1, n, device=self.device)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             shift, scale = self._affine
             first, last = ((self.encode(x[None]).mean - shift) / scale for x in (a, b))
@@ -176,15 +180,11 @@ class LatentDiffusion:
         context = torch.lerp(first.expand(n, -1, -1), last.expand(n, -1, -1), weights.view(-1, 1, 1))
         w = weights[:, None]  # the ends attend to their own tokens only: they are what `sample` draws
         mask = torch.cat([(masks[0] & (w < 1)) | (masks[1] & (w > 0)), masks[2:]])
-        options = changed_sampling(self.recipe.sampling, sampling)
         return self.decode(self._sample_latents((torch.cat([context, empty[None]]), mask), options, seed, [0] * n))
 
     @torch.inference_mode()
     def bound(self, images: Tensor, prompts: list[str], *, levels: int, seed: int = 0, keys: list[str] | None = None) -> Bound:
-        """A lower bound on log p(image | prompt) of images (N, C, H, W), from `levels` noise levels each; see `ldm.bayes.bound`.
-
-        An image's random numbers come from the seed and its key (default: its position): two models are compared under one noise.
-        """
+        """A lower bound on log p(image | prompt) of images (N, C, H, W), by `levels` noise levels; random by seed and key."""
         rngs = [generator(seed, "bound", key) for key in keys or map(str, range(len(images)))]
         latent_noise = self.latent_noise(rngs)  # the first draw, as in `bound_latents`
         noise = torch.stack([torch.randn((levels, *self.latent_shape), generator=rng) for rng in rngs], 1)

@@ -1,5 +1,6 @@
 """The command line without a model: help, settings, and refusals that need none."""
 
+import fcntl
 import resource
 import shutil
 import subprocess
@@ -151,6 +152,16 @@ def test_a_run_under_settings_that_are_not_valid_does_not_start(started, tmp_pat
     before = (tmp_path / "params.yaml").read_text()
     result = CliRunner().invoke(app, ["run", "--set", "train_unet.lr=1e-3", "--set", "train_unet.lrr=1"])
     assert isinstance(result.exception, InputError) and "did you mean train_unet.lr?" in str(result.exception)
+    assert not started and (tmp_path / "params.yaml").read_text() == before
+
+
+def test_settings_stay_while_a_run_is_under_way(started, tmp_path):
+    before = (tmp_path / "params.yaml").read_text()
+    (tmp_path / ".ldm").mkdir()
+    with (tmp_path / ".ldm/pipeline.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = CliRunner().invoke(app, ["run", "--set", "train_unet.lr=1e-3"])
+    assert isinstance(result.exception, InputError) and "runs the pipeline here" in str(result.exception)
     assert not started and (tmp_path / "params.yaml").read_text() == before
 
 

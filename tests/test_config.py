@@ -330,9 +330,9 @@ def test_changing_settings_keeps_comments_and_formatting(project: Path) -> None:
     }
     assert changes == [
         "train_unet.lr: 0.002, now 0.001",
-        "sampling.sampler: {'kind': 'dpmpp_2m'}, now {'kind': 'heun', 'churn': 3.0}",
-        "autoencoder.block_out_channels: (16, 32, 64), now (16, 32, 48)",
-        "sampling.guidance_interval: None, now (0.1, 3.0)",
+        "sampling.sampler: {'kind': 'dpmpp_2m'}, now {'kind': 'heun', 'churn': 3}",
+        "autoencoder.block_out_channels: [16, 32, 64], now [16, 32, 48]",
+        "sampling.guidance_interval: None, now [0.1, 3]",
         "data.background: #ffffff, now #000000",
         "evaluate.metrics.1.features.dim: 32, now 8",
     ]  # and not text.max_tokens, which was 16
@@ -344,6 +344,10 @@ def test_changing_settings_keeps_comments_and_formatting(project: Path) -> None:
         (["train_unet.lr=1e-3", "train_unet.images=0"], "params.yaml: train_unet.images: found 0; Input"),
         (["train_unet.lr=1e-3", "train_unet.learning_rate=1"], "params.yaml: unknown key train_unet.learning_rate"),
         (["sampling.sampler=heun"], "params.yaml: sampling.sampler: found 'heun'; write {kind: NAME} and its options"),
+        (["registry.name=on"], "params.yaml: registry.name: found True"),  # as other readers of YAML take it
+        (["seed=2026-01-01"], "params.yaml: seed: found datetime.date"),
+        (["evaluate.metrics.-1.kind=psnr"], "there is no -1 in evaluate.metrics.-1.kind"),
+        (["evaluate.metrics=[{kind: psnr}, {kind: psnr}]"], "metrics: two are called psnr; give one of them another name"),
         (["train_unet.lr=[1"], "--set train_unet.lr=[1: not readable as YAML"),
         (["seed"], "--set 'seed': write KEY=VALUE"),
     ],
@@ -353,6 +357,34 @@ def test_settings_that_would_not_be_valid_are_not_written(assignments: list[str]
         change_settings(project, assignments)
     assert expected in str(error.value)
     assert (project / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def test_settings_that_are_wrong_can_be_mended(project: Path) -> None:
+    file = project / "params.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: x"))
+    with pytest.raises(InputError, match="seed: found 'x'"):
+        load_settings(project)
+    assert change_settings(project, ["seed=3"]) == ["seed: x, now 3"]
+    assert load_settings(project).seed == 3
+    file.write_text(file.read_text() + "seed: 4\n")
+    with pytest.raises(InputError, match=r"params.yaml: not readable as YAML: .*duplicate key"):
+        change_settings(project, ["seed=5"])
+
+
+def test_a_link_to_the_settings_stays_one(project: Path) -> None:
+    (project / "params.yaml").rename(project / "shared.yaml")
+    (project / "params.yaml").symlink_to("shared.yaml")
+    change_settings(project, ["seed=3"])
+    assert (project / "params.yaml").is_symlink() and load_settings(project).seed == 3
+
+
+def test_all_that_is_wrong_is_said_at_once(project: Path) -> None:
+    file = project / "params.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: x\nsed: 1").replace("num_heads:", "heads:"))
+    with pytest.raises(InputError) as error:
+        load_settings(project)
+    for words in ("unknown key sed: did you mean seed?", "seed: found 'x'", "unknown key backbone.heads"):
+        assert words in str(error.value)
 
 
 def test_reading_settings_waits_for_no_heavy_library() -> None:

@@ -45,6 +45,7 @@ def midpoint(denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: NoiseFn | No
 class Midpoint(Sampler):
     kind: Literal["midpoint"] = "midpoint"
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
+    backwards: bool = False
 
     def build(self, sigma_max: float) -> Callable[..., Any]:
         return partial(midpoint, alpha=self.alpha)
@@ -282,7 +283,7 @@ print(ldm.__file__)
 def test_the_served_model_takes_the_sampler_and_its_option(extended, printed, tmp_path):
     """In a folder without the code: the registered model brings its own."""
     names, tracked, file = python(tmp_path, "-c", SERVE, f"sqlite:///{extended}/mlflow.db").splitlines()[-3:]
-    assert "sampler.alpha" in names
+    assert "sampler.alpha" in names and "sampler.backwards" in names
     metrics = json.loads((extended / "reports/metrics.json").read_text())
     assert set(json.loads(tracked)) == {metrics["sharpness"]}
     assert not Path(file).is_relative_to(extended / "ldm")

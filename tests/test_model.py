@@ -195,6 +195,16 @@ def test_a_lost_file_is_named(lost, model, tmp_path):
         LatentDiffusion.load(tmp_path / "model")
 
 
+@pytest.mark.parametrize("section", ["diffusion", "sampling", "text"])
+def test_a_recipe_with_a_choice_of_another_version_is_refused(section, model, tmp_path):
+    model.save(tmp_path / "model")
+    values = asdict(model.recipe)
+    values[section] = {key: {"kind": "novelty"} if isinstance(value, dict) else value for key, value in values[section].items()}
+    (tmp_path / "model/model.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="kind: found 'novelty'; known are"):
+        LatentDiffusion.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"kind": "v"}', '{"diffusion": {}}', None])
 def test_a_damaged_or_foreign_recipe_is_refused(content, model, tmp_path):
     model.save(tmp_path / "model")
@@ -321,17 +331,17 @@ def test_a_samplers_options_do_not_pass_on_to_another(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "plms"}, "sampling.sampler.kind: found 'plms'; known are 'ddim', 'ddpm', 'euler', 'dpmpp_2m', 'heun', '"),
-        ({"schedule": "linear"}, "sampling.schedule: found 'linear'"),
-        ({"steps": 0}, "sampling.steps: found 0"),
+        ({"sampler": "plms"}, "sampler.kind: found 'plms'; known are 'ddim', 'ddpm', 'euler', 'dpmpp_2m', 'heun', '"),
+        ({"schedule": "linear"}, "schedule: found 'linear'"),
+        ({"steps": 0}, "steps: found 0"),
         ({"first": -1}, "first -1: images are numbered from 0"),
-        ({"guidance": -1.0}, "sampling.guidance: found -1.0"),
-        ({"stepz": 3}, "unknown key sampling.stepz: did you mean sampling.steps?"),
-        ({"eta": 0.5}, "unknown key sampling.eta: known here: sampler, schedule, steps"),
-        ({"sampler": {"kind": "dpmpp_2m", "eta": 0.5}}, "unknown key sampling.sampler.eta: known here: kind"),
-        ({"sampler": {"kind": "euler", "churn": 1.0}}, "unknown key sampling.sampler.churn: known here: kind"),
-        ({"sampler": {"kind": "ddim", "eta": 1.5}}, "sampling.sampler.eta: found 1.5"),
-        ({"guidance_interval": (2.0, 1.0)}, "sampling: guidance_interval is [2.0, 1.0]; give the lower noise level first"),
+        ({"guidance": -1.0}, "guidance: found -1.0"),
+        ({"stepz": 3}, "unknown key stepz: did you mean steps?"),
+        ({"eta": 0.5}, "unknown key eta: known here: sampler, schedule, steps"),
+        ({"sampler": {"kind": "dpmpp_2m", "eta": 0.5}}, "unknown key sampler.eta: known here: kind"),
+        ({"sampler": {"kind": "euler", "churn": 1.0}}, "unknown key sampler.churn: known here: kind"),
+        ({"sampler": {"kind": "ddim", "eta": 1.5}}, "sampler.eta: found 1.5"),
+        ({"guidance_interval": (2.0, 1.0)}, "guidance_interval is [2.0, 1.0]; give the lower noise level first"),
     ],
 )
 def test_sampling_that_cannot_be(options, message, model):
@@ -829,13 +839,16 @@ def test_a_linear_walk_differs_from_a_great_circle_between_its_ends(saved, model
         (("autoencoder", "reconstruct", "a.png", "--tile", "15", "--out", "x.png"), "tile 15: use a multiple of 2"),
         (("autoencoder", "reconstruct", "a.png", "--tile", "1", "--out", "x.png"), "tile 1: use a multiple of 2"),
         (("autoencoder", "traverse", "gone.png", "--out", "x.png"), "gone.png: no such file"),
-        (("sample", "--prompt", "nine", "--set", "sampler.eta=0.5", "--out", "x.png"), "unknown key sampling.sampler.eta"),
-        (("sample", "--prompt", "nine", "--set", "schedule=log", "--out", "x.png"), "sampling.schedule: found 'log'"),
+        (("sample", "--prompt", "nine", "--set", "sampler.eta=0.5", "--out", "x.png"), "unknown key sampler.eta"),
+        (("sample", "--prompt", "nine", "--set", "schedule=log", "--out", "x.png"), "schedule: found 'log'"),
         (("sample", "--prompt", "nine", "--set", "steps", "--out", "x.png"), "--set 'steps': write KEY=VALUE"),
-        (("sample", "--prompt", "nine", "--set", "step=3", "--out", "x.png"), "did you mean sampling.steps?"),
-        (("interpolate", "nine", "seven", "--set", "sampler.kind=plms", "--out", "x.png"), "sampling.sampler.kind: found 'plms'"),
+        (("sample", "--prompt", "nine", "--set", "step=3", "--out", "x.png"), "did you mean steps?"),
+        (("interpolate", "nine", "seven", "--set", "sampler.kind=plms", "--out", "x.png"), "sampler.kind: found 'plms'"),
         (("sample", "--prompt", "nine", "--guide", "no/model", "--out", "x.png"), "no/model: holds no model.json"),
         (("interpolate", "nine", "seven", "--linear", "--out", "x.png"), "--linear joins two images"),
+        (("interpolate", "a.png", "a.png", "--set", "stepz=3", "--out", "x.png"), "unknown key stepz"),
+        (("sample", "--prompt", "nine", "--set", "seed=3", "--out", "x.png"), "unknown key seed: known here: sampler, schedule"),
+        (("sample", "--prompt", "nine", "--set", "steps=null", "--out", "x.png"), "steps: found None"),
         (("interpolate", "a.png", "nine", "--linear", "--out", "x.png"), "give two images or two prompts"),
     ],
 )  # fmt: skip

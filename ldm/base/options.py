@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -24,13 +23,17 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse_unknown_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict) and (unknown := [str(name) for name in values if name not in cls.model_fields]):
-            known = {"unknown": unknown, "known": list(cls.model_fields)}
-            raise PydanticCustomError("unknown_keys", "unknown keys {unknown}; known here: {known}", known)
-        return values
+    def _refuse_unknown_keys(cls, values: Any, handler: Any) -> Any:
+        if not isinstance(values, dict) or not (unknown := [str(name) for name in values if name not in cls.model_fields]):
+            return handler(values)
+        found: dict[str, Any] = {"unknown": unknown, "known": list(cls.model_fields)}
+        try:
+            handler({name: value for name, value in values.items() if name in cls.model_fields})
+        except ValidationError as error:
+            found["others"] = error
+        raise PydanticCustomError("unknown_keys", "unknown keys {unknown}; known here: {known}", found)
 
 
 class Choice(Section):
@@ -49,7 +52,7 @@ class OneOf:
             known = kinds(base)
             names = list(known)
             if not isinstance(values, dict) or ("kind" not in values and len(known) > 1):
-                raise PydanticCustomError("no_kind", "write {kind: NAME} and its options")
+                raise PydanticCustomError("no_kind", f"write {{kind: NAME}} and its options; known are {', '.join(names)}")
             kind = values.get("kind", names[0])
             if kind not in names:  # a list: a wrong kind may not be hashable
                 found = {"kind": kind, "known": names}
@@ -62,9 +65,11 @@ class OneOf:
 def kinds(base: type[Choice]) -> dict[str, type[Any]]:
     """The choices at or below `base` by their `kind`. (Classes between them and `base` have none.)"""
     name = base.model_fields["kind"].default
-    if isinstance(name, str):
-        return {name: base}
-    return {name: choice for below in base.__subclasses__() for name, choice in kinds(below).items()}
+    found: dict[str, type[Any]] = {name: base} if isinstance(name, str) else {}
+    for kind, choice in (pair for below in base.__subclasses__() for pair in kinds(below).items()):
+        if found.setdefault(kind, choice) is not choice:
+            raise TypeError(f"{choice.__qualname__} and {found[kind].__qualname__} are both of kind {kind}")
+    return found
 
 
 def chosen(base: type[Choice], values: dict[str, Any]) -> Any:
@@ -86,6 +91,7 @@ def explained(error: ValidationError, *within: str) -> str:
                 close = difflib.get_close_matches(name, ctx["known"], n=1)
                 hint = f"did you mean {below}{close[0]}?" if close else f"known here: {', '.join(ctx['known'])}"
                 found.append(f"unknown key {below}{name}: {hint}")
+            found += [explained(ctx["others"], *filter(None, [key]))] if "others" in ctx else []
         elif kind == "unknown_kind":
             found.append(f"{below}kind: found {ctx['kind']!r}; known are {', '.join(map(repr, ctx['known']))}")
         elif kind == "missing":
@@ -148,18 +154,11 @@ def value_at(values: Any, key: str, *default: Any) -> Any:
 
 
 def assigned(values: Any, assignments: Iterable[str]) -> Any:
-    """A copy of nested dictionaries and lists with some keys set: each `a.b=value`, the value in YAML or JSON.
-
-    Another `kind` clears the options of a choice, and is set before them. `InputError` if an assignment or its key is wrong.
-    """
+    """A copy of nested dictionaries and lists with keys set, `a.b=value` in YAML; another `kind` clears a choice."""
     from ruamel.yaml import YAML, YAMLError  # reads YAML 1.2, where 1e-3 is a number
 
-    def depth(assignment: str) -> float:
-        key = assignment.partition("=")[0]
-        return key.count(".") if key.split(".")[-1] == "kind" else math.inf
-
-    values = copy.deepcopy(values)
-    for assignment in sorted(assignments, key=depth):
+    values, keys = copy.deepcopy(values), {assignment: assignment.partition("=")[0].split(".") for assignment in assignments}
+    for assignment in sorted(keys, key=lambda assignment: (len(keys[assignment]), keys[assignment][-1] != "kind")):
         key, equals, text = assignment.partition("=")
         *path, last = key.split(".")
         if not equals or not last:
@@ -171,8 +170,8 @@ def assigned(values: Any, assignments: Iterable[str]) -> Any:
         section = values
         for part in path:
             try:
-                section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
-            except (ValueError, IndexError, AttributeError):
+                section = section[int(part)] if isinstance(section, list) and part.isdecimal() else section.setdefault(part, {})
+            except (IndexError, AttributeError):
                 raise InputError(f"--set {assignment}: there is no {part} in {key}") from None
         if not isinstance(section, dict):
             raise InputError(f"--set {assignment}: {'.'.join(path)} has no keys of its own")

@@ -2,6 +2,4 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(
-    __name__, {"bound": "Bound whole_bound", "elbo": "Elbo elbo importance_bound", "diagnostics": "diagnose"}
-)
+__getattr__, __all__ = exports(__name__, {"bound": "Bound whole_bound", "elbo": "elbo importance_bound"})

@@ -70,10 +70,7 @@ def elbo(autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noise: Ten
 def importance_bound(
     autoencoder: Autoencoder, likelihood: Likelihood, x: Tensor, noises: Iterable[Tensor], log_prior: LogPrior | None = None
 ) -> Tensor:
-    """log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x) of images x (B, C, H, W), in nats (B,), float64; no gradients.
-
-    (Burda et al. 2016, equation 8.) `noises` are K draws from N(0, I) of the latents' shape; one is held at a time.
-    """
+    """log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x), nats (B,), float64, by K `noises` ~ N(0, I) (Burda et al. 2016, eq. 8)."""
     if hasattr(autoencoder, "quantize"):
         raise InputError("importance_bound has nothing to weigh: a VQ autoencoder's posterior is a single code; report its elbo")
     posterior = autoencoder.encode(x)

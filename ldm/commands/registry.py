@@ -27,9 +27,10 @@ def show(model: Shown = None) -> None:
     """One version: aliases, where it came from, how it was evaluated, why it was promoted or not."""
     from ldm.registry.versions import describe, lookup
 
-    name = model_name()
-    uri = f"models:/{name}/{model}" if model and model.isdecimal() else model or f"models:/{name}@champion"
-    for key, value in describe(lookup(uri)).items():
+    project(tracked=True)
+    if not model or model.isdecimal():
+        model = f"models:/{model_name()}{f'/{model}' if model else '@champion'}"
+    for key, value in describe(lookup(model)).items():
         print(f"{key:<16}{value}")
 
 

@@ -93,8 +93,9 @@ def load_model(model: str | None) -> "LatentDiffusion":
 def sampling(model: "LatentDiffusion", assignments: list[str] | None) -> dict[str, Any]:
     """The model's sampling settings with those of `--set`."""
     from ldm.base.options import assigned
+    from ldm.diffusion.options import changed_sampling
 
-    return assigned(model.recipe.sampling, assignments or [])
+    return changed_sampling(assigned(model.recipe.sampling, assignments or []), {}).model_dump()
 
 
 def check_file(path: Path) -> None:

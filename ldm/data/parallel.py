@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,7 +56,7 @@ def mapped(
             progress(done, len(items))
             yield result
 
-    if workers < 2:
+    if workers < 2 or sys.platform == "darwin":  # whose system libraries do not survive a fork
         yield results(map(attempt, items))
         return
     import torch

@@ -117,7 +117,8 @@ class ShardCache:
                 if isinstance(error, PermissionError | ValueError) or "Credentials" in type(error).__name__:
                     raise InputError(f"{url}: not readable ({cause}); check the URL and the credentials") from None
             time.sleep(pause)
-        raise InputError(f"{url}: not read in {len(PAUSES) + 1} attempts ({cause}); check the server, the network and this disk")
+        advice = "upload the shards again, or mend the server, the network or this disk"
+        raise InputError(f"{url}: not read in {len(PAUSES) + 1} attempts ({cause}); {advice}")
 
 
 def _download(filesystem: Any, url: str, sha256: str, size: int, part: IO[bytes]) -> None:
@@ -132,9 +133,9 @@ def _download(filesystem: Any, url: str, sha256: str, size: int, part: IO[bytes]
             found += len(chunk)
     part.flush()
     if found != size:
-        raise OSError(f"{'over ' * (found > size)}{min(found, size):,} bytes, expected {size:,}; upload the shards again")
+        raise OSError(f"{'over ' * (found > size)}{min(found, size):,} bytes, expected {size:,}")
     if digest.hexdigest() != sha256:
-        raise OSError(f"sha256 {digest.hexdigest()}, expected {sha256}; upload the shards again")
+        raise OSError(f"sha256 {digest.hexdigest()}, expected {sha256}")
 
 
 @cache

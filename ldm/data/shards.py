@@ -1,4 +1,4 @@
-"""Write a folder of captioned images as WebDataset tars with an index; README.md says which files."""
+"""Write a folder of captioned images as WebDataset tars with an index and a list of duplicates; README.md says which files."""
 
 import functools
 import json
@@ -14,16 +14,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, content_hash, file_hash, replacing
-from ldm.data.duplicates import SIDE, near_duplicates, thumbnail
 from ldm.data.folders import PROMPTS, Collection, Place, read_folder, walk
 from ldm.data.images import MAX_PIXELS, SUFFIXES, Preprocessing, UnreadableImage, to_png
 from ldm.data.parallel import IMAGES_PER_WORKER, mapped
 from ldm.data.reader import SPLITS, VERSION
 from ldm.data.tars import read_tars
 
+SIDE = 16  # of a thumbnail, in pixels
+EDGE = 2.0  # grey levels between neighbouring cells that count as an edge; flat areas would flip with every compression
+BANDS, BAND_BITS = 4, 14
+NEAR_BITS = BANDS - 1  # hashes that differ in fewer bits than there are bands are equal in at least one band
+CROWD = 1000  # images with an equal band that a later one is compared with, so that time does not grow with their square
+NEAR_LEVELS = 4.0  # mean absolute difference of thumbnails, in levels of 256
 SMALLEST_SPLIT = 2  # images; a mean of fewer has no standard error
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -195,7 +201,7 @@ def _write_index(out: Path, shards: list[dict[str, Any]], images: list[_Image], 
 
 
 def _duplicates(images: list[_Image]) -> pd.DataFrame:
-    """Images that repeat (`exact`: same bytes) or resemble (`near`: see `ldm.data.duplicates`) an earlier one."""
+    """Images that repeat (`exact`: same bytes) or resemble (`near`: see `near_duplicates`) an earlier one."""
     thumbnails = np.frombuffer(b"".join(image.thumbnail for image in images), dtype=np.uint8)
     near = dict(near_duplicates(thumbnails.reshape(-1, SIDE, SIDE, 3)))
     first: dict[str, int] = {}
@@ -206,6 +212,47 @@ def _duplicates(images: list[_Image]) -> pd.DataFrame:
             names = image.row["file_name"], images[j].row["file_name"]
             pairs.append((*names, "exact" if exact < i else "near", image.split, images[j].split))
     return pd.DataFrame(pairs, columns=["file_name", "of", "kind", "split", "split_of"])
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """The image in RGB, `SIDE` pixels square."""
+    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX).tobytes()
+
+
+def near_duplicates(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield `(i, j)` for each image i that is nearly equal to an earlier image, j being the first of these.
+
+    `thumbnails` is uint8 (N, SIDE, SIDE, 3). Two images are nearly equal if their hashes differ in at most `NEAR_BITS` bits
+    (difference hash, Krawetz 2013: is each of 8 x 8 cells brighter than its left neighbour?) and their thumbnails by at most
+    `NEAR_LEVELS`. Only images whose hashes are equal in one of `BANDS` bands are compared, with the first `CROWD` of them.
+    """
+    flat, first, inverse = np.unique(thumbnails.reshape(-1, SIDE * SIDE * 3), axis=0, return_index=True, return_inverse=True)
+    by_age = np.argsort(first)  # distinct thumbnails in the order of their first images
+    flat, first, age = flat[by_age], first[by_age], np.argsort(by_age)
+    hashes = _hashes(flat)
+    best = np.arange(len(flat))  # the first near thumbnail of each
+    for band in range(BANDS):
+        keys = (hashes >> np.uint64(BAND_BITS * band)) & np.uint64(2**BAND_BITS - 1)
+        order = np.argsort(keys, kind="stable")
+        for members in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            for position, member in enumerate(members[1:], start=1):
+                earlier = members[: min(position, CROWD)]
+                earlier = earlier[np.bitwise_count(hashes[earlier] ^ hashes[member]) <= NEAR_BITS]
+                distance = np.abs(flat[earlier].astype(np.int16) - flat[member]).mean(axis=1)
+                near = earlier[distance <= NEAR_LEVELS]
+                if len(near):
+                    best[member] = min(best[member], near[0])
+    for i, number in enumerate(age[inverse.ravel()].tolist()):
+        j = int(first[best[number]])
+        if j < i:
+            yield i, j
+
+
+def _hashes(flat: np.ndarray) -> np.ndarray:
+    """Difference hashes of 56 bits, uint64 (N,)."""
+    cells = flat.reshape(-1, 8, SIDE // 8, 8, SIDE // 8, 3).mean(axis=(2, 4, 5))
+    bits = (cells[:, :, 1:] - cells[:, :, :-1] > EDGE).reshape(len(flat), BANDS * BAND_BITS)
+    return bits @ (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))
 
 
 def _find_prompts(folder: Path, table: pd.DataFrame) -> Path | None:

@@ -40,14 +40,14 @@ class Sampling(Section):
 
 
 def changed_sampling(defaults: dict[str, Any], changes: dict[str, Any]) -> Sampling:
-    """Sampling defaults with changes; None changes nothing, a sampler's kind alone keeps its options. Raises `InputError`."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    if isinstance(kind := given.get("sampler"), str):
-        given["sampler"] = defaults["sampler"] if kind == defaults["sampler"]["kind"] else {"kind": kind}
+    """Sampling defaults with changes. A sampler's kind alone keeps its options. Raises `InputError`."""
+    values = {**defaults, **changes}
+    if isinstance(kind := values["sampler"], str):
+        values["sampler"] = defaults["sampler"] if kind == defaults["sampler"]["kind"] else {"kind": kind}
     try:
-        return Sampling.model_validate({**defaults, **given})
+        return Sampling.model_validate(values)
     except ValidationError as error:
-        raise InputError(explained(error, "sampling")) from None
+        raise InputError(explained(error)) from None
 
 
 @dataclass(frozen=True)

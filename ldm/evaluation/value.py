@@ -62,8 +62,8 @@ def read_values(path: Path) -> list[Value]:
 
 def as_numbers(values: Sequence[Value]) -> dict[str, float]:
     """Values and standard errors by name; `InputError` if two have the same name."""
-    names = [value.name for value in values]
+    pairs = [(v.name, v.value) for v in values] + [(f"{v.name}_se", v.error) for v in values if v.error is not None]
+    names = [name for name, _ in pairs]
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"evaluate.metrics: two metrics are called {repeated[0]}; give one of them another name, or remove it")
-    errors = {f"{value.name}_se": value.error for value in values if value.error is not None}
-    return {value.name: value.value for value in values} | errors
+        raise InputError(f"evaluate.metrics: two numbers are called {repeated[0]}; give one of them another name, or remove it")
+    return dict(pairs)

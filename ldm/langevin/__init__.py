@@ -2,6 +2,4 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(__name__, {
-    "sgld": "SGLD PSGLD SGHMC Polynomial Cyclical", "chains": "Chains Draws", "step_size": "StepSize find_step_size",
-})  # fmt: skip
+__getattr__, __all__ = exports(__name__, {"sgld": "SGLD PSGLD SGHMC", "chains": "Chains", "step_size": "find_step_size"})

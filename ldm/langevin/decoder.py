@@ -77,10 +77,7 @@ def part_of(decoder: Decoder, part: Part) -> dict[str, Tensor]:
 
 
 class DecoderChains(Chains):
-    """Chains of the sampler "sgld" or "sghmc" under control variates. Options are the keys of `posterior` in params.yaml.
-
-    `lr` None: the step size that `find_step_size` recommends, lowered after the burn-in to what gradient noise allows there.
-    """
+    """Chains of "sgld" or "sghmc" under control variates, with the keys of `posterior` in params.yaml; `lr` None: measured."""
 
     lr: float
     at_start: StepSize | None = None

@@ -35,6 +35,10 @@ class Polynomial:
     b: float
     gamma: float = 0.55
 
+    def __post_init__(self) -> None:
+        if not (self.a > 0 and self.b > 0 and self.gamma > 0):
+            raise InputError(f"{self}: give a, b and gamma above 0, or a first and a last step size to Polynomial.between")
+
     @classmethod
     def between(cls, first: float, last: float, steps: int, gamma: float = 0.55) -> "Polynomial":
         """From step size `first` at step 0 to `last` at step `steps`; `InputError` if it would not fall."""
@@ -55,6 +59,10 @@ class Cyclical:
     steps: int  # of all cycles together
     cycles: int
     exploration: float = 0.8  # first part of each cycle, which only moves the chain: keep the draws for which `samples` is true
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and 1 <= self.cycles <= self.steps and 0 <= self.exploration < 1):
+            raise InputError(f"{self}: give lr above 0, as many steps as cycles or more, and exploration from 0 to below 1")
 
     def __call__(self, step: int) -> float:
         return 0.5 * self.lr * (1 + math.cos(math.pi * self._progress(step)))

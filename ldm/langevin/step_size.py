@@ -29,10 +29,7 @@ class StepSize:
     direction: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)  # unit vector, shaped like the parameters
 
     def contraction(self, lr: float) -> float:
-        """The factor 1 - εa/2 by which the drift of one step shrinks a deviation; below -1 the chain diverges.
-
-        With momentum, the eigenvalue of largest modulus of the map (θ, v) to (θ', v'); for a complex pair, the modulus.
-        """
+        """What a step leaves of a deviation, 1 - εa/2; with momentum, the largest eigenvalue's modulus. Below -1 it diverges."""
         kept = 1 - self.friction
         half = (1 + kept - lr * self.curvature / 2) / 2
         root = half**2 - kept

@@ -2,6 +2,6 @@
 
 from ldm.base.lazy import exports
 
-__getattr__, __all__ = exports(__name__, {
-    "autoencoder": "AutoencoderKL VQModel load_autoencoder", "text.encoder": "TextEncoder", "unet": "UNet UnconditionalUNet",
-})  # fmt: skip
+__getattr__, __all__ = exports(
+    __name__, {"autoencoder": "AutoencoderKL VQModel", "text.encoder": "TextEncoder", "unet": "UNet UnconditionalUNet"}
+)

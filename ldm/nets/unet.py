@@ -56,10 +56,7 @@ class UNet(Pretrained):
         use_linear_projection: bool = False, transformer_layers_per_block: int | Sequence[int] = 1,
         num_class_embeds: int | None = None, qk_norm: bool = False,
     ) -> None:  # fmt: skip
-        """`attention`, by level: "none", "self" (of positions) or "cross" (a transformer, of positions and text).
-
-        `in_channels` include those of `concat`; `num_class_embeds` is a number of labels.
-        """
+        """`attention`, by level: none, self (of positions) or cross (a transformer, with text)."""
         channels, last, groups = list(block_out_channels), len(block_out_channels) - 1, norm_num_groups
         heads = per_level(num_heads, channels, "num_heads")
         depths = per_level(transformer_layers_per_block, channels, "transformer_layers_per_block")
@@ -115,6 +112,8 @@ class UNet(Pretrained):
         for name, value, option in given:
             if (value is None) != ((setting := self.config[option]) is None):
                 raise InputError(f"{name} is {'missing' if value is None else 'given'}, and the network's {option} is {setting}")
+        if context is None and context_mask is not None:
+            raise InputError("context_mask is given without context")
         x = x if concat is None else torch.cat([x, concat], dim=1)
         if x.shape[1] != self.conv_in.in_channels:
             raise InputError(f"x and concat have {x.shape[1]} channels, expected {self.conv_in.in_channels} (in_channels)")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ldm.base.errors import InputError
-from ldm.base.files import folder_hash
+from ldm.base.files import content_hash, folder_hash
 from ldm.base.options import keys, value_at
 from ldm.base.paths import AUTOENCODER, BOUNDS, DECISION, METRICS, MODEL, REPORT, SHARDS, UNET
 from ldm.base.progress import Progress
@@ -56,10 +56,7 @@ def register(root: Path, run_id: str | None = None) -> Registered:
 
 
 def gate_and_promote(root: Path, version: int) -> Decision:
-    """Make `version` (the outs in `root`) champion if it beats the champion on the test images; writes decision.html.
-
-    A decision is made once for a champion and level. A version that was replaced as champion comes back only by hand.
-    """
+    """Make `version` (the outs in `root`) champion if it beats the champion on the test images: decided once; writes a page."""
     settings = load_settings(root)
     name, level, page = settings.registry.name, settings.registry.level, root / DECISION
     challenger, champion = lookup(f"models:/{name}/{version}"), by_alias(name, "champion")
@@ -159,6 +156,7 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
     metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
     evaluation = settings.evaluate.model_dump() | settings.data.model_dump(include={"val_fraction", "test_fraction"})
     evaluation |= {"seed": settings.seed, "image": metrics["image"], "test_images": metrics.get("test_images")}
+    evaluation["test_keys"] = content_hash("\n".join(pd.read_csv(root / BOUNDS, dtype=str)["key"]).encode())
     tags = lineage.lineage(root) | {HASH: digest, IMAGE: metrics["image"], BITS: str(metrics.get("bits_per_dim", NO_BOUND))}
     tags["ldm.evaluation"] = json.dumps(evaluation, sort_keys=True)
     if adopted := list(filter(None, (lineage.adopted(root / out) for out in (AUTOENCODER, UNET)))):
@@ -181,7 +179,7 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
     from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
     defaults = json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))["sampling"]
-    types = {int: "long", float: "double", str: "string", tuple: "double"}
+    types = {int: "long", float: "double", str: "string", bool: "boolean", tuple: "double"}
     params = [ParamSpec("negative", "string", ""), ParamSpec("seed", "long", 0)]
     for key in keys(Sampling):
         default = None if key.kinds else value_at(defaults, key.name)

@@ -10,13 +10,11 @@ import pandas as pd
 
 from ldm.base.options import assigned
 from ldm.data.images import from_array, to_png
+from ldm.diffusion.options import changed_sampling
 
 
 class PromptsToImages(mlflow.pyfunc.PythonModel):
-    """Columns in: `prompt` and optionally `seed`. Columns out: `prompt`, `seed`, `png` (bytes).
-
-    Rows with one seed are drawn together, so a row alone with its seed is a function of (prompt, seed) only.
-    """
+    """Columns `prompt`, maybe `seed`, to `prompt`, `seed`, `png` (bytes); a row alone is a function of (prompt, seed) only."""
 
     def load_context(self, context: Any) -> None:
         from ldm.base.device import default_device
@@ -27,8 +25,10 @@ class PromptsToImages(mlflow.pyfunc.PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         options = {name: np.asarray(value).tolist() for name, value in (params or {}).items()}
         default_seed, negative = options.pop("seed", 0), options.pop("negative", "")
-        changes = [f"{key}={json.dumps(value)}" for key, value in options.items() if value not in (None, [])]
-        sampling = assigned(self._model.recipe.sampling, changes)
+        defaults = self._model.recipe.sampling  # None: not given; an empty list: none, as no guidance_interval
+        given = {key: value for key, value in options.items() if value is not None and (value != [] or key in defaults)}
+        changed = assigned(defaults, [f"{key}={json.dumps(None if value == [] else value)}" for key, value in given.items()])
+        sampling = changed_sampling(changed, {}).model_dump()
         rows = model_input.reset_index(drop=True)
         seeds = rows["seed"].fillna(default_seed).astype("int64") if "seed" in rows else default_seed
         out = pd.DataFrame({"prompt": rows["prompt"].astype(str), "seed": seeds})

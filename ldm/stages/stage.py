@@ -45,6 +45,8 @@ def stage_main(name: str, run: Callable[..., None], parallel: bool = False) -> N
     try:
         if os.environ.get("LDM_OWNER_PIPE"):
             threading.Thread(target=_watch_owner, args=(os.dup(0),), daemon=True).start()
+        if len(sys.argv) > run.__code__.co_argcount:
+            raise InputError(f"{name}: found {sys.argv[-1]!r}, which this stage does not take")
         root = find_root()
         if "DVC_STAGE" in os.environ and name != "code":
             check_recorded(root, name)

@@ -1,4 +1,4 @@
-"""What `train_vae.optimizer` and `train_unet.optimizer` can name."""
+"""What `train_vae.optimizer` can name, and of these `train_unet.optimizer` the minimisers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ class Optimizer(Choice):
         raise NotImplementedError
 
 
-class AdamW(Optimizer):  # Loshchilov & Hutter 2019
+class Minimiser(Optimizer):
+    """Goes to one point, rather than sampling many: what `train_unet.optimizer` can name."""
+
+
+class AdamW(Minimiser):  # Loshchilov & Hutter 2019
     kind: Literal["adamw"] = "adamw"
     weight_decay: NonNegative = 0.0
 

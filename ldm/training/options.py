@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section
 from ldm.bayes.likelihoods.family import Family
 from ldm.training.objectives import VaeChoice
-from ldm.training.optimizers import AdamW, Optimizer
+from ldm.training.optimizers import Minimiser, Optimizer
 from ldm.training.weighting import LossWeight
 
 
@@ -28,6 +28,6 @@ class TrainVae(Training):
 
 class TrainUnet(Training):
     images: Positive
-    optimizer: AdamW
+    optimizer: Annotated[Minimiser, OneOf()]
     caption_dropout: Fraction  # share of captions replaced by the empty one, for classifier-free guidance
     loss_weight: Annotated[LossWeight, OneOf()]  # of noise levels

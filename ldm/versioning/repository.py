@@ -1,6 +1,7 @@
 """DVC's repository: opening it, locking its stages, the graph of dvc.yaml, dvc.lock and params.yaml."""
 
 import contextlib
+import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -40,6 +41,20 @@ def held(repo: Any, *paths: Path) -> Iterator[None]:
     except LockError as error:
         reason = " ".join(str(error).split()).partition(" If there are no processes")[0]
         raise InputError(f"a stage works here, or DVC itself: {reason}; try again when it has ended") from None
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Allow one run at a time in a folder: two would change the same files."""
+    path = root / ".ldm/pipeline.lock"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{root}: process {path.read_text()} runs the pipeline here; wait for it or stop it") from None
+        path.write_text(str(os.getpid()))
+        yield
 
 
 class Node(NamedTuple):

@@ -55,6 +55,33 @@ class Outer(Section):
     fixed: Only = Only()
 
 
+def test_two_choices_of_one_kind_are_a_mistake_in_the_code():
+    class Tool(Choice): ...
+
+    class Saw(Tool):
+        kind: Literal["saw"] = "saw"
+
+    class Jigsaw(Saw):
+        kind: Literal["jigsaw"] = "jigsaw"
+
+    assert kinds(Tool) == {"saw": Saw, "jigsaw": Jigsaw}  # also below another choice
+
+    class Handsaw(Tool):
+        kind: Literal["saw"] = "saw"
+
+    with pytest.raises(TypeError, match=r"Handsaw and .*Saw are both of kind saw"):
+        kinds(Tool)
+
+
+def test_a_section_is_set_before_what_is_in_it_and_of_two_values_the_later_stays():
+    values = {"metrics": [{"kind": "a"}], "sampler": {"kind": "x"}}
+    found = assigned(
+        values, ["metrics.0.kind=c", "metrics=[{kind: b, size: 1}]", "sampler.kind=z", "sampler={kind: y, churn: 3}"]
+    )
+    assert found == {"metrics": [{"kind": "c"}], "sampler": {"kind": "z"}}
+    assert assigned(values, ["sampler.churn=1", "sampler.churn=2"])["sampler"]["churn"] == 2
+
+
 VALUES: dict[str, Any] = {"seed": 0, "inner": {"shape": {"kind": "square", "side": 2}}}
 
 

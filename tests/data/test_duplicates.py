@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from ldm.data.duplicates import NEAR_BITS, NEAR_LEVELS, SIDE, _hashes, near_duplicates, thumbnail
+from ldm.data.shards import NEAR_BITS, NEAR_LEVELS, SIDE, _hashes, near_duplicates, thumbnail
 
 
 def picture(seed: int, side: int = 96) -> Image.Image:

@@ -34,5 +34,5 @@ def test_numbers_have_their_standard_errors_beside_them() -> None:
 
 
 def test_two_metrics_of_one_name_are_refused() -> None:
-    with pytest.raises(InputError, match=r"evaluate.metrics: two metrics are called psnr; give one of them another name"):
+    with pytest.raises(InputError, match=r"evaluate.metrics: two numbers are called psnr; give one of them another name"):
         as_numbers([*VALUES, VALUES[1]])

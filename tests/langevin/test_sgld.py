@@ -393,6 +393,16 @@ def test_polynomial_schedule_that_does_not_fall(first, last, steps, gamma):
         Polynomial.between(first, last, steps, gamma)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "arguments"),
+    [(Polynomial, (-1, 1)), (Polynomial, (1, 0)), (Polynomial, (1, 1, 0)), (Cyclical, (-1, 10, 2)), (Cyclical, (1, 2, 5)),
+     (Cyclical, (1, 10, 0)), (Cyclical, (1, 10, 2, 1.0))],
+)  # fmt: skip
+def test_schedules_that_cannot_be(schedule, arguments):
+    with pytest.raises(InputError, match=rf"{schedule.__name__}\(.*give "):
+        schedule(*arguments)
+
+
 @pytest.mark.parametrize(("steps", "cycles"), [(100, 4), (103, 4), (10, 1)])
 def test_cyclical_schedule(steps, cycles):
     """Zhang et al. (2020), equation 1, which counts steps from 1, and the part of each cycle that is sampled in algorithm 1."""

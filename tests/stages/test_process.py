@@ -76,6 +76,12 @@ def test_bad_input_is_one_line_and_exit_code_2(start: Start) -> None:
     )
 
 
+def test_an_argument_that_a_stage_does_not_take_is_bad_input() -> None:
+    command = [sys.executable, "-m", "ldm.stages.evaluate", "sgld"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: evaluate: found 'sgld', which this stage does not take\n")
+
+
 def test_outside_of_a_project_is_bad_input(start: Start, tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").unlink()
     code, words = end(start(""))

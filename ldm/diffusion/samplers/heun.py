@@ -14,10 +14,7 @@ def heun(
     denoiser: DenoiseFn, x: Tensor, sigmas: Tensor, noise: NoiseFn | None = None, *, churn: float = 0.0,
     churn_max: float = math.inf,
 ) -> Tensor:  # fmt: skip
-    """Second order, two evaluations a step (Karras et al. 2022, algorithms 1 and 2).
-
-    With `churn` (their S_churn), each step from a level up to `churn_max` first adds noise and starts from a higher level.
-    """
+    """Second order (Karras et al. 2022, algorithms 1, 2); `churn`, their S_churn, adds noise at levels up to `churn_max`."""
     gamma = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         if gamma and sigma <= churn_max:

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
+from ldm.base.errors import InputError
 from ldm.base.options import OneOf
 from ldm.evaluation.features import FeatureSpace, Pca
 from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
@@ -14,6 +15,10 @@ class Kernel(Metric):
     kind: Literal["kernel"] = "kernel"
     name: str = "kd"  # another one for a second feature space
     features: Annotated[FeatureSpace, OneOf()] = Pca()
+
+    def check(self, evaluation: Evaluation) -> None:
+        if (found := evaluation.features(self.features)).count < 3:
+            raise InputError(f"evaluate.metrics: {self.name} needs 3 images, found {found.size}; raise evaluate.samples")
 
     def measure(self, evaluation: Evaluation) -> list[Value]:
         found = evaluation.features(self.features)
