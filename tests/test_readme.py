@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import typer
 from tiny import REPOSITORY
 
@@ -73,6 +74,12 @@ def test_every_command_that_a_readme_names_exists_with_its_options():
         assert path or any(p.startswith(f"{group} ") for p in COMMANDS), line
         if path:
             assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", line)) <= flags(COMMANDS[path]) | {"--help"}, line
+
+
+@pytest.mark.parametrize("module", ["run", "serve"])
+def test_every_option_of_the_flows_is_named_in_a_readme(module):
+    options = re.findall(r'add_argument\("(--[a-z]+)"', (REPOSITORY / f"flows/{module}.py").read_text())
+    assert options and all(re.search(rf"(?<![\w-]){option}(?![\w-])", TEXT) for option in options)
 
 
 def test_environment_variables_are_the_ones_that_the_code_reads():
