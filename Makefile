@@ -60,4 +60,6 @@ bench: $(VENV)/.test  ## speed as ratios against peers; see tests/benchmarks
 	OMP_NUM_THREADS=$$(nproc) python -m pytest tests/benchmarks -o addopts="--import-mode=importlib -s" -o timeout=0
 
 ui: $(VENV)/.run      ## MLflow at http://127.0.0.1:5000, Prefect at http://127.0.0.1:4200; ctrl-C ends both
-	trap 'kill 0' INT TERM; mlflow ui --port 5000 & prefect server start & wait
+	export DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TELEMETRY=true \
+	  MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false; \
+	trap 'trap - INT TERM; kill 0' INT TERM; mlflow ui --port 5000 & prefect server start & wait

@@ -101,8 +101,7 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
 
     `image` is its `file_name` in the collection, which means all contents that a shard held under that name, or the sha256 of
     its file, which means all its names. `remote` is a DVC remote, else the default one. Model versions that saw the image get
-    a tag (`TAG`) first. Latents and shards that held it are deleted with the other images in them, which have newer copies.
-    Raises `InputError` while the image is in the collection or in what the pipeline made of it, and if nothing is left of it.
+    a tag (`TAG`) first. Raises `InputError` while the image is in the collection or in what the pipeline made of it.
     """
     from dvc.config import NoRemoteError
     from dvc_data.hashfile.db import get_index

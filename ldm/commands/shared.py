@@ -91,11 +91,12 @@ def load_model(model: str | None) -> "LatentDiffusion":
 
 
 def sampling(model: "LatentDiffusion", assignments: list[str] | None) -> dict[str, Any]:
-    """The model's sampling settings with those of `--set`."""
+    """The model's sampling settings with those of `--set`, also as params.yaml calls them."""
     from ldm.base.options import assigned
     from ldm.diffusion.options import changed_sampling
 
-    return changed_sampling(assigned(model.recipe.sampling, assignments or []), {}).model_dump()
+    changes = [assignment.removeprefix("sampling.") for assignment in assignments or ()]
+    return changed_sampling(assigned(model.recipe.sampling, changes), {}).model_dump()
 
 
 def check_file(path: Path) -> None:

@@ -222,9 +222,8 @@ def thumbnail(image: Image.Image) -> bytes:
 def near_duplicates(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield `(i, j)` for each image i that is nearly equal to an earlier image, j being the first of these.
 
-    `thumbnails` is uint8 (N, SIDE, SIDE, 3). Two images are nearly equal if their hashes differ in at most `NEAR_BITS` bits
-    (difference hash, Krawetz 2013: is each of 8 x 8 cells brighter than its left neighbour?) and their thumbnails by at most
-    `NEAR_LEVELS`. Only images whose hashes are equal in one of `BANDS` bands are compared, with the first `CROWD` of them.
+    `thumbnails` is uint8 (N, SIDE, SIDE, 3). Nearly equal: the hashes differ in at most `NEAR_BITS` bits (difference hash,
+    Krawetz 2013) and the thumbnails by at most `NEAR_LEVELS`. Only images with an equal band of their hashes are compared.
     """
     flat, first, inverse = np.unique(thumbnails.reshape(-1, SIDE * SIDE * 3), axis=0, return_index=True, return_inverse=True)
     by_age = np.argsort(first)  # distinct thumbnails in the order of their first images

@@ -150,7 +150,7 @@ def fit(
             run.save(done)
             if stop:
                 raise KeyboardInterrupt(f"stopped at a checkpoint after {done} images")
-        progress(done, row)  # after the checkpoint: printing fails if its reader is gone
+        progress(min(done, schedule.images), row)  # after the checkpoint: printing fails if its reader is gone
     tracker.flush()
     objective.module.eval()
     return Fitted(distributed.full_tensors(run.ema.average), run.curve)
