@@ -208,7 +208,7 @@ def test_a_run_takes_them_from_settings_and_command_line(extended, printed):
     with safe_open(extended / "models/ldm/autoencoder/likelihood.safetensors", "pt") as file:
         assert json.loads(file.metadata()["likelihood"])["kind"] == "discretized_laplace"
     recipe = json.loads((extended / "models/ldm/model.json").read_text())
-    assert recipe["sampling"]["sampler"] == {"kind": "midpoint", "alpha": 0.75}
+    assert recipe["sampling"]["sampler"] == {"kind": "midpoint", "alpha": 0.75, "backwards": False}
 
 
 def test_the_metric_is_in_summary_and_report(extended, printed):

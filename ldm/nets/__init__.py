@@ -3,5 +3,5 @@
 from ldm.base.lazy import exports
 
 __getattr__, __all__ = exports(
-    __name__, {"autoencoder": "AutoencoderKL VQModel", "text.encoder": "TextEncoder", "unet": "UNet UnconditionalUNet"}
+    __name__, {"autoencoder": "AutoencoderKL VQModel load_autoencoder", "text.encoder": "TextEncoder", "unet": "UNet"}
 )
