@@ -2,6 +2,7 @@
 
 import io
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -194,8 +195,9 @@ def change_settings(root: Path, assignments: list[str]) -> list[str]:
     validated(after, root)
     write_text(path, changed_text.getvalue())
     names = dict.fromkeys(assignment.partition("=")[0].removesuffix(".kind") for assignment in assignments)
-    changes = ((name, value_at(before, name, None), value_at(after, name, None)) for name in names)
-    changed = {name: f"{name}: {old}, now {new}" for name, old, new in changes if old != new}
+    in_yaml: Any = partial(yaml.safe_dump, default_flow_style=True, sort_keys=False, width=1000)
+    changes = ((name, [in_yaml([value_at(found, name, None)])[1:-2] for found in (before, after)]) for name in names)
+    changed = {name: f"{name}: {old}, now {new}" for name, (old, new) in changes if old != new}
     return [line for name, line in changed.items() if not any(name.startswith(f"{other}.") for other in changed)]
 
 

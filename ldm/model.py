@@ -52,7 +52,8 @@ class LatentDiffusion:
         folder = Path(folder)
         try:
             recipe = Recipe.read(json.loads((folder / "model.json").read_text()))
-            Diffusion.model_validate(recipe.diffusion), Sampling.model_validate(recipe.sampling)
+            for section, values in ((Diffusion, recipe.diffusion), (Sampling, recipe.sampling)):
+                section.model_validate(values)
             chosen(Text, recipe.text["options"])
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{folder}: holds no model.json; give a folder that LatentDiffusion.save wrote") from None

@@ -330,10 +330,10 @@ def test_changing_settings_keeps_comments_and_formatting(project: Path) -> None:
     }
     assert changes == [
         "train_unet.lr: 0.002, now 0.001",
-        "sampling.sampler: {'kind': 'dpmpp_2m'}, now {'kind': 'heun', 'churn': 3}",
+        "sampling.sampler: {kind: dpmpp_2m}, now {kind: heun, churn: 3}",
         "autoencoder.block_out_channels: [16, 32, 64], now [16, 32, 48]",
-        "sampling.guidance_interval: None, now [0.1, 3]",
-        "data.background: #ffffff, now #000000",
+        "sampling.guidance_interval: null, now [0.1, 3]",
+        "data.background: '#ffffff', now '#000000'",
         "evaluate.metrics.1.features.dim: 32, now 8",
     ]  # and not text.max_tokens, which was 16
 

@@ -43,7 +43,7 @@ def register() -> None:
     registered = register(root)
     decision = gate_and_promote(root, registered.version)
     print(f"version {registered.version} ({'new' if registered.created else 'registered before'})")
-    print(f"gate: {'promoted: ' if decision.promote else ''}{decision.reason}")
+    print(f"gate: {'promoted' if decision.promote else 'not promoted'}: {decision.reason}")
 
 
 @app.command()

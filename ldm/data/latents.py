@@ -26,9 +26,8 @@ def write_latents(
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
     """Encode all images and captions of `readers` (by split) to `out`, all or nothing; training images also mirrored with `flip`.
 
-    Returns the manifest and how many files came from the store. `identity` (hashes of the autoencoder, of the text encoder, …)
-    goes to the manifest. The files are links to `store/KEY-SHA256.safetensors`, where the key is the hash of `identity`, of the
-    shard and of `code` (all else that decides about the bytes: versions, device). Files that `out` does not hold leave the store.
+    Returns the manifest, with `identity` (hashes of autoencoder, text encoder, …) in it, and how many files came from the store.
+    The files are links to `store/KEY-SHA256.safetensors`: the key is of `identity`, shard and `code`, all that decides the bytes.
     """
     from safetensors.torch import load_file, save_file
 

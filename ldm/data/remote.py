@@ -142,8 +142,7 @@ def _download(filesystem: Any, url: str, sha256: str, size: int, part: IO[bytes]
 def _filesystem(url: str, pid: int) -> Any:
     """The fsspec filesystem of `url` for the process `pid`; raises `InputError` if a package for it is missing.
 
-    Each process has its own, since a filesystem's thread does not survive a fork. None is ever closed: a child that closed
-    its parent's would take the parent's sockets out of the epoll that both share.
+    Each process has its own: a filesystem's thread does not survive a fork. None is closed: parent and child share its sockets.
     """
     scheme, options = url.partition("://")[0], {}
     try:

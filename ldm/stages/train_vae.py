@@ -93,7 +93,8 @@ def run(root: Path) -> None:
     device, out = set_up(settings.deterministic), root / AUTOENCODER
     reader, val = (stage_shards(root, split) for split in ("train", "val"))
     autoencoder, likelihood = start(root, settings)
-    autoencoder.place(device), likelihood.to(device)
+    autoencoder.place(device)
+    likelihood.to(device)
     options, seed = settings.train_vae, settings.seed
     inputs = {"shards": reader.digest, "pretrained": folder_hash(root / PRETRAINED)}
     with training(root, "train_vae", settings, inputs, device, AUTOENCODER, VAE_CURVE) as (fit, tracker, work):
