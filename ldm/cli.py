@@ -39,7 +39,8 @@ def run(
     Runs the stages of `dvc.yaml` that are out of date, registers the result, lets the gate decide whether it becomes
     `models:/ldm@champion`, and prints a summary. What was interrupted continues from its last checkpoint.
 
-    Exit codes: 0 done, 1 a stage failed, 2 bad input, 130 interrupted. Environment: `LDM_STAGE_RETRIES`, `LDM_STAGE_TIMEOUT`.
+    Exit codes: 0 done, 1 a stage failed, 2 bad input (one line says what to mend), 130 interrupted. Environment:
+    `LDM_STAGE_RETRIES` (default 1), `LDM_STAGE_TIMEOUT` (seconds a stage; default none).
     """
     root = shared.project()
     arguments = ["--ingest", str(ingest.absolute())] if ingest else []

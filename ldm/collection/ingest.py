@@ -5,7 +5,6 @@ originals with their hashes tells, also the next call, what may leave the inbox.
 """
 
 import csv
-import fcntl
 import itertools
 import json
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import pandas as pd
 
 from ldm.base.errors import InputError
-from ldm.base.files import canonical_json, content_hash, file_hash
+from ldm.base.files import canonical_json, content_hash, file_hash, locked
 from ldm.config import load_settings
 from ldm.data.folders import CAPTION_TABLES, check_tables, decode_caption, normal, read_table, sidecar_of, walk
 from ldm.data.images import SUFFIXES
@@ -71,15 +70,15 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
     """Move new images from `inbox` to `data.path/YYYY-MM-DD` (UTC; `-2`, `-3`, … if that exists); `dvc add` the collection.
 
     An image is new if it lies directly in `inbox`, has a caption there, equals no image of the collection and none before it in
-    `inbox`, and neither it nor its caption has changed for `settle` seconds. Raises `InputError`, before anything is moved.
+    `inbox`, and neither it nor its caption has changed for `settle` seconds. Raises `InputError` for a collection that takes no
+    batches, a damaged table, labels that do not match the collection's, and if `dvc add` fails.
     """
     root, inbox = root.resolve(), inbox.resolve()
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):
         raise InputError(f"{inbox}: no folder that this user may read and write")
     (root / ".ldm").mkdir(exist_ok=True)
     left, batch = defaultdict[str, list[str]](list), None
-    with (root / ".ldm/ingest.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed; a second ingest waits
+    with locked(root / ".ldm/ingest.lock"):  # a second ingest waits
         try:
             with open_repository(root) as repo:
                 collection = _collection(root, inbox, repo)

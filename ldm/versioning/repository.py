@@ -1,7 +1,6 @@
 """DVC's repository: opening it, locking its stages, the graph of dvc.yaml, dvc.lock and params.yaml."""
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.base.errors import InputError
+from ldm.base.files import locked
 
 
 @contextlib.contextmanager
@@ -48,9 +48,9 @@ def alone(root: Path) -> Iterator[None]:
     """Allow one run at a time in a folder: two would change the same files."""
     path = root / ".ldm/pipeline.lock"
     path.parent.mkdir(exist_ok=True)
-    with path.open("a") as lock:
+    with contextlib.ExitStack() as held_until_the_end:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held_until_the_end.enter_context(locked(path, wait=False))
         except BlockingIOError:
             raise InputError(f"{root}: process {path.read_text()} runs the pipeline here; wait for it or stop it") from None
         path.write_text(str(os.getpid()))
