@@ -1,6 +1,5 @@
 """The flow: DVC decides which stages have to run; Prefect adds retries, time limits, cancellation and a record."""
 
-import os
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from flows import STARTED, supervise
 from flows.summary import Summary, markdown, summarise
 from flows.supervise import StageFailed, Step
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, env_count, env_seconds
 from ldm.base.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
 from ldm.collection import ingest as ingestion
 from ldm.config import load_settings
@@ -69,7 +68,7 @@ def run_stage(root: Path, stage: str, fresh: bool, parent_run: str | None, recor
     """Run one stage of dvc.yaml as a child process, unless it is `fresh`; its lines are this task's log."""
     if fresh:
         return Step(stage, "cached", 0)
-    logger, limit = get_run_logger(), float(os.environ.get("LDM_STAGE_TIMEOUT") or "inf")
+    logger, limit = get_run_logger(), env_seconds("LDM_STAGE_TIMEOUT")
     env = {"LDM_RECORDS": str(records.folder)} | ({"LDM_PARENT_RUN": parent_run} if parent_run else {})
     try:
         with records.delivering():
@@ -121,7 +120,7 @@ def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 def _run_stages(stages: tuple[Node, ...], root: Path, parent_run: str | None, records: Records) -> list[Step]:
     """Run each stage after those it depends on, in this thread, so that a signal reaches the running child."""
     steps: dict[str, Step] = {}
-    retries = int(os.environ.get("LDM_STAGE_RETRIES", "1"))
+    retries = env_count("LDM_STAGE_RETRIES", 0, 1)
     fresh, current = {stage.name for stage in stages}, False  # DVC is asked before the first stage, and after one has run
     for stage in stages:
         if stage.name in fresh and not current:

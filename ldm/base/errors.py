@@ -1,5 +1,6 @@
 """The one error that is the user's to mend, and environment variables whose values are checked."""
 
+import contextlib
 import os
 
 
@@ -7,12 +8,21 @@ class InputError(Exception):
     """Names the file, key or sample, what was found and what to do. Entry points print it as one line and exit with code 2."""
 
 
-def env_count(name: str, least: int) -> int:
-    """A whole number of `least` or more, which is also the default."""
-    value = os.environ.get(name) or str(least)
+def env_count(name: str, least: int, default: int | None = None) -> int:
+    """A whole number of `least` or more, which is also the default unless there is another."""
+    value = os.environ.get(name) or str(least if default is None else default)
     if not (value.isascii() and value.isdigit()) or int(value) < least:
         raise InputError(f"{name} is {value!r}; set it to a whole number of {least} or more, or unset it")
     return int(value)
+
+
+def env_seconds(name: str) -> float:
+    """A number of seconds above 0; without end by default."""
+    value = os.environ.get(name) or "inf"
+    with contextlib.suppress(ValueError):
+        if float(value) > 0:
+            return float(value)
+    raise InputError(f"{name} is {value!r}; set it to a number of seconds, such as 1800, or unset it")
 
 
 def env_switch(name: str) -> bool:

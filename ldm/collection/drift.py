@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from scipy.stats import fisher_exact
 
-from ldm.base.device import default_device
+from ldm.base.device import set_up
 from ldm.base.errors import InputError
 from ldm.base.paths import MODEL, POSTERIOR
 from ldm.config import load_settings
@@ -69,7 +69,7 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
         has = f"it has {', '.join(known)}" if known else "set sample_posterior: [sgld] in params.yaml and run the pipeline"
         raise InputError(f"{root / POSTERIOR}: no posterior samples{f' of {sampler}' if sampler else ''}; {has}")
     source = root / POSTERIOR / (sampler or known[0])
-    model = LatentDiffusion.load(root / MODEL, default_device())
+    model = LatentDiffusion.load(root / MODEL, set_up(load_settings(root).deterministic))  # as in the stage
     draws, about = Draws.load(source / "samples.safetensors")
     if about.get("autoencoder") != network_hash(root / MODEL / "autoencoder"):
         raise InputError(f"{source}: its samples are of another decoder than models/ldm; run `dvc repro`")
@@ -83,7 +83,6 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
             pixels[name] = preprocessing.as_seen(Place(folder / name).read())
     if not pixels:
         raise InputError(f"{folder}: holds no readable images ({', '.join(sorted(SUFFIXES))})")
-    torch.backends.cudnn.allow_tf32 = False  # as in the stage: rounding to 10 bits would add to every new score
     stacked = torch.from_numpy(np.stack(list(pixels.values())))
     scores = DecoderPosterior(model.autoencoder, model.likelihood, draws).scores(stacked).numpy()
     reference = pd.read_csv(source / "scores.csv").score.to_numpy()

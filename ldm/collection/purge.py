@@ -18,7 +18,7 @@ import yaml
 
 from ldm.base.errors import InputError
 from ldm.base.files import content_hash, file_hash
-from ldm.base.paths import LATENT_STORE, LATENTS, SHARD_CACHE, SHARDS
+from ldm.base.paths import LATENT_STORE, LATENTS, SHARD_CACHE, SHARDS, WORK
 from ldm.config import load_settings
 from ldm.data.images import SUFFIXES
 from ldm.data.reader import SPLITS
@@ -185,7 +185,13 @@ def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: 
     downloads = [path for path in (root / SHARD_CACHE).glob("*") if path.is_file() and _holds(path, digests)]
     unlinked = [path for path in (root / LATENT_STORE).glob("*") if path.stem.rpartition("-")[2] not in linked]  # KEY-SHA256
     leftovers = [path for suffix in ("partial", "replaced") for path in (root / "data").glob(f"*.{suffix}/*")]
-    local = [("leftover", "data", leftovers), ("download", ".ldm", downloads), ("store", ".ldm", unlinked)]
+    batches = list((root / WORK).glob("*/*/bad_batch_*"))  # of trainings that diverged, with images of any name
+    local = [
+        ("leftover", "data", leftovers),
+        ("batch", ".ldm", batches),
+        ("download", ".ldm", downloads),
+        ("store", ".ldm", unlinked),
+    ]
     copies = [(kind, place, str(path), path.stat().st_size) for kind, place, paths in local for path in sorted(paths)]
     for kind, found in kinds.items():
         for place, store in objects.stores.items():

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter
@@ -18,6 +19,9 @@ from ldm.data.images import SUFFIXES, UNREAD, UnreadableImage
 MAX_BYTES = 2**30  # of an image file
 CAPTION_TABLES = ("metadata.csv", "metadata.jsonl")
 PROMPTS = "prompts.csv"
+SYSTEM = {"@eaDir", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
+# files of a cache that are named by their content: DVC's, and the Hugging Face hub's
+CONTENT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$|/blobs/([0-9a-f]{40}|[0-9a-f]{64})$")
 LINKED_FOLDER = "a symbolic link to a folder; move the folder itself here"
 
 
@@ -81,7 +85,9 @@ def read_folder(folder: Path) -> Collection:
         elif name != PROMPTS:
             tables.append(name)
     if not found:
-        raise InputError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))}); put captioned images there")
+        reasons = "; ".join(f"{count} refused: {reason}" for reason, count in Counter(refused.values()).most_common())
+        what = reasons or f"put captioned images there ({', '.join(sorted(SUFFIXES))})"
+        raise InputError(f"{folder}: holds no images that are read; {what}")
     table = _captions(folder, found, tables, {name for name, reason in others.items() if not reason}, refused)
     ignored = Counter(PurePosixPath(name).suffix or name for name in sorted(others.keys() - set(map(sidecar_of, found))))
     return Collection(table, [Place(folder / name) for name in table.file_name], refused, dict(sorted(ignored.items())))
@@ -95,7 +101,7 @@ def walk(folder: Path) -> Iterator[tuple[str, str]]:
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it away")
 
     for here, folders, files in os.walk(folder, onerror=cannot) if folder.is_dir() else ():
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in SYSTEM)
         links = [name for name in folders if os.path.islink(os.path.join(here, name))]
         for path in sorted(Path(here, name) for name in (*files, *links) if not name.startswith(".")):
             relative, reason = path.relative_to(folder).as_posix(), ""
@@ -103,7 +109,9 @@ def walk(folder: Path) -> Iterator[tuple[str, str]]:
                 relative.encode()
                 if path.is_symlink() and path.is_dir():
                     reason = LINKED_FOLDER
-                elif path.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
+                elif path.is_symlink() and not (
+                    (target := path.resolve(strict=True)).is_relative_to(root) or CONTENT.search(target.as_posix())
+                ):
                     reason = "a symbolic link that leaves the folder; move the file itself here"
                 elif not path.is_file():
                     reason = "not a regular file"

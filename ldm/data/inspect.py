@@ -113,7 +113,7 @@ def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) ->
         found = list(sizes)
     bad = {name: str(error) for name, error in zip(table.file_name, found, strict=True) if isinstance(error, UnreadableImage)}
     readable = np.flatnonzero(~table.file_name.isin(bad))
-    images = table.iloc[readable].copy()
+    images = table.iloc[readable].filter(["file_name", "text", "label"])  # others may have the names of these columns
     images[["width", "height", "bytes"]] = np.reshape([found[i] for i in readable], (-1, 3))
     unreadable = pd.DataFrame([*collection.refused.items(), *bad.items()], columns=["file_name", "reason"])
     drawn = readable[order(0, len(readable), 0, min(SHEET, len(readable)))]

@@ -105,14 +105,14 @@ def rollback(name: str = "ldm") -> int:
 
 def compare(root: Path, champion: Version | None) -> pd.DataFrame:
     """Bounds on log p in nats, a row per test image: `challenger`, the model in `root`, and `champion` under the same noise."""
-    from ldm.base.device import default_device
+    from ldm.base.device import set_up
     from ldm.data.reader import open_shards
     from ldm.evaluation.bounds import image_bounds
 
     nats = {"challenger": pd.read_csv(root / BOUNDS, dtype={"key": str}).set_index("key")["nats"]}
     if champion is not None:
         settings, samples = load_settings(root), open_shards(root / SHARDS, "test")
-        model = load(champion.uri, default_device())
+        model = load(champion.uri, set_up(settings.deterministic))  # the numerics of `evaluate`
         with Progress("gate: bound of the champion", len(samples)) as progress:
             bounds = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
         nats["champion"] = bounds.set_index("key")["nats"]

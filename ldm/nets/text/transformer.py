@@ -1,5 +1,6 @@
 """Any text model that `transformers` loads, from a folder or the hub."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -7,14 +8,17 @@ from ldm.base.errors import InputError
 from ldm.base.lazy import Tensor, torch
 from ldm.nets.text.encoder import SUFFIXES, Embed, Text
 
+HUB = r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}"
+
 
 class Transformer(Text):
     kind: Literal["transformers"] = "transformers"
     model: str  # a folder, or ID@COMMIT on the hub
 
     def check(self, root: Path) -> None:
-        if "@" not in self.model and not (root / self.model).is_dir():
-            raise ValueError(f"text.model: found {self.model!r}, neither a folder nor ID@COMMIT on the hub")
+        if not re.fullmatch(HUB, self.model) and not (root / self.model).is_dir():
+            hint = "ID@COMMIT on the hub, with the 40 hex digits of a commit: a branch moves, and the model would no longer load"
+            raise ValueError(f"text.model: found {self.model!r}, neither a folder nor {hint}")
 
     def load(self) -> tuple[Path, Embed, int]:
         folder = Path(self.model)
