@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from ldm.base.errors import InputError
 from ldm.base.files import write_text
 from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assigned, explained, value_at
+from ldm.data.captions import Convention
 from ldm.data.sources.source import Source
 from ldm.diffusion.options import Diffusion, Sampling
 from ldm.evaluation.metrics.metric import Metric
@@ -29,6 +30,7 @@ Levels = Annotated[tuple[Positive, ...], Field(min_length=1)]  # channels of eac
 class Data(Section):
     source: Annotated[Source, OneOf()]  # what the `source` stage writes to data/raw/source
     path: Annotated[str, Field(min_length=1)]  # folder of images with captions, relative to the project root or absolute
+    captions: Convention = "auto"  # where captions come from
     image_size: Positive  # pixels, the side of the square that models see
     margin: Count  # pixels stored beyond image_size, for the autoencoder's random crops
     channels: Literal[1, 3]  # greyscale or RGB

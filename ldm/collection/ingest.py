@@ -25,7 +25,8 @@ import pandas as pd
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, content_hash, file_hash, locked
 from ldm.config import load_settings
-from ldm.data.folders import CAPTION_TABLES, check_tables, decode_caption, normal, read_table, sidecar_of, walk
+from ldm.data.captions import EXTENSIONS, Convention, beside, caption_of, check_tables, is_table, normal, read_table
+from ldm.data.folders import walk
 from ldm.data.images import SUFFIXES
 from ldm.versioning.repository import held, open_repository
 
@@ -38,6 +39,7 @@ ADVICE = "set data.path in params.yaml to a folder for your own images, e.g. dat
 # Why a file stays in the inbox:
 KNOWN = "already in the collection"
 WAITING = f"changed in the last {SETTLE:.0f} s, so perhaps still being written"
+TABLE = "metadata.csv"  # of a batch
 UNCAPTIONED = "without a caption (a row of the table, or a .txt in UTF-8)"
 UNLABELLED = "without a label, which other images have"
 UNREADABLE = "not readable for this user"
@@ -76,6 +78,8 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
     root, inbox = root.resolve(), inbox.resolve()
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):
         raise InputError(f"{inbox}: no folder that this user may read and write")
+    if (captions := load_settings(root).data.captions) in ("text files", "folder names"):
+        raise InputError(f"data.captions is {captions}, and a batch has its captions in a table; set it to auto")
     (root / ".ldm").mkdir(exist_ok=True)
     left, batch = defaultdict[str, list[str]](list), None
     with locked(root / ".ldm/ingest.lock"):  # a second ingest waits
@@ -85,7 +89,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
                 shutil.rmtree(collection / PARTIAL, ignore_errors=True)
                 for originals in sorted(collection.glob(f"*/{ORIGINALS}")):
                     _clear(originals)
-                if taken := _copy(inbox, collection, settle, left):
+                if taken := _copy(inbox, collection, settle, captions, left):
                     with held(repo, collection):  # a running stage would record the batch as read though it has not seen it
                         batch = _free_name(collection)
                         os.rename(collection / PARTIAL, batch)
@@ -122,10 +126,10 @@ def _collection(root: Path, inbox: Path, repo: Any) -> Path:
     return folder
 
 
-def _copy(inbox: Path, collection: Path, settle: float, left: dict[str, list[str]]) -> tuple[str, ...]:
+def _copy(inbox: Path, collection: Path, settle: float, captions: Convention, left: dict[str, list[str]]) -> tuple[str, ...]:
     """Write the new images to `PARTIAL` as a complete batch; without new images there is no such folder. Returns their names."""
-    known, labelled = _survey(collection)
-    rows, sidecars = _ready(inbox, settle, left)
+    known, labelled = _survey(collection, captions)
+    rows, sidecars = _ready(inbox, settle, captions, left)
     with_label = next((name for name, row in rows.items() if "label" in row), None)
     if with_label and labelled is False:
         raise InputError(f"{with_label}: has a label, and the images of {collection} have none; drop the inbox's column label")
@@ -156,66 +160,70 @@ def _copy(inbox: Path, collection: Path, settle: float, left: dict[str, list[str
         table = pd.DataFrame([rows[name] for name in taken.values()])
         table = table[["file_name", "text", *table.columns.difference(["file_name", "text"], sort=False)]]
         # Quote everything: csv leaves a lone carriage return bare, which readers take for the end of a row.
-        table.to_csv(partial / CAPTION_TABLES[0], index=False, quoting=csv.QUOTE_ALL, errors="backslashreplace")
+        table.to_csv(partial / TABLE, index=False, quoting=csv.QUOTE_ALL, errors="backslashreplace")
         originals = {name: digest for digest, name in taken.items()}
-        needed = {sidecar_of(path.name) for path in inbox.iterdir() if _is_image(path.name) and path.name not in originals}
-        originals |= {sidecar_of(name): sidecars[name] for name in originals.keys() & sidecars if sidecar_of(name) not in needed}
+        stay = [path.name for path in inbox.iterdir() if _is_image(path.name) and path.name not in originals]
+        needed = {file for files in beside(stay, os.listdir(inbox)).values() for file in files.values()}
+        read = [item for name in originals.keys() & sidecars for item in sidecars[name].items()]
+        originals |= {name: digest for name, digest in read if name not in needed}
         (partial / ORIGINALS).write_text(canonical_json({"inbox": str(inbox), "files": originals}), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _sync(path)
     return tuple(taken.values())
 
 
-def _survey(collection: Path) -> tuple[dict[int, list[Path]], bool | None]:
+def _survey(collection: Path, captions: Convention) -> tuple[dict[int, list[Path]], bool | None]:
     """The collection's images by size in bytes, and whether they have labels (None: no images); `InputError` if no batch fits."""
-    images, tables, texts, stems = defaultdict[int, list[Path]](list), [], set(), set()
-    for path in (collection / name for name, refusal in walk(collection) if not refusal):
-        if path.name in CAPTION_TABLES:
-            tables.append(path)
-        elif path.suffix == ".txt":
-            texts.add(path.with_suffix(""))
-        elif path.suffix == ".tar":
-            raise InputError(f"{path}: a folder of tars takes no images; {ADVICE}")
-        elif _is_image(path.name):
-            images[path.stat().st_size].append(path)
-            stems.add(path.with_suffix(""))
-    if stems and not tables and texts.isdisjoint(stems):
+    images, names, others = defaultdict[int, list[Path]](list), list[str](), list[str]()
+    for name in (name for name, refusal in walk(collection) if not refusal):
+        if name.endswith(".tar"):
+            raise InputError(f"{collection / name}: a folder of tars takes no images; {ADVICE}")
+        if _is_image(name):
+            images[(collection / name).stat().st_size].append(collection / name)
+        (names if _is_image(name) else others).append(name)
+    tables = [name for name in others if is_table(name)]
+    if names and captions == "auto" and not tables and not beside(names, others):
         reason = "its captions are the names of its folders, and a dated folder is no class"
         raise InputError(f"{collection}: {reason}; write a metadata.csv (file_name,text) there first")
-    return images, (bool(tables) and "label" in read_table(tables[0])) if stems else None
+    return images, (bool(tables) and "label" in read_table(collection / tables[0])) if names else None
 
 
-def _ready(inbox: Path, settle: float, left: dict[str, list[str]]) -> tuple[dict[str, Row], dict[str, str]]:
-    """Images that are complete and have a caption: rows of the batch's table, and the sha256 of the .txt files read, by name."""
+def _ready(
+    inbox: Path, settle: float, captions: Convention, left: dict[str, list[str]]
+) -> tuple[dict[str, Row], dict[str, dict[str, str]]]:
+    """Images that are complete and have a caption: rows of the batch's table, and sha256 of the files beside each, by name."""
     ages, now = dict[str, float](), time.time()
     for path in sorted(inbox.glob("[!.]*")):
         if path.is_symlink() or not path.is_file():
             left[NO_FILE].append(path.name)
         else:
             ages[path.name] = abs(now - path.stat().st_mtime)  # far in the future: another machine's clock, not a writer
-    tables = [name for name in CAPTION_TABLES if name in ages]
-    listed, rows, sidecars = dict[str, Row](), dict[str, Row](), dict[str, str]()
+    tables = [name for name in ages if is_table(name)]
+    listed, rows, sidecars = dict[str, Row](), dict[str, Row](), dict[str, dict[str, str]]()
     if tables and all(ages[name] >= settle for name in tables):
         check_tables(inbox, tables)
         for row in read_table(inbox / tables[0]).to_dict("records"):  # also of images that have left
             earlier = listed.setdefault(normal(row["file_name"]), row)
             if earlier["text"] != row["text"] and (inbox / row["file_name"]).exists():
                 raise InputError(f"{inbox / tables[0]}: {row['file_name']!r} has two captions; keep one")
-    for name in ages:
-        sidecar = sidecar_of(name)
-        if not _is_image(name):
-            if name not in tables and not name.endswith(".txt"):
-                left[NO_IMAGE].append(name)
-        elif not _is_text(name):
+    images = [name for name in ages if _is_image(name)]
+    files = beside(images, ages.keys() - tables)
+    if others := [name for name in ages.keys() - set(images) - set(tables) if not name.lower().endswith(EXTENSIONS)]:
+        left[NO_IMAGE] += sorted(others)
+    for name in images:
+        texts = files.get(name, {})
+        if not _is_text(name):
             left[UNNAMED].append(name)
-        elif any(ages[file] < settle for file in (name, sidecar, *tables) if file in ages):
+        elif any(ages[file] < settle for file in (name, *texts.values(), *tables)):
             left[WAITING].append(name)
         else:
-            found = listed.get(normal(name))
-            if found is None and sidecar in ages:
-                with suppress(OSError, UnicodeDecodeError):
-                    blob = (inbox / sidecar).read_bytes()
-                    found, sidecars[name] = {"text": decode_caption(blob)}, content_hash(blob)
+            found = None if captions == "none" else listed.get(normal(name))
+            if found is None:
+                with suppress(OSError, InputError):
+                    blobs = {extension: (inbox / file).read_bytes() for extension, file in texts.items()}
+                    caption = caption_of(blobs, name, captions)
+                    found = {key: caption[key] for key in ("text", "label") if key in caption}
+                    sidecars[name] = {texts[extension]: content_hash(blob) for extension, blob in blobs.items()}
             if found and _is_text(found["text"]):
                 rows[name] = found | {"file_name": name}
             else:

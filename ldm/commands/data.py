@@ -38,7 +38,7 @@ def stats(
     from ldm.report.grid import image_grid
 
     try:
-        limits = load_settings(project()).data.model_dump(include={"min_side", "max_pixels"})
+        limits = load_settings(project()).data.model_dump(include={"min_side", "max_pixels", "captions"})
     except InputError:  # not in a project
         limits = {}
     found = inspect(path, **limits)

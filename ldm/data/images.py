@@ -1,6 +1,7 @@
 """Image files, the preprocessing that makes them squares of one size, and arrays of their pixels."""
 
 import contextlib
+import functools
 import io
 import re
 import warnings
@@ -8,18 +9,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from ldm.data.jpeg import JPEG
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # images that we cannot read
+UNREAD = {  # images that we cannot read
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf",
+    ".rw2", ".exr", ".hdr", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".dcm",
+}  # fmt: skip
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # by content: a suffix proves nothing, and Pillow's EPS runs a program
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box")}
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for 1 and 3 channels
 MAX_PIXELS = 89_478_485  # Pillow warns beyond this
 ORIENTATION = 0x0112  # EXIF tag
-JPEG = b"\xff\xd8"  # first bytes of a file
+PROFILE = "profile"  # in the `info` of an image that was converted to sRGB: the name of its colour profile
+SAME = 1  # level of 256 by which colours of a profile may differ from sRGB's and still count as these
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our own limit raises an error instead
 Image.core.set_blocks_max(8)  # PILLOW_BLOCKS_MAX: reuses the memory of one image for the next, which saves a quarter of decoding
@@ -55,7 +62,9 @@ class Preprocessing:
     def read(self, blob: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """Decode an image file and make it a stored image; raises `UnreadableImage`."""
         image = decode(blob, channels=self.channels, background=self.background, min_side=min_side, max_pixels=max_pixels)
-        return fit_square(image, self.side, self.resize_filter, self.fit, self.background)
+        stored = fit_square(image, self.side, self.resize_filter, self.fit, self.background)
+        stored.info = image.info
+        return stored
 
     def as_seen(self, blob: bytes) -> np.ndarray:
         """An image file as a model sees it, uint8 (C, S, S): the centre of the stored image; raises `UnreadableImage`."""
@@ -63,18 +72,22 @@ class Preprocessing:
         return to_array(self.read(blob))[:, start:end, start:end]
 
     def is_stored(self, blob: bytes) -> bool:
-        """Whether a file is a JPEG that needs no change: it is stored as it is, without loss."""
+        """Whether a file is a JPEG whose picture needs no change: that is stored as it is, without loss."""
         if not blob.startswith(JPEG):
             return False
         with Image.open(io.BytesIO(blob), formats=("JPEG",)) as image:
             fits = image.mode == MODES[self.channels] and image.size == (self.side, self.side)
-            return fits and image.getexif().get(ORIENTATION, 1) == 1
+            upright = image.getexif().get(ORIENTATION, 1) == 1
+            return fits and upright and not _conversion(image.info.get("icc_profile"), image.mode)
 
 
 def decode(
     blob: bytes, *, channels: int, background: str = "#ffffff", min_side: int = 1, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Decode an image file to greyscale (`channels` 1) or RGB (3), upright, its first frame; raises `UnreadableImage`."""
+    """Decode an image file to greyscale (`channels` 1) or RGB (3) as a viewer shows it; raises `UnreadableImage`.
+
+    Upright, its first frame, in sRGB, on `background`. Its `info` has the name of a profile that was converted (`PROFILE`).
+    """
     if not blob:
         raise UnreadableImage("the file is empty")
     with _reasons(), Image.open(io.BytesIO(blob), formats=FORMATS) as image:
@@ -83,18 +96,65 @@ def decode(
             raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels {max_pixels}")
         if min(width, height) < min_side:
             raise UnreadableImage(f"{width} x {height} pixels, smaller than data.min_side {min_side}")
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "F":
-            raise UnreadableImage("floating-point pixels; 8 or 16 bits are read")
-        if upright.mode == "I" or upright.mode.startswith("I;16"):
-            values = np.asarray(upright).astype(np.int64)
-            if values.min() < 0 or values.max() > 65535:
-                raise UnreadableImage(f"{upright.mode} pixels from {values.min()} to {values.max()}; 8 or 16 bits are read")
-            upright = Image.fromarray((values // 257).astype(np.uint8))
-        elif upright.has_transparency_data:
-            layers = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", layers.size, background), layers)
-        return upright.convert(MODES[channels])
+        upright = _with_8_bits(ImageOps.exif_transpose(image))
+        alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+        colours, profile = _in_srgb(upright, image.info.get("icc_profile"))
+        if alpha:
+            layers = colours.convert("RGBA")
+            layers.putalpha(alpha)
+            colours = Image.alpha_composite(Image.new("RGBA", layers.size, background), layers)
+        decoded = colours.convert(MODES[channels])
+        decoded.info = {PROFILE: profile} if profile else {}  # without EXIF and the like, which a PNG would carry on
+        return decoded
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """An image of 16-bit grey values with 8, its transparent value as transparency. Pillow reads 16-bit colours with 8 itself."""
+    if image.mode == "F":
+        raise UnreadableImage("floating-point pixels; 8 or 16 bits are read")
+    transparent = image.info.get("transparency")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:  # of 16 bits still
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise UnreadableImage(f"{image.mode} pixels from {values.min()} to {values.max()}; 8 or 16 bits are read")
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str | None]:
+    """The colours of an image in sRGB, without transparency; and the name of the profile that they were converted from."""
+    mode = {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
+    colours = image if image.mode == mode else image.convert(mode)
+    if conversion := _conversion(profile, mode):
+        transform, name = conversion
+        return transform.apply(colours), name
+    return colours, None
+
+
+@functools.lru_cache(maxsize=32)
+def _conversion(profile: bytes | None, mode: str) -> tuple[ImageCms.ImageCmsTransform, str] | None:
+    """From a colour profile to sRGB, and the profile's name; None if it is sRGB, damaged, or of other pixels, as for viewers."""
+    if mode != "LAB" and profile is None:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB") if mode == "LAB" else io.BytesIO(profile or b""))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        name = " ".join(ImageCms.getProfileDescription(source).split())
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    if mode in ("L", "RGB"):
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+        sample = Image.fromarray(grid if mode == "RGB" else levels[None])
+        shown = np.asarray(transform.apply(sample)).astype(int)
+        if np.abs(shown - np.asarray(sample.convert("RGB"))).max() <= SAME:
+            return None
+    return transform, name or "a profile without a name"
 
 
 def decode_stored(blob: bytes, preprocessing: Preprocessing) -> np.ndarray:

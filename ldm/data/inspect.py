@@ -1,9 +1,11 @@
 """Statistics of a folder of images or of shards, and a check of shards against their index."""
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,8 +14,9 @@ from PIL import Image
 from ldm.base.errors import InputError
 from ldm.base.files import file_hash
 from ldm.data.batches import order
+from ldm.data.captions import ORIGINS, Convention
 from ldm.data.folders import Place
-from ldm.data.images import MAX_PIXELS, UnreadableImage, decode, fit_square, from_array, to_array
+from ldm.data.images import MAX_PIXELS, PROFILE, UnreadableImage, decode, fit_square, from_array, to_array
 from ldm.data.parallel import IMAGES_PER_WORKER, default_workers, mapped
 from ldm.data.reader import PARTS, SPLITS, ShardReader, open_shards
 from ldm.data.shards import read_collection
@@ -70,11 +73,13 @@ def _check_split(reader: ShardReader, folder: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What was found: a row per image (`file_name`, `text`, `width`, `height`, `bytes`, and `split` of shards), and a sheet."""
+    """What was found. `images`: `file_name`, `text`, maybe `label`, `width`, `height`, `bytes`, `split` of shards."""
 
     images: pd.DataFrame
     unreadable: pd.DataFrame  # file_name, reason
-    ignored: dict[str, int]  # suffix -> number of files that are no images
+    origins: dict[str, int]  # of captions: table, file, folder name or none -> number
+    converted: dict[str, int]  # colour profiles other than sRGB -> number
+    ignored: dict[str, int]  # files passed over: suffix, or what they are -> number
     sheet: np.ndarray  # uint8 (N, 3, TILE, TILE): some images, drawn at random
 
     def summary(self) -> list[tuple[str, str]]:
@@ -83,41 +88,49 @@ class Inventory:
         splits = ", ".join(f"{(images.split == split).sum():,} {split}" for split in SPLITS if "split" in images)
         lines = [("images", f"{len(images):,}" + (f" ({splits})" if splits else "")), ("unreadable", f"{len(self.unreadable):,}")]
         lines += [(f"  {count:,}", str(reason)) for reason, count in reasons.items()]
-        if self.ignored:
-            lines.append(("ignored", ", ".join(f"{count:,} {suffix}" for suffix, count in self.ignored.items())))
+        for name, counts in (("passed over", self.ignored), ("profiles", self.converted)):
+            if counts:
+                lines.append((name, ", ".join(f"{count:,} {what}" for what, count in counts.items())))
         if len(images):
             spreads = images[["width", "height", "bytes"]].assign(captions=images.text.str.len()).quantile([0, 0.5, 1])
             spread = {str(name): f"{low:,.0f} to {high:,.0f}, median {mid:,.0f}" for name, (low, mid, high) in spreads.items()}
             empty = (images.text.str.strip() == "").sum()
-            spread["captions"] = f"{images.text.nunique():,} distinct, {empty:,} empty; {spread['captions']} characters"
+            origins = ", ".join(f"{count:,} from {ORIGINS[origin]}" for origin, count in self.origins.items())
+            spread["captions"] = (
+                f"{origins}; {images.text.nunique():,} distinct, {empty:,} empty; {spread['captions']} characters"
+            )
             lines += spread.items()
         if len(images) and "label" in images:
-            counts = images.label.value_counts()
-            listed = [f"{label} {count:,}" for label, count in counts.head(MOST_FREQUENT).items()]
-            lines.append(("labels", f"{len(counts)}: {', '.join(listed)}{', …' if len(counts) > MOST_FREQUENT else ''}"))
+            labels = images.label.value_counts()
+            listed = [f"{label} {count:,}" for label, count in labels.head(MOST_FREQUENT).items()]
+            lines.append(("labels", f"{len(labels)}: {', '.join(listed)}{', …' if len(labels) > MOST_FREQUENT else ''}"))
         return lines
 
 
-def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> Inventory:
-    """The inventory of a shard folder, or of a folder of images or tars before sharding under these limits."""
+def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS, captions: Convention = "auto") -> Inventory:
+    """The inventory of a shard folder, or of a folder of images or tars before sharding under these settings."""
     if (folder / "index.json").is_file():
         return _inspect_shards(folder)
-    collection = read_collection(folder)
+    collection = read_collection(folder, captions)
     table, places = collection.table, collection.places
 
-    def size(place: Place) -> tuple[int, int, int]:
+    def look(place: Place) -> dict[str, Any]:
         blob = place.read()
-        return *decode(blob, channels=3, min_side=min_side, max_pixels=max_pixels).size, len(blob)
+        image = decode(blob, channels=3, min_side=min_side, max_pixels=max_pixels)
+        return {"width": image.width, "height": image.height, "bytes": len(blob), PROFILE: image.info.get(PROFILE)}
 
-    with mapped(size, places, min(default_workers(), len(places) // IMAGES_PER_WORKER)) as sizes:
-        found = list(sizes)
+    with mapped(look, places, min(default_workers(), len(places) // IMAGES_PER_WORKER)) as looks:
+        found = list(looks)
     bad = {name: str(error) for name, error in zip(table.file_name, found, strict=True) if isinstance(error, UnreadableImage)}
     readable = np.flatnonzero(~table.file_name.isin(bad))
     images = table.iloc[readable].filter(["file_name", "text", "label"])  # others may have the names of these columns
-    images[["width", "height", "bytes"]] = np.reshape([found[i] for i in readable], (-1, 3))
+    seen = pd.DataFrame([found[i] for i in readable], images.index, ["width", "height", "bytes", PROFILE])
+    converted = Counter(seen.pop(PROFILE).dropna())
     unreadable = pd.DataFrame([*collection.refused.items(), *bad.items()], columns=["file_name", "reason"])
     drawn = readable[order(0, len(readable), 0, min(SHEET, len(readable)))]
-    return Inventory(images, unreadable, collection.ignored, _sheet(decode(places[i].read(), channels=3) for i in drawn))
+    sheet = _sheet(decode(places[i].read(), channels=3) for i in drawn)
+    origins = Counter(collection.origins)
+    return Inventory(pd.concat([images, seen], axis=1), unreadable, origins, converted, collection.ignored, sheet)
 
 
 def _inspect_shards(folder: Path) -> Inventory:
@@ -127,8 +140,9 @@ def _inspect_shards(folder: Path) -> Inventory:
     places = [(reader, i) for reader in readers for i in range(len(reader))]
     drawn = [places[i] for i in order(0, len(places), 0, min(SHEET, len(places)))]
     quarantined = pd.read_csv(folder / "quarantine.csv", dtype=str, keep_default_na=False)
-    sheet = _sheet(from_array(reader.images([i])[0]) for reader, i in drawn)
-    return Inventory(pd.concat(parts, ignore_index=True), quarantined, readers[0].index["ignored"], sheet)
+    sheet, index = _sheet(from_array(reader.images([i])[0]) for reader, i in drawn), readers[0].index
+    origins = index.get("captions", {}).get("origins", {})  # earlier shards have none
+    return Inventory(pd.concat(parts, ignore_index=True), quarantined, origins, index.get("converted", {}), {}, sheet)
 
 
 def _sheet(images: Iterable[Image.Image]) -> np.ndarray:

@@ -6,7 +6,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path, PurePosixPath
@@ -18,8 +18,10 @@ from PIL import Image
 
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, content_hash, file_hash, replacing
-from ldm.data.folders import PROMPTS, Collection, Place, read_folder, walk
-from ldm.data.images import MAX_PIXELS, SUFFIXES, Preprocessing, UnreadableImage, to_png
+from ldm.data.captions import PROMPTS, Convention
+from ldm.data.folders import Collection, Place, read_folder, walk
+from ldm.data.images import MAX_PIXELS, PROFILE, SUFFIXES, Preprocessing, UnreadableImage, to_png
+from ldm.data.jpeg import bare
 from ldm.data.parallel import IMAGES_PER_WORKER, mapped
 from ldm.data.reader import SPLITS, VERSION
 from ldm.data.tars import read_tars
@@ -42,6 +44,8 @@ class _Image:
     digest: str  # content hash of its file
     split: str
     top: str  # the top-level folder: a shard holds images of one, so a new folder changes no other shard
+    origin: str  # of its caption
+    profile: str = ""  # the colour profile that was converted to sRGB, once it is written
     thumbnail: bytes = b""  # once it is written
     offsets: tuple[int, ...] = ()  # its row of offsets.npy, once it is written
 
@@ -54,40 +58,41 @@ def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
     return "val" if position < test_fraction + val_fraction else "train"
 
 
-def read_collection(folder: Path) -> Collection:
+def read_collection(folder: Path, captions: Convention = "auto") -> Collection:
     """The captioned images of a folder: files (`folders.read_folder`) or members of WebDataset tars (`tars.read_tars`)."""
     suffixes = {PurePosixPath(name).suffix.lower() for name, _ in walk(folder)}
     if ".tar" not in suffixes:
-        return read_folder(folder)
+        return read_folder(folder, captions)
     if images := ", ".join(sorted(suffixes & SUFFIXES)):
         raise InputError(f"{folder}: holds tars and also images ({images}); keep one kind in a folder")
-    return read_tars(folder)
+    return read_tars(folder, captions)
 
 
 def write_shards(
     folder: Path, out: Path, *, val_fraction: float, test_fraction: float, shard_size: int, max_bad_fraction: float,
-    min_side: int = 1, max_pixels: int = MAX_PIXELS, report: Path | None = None, workers: int = 1,
+    min_side: int = 1, max_pixels: int = MAX_PIXELS, captions: Convention = "auto", report: Path | None = None, workers: int = 1,
     progress: Progress = lambda what, done, total: None, **preprocessing: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the images of `folder` (see `read_collection`) as shards to `out`, all or nothing, and return the index.
 
+    To what is returned, `ignored` adds what was passed over, which is no part of the shards.
     `preprocessing` has the fields of `images.Preprocessing`. Raises `InputError` for bad folders, captions and splits, and if
     more than `max_bad_fraction` of the images are unreadable, which then are listed in the file `report`.
     """
-    collection = read_collection(folder)
+    collection = read_collection(folder, captions)
     prompts = _find_prompts(folder, collection.table)
     recipe, bad = Preprocessing(**preprocessing), dict(collection.refused)  # bad: file name -> reason
     places = collection.places
     found, workers = len(places) + len(bad), min(workers, len(places) // IMAGES_PER_WORKER)
 
-    def encode(image: _Image) -> tuple[dict[str, bytes], bytes]:
-        """The image's parts by suffix, in the order of `reader.PARTS`, and its thumbnail."""
+    def encode(image: _Image) -> tuple[dict[str, bytes], bytes, str]:
+        """The image's parts by suffix, in the order of `reader.PARTS`, its thumbnail, and the profile that was converted."""
         blob = image.place.read()
         if content_hash(blob) != image.digest:
             raise InputError(f"{image.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
         pixels = recipe.read(blob, min_side=min_side, max_pixels=max_pixels)
-        parts = {"jpg": blob} if recipe.is_stored(blob) else {"png": to_png(pixels)}
-        return parts | _texts(image.row), thumbnail(pixels)
+        parts = {"jpg": bare(blob)} if recipe.is_stored(blob) else {"png": to_png(pixels)}
+        return parts | _texts(image.row), thumbnail(pixels), pixels.info.get(PROFILE, "")
 
     with replacing(out) as partial:
         with mapped(lambda place: content_hash(place.read()), places, workers, functools.partial(progress, "hash")) as hashes:
@@ -110,20 +115,33 @@ def write_shards(
         if prompts:
             shutil.copyfile(prompts, partial / PROMPTS)
         quarantined.to_csv(partial / "quarantine.csv", index=False, errors="backslashreplace")
-        facts = {"preprocessing": asdict(recipe), "found": found, "quarantined": len(bad), "ignored": collection.ignored}
-        return _write_index(partial, shards, written, facts)
+        facts = {"preprocessing": asdict(recipe), "found": found, "quarantined": len(bad), "captions": _captions(written)}
+        facts["converted"] = _counted(image.profile for image in written if image.profile)
+        return _write_index(partial, shards, written, facts) | {"ignored": collection.ignored}
+
+
+def _captions(images: list[_Image]) -> dict[str, Any]:
+    """How many captions came from where, how many are empty, and how many differ."""
+    texts = [image.row["text"] for image in images]
+    empty = sum(not text.strip() for text in texts)
+    return {"origins": _counted(image.origin for image in images), "empty": empty, "distinct": len(set(texts))}
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
 
 
 def _hashed(collection: Collection, hashes: Iterator[Any], bad: dict[str, str], val: float, test: float) -> list[_Image]:
     """The images, those of one shard side by side. Unreadable files go to `bad`."""
     images = []
-    for row, place, digest in zip(collection.table.to_dict("records"), collection.places, hashes, strict=True):
+    rows = collection.table.to_dict("records")
+    for row, origin, place, digest in zip(rows, collection.origins, collection.places, hashes, strict=True):
         name = row["file_name"]
         if isinstance(digest, UnreadableImage):
             bad[name] = str(digest)
         else:
             top = name.split("/")[0] if "/" in name else ""
-            images.append(_Image({str(k): v for k, v in row.items()}, place, digest, split_of(digest, val, test), top))
+            images.append(_Image({str(k): v for k, v in row.items()}, place, digest, split_of(digest, val, test), top, origin))
     return sorted(images, key=lambda image: (SPLITS.index(image.split), image.top))
 
 
@@ -155,7 +173,7 @@ def _write_tars(
                     if isinstance(found, UnreadableImage):
                         bad[image.row["file_name"]] = str(found)
                         continue
-                    parts, preview = found
+                    parts, preview, profile = found
                     name = content_hash(image.row["file_name"].encode(errors="backslashreplace"))
                     tar.write({"__key__": image.digest[:16] + name[:8], **parts})  # equal files may have several names
                     places = {}
@@ -163,7 +181,7 @@ def _write_tars(
                         places[part] = position + tarfile.BLOCKSIZE, len(blob)
                         position += tarfile.BLOCKSIZE * (1 + -(-len(blob) // tarfile.BLOCKSIZE))
                     offsets = len(shards), *chain(*(places[part] for part in parts))
-                    written.append(replace(image, thumbnail=preview, offsets=offsets))
+                    written.append(replace(image, thumbnail=preview, profile=profile, offsets=offsets))
             if count := len(written) - before:
                 identity = {"sha256": file_hash(path), "bytes": path.stat().st_size}
                 shards.append({"name": path.name, "split": split, "count": count, **identity})
@@ -189,7 +207,7 @@ def _write_index(out: Path, shards: list[dict[str, Any]], images: list[_Image], 
     index = {
         "version": VERSION,
         **facts,
-        "duplicates": dict(sorted(Counter(duplicates.kind).items())),
+        "duplicates": _counted(duplicates.kind),
         "splits": {split: [splits.index(split), splits.index(split) + splits.count(split)] for split in SPLITS},
         "shards": shards,
         "files": {

@@ -1,6 +1,5 @@
 """Read a folder of WebDataset tars as a collection of captioned images."""
 
-import json
 import tarfile
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -9,43 +8,67 @@ from typing import Any
 import pandas as pd
 
 from ldm.base.errors import InputError
-from ldm.data.folders import Collection, Place, walk
-from ldm.data.images import SUFFIXES
+from ldm.data.captions import EXTENSIONS, MAX_TEXT, Convention, caption_of
+from ldm.data.folders import Collection, Place, left_behind, walk
+from ldm.data.images import SUFFIXES, UNREAD
 
 PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}  # suffixes that loaders are known to unpickle
-TEXTS = ("txt", "caption")
-MAX_TEXT = 2**20  # bytes of a caption or of JSON
 
 Parts = dict[str, tarfile.TarInfo]  # the files of a sample by extension
 
 
-def read_tars(folder: Path) -> Collection:
+def read_tars(folder: Path, convention: Convention = "auto") -> Collection:
     """The images of every `*.tar` below `folder` (README.md); `file_name` is `TAR/KEY.SUFFIX`. Raises `InputError`."""
+    if convention in ("tables", "folder names"):
+        raise InputError(f"{folder}: data.captions is {convention}, and captions of tars are in their samples; set it to auto")
     rows: list[dict[str, Any]] = []
     places: dict[str, Place] = {}
-    ignored: Counter[str] = Counter()
-    for name, reason in walk(folder):
+    refused, passed, ignored = dict[str, str](), dict[str, str](), Counter[str]()
+    for name, reason in walk(folder, passed):
         path = folder / name
-        if path.suffix != ".tar":
+        if path.suffix.lower() != ".tar":
             ignored[path.suffix or name] += 1
             continue
         if reason:
             raise InputError(f"{path}: {reason}")
         for key, parts in _samples(path, ignored).items():
             images = [part for part in parts if f".{part}" in SUFFIXES]
+            others = [part for part in parts if part not in images and _is_image(part)]
             if len(images) > 1:
                 raise InputError(f"{path}: sample {key!r} has {len(images)} images, {' and '.join(images)}; keep one")
             if images:
-                rows.append({"file_name": f"{name}/{key}.{images[0]}", **_caption(path, key, parts)})
+                caption = caption_of(_texts(path, parts), f"{path}/{key}", convention)
+                rows.append({"file_name": f"{name}/{key}.{images[0]}", **caption})
                 places[rows[-1]["file_name"]] = Place(path, parts[images[0]].offset_data, parts[images[0]].size)
+                ignored.update(f".{part}" for part in others)
+            elif others:
+                refused |= {f"{name}/{key}.{part}": _why_not(part) for part in others}
             else:
                 ignored[f"(samples without an image in {name})"] += 1
     if not rows:
-        raise InputError(f"{folder}: its tars hold no images ({', '.join(sorted(SUFFIXES))})")
+        reasons = "; ".join(f"{count} refused: {reason}" for reason, count in Counter(refused.values()).most_common())
+        raise InputError(f"{folder}: its tars hold no images that are read; {reasons or ', '.join(sorted(SUFFIXES))}")
     table = pd.DataFrame(rows).sort_values("file_name", ignore_index=True)
     if "label" in table and table.label.isna().any():
         raise InputError(f"{folder}: {table.file_name[table.label.isna()].iloc[0]!r} has no label, as other samples do")
-    return Collection(table, [places[name] for name in table.file_name], {}, dict(sorted(ignored.items())))
+    origins = ["none" if convention == "none" else "file"] * len(table)
+    ignored.update(passed.values())
+    return Collection(table, origins, [places[name] for name in table.file_name], refused, dict(sorted(ignored.items())))
+
+
+def _is_image(extension: str) -> bool:
+    return f".{extension.rpartition('.')[2]}" in SUFFIXES | UNREAD
+
+
+def _why_not(extension: str) -> str:
+    if "." in extension:
+        return f"its name has several dots, so that its extension is .{extension} to WebDataset; rename it"
+    return f".{extension} is not read; convert it to JPEG or PNG"
+
+
+def _texts(path: Path, parts: Parts) -> dict[str, bytes]:
+    """The bytes of a sample's texts by extension."""
+    return {part: Place(path, parts[part].offset_data, parts[part].size).read() for part in EXTENSIONS if part in parts}
 
 
 def _samples(path: Path, ignored: Counter[str]) -> dict[str, Parts]:
@@ -65,13 +88,16 @@ def _samples(path: Path, ignored: Counter[str]) -> dict[str, Parts]:
                     raise InputError(f"{where} is a link, a device or sparse; only plain files are read")
                 if extension.rpartition(".")[2] in PICKLES:
                     raise InputError(f"{where} is a pickle, which can run any program; remove it")
-                if not stem or (f".{extension}" not in SUFFIXES and extension not in (*TEXTS, "json", "cls")):
+                if what := left_behind(member.name):
+                    ignored[what] += 1
+                    continue
+                if not _is_image(extension) and extension not in EXTENSIONS:
                     ignored[f".{extension}"] += 1
                     continue
                 key = str(name.with_name(stem))
                 if extension in samples.setdefault(key, {}):
                     raise InputError(f"{where} is there twice; keep one")
-                if f".{extension}" not in SUFFIXES and member.size > MAX_TEXT:
+                if extension in EXTENSIONS and member.size > MAX_TEXT:
                     raise InputError(f"{where} has {member.size:,} bytes; at most {MAX_TEXT:,} are read")
                 samples[key][extension] = member
             end = tar.offset
@@ -82,30 +108,3 @@ def _samples(path: Path, ignored: Counter[str]) -> dict[str, Parts]:
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: not a readable plain tar: {error}; restore it") from None
     return samples
-
-
-def _caption(path: Path, key: str, parts: Parts) -> dict[str, Any]:
-    """`text`, `label` if there is one, and the columns of the sample's JSON."""
-
-    def text(part: str) -> str:
-        try:
-            return Place(path, parts[part].offset_data, parts[part].size).read().decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: {key}.{part} is not UTF-8 text: {error}") from None
-
-    try:
-        columns = json.loads(text("json")) if "json" in parts else {}
-        json.dumps([key, columns], ensure_ascii=False).encode()  # half of a surrogate pair is no character
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: {key!r}: its name or JSON is damaged: {error}") from None
-    if not isinstance(columns, dict):
-        raise InputError(f"{path}: {key}.json holds {type(columns).__name__}, expected an object")
-    columns.pop("file_name", None)
-    captions = [*(text(part) for part in TEXTS if part in parts), *(columns.pop(n) for n in ("text", "caption") if n in columns)]
-    label = columns.pop("label", None)
-    label = text("cls") if "cls" in parts else label
-    if not captions and label is None:
-        raise InputError(f"{path}: sample {key!r} has no caption; add {key}.txt")
-    if captions and not isinstance(captions[0], str):
-        raise InputError(f"{path}: sample {key!r} has the caption {captions[0]!r}, which is no text")
-    return {"text": captions[0] if captions else str(label), **({} if label is None else {"label": str(label)}), **columns}

@@ -7,6 +7,7 @@ import pandas as pd
 from ldm.base.paths import QUARANTINE, SHARDS
 from ldm.base.progress import Progress
 from ldm.config import load_settings
+from ldm.data.captions import ORIGINS
 from ldm.data.parallel import default_workers
 from ldm.data.shards import write_shards
 from ldm.registry.tracking import stage_run
@@ -36,8 +37,12 @@ def run(root: Path) -> None:
         print(f"shard: quarantined {image.file_name!r}: {image.reason}")
     if bad > PRINTED:
         print(f"shard: and {bad - PRINTED} more")
-    if listed := ", ".join(f"{n} {suffix}" for suffix, n in index["ignored"].items()):
-        print(f"shard: ignored what is no image: {listed}")
+    captions, origins = index["captions"], ", ".join(f"{n} from {ORIGINS[of]}" for of, n in index["captions"]["origins"].items())
+    print(f"shard: captions: {origins}; {captions['distinct']} distinct, {captions['empty']} empty")
+    if listed := ", ".join(f"{n} of {profile}" for profile, n in index["converted"].items()):
+        print(f"shard: colours converted to sRGB: {listed}")
+    if listed := ", ".join(f"{n} {what}" for what, n in index["ignored"].items()):
+        print(f"shard: passed over: {listed}")
     if listed := ", ".join(f"{n} {kind}" for kind, n in index["duplicates"].items()):
         print(f"shard: {listed} duplicates, listed in {SHARDS}/duplicates.csv")
 

@@ -161,7 +161,7 @@ def test_what_is_not_ready_waits_and_is_named(root: Path, inbox: Path, tmp_path:
     drop(inbox / "captioned just now.txt", "x", 5)
     drop(inbox / "uncaptioned.png", blob(3))
     drop(inbox / "utf16.png", blob(4))
-    drop(inbox / "utf16.txt", "x".encode("utf-16"))
+    drop(inbox / "utf16.txt", "x".encode("utf-16-le"))  # without the mark that would tell
     drop(inbox / "photo.heic", b"x")
     drop(inbox / ".hidden.png", blob(5))
     drop(Path(os.fsdecode(os.fsencode(inbox) + b"/\xff.png")), blob(6))
@@ -417,7 +417,7 @@ def test_an_inbox_must_be_a_folder_of_its_own(root: Path, inbox: Path) -> None:
 TABLES = {
     "two tables": ({"metadata.csv": "file_name,text\na.png,x\n", "metadata.jsonl": "{}"}, "keep one of the two"),
     "two captions": ({"metadata.csv": "file_name,text\na.png,x\n./a.png,y\n"}, r"metadata\.csv: './a\.png' has two captions"),
-    "no text": ({"metadata.csv": "file_name,caption\na.png,x\n"}, r"metadata\.csv: column 'text' is missing"),
+    "no text": ({"metadata.csv": "file_name,words\na.png,x\n"}, r"metadata\.csv: line 2: column 'text' is missing"),
 }
 
 

@@ -55,7 +55,7 @@ def test_metadata_jsonl_keeps_numbers_beside_nulls_and_absences(tmp_path: Path) 
 def test_a_label_here_and_none_there_is_refused(row: str, tmp_path: Path) -> None:
     put(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "y", "label": 3}\n' + row + "\n")
-    with pytest.raises(InputError, match=r"metadata\.jsonl: row 2 has no label"):
+    with pytest.raises(InputError, match=r"metadata\.jsonl: line 2 has no label"):
         read_folder(tmp_path)
 
 
@@ -96,27 +96,30 @@ COMPLAINTS = {
     "missing folder": (lambda folder: folder.rmdir(), ["no such folder", "data.path"]),
     "no images": (lambda folder: (folder / "a.txt").write_text("x"), ["holds no images", ".png"]),
     "no captions": (lambda folder: put(folder, "a.png", "b/c.png"), ["2 images but no captions", "metadata.csv"]),
-    "no text column": (table_of("file_name,caption\na.png,x\nb.png,y\n"), ["metadata.csv", "'text'", "file_name, caption"]),
+    "no text column": (table_of("file_name,words\na.png,x\nb.png,y\n"), ["metadata.csv", "'text'", "file_name, words"]),
     "image not there": (table_of("file_name,text\na.png,x\nb.png,y\nc.png,z\n"), ["metadata.csv", "names 1 images", "'c.png'"]),
     "image without row": (table_of("file_name,text\na.png,x\n"), ["metadata.csv", "no row for 1 images", "'b.png'"]),
     "two rows": (table_of("file_name,text\na.png,x\nb.png,y\na.png,z\n"), ["metadata.csv", "'a.png'", "more than one row"]),
-    "unquoted commas": (table_of("file_name,text\na.png,x,y\nb.png,x,z\n"), ["metadata.csv", "more fields", "double quotes"]),
+    "unquoted commas": (
+        table_of("file_name,text\na.png,x,y\nb.png,x,z\n"),
+        ["metadata.csv", "line 2 has 3 fields", "double quotes"],
+    ),
     "one unquoted comma": (table_of("file_name,text\na.png,x\nb.png,x,z\n"), ["metadata.csv", "not readable", "line 3"]),
     "empty csv": (table_of(""), ["metadata.csv", "not readable"]),
     "header alone": (table_of("file_name,text\n"), ["metadata.csv", "no row for 2 images", "'a.png'"]),
     "no JSON": (table_of("nonsense\n", "metadata.jsonl"), ["metadata.jsonl", "not readable"]),
-    "lists, not objects": (table_of("[1, 2]\n", "metadata.jsonl"), ["metadata.jsonl", "'file_name' is missing"]),
+    "lists, not objects": (table_of("[1, 2]\n", "metadata.jsonl"), ["metadata.jsonl", "line 1 holds list", "one object a line"]),
     "half a character": (
         table_of('{"file_name": "a.png", "text": "\\ud800"}\n', "metadata.jsonl"),
         ["metadata.jsonl", "not readable"],
     ),
     "null caption": (
         table_of('{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": null}\n', "metadata.jsonl"),
-        ["metadata.jsonl", "row 2", "'b.png'", "strings"],
+        ["metadata.jsonl", "line 2", "'b.png'", "strings"],
     ),
     "number as caption": (
         table_of('{"file_name": "a.png", "text": 1}\n{"file_name": "b.png", "text": 2}\n', "metadata.jsonl"),
-        ["metadata.jsonl", "row 1", "'a.png' and 1"],
+        ["metadata.jsonl", "line 1", "'a.png' and 1"],
     ),
     "sidecar missing": (sidecar_missing, ["b.png", "no caption file b.txt"]),
     "sidecar not UTF-8": (sidecar_latin1, ["a.txt", "UTF-8"]),
@@ -229,18 +232,18 @@ def test_links_that_leave_and_names_that_are_no_text_are_refused_and_counted(tmp
     leaves = "a symbolic link that leaves the folder"
     assert reasons == {
         "leaves.png": leaves, "dots.png": leaves, "nowhere.png": "a symbolic link that leads nowhere",
-        "album": "a symbolic link to a folder", "photo.HEIC": ".HEIC is not read",
+        "album": "a symbolic link to a folder", "photo.HEIC": ".heic is not read",
         "\\udcff.png": "its name is not UTF-8",
     }  # fmt: skip
 
 
-def test_what_is_no_image_is_counted_and_hidden_files_are_not_there(tmp_path: Path) -> None:
+def test_what_is_no_image_or_hidden_is_counted(tmp_path: Path) -> None:
     put(tmp_path, "a.png", ".hidden.png", ".cache/b.png")
     for name in ("a.txt", "notes.txt", "clip.mp4", "README", "prompts.csv", ".DS_Store"):
         (tmp_path / name).write_text("x")
     found = read_folder(tmp_path)
     assert found.table.file_name.tolist() == ["a.png"]
-    assert found.ignored == {".mp4": 1, ".txt": 1, "README": 1}
+    assert found.ignored == {".mp4": 1, ".txt": 1, "README": 1, "hidden": 3}
 
 
 @pytest.mark.timeout(20)

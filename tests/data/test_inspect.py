@@ -101,7 +101,11 @@ def test_stats_of_a_folder_and_of_its_shards(shards: Path) -> None:
         if path.name != "007.png" or path.parent.name == "b"
     )
     summary = dict(found.summary())
-    assert summary["images"] == "49" and summary["unreadable"] == "1" and summary["captions"].startswith("5 distinct, 0 empty")
+    assert (
+        summary["images"] == "49"
+        and summary["unreadable"] == "1"
+        and summary["captions"].startswith("50 from tables; 5 distinct, 0 empty")
+    )
     assert found.sheet.shape == (48, 3, TILE, TILE)
 
     found = inspect(shards)

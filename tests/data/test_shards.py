@@ -81,7 +81,7 @@ def test_webdatasets_own_reader_gives_the_same(source: Path, tmp_path: Path) -> 
 
 def test_the_index_says_what_tarfile_and_hashlib_say(source: Path, tmp_path: Path) -> None:
     index = write_shards(source, tmp_path / "shards", **OPTIONS)
-    assert index == json.loads((tmp_path / "shards/index.json").read_text())
+    assert index == json.loads((tmp_path / "shards/index.json").read_text()) | {"ignored": {}}
     offsets, row = np.load(tmp_path / "shards/offsets.npy"), 0
     for number, shard in enumerate(index["shards"]):
         path = tmp_path / "shards" / shard["name"]

@@ -99,11 +99,11 @@ def test_our_own_shards_are_a_source_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["from json", None, 7])
 def test_cls_has_the_label_whatever_the_json_says(label: Any, tmp_path: Path) -> None:
-    columns = {"label": label, "file_name": "x", "caption": "from json", "n": 1}
-    members = {"a.png": png(0), "a.txt": b"from txt", "a.cls": b"from cls", "a.json": json.dumps(columns).encode()}
+    columns = {"label": label, "file_name": "x", "caption": "one", "n": 1, "exif": {"GPSLatitude": "48 8 14"}}
+    members = {"a.png": png(0), "a.txt": b"one", "a.cls": b"from cls", "a.json": json.dumps(columns).encode()}
     by_tarfile(tmp_path / "0.tar", members)
     assert read_tars(tmp_path).table.to_dict("records") == [
-        {"file_name": "0.tar/a.png", "text": "from txt", "label": "from cls", "n": 1}
+        {"file_name": "0.tar/a.png", "text": "one", "label": "from cls", "n": 1}
     ]
 
 
@@ -162,17 +162,19 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     **{f"{suffix} pickle": (plain(PICTURE, (f"a.{suffix}", b"x")), rf"'a\.{suffix}' is a pickle")
        for suffix in ("pkl", "pickle", "pyd", "pth", "pt", "data.pkl", "PKL")},
     "two images": (plain(PICTURE, ("a.jpg", b"x"), ("a.txt", b"x")), "sample 'a' has 2 images, png and jpg"),
-    "deep JSON": (plain(PICTURE, ("a.json", b"[" * 100_000)), "'a': its name or JSON is damaged"),
-    "surrogate in JSON": (plain(PICTURE, ("a.json", b'{"text": "\ud800"}')), "'a': its name or JSON is damaged"),
+    "deep JSON": (plain(PICTURE, ("a.json", b"[" * 100_000)), "bad.tar/a: its name or JSON is damaged"),
+    "surrogate in JSON": (plain(PICTURE, ("a.json", b'{"text": "\ud800"}')), "bad.tar/a: its name or JSON is damaged"),
     "twice": (twice, "'a.png' is there twice"),
     "cut short": (cut_short, "not a readable plain tar"),
     "no tar": (lambda path: path.write_bytes(b"hello" * 1000), "not a readable plain tar"),
     "compressed": (compressed, "not a readable plain tar"),
-    "no caption": (plain(PICTURE), "sample 'a' has no caption"),
-    "caption is a number": (plain(PICTURE, ("a.json", b'{"text": 1}')), "'a' has the caption 1"),
-    "no JSON": (plain(PICTURE, ("a.json", b"{")), "'a': its name or JSON is damaged"),
+    "no caption": (plain(PICTURE), "bad.tar/a: has no caption; add a.txt"),
+    "two captions": (plain(PICTURE, ("a.txt", b"x"), ("a.json", b'{"caption": "y"}')), r"a: \.txt and caption of \.json differ"),
+    "caption is a number": (plain(PICTURE, ("a.json", b'{"text": 1}')), "a: has the caption 1"),
+    "no JSON": (plain(PICTURE, ("a.json", b"{")), "bad.tar/a: its name or JSON is damaged"),
     "JSON list": (plain(PICTURE, ("a.json", b"[1]")), "a.json holds list"),
-    "caption not UTF-8": (plain(PICTURE, ("a.txt", b"\xff")), "a.txt is not UTF-8"),
+    "caption not UTF-8": (plain(PICTURE, ("a.txt", b"\xff")), "a.txt: not UTF-8"),
+    "NUL in a caption": (plain(PICTURE, ("a.txt", "x".encode("utf-16-le"))), "a.txt: holds NUL"),
     "long caption": (plain(PICTURE, ("a.txt", b"x" * (2**20 + 1))), r"a\.txt' has 1,048,577 bytes"),
     "no images": (plain(("a.txt", b"x")), "hold no images"),
     "label here and none there": (plain(PICTURE, ("a.cls", b"1"), ("b.png", png(1)), ("b.txt", b"x")), "b.png' has no label"),

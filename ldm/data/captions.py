@@ -1,0 +1,305 @@
+"""Captions of images, from tables, files beside the images or the names of folders. README.md has the conventions."""
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+
+from ldm.base.errors import InputError
+
+Convention = Literal["auto", "tables", "text files", "folder names", "none"]  # `data.captions`
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # in upper or lower case
+TEXTS = ("txt", "caption")  # extensions of a caption alone
+EXTENSIONS = (*TEXTS, "json", "cls")  # of files that belong to the image of their name
+PROMPTS = "prompts.csv"
+ORIGINS = {
+    "table": "tables",
+    "file": "files of their own",
+    "folder name": "folders' names",
+    "none": "nowhere (data.captions: none)",
+}
+ORIGIN = "\0origin"  # a column, while captions are collected
+MAX_TEXT = 2**20  # bytes of a caption or of an image's JSON
+# What looks like captions, by its suffix, unless it is about the collection:
+TEXTUAL = {".txt", ".caption", ".captions", ".cap", ".tags", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xlsx",
+           ".xls", ".ods", ".xml", ".yaml", ".yml"}  # fmt: skip
+ABOUT = re.compile(r"(read.?me|licen[sc]e|copying|notice|changelog|citation|requirements|dataset_infos?)\b.*", re.IGNORECASE)
+NAMED = re.compile(r"metadata|caption|annotation|label|prompt|tags|text|description", re.IGNORECASE)
+ADVICE = "a metadata.csv (file_name,text), a .txt file beside each image, or a subfolder for each class"
+
+
+class Captions(NamedTuple):
+    """A row of `table` for each image, by file name: `file_name`, `text`, maybe `label`, the further columns of tables."""
+
+    table: pd.DataFrame
+    origins: list[str]  # of each caption: table, file, folder name or none
+    files: set[str]  # that were read
+
+
+def is_table(name: str) -> bool:
+    return PurePosixPath(name).name.lower() in TABLES
+
+
+def normal(name: str) -> str:
+    """A file name without "./", with "/" between folders and with composed letters: Windows and macOS write others."""
+    return unicodedata.normalize("NFC", str(PurePosixPath(name.replace("\\", "/"))))
+
+
+def read_captions(
+    folder: Path, images: list[str], others: Mapping[str, str], left_out: Collection[str], convention: Convention = "auto"
+) -> Captions:
+    """The captions of `images`, which are relative to `folder`, as are all names here.
+
+    `others` are files that are no images, with the reason why one must not be opened, or ""; `left_out` images that are refused
+    or passed over, whose captions may be there.
+    Raises `InputError` for an image without a caption, a caption without an image, and for what looks like captions and is
+    not used, unless `convention` says where captions come from.
+    """
+    files = {name for name, reason in others.items() if not reason}
+    tables = [name for name in others if is_table(name)] if convention in ("auto", "tables") else []
+    if unreadable := next((name for name in tables if others[name]), None):
+        raise InputError(f"{folder / unreadable}: {others[unreadable]}")
+    check_tables(folder, tables)
+    parts, rest = _from_tables(folder, images, tables, others, left_out)
+    extensions = {"auto": EXTENSIONS, "text files": TEXTS}.get(convention, ())
+    found = beside(rest, files, extensions)
+    if found or (rest and (tables or convention in ("tables", "text files"))):
+        rows = [_from_files(folder, name, found.get(name), convention) for name in rest]
+        parts.append(pd.DataFrame(rows, dtype=object).assign(**{ORIGIN: "file"}))
+    elif rest:
+        parts.append(_without_files(folder, rest, convention))
+    used = {*tables, *(file for of_image in found.values() for file in of_image.values())}
+    if convention == "auto":
+        _check_unused(folder, files - used, images, left_out, invented=bool(rest and not found))
+    table = pd.concat([part for part in parts if len(part)], ignore_index=True).sort_values("file_name", ignore_index=True)
+    if "label" in table and table.label.isna().any():
+        first = table.file_name[table.label.isna()].iloc[0]
+        raise InputError(f"{folder / first}: has no label, as other images here do; give every image one, or drop the column")
+    return Captions(table, table.pop(ORIGIN).tolist(), used)
+
+
+def check_tables(folder: Path, tables: list[str]) -> None:
+    """Raise `InputError` if two of the caption tables, relative to `folder`, are in one folder."""
+    by_place: dict[str, str] = {}
+    for name in sorted(tables):
+        if (other := by_place.setdefault(str(PurePosixPath(name).parent), name)) != name:
+            raise InputError(f"{folder / name}: there is a {PurePosixPath(other).name} beside it; keep one of the two")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of captions: strings `file_name` and `text`, labels as text, further columns; raises `InputError`."""
+    rows, places = list[dict[str, Any]](), list[str]()
+    try:
+        for where, row in _rows(path):
+            if "text" not in row and "caption" in row:
+                row["text"] = row.pop("caption")
+            for column in ("file_name", "text"):
+                if column not in row:
+                    found = ", ".join(map(str, row)) or "none"
+                    raise InputError(f"{path}: {where}: column {column!r} is missing; found {found}")
+            if not (isinstance(row["file_name"], str) and isinstance(row["text"], str)):
+                what = f"{row['file_name']!r} and {row['text']!r}"
+                raise InputError(f"{path}: {where}: file_name and text must be strings, found {what}")
+            rows.append(row)
+            places.append(where)
+    except (ValueError, OSError, RecursionError, csv.Error) as error:
+        advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise InputError(f"{path}: not readable as a table: {error}{advice}") from None
+    table = pd.DataFrame(rows, columns=None if rows else ["file_name", "text"], dtype=object)
+    if "label" in table:
+        missing = table.label.isna() | (table.label.astype(str).str.strip() == "")
+        if missing.any():
+            raise InputError(f"{path}: {places[int(missing.argmax())]} has no label; give every image one, or drop the column")
+        table["label"] = table.label.astype(str)
+    return table
+
+
+def beside(
+    images: Collection[str], files: Collection[str], extensions: Collection[str] = EXTENSIONS
+) -> dict[str, dict[str, str]]:
+    """For each image that has any, the files of its name beside it, by extension in lower case; `InputError` for two of one."""
+    by_stem: dict[str, dict[str, str]] = {}
+    for name in sorted(files):
+        stem, _, extension = name.rpartition(".")
+        if extension.lower() in extensions:
+            other = by_stem.setdefault(normal(stem), {}).setdefault(extension.lower(), name)
+            if other != name:
+                raise InputError(f"{name}: there is {other} beside it; keep one of the two")
+    stems = {name: normal(name.rpartition(".")[0]) for name in images}
+    return {name: by_stem[stem] for name, stem in stems.items() if stem in by_stem}
+
+
+def caption_of(blobs: Mapping[str, bytes], where: str, convention: Convention = "auto") -> dict[str, Any]:
+    """`text`, maybe `label`, and the further keys of the JSON, of the files of one image by extension; raises `InputError`."""
+    texts = {part: decode(blob, f"{where}.{part}") for part, blob in blobs.items()}
+    columns = _object(texts["json"], where) if "json" in texts else {}
+    given = {f".{part}": texts[part] for part in TEXTS if part in texts}
+    in_json = {f"{key} of .json": columns.pop(key) for key in ("text", "caption") if key in columns}
+    label = texts.get("cls", columns.pop("label", None))
+    given |= in_json if convention == "auto" else {}
+    if convention == "none":
+        return {"text": "", **columns}
+    if not given and (label is None or convention != "auto"):
+        name = PurePosixPath(where).name
+        raise InputError(f"{where}: has no caption; add {name}.txt, or say in data.captions where captions come from")
+    (source, text), *rest = given.items() or [("label", str(label))]
+    if not isinstance(text, str):
+        raise InputError(f"{where}: has the caption {text!r}, which is no text")
+    if other := next((name for name, value in rest if value != text), None):
+        raise InputError(f"{where}: {source} and {other} differ; keep one, or set data.captions: text files to use {source}")
+    return {"text": text, **({} if label is None else {"label": str(label)}), **columns}
+
+
+def decode(blob: bytes, where: str) -> str:
+    """Text in UTF-8, or in UTF-16 with a mark at its start as Notepad writes it, with plain newlines; raises `InputError`."""
+    if len(blob) > MAX_TEXT:
+        raise InputError(f"{where}: has {len(blob):,} bytes; at most {MAX_TEXT:,} are read")
+    try:
+        text = blob.decode(_encoding(blob))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text ({error}); save it as UTF-8") from None
+    if "\0" in text:
+        raise InputError(f"{where}: holds NUL characters, as UTF-16 without a mark does; save it as UTF-8")
+    return io.StringIO(text, newline=None).read().strip()
+
+
+def _encoding(start: bytes) -> str:
+    return "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table, each with its place in the file."""
+    if path.suffix.lower() == ".parquet":
+        from pyarrow import parquet
+
+        yield from ((f"row {number}", row) for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1))
+        return
+    with path.open("rb") as file:
+        start = file.read(2**12)
+    if b"\0" in start and _encoding(start) == "utf-8-sig":
+        raise ValueError("it holds NUL characters, as UTF-16 without a mark does")
+    with path.open(encoding=_encoding(start), newline="" if path.suffix.lower() == ".csv" else None) as text:
+        yield from _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
+
+
+def _csv_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
+    first = file.readline()
+    file.seek(0)
+    # spreadsheets of many languages write semicolons
+    separator = next((mark for mark in ",;\t" if "file_name" in (name.strip(' "\r\n') for name in first.split(mark))), ",")
+    reader = csv.reader(file, delimiter=separator, strict=True)
+    header = [name.strip() for name in next(reader, [])]
+    if len(set(header)) < len(header) or not header:
+        raise ValueError(f"its first row must name the columns, each once; found {', '.join(header) or 'nothing'}")
+    try:
+        for fields in filter(None, reader):
+            if len(fields) != len(header):
+                found = f"line {reader.line_num} has {len(fields)} fields, the first row {len(header)}"
+                raise ValueError(f"{found}: put captions that hold commas in double quotes")
+            yield f"line {reader.line_num}", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise ValueError(f'line {reader.line_num}: {error}; within a quoted caption, write "" for a quote') from None
+
+
+def _json_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON ({error}): write one object a line, without commas between") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} holds {type(row).__name__}: write one object a line")
+            yield f"line {number}", row
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    """The JSON of one image, without what describes its file rather than its picture."""
+    try:
+        columns = json.loads(text)
+        json.dumps([where, columns], ensure_ascii=False).encode()  # half of a surrogate pair is no character
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: its name or JSON is damaged: {error}") from None
+    if not isinstance(columns, dict):
+        raise InputError(f"{where}.json holds {type(columns).__name__}, expected an object")
+    return {key: value for key, value in columns.items() if key not in ("file_name", "exif")}  # EXIF has places and names
+
+
+def _from_tables(
+    folder: Path, images: list[str], tables: list[str], others: Collection[str], left_out: Collection[str]
+) -> tuple[list[pd.DataFrame], list[str]]:
+    """The rows of each table, for the images of its folder and below that no deeper table has; and the images without a table."""
+    remaining, parts = set(images), []
+    for name in sorted(tables, key=lambda name: (-name.count("/"), name)):  # the deepest first
+        prefix = name.removesuffix(PurePosixPath(name).name)
+        below = {image.removeprefix(prefix) for image in remaining if image.startswith(prefix)}
+        part, forms = read_table(folder / name), {normal(image): image for image in below}
+        part["file_name"] = [n if n in below else forms.get(normal(n), normal(n)) for n in part.file_name]
+        if part.file_name.duplicated().any():
+            twice = part.file_name[part.file_name.duplicated()].iloc[0]
+            raise InputError(f"{folder / name}: {twice!r} has more than one row; keep one caption an image")
+        part = part.loc[[prefix + image not in left_out for image in part.file_name]].assign(**{ORIGIN: "table"})
+        if missing := sorted(set(part.file_name) - below):
+            first, what = prefix + missing[0], "that are absent; add them or remove the rows"
+            what = "that a table in a subfolder has too; keep one row of each" if first in images else what
+            what = "that are there and are no images that are read; remove the rows" if first in others else what
+            raise InputError(f"{folder / name}: names {len(missing)} images, as {missing[0]!r}, {what}")
+        if missing := sorted(below - set(part.file_name)):
+            found = f"has no row for {len(missing)} images, as {missing[0]!r}"
+            raise InputError(f"{folder / name}: {found}; add rows or remove the images")
+        part["file_name"] = prefix + part.file_name
+        remaining -= set(part.file_name)
+        parts.append(part)
+    return parts, sorted(remaining)
+
+
+def _from_files(folder: Path, image: str, files: Mapping[str, str] | None, convention: Convention) -> dict[str, Any]:
+    """The caption, and the label if there is one, in the files beside an image."""
+    stem = image.rpartition(".")[0]
+    if not files:
+        name = PurePosixPath(stem).name
+        raise InputError(f"{folder / image}: has no caption file {name}.txt beside it, as other images here do")
+    try:
+        blobs = {extension: (folder / name).read_bytes() for extension, name in files.items()}
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}; make it readable") from None
+    found = caption_of(blobs, str(folder / stem), convention)
+    return {"file_name": image, **{key: found[key] for key in ("text", "label") if key in found}}
+
+
+def _without_files(folder: Path, images: list[str], convention: Convention) -> pd.DataFrame:
+    """Captions from the folders' names, which are labels too; or empty ones."""
+    table = pd.DataFrame({"file_name": images})
+    if convention == "none":
+        return table.assign(text="", **{ORIGIN: "none"})
+    if top := next((name for name in images if "/" not in name), None):
+        if convention == "auto":
+            raise InputError(f"{folder}: {len(images)} images but no captions; add {ADVICE}, or set data.captions: none")
+        raise InputError(f"{folder / top}: is in no subfolder, whose name would be its caption; data.captions is {convention}")
+    classes = [name.rsplit("/", 2)[-2] for name in images]
+    return table.assign(text=classes, label=classes, **{ORIGIN: "folder name"})
+
+
+def _check_unused(folder: Path, unused: set[str], images: list[str], left_out: Collection[str], *, invented: bool) -> None:
+    """Raise `InputError` for files that look like captions; if captions are `invented` from folders' names, for any text."""
+    owned, others = ({normal(form) for name in of for form in (name, name.rpartition(".")[0])} for of in (images, left_out))
+
+    def looks(name: str) -> bool:
+        path = PurePosixPath(name)
+        if name == PROMPTS or path.suffix.lower() not in TEXTUAL or ABOUT.fullmatch(path.stem):
+            return False
+        stem = normal(name.rpartition(".")[0])
+        return stem in owned or (stem not in others and (invented or bool(NAMED.search(path.stem))))
+
+    if found := sorted(filter(looks, unused)):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        way = "folder names" if invented else "tables, or text files"
+        what = f"looks like captions and is not used{more}: captions come from {ADVICE}"
+        raise InputError(f"{folder / found[0]}: {what}; to leave it out, set data.captions: {way}, or none")

@@ -1,0 +1,35 @@
+"""JPEG files (ITU-T T.81) without what describes the file rather than the picture, their picture untouched."""
+
+from collections.abc import Iterator
+
+JPEG = b"\xff\xd8"  # first bytes of a file
+KEPT = {0xE0, 0xEE}  # JFIF and Adobe: how the colours are coded
+APPLICATION, COMMENT, SCAN, END = range(0xE0, 0xF0), 0xFE, 0xDA, 0xD9
+ALONE = {0x00, 0x01, 0xFF, *range(0xD0, 0xD8)}  # within coded data: a stuffed byte, padding, restart markers
+
+
+def bare(blob: bytes) -> bytes:
+    """A decodable JPEG without EXIF, XMP, IPTC, colour profile, comments, and what follows its end."""
+    return b"".join([JPEG, *(blob[start:end] for marker, start, end in _segments(blob) if _is_picture(marker))])
+
+
+def _is_picture(marker: int) -> bool:
+    return marker in KEPT or (marker not in APPLICATION and marker != COMMENT)
+
+
+def _segments(blob: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of each segment after the first two bytes; that of a scan ends with its coded data."""
+    position = len(JPEG)
+    while position < len(blob):
+        while blob[position + 1] == 0xFF:  # padding before a marker
+            position += 1
+        start, marker = position, blob[position + 1]
+        position += 2 if marker == END or marker in ALONE else 2 + int.from_bytes(blob[position + 2 : position + 4])
+        if marker == SCAN:
+            position = blob.find(b"\xff", position)
+            while position >= 0 and blob[position + 1 : position + 2] in map(bytes, ([byte] for byte in ALONE)):
+                position = blob.find(b"\xff", position + 1)
+            position = position if position >= 0 else len(blob)
+        yield marker, start, position
+        if marker == END:
+            return
