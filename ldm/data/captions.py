@@ -47,8 +47,8 @@ def is_table(name: str) -> bool:
 
 
 def normal(name: str) -> str:
-    """A file name without "./", with "/" between folders and with composed letters: Windows and macOS write others."""
-    return unicodedata.normalize("NFC", str(PurePosixPath(name.replace("\\", "/"))))
+    """A file name without "./" and with composed letters: macOS decomposes them, tables rarely do."""
+    return unicodedata.normalize("NFC", str(PurePosixPath(name)))
 
 
 def read_captions(
@@ -201,7 +201,9 @@ def _csv_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
         for fields in filter(None, reader):
             if len(fields) != len(header):
                 found = f"line {reader.line_num} has {len(fields)} fields, the first row {len(header)}"
-                raise ValueError(f"{found}: put captions that hold commas in double quotes")
+                many = len(fields) > len(header)
+                advice = "put captions that hold commas in double quotes" if many else "give every image its caption"
+                raise ValueError(f"{found}: {advice}")
             yield f"line {reader.line_num}", dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise ValueError(f'line {reader.line_num}: {error}; within a quoted caption, write "" for a quote') from None
@@ -241,7 +243,10 @@ def _from_tables(
         prefix = name.removesuffix(PurePosixPath(name).name)
         below = {image.removeprefix(prefix) for image in remaining if image.startswith(prefix)}
         part, forms = read_table(folder / name), {normal(image): image for image in below}
-        part["file_name"] = [n if n in below else forms.get(normal(n), normal(n)) for n in part.file_name]
+        names = [
+            n if n in below or normal(n) in forms else n.replace("\\", "/") for n in part.file_name
+        ]  # as Windows writes them
+        part["file_name"] = [n if n in below else forms.get(normal(n), normal(n)) for n in names]
         if part.file_name.duplicated().any():
             twice = part.file_name[part.file_name.duplicated()].iloc[0]
             raise InputError(f"{folder / name}: {twice!r} has more than one row; keep one caption an image")

@@ -5,7 +5,7 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,30 +131,35 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, st
     mode = {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
     colours = image if image.mode == mode else image.convert(mode)
     if conversion := _conversion(profile, mode):
-        transform, name = conversion
-        return transform.apply(colours), name
+        convert, name = conversion
+        return convert(colours), name
     return colours, None
 
 
 @functools.lru_cache(maxsize=32)
-def _conversion(profile: bytes | None, mode: str) -> tuple[ImageCms.ImageCmsTransform, str] | None:
+def _conversion(profile: bytes | None, mode: str) -> tuple[Callable[[Image.Image], Image.Image], str] | None:
     """From a colour profile to sRGB, and the profile's name; None if it is sRGB, damaged, or of other pixels, as for viewers."""
     if mode != "LAB" and profile is None:
         return None
     try:
         source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB") if mode == "LAB" else io.BytesIO(profile or b""))
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-        name = " ".join(ImageCms.getProfileDescription(source).split())
+        flags = (
+            ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        )  # a coarse table of greys is far off in the dark
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", flags=flags)
+        name = " ".join(ImageCms.getProfileDescription(source).split()) or "a profile without a name"
     except (OSError, ImageCms.PyCMSError):
         return None
-    if mode in ("L", "RGB"):
-        levels = np.arange(0, 256, 15, dtype=np.uint8)
-        grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
-        sample = Image.fromarray(grid if mode == "RGB" else levels[None])
-        shown = np.asarray(transform.apply(sample)).astype(int)
-        if np.abs(shown - np.asarray(sample.convert("RGB"))).max() <= SAME:
-            return None
-    return transform, name or "a profile without a name"
+    if mode not in ("L", "RGB"):
+        return transform.apply, name
+    levels = np.arange(256, dtype=np.uint8)
+    some = levels[::15]
+    sample = levels[None] if mode == "L" else np.stack(np.meshgrid(some, some, some), axis=-1).reshape(1, -1, 3)
+    shown = np.asarray(transform.apply(Image.fromarray(sample)).convert(mode))
+    if np.abs(shown.astype(int) - sample).max() <= SAME:
+        return None
+    table = shown.ravel().tolist()
+    return (lambda grey: grey.point(table)) if mode == "L" else transform.apply, name
 
 
 def decode_stored(blob: bytes, preprocessing: Preprocessing) -> np.ndarray:

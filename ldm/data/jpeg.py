@@ -19,17 +19,15 @@ def _is_picture(marker: int) -> bool:
 
 def _segments(blob: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker, start and end of each segment after the first two bytes; that of a scan ends with its coded data."""
-    position = len(JPEG)
-    while position < len(blob):
-        while blob[position + 1] == 0xFF:  # padding before a marker
+    position, marker = len(JPEG), 0
+    while marker != END and position + 1 < len(blob):
+        while blob[position + 1 : position + 2] == b"\xff":  # padding before a marker
             position += 1
-        start, marker = position, blob[position + 1]
+        start, marker = position, blob[position + 1] if position + 1 < len(blob) else END
         position += 2 if marker == END or marker in ALONE else 2 + int.from_bytes(blob[position + 2 : position + 4])
         if marker == SCAN:
             position = blob.find(b"\xff", position)
-            while position >= 0 and blob[position + 1 : position + 2] in map(bytes, ([byte] for byte in ALONE)):
+            while position >= 0 and position + 1 < len(blob) and blob[position + 1] in ALONE:
                 position = blob.find(b"\xff", position + 1)
             position = position if position >= 0 else len(blob)
         yield marker, start, position
-        if marker == END:
-            return
