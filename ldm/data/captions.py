@@ -238,7 +238,7 @@ def _from_tables(
     folder: Path, images: list[str], tables: list[str], others: Collection[str], left_out: Collection[str]
 ) -> tuple[list[pd.DataFrame], list[str]]:
     """The rows of each table, for the images of its folder and below that no deeper table has; and the images without a table."""
-    remaining, parts = set(images), []
+    remaining, parts, without = set(images), [], set(map(normal, left_out))
     for name in sorted(tables, key=lambda name: (-name.count("/"), name)):  # the deepest first
         prefix = name.removesuffix(PurePosixPath(name).name)
         below = {image.removeprefix(prefix) for image in remaining if image.startswith(prefix)}
@@ -250,7 +250,7 @@ def _from_tables(
         if part.file_name.duplicated().any():
             twice = part.file_name[part.file_name.duplicated()].iloc[0]
             raise InputError(f"{folder / name}: {twice!r} has more than one row; keep one caption an image")
-        part = part.loc[[prefix + image not in left_out for image in part.file_name]].assign(**{ORIGIN: "table"})
+        part = part.loc[[normal(prefix + image) not in without for image in part.file_name]].assign(**{ORIGIN: "table"})
         if missing := sorted(set(part.file_name) - below):
             first, what = prefix + missing[0], "that are absent; add them or remove the rows"
             what = "that a table in a subfolder has too; keep one row of each" if first in images else what

@@ -477,3 +477,38 @@ def test_the_command(root: Path, inbox: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "1 left, changed in the last" in result.output
     result = CliRunner().invoke(app, ["data", "ingest", "--settle", "0", "../inbox"])
     assert f"1 images moved to {MINE}/{today()}" in result.output and f"{MINE}.dvc: commit that to git" in result.output
+
+
+# captions: the same reader as `shard` has
+
+
+@pytest.mark.usefixtures("unversioned")
+def test_captions_beside_images_are_those_that_shard_reads(root: Path, inbox: Path) -> None:
+    beside = {
+        "a.txt": "\ufeffone\r\n", "b.caption": "two", "c.TXT": "three", "d.json": '{"caption": "four", "n": 1}', "e.txt": "fünf",
+        "f.png.txt": "not beside", "g.txt": "x", "g.caption": "y", "h.json": "{}",
+    }  # fmt: skip
+    for number, name in enumerate(beside):
+        drop(inbox / f"{name[0]}.png", blob(number))
+        drop(inbox / name, beside[name].encode("utf-16" if name[0] == "e" else "utf-8"))
+    done = ingest(root, inbox)
+    assert done.moved == ("a.png", "b.png", "c.png", "d.png", "e.png")
+    assert done.left == {UNCAPTIONED: ["f.png", "g.png", "h.png"]}
+    assert sorted(os.listdir(inbox)) == ["f.png", "f.png.txt", "g.caption", "g.png", "g.txt", "h.json", "h.png"]
+    assert list(captions(root).values()) == ["one", "two", "three", "four", "fünf"]
+
+
+@pytest.mark.usefixtures("unversioned")
+def test_a_collection_without_captions_takes_images_without(root: Path, inbox: Path) -> None:
+    set_params(root, {"data": {"captions": "none"}})
+    drop(inbox / "a.png", blob(1))
+    drop(inbox / "b.png", blob(2))
+    drop(inbox / "b.txt", "x")
+    assert ingest(root, inbox).moved == ("a.png", "b.png") and list(captions(root).values()) == ["", ""]
+
+
+@pytest.mark.parametrize("convention", ["text files", "folder names"])
+def test_a_batch_has_a_table_so_no_other_convention_may_be_named(convention: str, root: Path, inbox: Path) -> None:
+    set_params(root, {"data": {"captions": convention}})
+    with pytest.raises(InputError, match=f"data.captions is {convention}, and a batch has its captions in a table"):
+        ingest(root, inbox)

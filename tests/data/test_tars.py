@@ -240,3 +240,27 @@ def test_tars_and_images_side_by_side_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(png(0))
     with pytest.raises(InputError, match=r"holds tars and also images \(\.png\)"):
         write_shards(tmp_path, tmp_path / "shards", **OPTIONS)
+
+
+def test_images_that_are_not_read_are_refused_with_their_reason(tmp_path: Path) -> None:
+    members = {"a.png": png(0), "a.txt": b"one", "b.heic": b"x", "b.txt": b"two", "c.v2.png": png(1), "c.txt": b"three"}
+    members |= {"._a.png": b"x", "__MACOSX/._b.png": b"x", "@eaDir/a.png": b"x", "a.mask.png": png(2)}
+    by_tarfile(tmp_path / "0.TAR", members)
+    found = read_tars(tmp_path)
+    assert found.table.to_dict("records") == [{"file_name": "0.TAR/a.png", "text": "one"}]
+    reasons = {name: reason.split(";")[0].split(",")[0] for name, reason in found.refused.items()}
+    assert reasons == {"0.TAR/b.heic": ".heic is not read", "0.TAR/c.v2.png": "its name has several dots"}
+    assert found.ignored == {"hidden": 1, "__MACOSX": 1, "@eaDir": 1, ".mask.png": 1}
+    (tmp_path / "0.TAR").unlink()
+    by_tarfile(tmp_path / "0.tar", {"b.heic": b"x", "b.txt": b"two"})
+    with pytest.raises(InputError, match=r"hold no images that are read; 1 refused: \.heic is not read"):
+        read_tars(tmp_path)
+
+
+def test_captions_of_tars_by_a_convention_that_is_named(tmp_path: Path) -> None:
+    by_tarfile(tmp_path / "0.tar", {"a.png": png(0), "a.txt": b"again", "a.json": b'{"caption": "first", "n": 1}', "a.cls": b"3"})
+    row = {"file_name": "0.tar/a.png", "text": "again", "label": "3", "n": 1}
+    assert read_tars(tmp_path, "text files").table.to_dict("records") == [row]
+    assert read_tars(tmp_path, "none").table.to_dict("records") == [{"file_name": "0.tar/a.png", "text": "", "n": 1}]
+    with pytest.raises(InputError, match=r"data\.captions is folder names, and captions of tars are in their samples"):
+        read_tars(tmp_path, "folder names")
