@@ -187,12 +187,13 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
         params.append(ParamSpec(key.name, types[key.type], (default or []) if shape else default, **shape))
     inputs = Schema([ColSpec("string", "prompt"), ColSpec("long", "seed", required=False)])
     outputs = Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "png")])
-    package = Path(__file__).parents[1]
+    package, model = Path(__file__).parents[1], path.parent / Path(MODEL).name
+    shutil.copytree(root / MODEL, model)  # where DVC's cache links files, they are links, which MLflow refuses
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*An input example was not provided")  # it would be run, which takes a while
         mlflow.pyfunc.save_model(
             path, python_model=str(package / "registry/serving.py"), code_paths=[str(package)],
-            artifacts={"model": str(root / MODEL)}, mlflow_model=Model(model_id=model_id, run_id=run_id),
+            artifacts={"model": str(model)}, mlflow_model=Model(model_id=model_id, run_id=run_id),
             signature=ModelSignature(inputs, outputs, ParamSchema(params)),
             pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS.split()],
         )  # fmt: skip

@@ -354,8 +354,12 @@ def test_a_bound_that_is_no_number_is_none_of_a_vq_model(root: Path, models: dic
     assert not decision.promote and "VQ" not in decision.reason and "finite" in decision.reason
 
 
-def test_what_is_loaded_is_what_was_registered(root: Path, models: dict[str, LatentDiffusion]) -> None:
+@pytest.mark.parametrize("linked", [False, True], ids=["files", "links into DVC's cache"])
+def test_what_is_loaded_is_what_was_registered(linked: bool, root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["good"])
+    for number, path in enumerate(sorted((root / "models/ldm").rglob("*.*")) if linked else ()):
+        path.rename(root / f"{number}")
+        path.symlink_to(root / f"{number}")
     register(root)
     promote(1)
     loaded = load("models:/ldm@champion")
