@@ -30,7 +30,9 @@ def run(root: Path) -> None:
         folder, out, report = root / settings.data.path, root / SHARDS, root / QUARANTINE
         index = write_shards(folder, out, **data, report=report, workers=workers, progress=progress)
         counts = {split: stop - start for split, (start, stop) in index["splits"].items()}
-        tracker.log({f"{split}_images": float(n) for split, n in counts.items()} | {"quarantined": index["quarantined"]}, 0)
+        facts = {"quarantined": index["quarantined"], "converted": sum(index["converted"].values())}
+        facts |= {f"{name}_captions": index["captions"][name] for name in ("empty", "distinct")}
+        tracker.log({f"{split}_images": float(n) for split, n in counts.items()} | facts, 0)
     bad, listed = index["quarantined"], ", ".join(f"{n} {split}" for split, n in counts.items())
     print(f"shard: {index['found']} images found, {listed}, {bad} quarantined, {len(index['shards'])} shards")
     for image in pd.read_csv(out / "quarantine.csv", dtype=str, keep_default_na=False, nrows=PRINTED).itertuples():
