@@ -110,8 +110,9 @@ def write_shards(
             raise InputError(f"{folder}: {many}; {first}; remove or mend them, or raise the bound")
         sizes = Counter(image.split for image in written)
         if small := " and ".join(split for split in SPLITS if sizes[split] < SMALLEST_SPLIT):
-            few = f"its {found} images leave fewer than {SMALLEST_SPLIT} for the {small} split"
-            raise InputError(f"{folder}: {few}; add images or raise data.val_fraction or data.test_fraction")
+            few = f"its {len(written)} readable images leave fewer than {SMALLEST_SPLIT} for the {small} split"
+            advice = f"add images or {'lower' if 'train' in small else 'raise'} data.val_fraction or data.test_fraction"
+            raise InputError(f"{folder}: {few}; {advice}")
         if prompts:
             shutil.copyfile(prompts, partial / PROMPTS)
         quarantined.to_csv(partial / "quarantine.csv", index=False, errors="backslashreplace")

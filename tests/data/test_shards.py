@@ -355,7 +355,7 @@ def no_test_images(source: Path) -> None:
 
 FAILURES = {
     "too many unreadable": (too_many_bad, ["9 of 40", "data.max_bad_fraction 0.2", "'000.png'"]),
-    "an empty split": (no_test_images, ["3 images leave fewer than 2", "split", "data.val_fraction"]),
+    "an empty split": (no_test_images, ["3 readable images leave fewer than 2", "split", "data.val_fraction"]),
     "prompts without labels": (lambda source: (source / "prompts.csv").write_text("text\nx\n"), ["prompts.csv", "found text"]),
     "prompts of no label": (lambda source: (source / "prompts.csv").write_text("text,label\nx,zzz\n"), ["prompts.csv", "'zzz'"]),
     "prompts that are no table": (lambda source: (source / "prompts.csv").write_text(""), ["prompts.csv", "not readable"]),
@@ -449,3 +449,10 @@ def test_a_damaged_shard_is_named(damage: str, source: Path, tmp_path: Path) -> 
         with pytest.raises(InputError, match=expected) as error:
             access()
         assert str(path) in str(error.value) and "run the `shard` stage again" in str(error.value)
+
+
+@pytest.mark.parametrize(("val", "small", "advice"), [(0.98, "train", "lower"), (0.001, "val", "raise")])
+def test_the_advice_for_a_small_split_makes_it_larger(val: float, small: str, advice: str, source: Path, tmp_path: Path) -> None:
+    fractions = {"val_fraction": val, "test_fraction": 0.019 if val > 0.5 else 0.5}
+    with pytest.raises(InputError, match=rf"for the .*{small}.* split; add images or {advice} data\.val_fraction"):
+        write_shards(source, tmp_path / "shards", **OPTIONS | fractions)
