@@ -27,8 +27,8 @@ def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
     autoencoder, digest = load_autoencoder(root / AUTOENCODER).place(device), network_hash(root / AUTOENCODER)
-    encoder = TextEncoder(settings.text)
-    identity = {"autoencoder": digest, "text_encoder": encoder.sha256, "text": settings.text.model_dump()}
+    encoder, text = TextEncoder(settings.text.located(root)), settings.text.model_dump(exclude={"max_cut"})
+    identity = {"autoencoder": digest, "text_encoder": encoder.sha256, "text": text}
     code = identify(root, "cache_latents", {"deterministic": settings.deterministic}, {}, {"device": device.type}).key
 
     @torch.inference_mode()

@@ -79,7 +79,7 @@ def assemble(root: Path, settings: Settings) -> None:
     recipe = Recipe(**json.loads((unet / "recipe.json").read_text()), sampling=settings.sampling.model_dump())
     if recipe.autoencoder != network_hash(vae):
         raise InputError(f"{unet}: trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on")
-    LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), load_backbone(unet), recipe).save(root / paths.MODEL)
+    LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), load_backbone(unet), recipe, root).save(root / paths.MODEL)
 
 
 if __name__ == "__main__":
