@@ -155,7 +155,7 @@ class LatentDiffusion:
         options = changed_sampling(self.recipe.sampling, sampling)
         if first < 0:
             raise InputError(f"first {first}: images are numbered from 0")
-        check_guided(self.recipe, options, negative, guide and guide.recipe)
+        check_guided(self.recipe, options, negative, guide.recipe if guide else None)
         self.text_encoder.warn_of_cut([*prompts, negative])
         weaker = (guide, guide._embed(prompts)) if guide else None
         return self._sample_latents(self._embed([*prompts, negative]), options, seed, range(first, first + len(prompts)), weaker)

@@ -11,12 +11,13 @@ from pydantic import Field
 from ldm.base.errors import InputError
 from ldm.base.files import content_hash, file_hash
 from ldm.base.lazy import Tensor, torch
-from ldm.base.options import Choice, Fraction
+from ldm.base.options import Choice
 
 BATCH = 64  # texts embedded at once
 SHOWN = 40  # characters of a prompt in a warning
 SUFFIXES = (".json", ".safetensors", ".txt", ".model")  # files of weights, configuration and tokenizer
 Embed = Callable[[list[str]], tuple[Tensor, Tensor]]
+Count = Callable[[list[str]], list[int]]
 
 
 class Unavailable(InputError):
@@ -25,7 +26,7 @@ class Unavailable(InputError):
 
 class Text(Choice):
     max_tokens: Annotated[int, Field(ge=3)]  # with two special tokens
-    max_cut: Fraction = 0.01  # more captions that are longer than max_tokens stop the run
+    max_cut: Annotated[float, Field(ge=0, le=1)] = 0.01  # a larger share of captions longer than max_tokens stops the run
 
     def build(self, sha256: str | None = None) -> "TextEncoder":
         """Load the encoder; `InputError` if it cannot be found, or if its files have another hash than `sha256`."""
@@ -46,9 +47,12 @@ class Text(Choice):
         """Where its files lie, if the options name a folder on this disk: a saved model takes those with it."""
         return None
 
-    def counter(self) -> Callable[[list[str]], list[int]]:
-        """Counts the tokens of texts before anything is cut, special tokens among them. Loads the tokenizer, no weights."""
-        return lambda texts: [0] * len(texts)  # an encoder that cuts nothing
+    def counter(self) -> tuple[Count, int | None]:
+        """Counts the tokens of texts before anything is cut, special ones among them; and the most that `max_tokens` can be.
+
+        Loads the tokenizer, no weights.
+        """
+        return lambda texts: [0] * len(texts), None  # an encoder that cuts nothing
 
     def load(self) -> tuple[Path, Embed, int]:
         """Folder of weights and tokenizer; a function of N texts to the last layer (N, max_tokens, width) and its mask; width."""
@@ -80,8 +84,8 @@ class TextEncoder:
             warnings.warn(f"{what} cut at {most} tokens: {shown!r} has {counts[cut[0]]}; the rest changes nothing", stacklevel=3)
 
     @cached_property
-    def _count(self) -> Callable[[list[str]], list[int]]:
-        return self.options.counter()
+    def _count(self) -> Count:
+        return self.options.counter()[0]
 
 
 def files_of(folder: Path) -> list[Path]:

