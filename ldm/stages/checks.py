@@ -25,7 +25,7 @@ def check_sizes(root: Path, settings: Settings) -> None:
     if not index.is_file():
         return
     splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
-    sizes = {split: stop - start for split, (start, stop) in splits.items()}
+    sizes = {split: stop - start for split, (start, stop) in sorted(splits.items(), key=lambda item: item[1])}
     for number, metric in enumerate(settings.evaluate.metrics):
         try:
             metric.check_images(min(sizes["train"], sizes["test"]))

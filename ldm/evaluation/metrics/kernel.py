@@ -24,7 +24,7 @@ class Kernel(Metric):
 
     def check_images(self, images: int) -> None:
         if images < LEAST:
-            raise ValueError(f"{self.kind} needs {LEAST} test images")
+            raise ValueError(f"{self.kind} needs {LEAST} images of the train and of the test split")
 
     def measure(self, evaluation: Evaluation) -> list[Value]:
         found = evaluation.features(self.features)
