@@ -9,7 +9,9 @@ from pathlib import Path
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a user's share of it, a file
 FULL_WORDS = re.compile(
-    "no space left on device|quota exceeded|file too large|disk is full|os error (28|122|27)|PytorchStreamWriter failed", re.I
+    r"no space left on device|quota exceeded|file too large|disk is full|os error (28|122|27)\b|PytorchStreamWriter failed"
+    r"|unexpected pos \d+|iostream error",
+    re.I,
 )  # of libraries that pass no number on: safetensors, SQLite, torch
 
 
@@ -55,12 +57,12 @@ def disk_full(error: BaseException, *folders: Path) -> InputError | None:
     found = [one for one in chain if getattr(one, "errno", None) in FULL or FULL_WORDS.search(str(one))]
     if not found:
         return None
-    words = FULL_WORDS.search(str(found[0]))
-    reason = words[0] if words else os.strerror(getattr(found[0], "errno", errno.ENOSPC))
+    number, words = getattr(found[0], "errno", None), FULL_WORDS.search(str(found[0]))
+    reason = os.strerror(number) if number in FULL else words[0] if words else ""
     file = next((one.filename for one in found if isinstance(one, OSError) and isinstance(one.filename, str)), None)
-    named = [Path(file).absolute().parent] if file else []
-    places = [(shutil.disk_usage(place).free, place) for place in (*named, *(() if named else folders)) if place.is_dir()]
-    free, place = min(places, default=(0, Path.cwd()))
+    named = [Path(file).absolute().parent] if file else [folder for folder in folders if folder.is_dir()] or [Path.cwd()]
+    there = {folder: next(parent for parent in (folder, *folder.parents) if parent.is_dir()) for folder in named}
+    free, place = min((shutil.disk_usage(there[folder]).free, folder) for folder in named)
     return InputError(f"{place}: the disk is full ({reason}), {megabytes(free)} are free there; make room, then run this again")
 
 
