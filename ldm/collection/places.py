@@ -50,6 +50,7 @@ PLACES = (
     Place(WORK, "stays", "trained weights"),
     Place("reports", "stays", "reports and sample pictures, here and in DVC's cache"),
     Place("mlruns", "stays", "MLflow's runs and versions, with reports and pictures"),
+    Place("mlartifacts", "stays", "MLflow's runs and versions, with reports and pictures"),
     Place("mlflow.db*", "stays", "MLflow's runs and versions, with reports and pictures"),
     Place(TRACKING, "stays", "MLflow's runs and versions, with reports and pictures"),
     Place(".ldm/prefect", "stays", "Prefect's logs"),
@@ -57,6 +58,7 @@ PLACES = (
     Place(".git", "stays", "old caption tables in DVC's cache, and what git's history has"),
     Place(QUARANTINE, "stays", "file names in lists of DVC, git and the quarantine"),
     # neither pixels nor captions
+    Place(f"{COLLECTION}.dvc", "empty", "the collection's hash"),
     Place(".dvc", "empty", "DVC's configuration and listings"),
     Place(".ldm/*.lock", "empty", "locks"),
     Place(".ldm/*.yaml", "empty", "fingerprints of the code"),
