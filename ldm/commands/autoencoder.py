@@ -66,8 +66,6 @@ def traverse(
 ) -> None:
     """Shift one latent channel after the other, to see what each does to an image. A sheet has a row for each channel."""
     check_file(image)
-    if not reach >= 0:  # typer's bounds let NaN through
-        raise InputError(f"--reach {reach}: give a number of standard deviations, such as 3")
     with found_model(model) as (folder, recipe):
         pixels = read_image(image, recipe)
         loaded = load(folder)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +62,8 @@ class TextEncoder:
     """`sha256` names weights and tokenizer; `width` is the size of a token's vector."""
 
     def __init__(self, options: Text):
-        self.options, (self.folder, self._embed, self.width) = options, options.load()
+        (self.folder, self._embed, self.width), (self._count, _) = options.load(), options.counter()
+        self.max_tokens = options.max_tokens
         hashes = (f"{path.name}\0{file_hash(path)}\n" for path in files_of(self.folder))
         self.sha256 = content_hash("".join(hashes).encode())
 
@@ -77,15 +77,11 @@ class TextEncoder:
 
     def warn_of_cut(self, texts: list[str]) -> None:
         """Issue a warning if the encoder does not read some texts to their end."""
-        most, counts = self.options.max_tokens, dict(zip(texts, self._count(texts), strict=True))
+        most, counts = self.max_tokens, dict(zip(texts, self._count(texts), strict=True))
         if cut := [text for text, count in counts.items() if count > most]:
             shown = cut[0] if len(cut[0]) <= SHOWN else f"{cut[0][:SHOWN]}…"
             what = f"{len(cut)} of {len(counts)} prompts are" if len(cut) > 1 else "a prompt is"
             warnings.warn(f"{what} cut at {most} tokens: {shown!r} has {counts[cut[0]]}; the rest changes nothing", stacklevel=3)
-
-    @cached_property
-    def _count(self) -> Count:
-        return self.options.counter()[0]
 
 
 def files_of(folder: Path) -> list[Path]:
