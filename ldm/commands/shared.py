@@ -64,7 +64,7 @@ def checked(param: typer.CallbackParam, out: Path) -> Path:
 
 Model = Annotated[str | None, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a saved folder; else the champion.")]
 Name = Annotated[str | None, typer.Option(help="Registered model; else `registry.name` of params.yaml.")]
-Out = Annotated[Path, typer.Option(callback=checked, help="A `.png`: one image or a sheet; any other name: a folder of PNGs.")]
+Out = Annotated[Path, typer.Option(callback=checked, help="A `.png`: one image or a sheet; any other name: a new folder of PNGs.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a sampling setting of the model.")]
 
