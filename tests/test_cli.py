@@ -121,14 +121,14 @@ def test_a_folder_is_no_picture(tmp_path, monkeypatch):
 
 
 OUTS = {  # what is at the place "out", and what is said of it
-    "a file": ("plain", "plain: is no folder; write a .png, or a new folder"),
+    "a file": ("plain", "plain: is a file; write a .png, or a new folder"),
     "a used folder": ("used", "used: is not empty, 0001.png is there; give a new folder, or an empty one"),
     "a link to nothing": ("dangling.png", "dangling.png: is a link to nothing"),
     "a link to nothing, no suffix": ("dangling", "dangling: is a link to nothing"),
     "below a file": ("plain/x.png", "plain/x.png: the folder plain does not exist"),
     "below a file, deeper": ("plain/below/x", "plain/below/x: the folder plain/below does not exist"),
-    "a device": ("/dev/null", "/dev/null: is no folder"),
-    "a device as a picture": ("pipe.png", "pipe.png: is no picture"),
+    "a device": ("/dev/null", "/dev/null: is neither a file nor a folder"),
+    "a device as a picture": ("pipe.png", "pipe.png: is neither a file nor a folder"),
     "nothing": ("", "--out .: give the name of a .png, or of a folder"),
     "the root": ("/", "--out /: give the name"),
     "another suffix": ("x.jpeg", "x.jpeg: write a .png, or a folder"),

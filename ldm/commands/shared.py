@@ -50,9 +50,10 @@ def checked(param: typer.CallbackParam, out: Path) -> Path:
         if out.suffix and out.is_dir():
             raise InputError(f"{option}: is a folder; give a file name, or a folder without a suffix")
         if out.exists() and not (out.is_file() if out.suffix else out.is_dir()):
-            raise InputError(f"{option}: is {'no picture' if out.suffix else 'no folder'}; write a .png, or a new folder")
-        if not out.suffix and out.exists() and (found := next(out.iterdir(), None)):
-            raise InputError(f"{option}: is not empty, {found.name} is there; give a new folder, or an empty one")
+            found = "a file" if out.is_file() else "neither a file nor a folder"
+            raise InputError(f"{option}: is {found}; write a .png, or a new folder")
+        if not out.suffix and out.exists() and (first := next(out.iterdir(), None)):
+            raise InputError(f"{option}: is not empty, {first.name} is there; give a new folder, or an empty one")
         if out.is_file():
             out.open("ab").close()
         else:
@@ -64,7 +65,7 @@ def checked(param: typer.CallbackParam, out: Path) -> Path:
 
 Model = Annotated[str | None, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a saved folder; else the champion.")]
 Name = Annotated[str | None, typer.Option(help="Registered model; else `registry.name` of params.yaml.")]
-Out = Annotated[Path, typer.Option(callback=checked, help="A `.png`: one image or a sheet; any other name: a new folder of PNGs.")]
+Out = Annotated[Path, typer.Option(callback=checked, help="A `.png`: one image or a sheet; else a new folder of PNGs.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a sampling setting of the model.")]
 
