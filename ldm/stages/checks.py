@@ -35,6 +35,14 @@ def check_sizes(root: Path, settings: Settings) -> None:
             raise InputError(f"evaluate.metrics.{number}: {error}, and {few}; {advice}") from None
 
 
+def check_part(settings: Settings, decoder: Any) -> None:
+    """Raise an `InputError` if the stages `sample_posterior` could not find `posterior.part` in this decoder."""
+    if settings.sample_posterior:
+        from ldm.langevin.decoder import part_of
+
+        part_of(decoder, settings.posterior.part)
+
+
 def check_captions(root: Path, settings: Settings, splits: Iterable[str] = SPLITS) -> None:
     """Raise an `InputError` if more distinct captions than `text.max_cut` allows have more tokens than the encoder reads."""
     text = settings.text

@@ -67,6 +67,12 @@ def test_without_shards_there_is_nothing_to_check(tmp_path: Path) -> None:
     check_sizes(tmp_path, load_settings(tmp_path))
 
 
+def test_a_part_of_the_decoder_that_is_not_there_is_refused_before_training(tmp_path: Path) -> None:
+    root = sharded(tmp_path, ["a blob"], sample_posterior=["sgld"], posterior={"part": ["conv_outt"]})
+    with pytest.raises(InputError, match=r"posterior\.part: the decoder has no 'conv_outt'; it has conv_in"):
+        run_stages(root, "train_vae")
+
+
 # captions that would be cut
 
 
