@@ -18,13 +18,16 @@ class Place:
     fate: Literal["deleted", "refused", "stays", "empty"]  # refused: while the image is there; empty: no pixels, no captions
     holds: str
 
+    def parts(self, collection: PurePosixPath) -> tuple[str, ...]:
+        return PurePosixPath(self.pattern.replace(COLLECTION, str(collection))).parts
+
     def matches(self, path: PurePosixPath, collection: PurePosixPath) -> bool:
-        parts = PurePosixPath(self.pattern.replace(COLLECTION, str(collection))).parts
+        parts = self.parts(collection)
         return len(parts) <= len(path.parts) and all(map(fnmatchcase, path.parts, parts))
 
     def files(self, root: Path, collection: PurePosixPath) -> list[Path]:
         """All files here, sorted."""
-        found = sorted(root.glob(self.pattern.replace(COLLECTION, str(collection))))
+        found = sorted(root.glob("/".join(self.parts(collection))))
         below = (sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path] for path in found)
         return [path for paths in below for path in paths if path.is_symlink() or path.is_file()]
 
@@ -69,8 +72,4 @@ UNTOUCHED = "; ".join(dict.fromkeys(place.holds for place in PLACES if place.fat
 def place_of(path: PurePosixPath, collection: PurePosixPath) -> Place | None:
     """The place of a file, both paths relative to the project; None if the list lacks it."""
     found = [place for place in PLACES if place.matches(path, collection)]
-    return max(
-        found,
-        key=lambda place: len(PurePosixPath(place.pattern).parts + collection.parts * (COLLECTION in place.pattern)),
-        default=None,
-    )
+    return max(found, key=lambda place: len(place.parts(collection)), default=None)

@@ -54,7 +54,8 @@ def check_captions(root: Path, settings: Settings, splits: Iterable[str] = SPLIT
         print(f"captions: not compared with text.max_tokens ({error})", flush=True)
         return
     readers = [stage_shards(root, split) for split in splits]
-    texts = sorted({text for reader in readers for text in reader.captions_of(range(min(len(reader), CAPTIONS))).text})
+    read = (reader.captions_of(range(min(len(reader), CAPTIONS))) for reader in readers)
+    texts = sorted({caption for rows in read for caption in rows.text})
     lengths = count(texts)
     longest = max(range(len(texts)), key=lengths.__getitem__)
     cut = sum(length > text.max_tokens for length in lengths)
