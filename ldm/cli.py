@@ -2,14 +2,16 @@
 
 import os
 import sys
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, disk_full
 from ldm.commands import autoencoder, checkpoints, data, registry, shared
-from ldm.commands.shared import Model, Out, SamplingCommand, Seed, Set, load_model, write_images
+from ldm.commands.shared import Model, Out, SamplingCommand, Seed, Set, write_images
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.add_typer(data.app, name="data", help="Images and shards: check, stats, drift, ingest, purge.")
@@ -69,12 +71,17 @@ def sample(
     assignments: Set = None,
 ) -> None:
     """Draw images for prompts. What is not set is the model's own default."""
-    loaded, weaker = load_model(model), load_model(guide) if guide else None
+    from ldm.diffusion.options import check_guided
+
+    with shared.found_model(model) as (folder, recipe), shared.found_model(guide) if guide else nullcontext() as other:
+        options = shared.sampling(recipe, assignments)
+        check_guided(recipe, options, negative, other[1] if other else None)
+        loaded, weaker = shared.load(folder), shared.load(other[0]) if other else None
     prompts = [text for text in prompt for _ in range(n)]
-    options = shared.sampling(loaded, assignments)
     typer.echo(f"drawing {shared.counted(len(prompts))} …", err=True)
-    images = loaded.sample(prompts, negative=negative, guide=weaker, seed=seed, first=first, **options)
-    write_images(images, out, prompt if len(prompt) > 1 else None)
+    with shared.warnings_as_lines():
+        images = loaded.sample(prompts, negative=negative, guide=weaker, seed=seed, first=first, **options.model_dump())
+    write_images(images, out, prompt if len(prompt) > 1 else None, first=first)
 
 
 @app.command(cls=SamplingCommand)
@@ -103,17 +110,27 @@ def interpolate(
         raise InputError(f"{a!r} and {b!r}: one is a file and one is not; give two images or two prompts")
     if linear and not files[0]:
         raise InputError("--linear joins two images; prompts are always joined by a line")
-    loaded = load_model(model)
-    first, last = (shared.read_image(Path(end), loaded) if files[0] else end for end in (a, b))
-    write_images(loaded.interpolate(first, last, n, linear=linear, seed=seed, **shared.sampling(loaded, assignments)), out)
+    with shared.found_model(model) as (folder, recipe):
+        options = shared.sampling(recipe, assignments)
+        pixels = [shared.read_image(Path(end), recipe) for end in (a, b) if files[0]]
+        loaded = shared.load(folder)
+    import torch
+
+    first, last = map(torch.tensor, pixels) if pixels else (a, b)
+    with shared.warnings_as_lines():
+        images = loaded.interpolate(first, last, n, linear=linear, seed=seed, **options.model_dump())
+    write_images(images, out)
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2."""
+    """Entry point: bad input, or a full disk, is one line and exit code 2."""
     try:
         app()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        refusal = error if isinstance(error, InputError) else disk_full(error, Path.cwd(), Path(tempfile.gettempdir()))
+        if refusal is None:
+            raise
+        print(f"error: {refusal}", file=sys.stderr)
         sys.exit(2)
 
 

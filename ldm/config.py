@@ -15,6 +15,7 @@ from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, as
 from ldm.data.captions import Convention
 from ldm.data.sources.source import Source
 from ldm.diffusion.options import Diffusion, Sampling
+from ldm.evaluation.features import LARGEST_SIDE
 from ldm.evaluation.metrics.metric import Metric
 from ldm.nets.backbone import Backbone
 from ldm.nets.regulariser import Kl, Regulariser
@@ -146,6 +147,12 @@ class Settings(Section):
         if size % factor:
             raise ValueError(f"data.image_size {size} is not a multiple of the autoencoder's factor {factor}")
         self.backbone.check(size // factor)
+        values = self.data.channels * min(size, LARGEST_SIDE) ** 2  # of an image, as features see it
+        for number, metric in enumerate(self.evaluate.metrics):
+            try:
+                metric.check_settings(self.evaluate.samples, values)
+            except ValueError as error:
+                raise ValueError(f"evaluate.metrics.{number}: {error}") from None
         vae, regulariser = self.train_vae, self.autoencoder.regulariser
         if not vae.images and not self.autoencoder.pretrained:
             raise ValueError("train_vae.images is 0: then autoencoder.pretrained names the autoencoder that is used as it is")

@@ -1,7 +1,7 @@
 """The trained system as one object: autoencoder, likelihood, denoising network, text encoder and the recipe that joins them."""
 
-import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, replacing
-from ldm.base.options import chosen, explained
+from ldm.base.options import chosen
 from ldm.base.pixels import to_float, to_uint8
 from ldm.base.randomness import generator
 from ldm.bayes.bound import Bound, whole_bound
 from ldm.bayes.likelihoods.likelihood import Likelihood, load_likelihood
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, autoguidance, classifier_free
-from ldm.diffusion.options import Diffusion, Recipe, Sampling, changed_sampling
+from ldm.diffusion.options import Diffusion, Recipe, Sampling, changed_sampling, check_guided, read_recipe
 from ldm.diffusion.samplers.sampler import DenoiseFn
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian, VQModel, load_autoencoder
 from ldm.nets.backbone import load_backbone
 from ldm.nets.diffusers import Pretrained
-from ldm.nets.text.encoder import Text, TextEncoder, trim
+from ldm.nets.text.encoder import Text, TextEncoder, files_of, trim
 from ldm.nets.tiling import decode_tiled, encode_tiled
 
 BATCH = 128  # images at a time
+TEXT_ENCODER = "text_encoder"  # folder of a saved model with the files of its text encoder, unless it names a wheel or the hub
 SMALLEST_TILE = 8  # latents; smaller tiles are mostly edge
 Embedded = tuple[Tensor, Tensor]  # token embeddings (N, T, D) and the mask of real tokens (N, T)
 Weaker = tuple["LatentDiffusion", Embedded]  # a model that guidance leads away from, and its embedding of N prompts
@@ -38,8 +38,12 @@ Weaker = tuple["LatentDiffusion", Embedded]  # a model that guidance leads away 
 class LatentDiffusion:
     """A trained latent diffusion model (Rombach et al. 2022). Images are uint8 (N, C, H, W), given and returned."""
 
-    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, unet: Pretrained, recipe: Recipe):
+    def __init__(
+        self, autoencoder: Autoencoder, likelihood: Likelihood, unet: Pretrained, recipe: Recipe, root: Path = Path()
+    ):  # fmt: skip
+        """A text encoder that the recipe names by a relative folder lies below `root`."""
         self.autoencoder, self.likelihood, self.unet, self.recipe = autoencoder, likelihood, unet, recipe
+        self.text: Text = chosen(Text, recipe.text["options"]).located(root)
         diffusion = Diffusion.model_validate(recipe.diffusion)
         self.levels = diffusion.noise.build()
         self.denoiser = Denoiser(unet, diffusion.prediction, self.levels)
@@ -50,23 +54,21 @@ class LatentDiffusion:
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "LatentDiffusion":
         """Read a folder that `save` wrote; `InputError` if it is none, or if files are lost or damaged."""
         folder = Path(folder)
-        try:
-            recipe = Recipe.read(json.loads((folder / "model.json").read_text()))
-            for section, values in ((Diffusion, recipe.diffusion), (Sampling, recipe.sampling)):
-                section.model_validate(values)
-            chosen(Text, recipe.text["options"])
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{folder}: holds no model.json; give a folder that LatentDiffusion.save wrote") from None
-        except (KeyError, TypeError, ValueError) as error:
-            reason = explained(error) if isinstance(error, ValidationError) else error
-            raise InputError(f"{folder / 'model.json'}: not a model of this version: {reason}") from None
+        recipe, carried = read_recipe(folder), folder / TEXT_ENCODER
         autoencoder = load_autoencoder(folder / "autoencoder").place(device)
         likelihood = load_likelihood(folder / "autoencoder").to(device)
-        return cls(autoencoder, likelihood, load_backbone(folder / "unet").place(device), recipe)
+        system = cls(autoencoder, likelihood, load_backbone(folder / "unet").place(device), recipe)
+        if carried.is_dir():
+            system.text = system.text.model_copy(update={"model": str(carried.resolve())})
+            system.text_encoder = system.text.build(recipe.text["sha256"])  # now: the folder may be a temporary copy
+        return system
 
     def save(self, folder: Path | str) -> None:
-        """Write safetensors and JSON, all or nothing; equal models give equal bytes. `InputError` if other files are there."""
-        folder = Path(folder)
+        """Write safetensors and JSON, all or nothing; equal models give equal bytes. `InputError` if other files are there.
+
+        The files of a text encoder that a folder holds are saved, too: that folder is not everywhere, and may change.
+        """
+        folder, text = Path(folder), self.text.folder()
         if folder.exists() and not (folder / "model.json").is_file() and (folder.is_file() or any(folder.iterdir())):
             raise InputError(f"{folder}: exists and is not a saved model; name another folder")
         with replacing(folder) as partial:
@@ -74,6 +76,10 @@ class LatentDiffusion:
             self.likelihood.save_pretrained(partial / "autoencoder")
             self.unet.save_pretrained(partial / "unet")
             (partial / "model.json").write_text(canonical_json(asdict(self.recipe)))
+            if text:
+                (partial / TEXT_ENCODER).mkdir()
+                for file in files_of(text):
+                    shutil.copyfile(file, partial / TEXT_ENCODER / file.name)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +93,7 @@ class LatentDiffusion:
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """The text encoder that the model was trained with; `InputError` if its files have another hash."""
-        return chosen(Text, self.recipe.text["options"]).build(self.recipe.text["sha256"])
+        return self.text.build(self.recipe.text["sha256"])
 
     @torch.inference_mode()
     def encode(self, images: Tensor, tile: int | None = None) -> DiagonalGaussian:
@@ -149,14 +155,8 @@ class LatentDiffusion:
         options = changed_sampling(self.recipe.sampling, sampling)
         if first < 0:
             raise InputError(f"first {first}: images are numbered from 0")
-        if options.guidance == 1 and (negative or guide is not None):
-            raise InputError("guidance 1 leads nowhere: with a negative prompt or a guiding model, set another value")
-        if guide is not None:
-            if negative:
-                raise InputError("guidance leads away from a negative prompt or from a weaker model; give one of the two")
-            ours, theirs = ((r.autoencoder, r.latent_mean, r.latent_std) for r in (self.recipe, guide.recipe))
-            if ours != theirs:
-                raise InputError("the guiding model was trained on other latents; take one of the same autoencoder and data")
+        check_guided(self.recipe, options, negative, guide.recipe if guide else None)
+        self.text_encoder.warn_of_cut([*prompts, negative])
         weaker = (guide, guide._embed(prompts)) if guide else None
         return self._sample_latents(self._embed([*prompts, negative]), options, seed, range(first, first + len(prompts)), weaker)
 
@@ -177,6 +177,7 @@ class LatentDiffusion:
             return self.decode(path * scale + shift)
         if not (isinstance(a, str) and isinstance(b, str)):
             raise InputError("interpolate between two prompts or two images, not one of each")
+        self.text_encoder.warn_of_cut([a, b])
         (first, last, empty), masks = self._embed([a, b, ""])
         context = torch.lerp(first.expand(n, -1, -1), last.expand(n, -1, -1), weights.view(-1, 1, 1))
         w = weights[:, None]  # the ends attend to their own tokens only: they are what `sample` draws

@@ -14,7 +14,7 @@ from tiny import REPOSITORY, metrics, set_params
 SIZE = 16
 SMALL: dict[str, Any] = {
     "data": {"path": "images", "image_size": SIZE, "resize_filter": "box", "val_fraction": 0.2, "test_fraction": 0.2},
-    "text": {"max_tokens": 4},
+    "text": {"max_tokens": 6},
     "autoencoder": {"latent_channels": 2, "block_out_channels": [8, 16], "norm_num_groups": 4},
     "train_vae": {
         "images": 512,

@@ -1,6 +1,7 @@
 """The command line without a model: help, settings, and refusals that need none."""
 
 import fcntl
+import os
 import resource
 import shutil
 import subprocess
@@ -117,6 +118,74 @@ def test_a_folder_is_no_picture(tmp_path, monkeypatch):
     (tmp_path / "x.png").mkdir()
     result = CliRunner().invoke(app, ["sample", "--prompt", "x", "--out", str(tmp_path / "x.png")])
     assert isinstance(result.exception, InputError) and "x.png: is a folder; give a file name" in str(result.exception)
+
+
+OUTS = {  # what is at the place "out", and what is said of it
+    "a file": ("plain", "plain: is a file; write a .png, or a new folder"),
+    "a used folder": ("used", "used: is not empty, 0001.png is there; give a new folder, or an empty one"),
+    "a link to nothing": ("dangling.png", "dangling.png: is a link to nothing"),
+    "a link to nothing, no suffix": ("dangling", "dangling: is a link to nothing"),
+    "below a file": ("plain/x.png", "plain/x.png: the folder plain does not exist"),
+    "below a file, deeper": ("plain/below/x", "plain/below/x: the folder plain/below does not exist"),
+    "a device": ("/dev/null", "/dev/null: is neither a file nor a folder"),
+    "a device as a picture": ("pipe.png", "pipe.png: is neither a file nor a folder"),
+    "nothing": ("", "--out .: give the name of a .png, or of a folder"),
+    "the root": ("/", "--out /: give the name"),
+    "another suffix": ("x.jpeg", "x.jpeg: write a .png, or a folder"),
+    "too long": ("x" * 300 + ".png", "File name too long; give another place"),
+    "a loop": ("loop", "loop: "),
+    "no place for files": ("/proc/x.png", "/proc/x.png: No such file or directory; give another place"),
+}
+
+
+@pytest.mark.parametrize("case", OUTS)
+@pytest.mark.parametrize(
+    "command",
+    [("sample", "--prompt", "x"), ("interpolate", "x", "y"), ("autoencoder", "sample"), ("autoencoder", "traverse", "a.png")],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_where_no_pictures_can_go_is_said_first(command, case, tmp_path, monkeypatch):
+    """Without a model: there is none."""
+    monkeypatch.chdir(tmp_path)
+    out, message = OUTS[case]
+    (tmp_path / "plain").write_text("mine")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/0001.png").write_text("of another prompt")
+    os.symlink("gone.png", tmp_path / "dangling.png")
+    os.symlink("gone", tmp_path / "dangling")
+    os.symlink("loop", tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe.png")
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(app, [*command, "--out", out])
+    assert isinstance(result.exception, InputError) and message in str(result.exception), result.exception
+    assert "\n" not in str(result.exception) and sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "plain").read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", ["folder/x.png", "folder/x", "folder", "mine.png"])
+def test_a_place_without_permission_is_said_first(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "mine.png").write_text("a picture")
+    for path, mode in ((tmp_path / "folder", 0o555), (tmp_path / "mine.png", 0o444)):
+        path.chmod(mode)
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may write anywhere
+        result = CliRunner().invoke(app, ["sample", "--prompt", "x", "--out", out])
+    finally:
+        os.seteuid(user)
+    assert isinstance(result.exception, InputError) and f"--out {out}: Permission denied; give another" in str(result.exception)
+
+
+@pytest.mark.parametrize("sheet", ["sheet", "sheet.jpg", ""])
+def test_a_contact_sheet_is_a_picture(sheet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["data", "stats", "--sheet", sheet])
+    assert isinstance(result.exception, InputError) and ".png" in str(result.exception) and "folder" not in str(result.exception)
 
 
 # Settings

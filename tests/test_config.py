@@ -182,6 +182,25 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"train_unet.optimizer.kind": "sgld"}, ["train_unet.optimizer.kind: found 'sgld'", "'adamw'"]),
         ({"text": {"kind": "transformers", "model": "no/such", "max_tokens": 4}},
          ["text.model: found 'no/such'", "neither a folder nor ID@COMMIT"]),
+        *(
+            ({"text": {"kind": "transformers", "model": f"me/it{version}", "max_tokens": 4}}, ["text.model", "a branch moves"])
+            for version in ("@main", "", "@", "@v1.0", f"@{'a' * 39}", f"@{'A' * 40}", "@refs/pr/1")
+        ),
+        ({"text.max_tokens": 2}, ["text.max_tokens: found 2"]),
+        ({"text.max_tokens": 513}, ["text.max_tokens: found 513", "less than or equal to 512"]),
+        ({"text.max_cut": -0.1}, ["text.max_cut: found -0.1"]),
+        ({"text.max_cut": 1.5}, ["text.max_cut: found 1.5"]),
+        # what could not be measured
+        ({"evaluate.samples": 2}, ["evaluate.metrics.1: features.dim 32", "evaluate.samples is 2"]),
+        ({"evaluate.samples": 32}, ["evaluate.metrics.1: features.dim 32", "evaluate.samples is 32"]),
+        (
+            {"evaluate.samples": 2, "evaluate.metrics": [{"kind": "psnr"}, {"kind": "kernel"}]},
+            ["evaluate.metrics.1: kernel needs 3 samples, and evaluate.samples is 2"],
+        ),
+        (
+            {"evaluate.samples": 2000, "evaluate.metrics": [{"kind": "frechet", "features": {"kind": "pca", "dim": 1025}}]},
+            ["evaluate.metrics.0: features.dim 1025 is more than the 1024 values of an image"],
+        ),
         ({"text.model": "me/encoder@main"}, ["unknown key text.model", "known here: kind, max_tokens"]),
         # how it is sampled
         ({"sampling.sampler.kind": "plms"}, ["sampling.sampler.kind", "found 'plms'", "'langevin'"]),

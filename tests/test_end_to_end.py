@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from blobs import run_stages
 from PIL import Image
 from tiny import REPOSITORY, TINY, clone, set_params
 
+from ldm.collection.places import place_of
 from ldm.stages.fingerprint import counted
 from ldm.stages.stage import NAMES
 from ldm.versioning.repository import open_repository
@@ -59,6 +60,15 @@ def test_metrics_hold_what_the_issue_asks_for(ran):
     assert metrics["image"] == "32x32x1, lanczos"
     assert {"psnr", "fd", "fd_floor", "prompt_accuracy", "unseen_prompt_accuracy", "variance_ratio"} <= metrics.keys()
     assert metrics["classifier_accuracy"] > 0.97  # it is trained on real images, whatever the model is like
+
+
+def test_every_file_of_a_project_is_at_a_place_that_purge_knows(ran):
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ran, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = [path.relative_to(ran) for path in ran.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert [
+        str(path) for path in files if str(path) not in tracked and not place_of(path, PurePosixPath("data/raw/source"))
+    ] == []
+    assert {"mlruns", "reports", "models"} <= {path.parts[0] for path in files}
 
 
 def test_the_stages_alone_make_the_same_files_elsewhere(ran, tmp_path, shell):

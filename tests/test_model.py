@@ -3,8 +3,10 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -625,6 +627,104 @@ def test_slerp_of_parallel_latents_stays_between_them(factor):
     torch.testing.assert_close(path[[0, -1]], torch.cat([a, factor * a]))
 
 
+# The text encoder's files, and prompts that it does not read to their end
+
+
+def test_a_saved_model_takes_its_encoders_folder_with_it(model, text_encoder, tmp_path, monkeypatch):
+    """Named as in a project, relative to that, wherever the caller is; then the project is gone."""
+    root, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    shutil.copytree(text_encoder, root / "encoders/mine")
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    recipe = replace(
+        model.recipe, text={**model.recipe.text, "options": {**model.recipe.text["options"], "model": "encoders/mine"}}
+    )
+    LatentDiffusion(model.autoencoder, model.likelihood, model.unet, recipe, root).save(root / "models/ldm")
+    expected = model.sample(PROMPTS[:2], seed=1, **FEW)
+    shutil.move(root / "models/ldm", tmp_path / "moved")
+    shutil.rmtree(root)
+    moved = LatentDiffusion.load(tmp_path / "moved")
+    assert moved.recipe.text["options"]["model"] == "encoders/mine"  # where it came from
+    assert torch.equal(moved.sample(PROMPTS[:2], seed=1, **FEW), expected)
+    moved.save(tmp_path / "again")
+    names = [path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    assert all((tmp_path / "again" / name).read_bytes() == (tmp_path / "moved" / name).read_bytes() for name in names)
+    loaded = LatentDiffusion.load(tmp_path / "again")
+    shutil.rmtree(tmp_path / "again")  # as a download, which is temporary
+    assert torch.equal(loaded.sample(PROMPTS[:2], seed=1, **FEW), expected)
+    with pytest.raises(InputError, match=r"text\.model: .*again/text_encoder is gone; bring it back"):
+        loaded.save(tmp_path / "a third")
+    weights = next((tmp_path / "moved/text_encoder").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match=r"text encoder in .*/moved/text_encoder: found sha256"):
+        LatentDiffusion.load(tmp_path / "moved")
+
+
+def test_a_model_saved_without_its_encoder_still_loads(model, tmp_path):
+    model.save(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model/text_encoder")
+    loaded = LatentDiffusion.load(tmp_path / "model")
+    assert_same_images(loaded.sample(PROMPTS[:1], **FEW), model.sample(PROMPTS[:1], **FEW))
+
+
+CUT = "seven of nine of " * 4 + "clubs"  # 17 words, of which 10 fit
+
+
+def test_a_prompt_that_is_cut_gives_a_warning(model):
+    with pytest.warns(
+        UserWarning, match=r"a prompt is cut at 12 tokens: 'seven of nine of .*…' has 19; the rest changes nothing"
+    ):
+        model.sample([CUT, "nine"], **FEW)
+    with pytest.warns(UserWarning, match="2 of 2 prompts are cut at 12 tokens"):
+        model.interpolate(CUT, f"{CUT} eight", 2, **FEW)
+    with pytest.warns(UserWarning, match="a prompt is cut"):
+        model.sample(["nine"], negative=CUT, guidance=2.0, **FEW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.sample(["a " * 10], **FEW)  # as many as fit
+        model.bound(images(1), [CUT], levels=1)  # of captions the stages have said it
+
+
+@pytest.mark.parametrize("command", [("sample", "--prompt", CUT), ("interpolate", CUT, "nine")], ids=lambda command: command[0])
+def test_the_command_line_says_that_a_prompt_is_cut_in_one_line(command, saved, tmp_path):
+    arguments = [*command, "--set", "steps=1", "--model", str(saved / "model"), "--out", str(tmp_path / "x.png")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    lines = [line for line in result.stderr.splitlines() if "cut at" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: a prompt is cut at 12 tokens: 'seven of nine")
+    assert "UserWarning" not in result.stderr and ".py" not in result.stderr
+
+
+def test_pictures_are_named_by_their_numbers(saved, tmp_path):
+    call(saved, tmp_path / "a", "sample", "--prompt", "nine", "--prompt", "seven", "-n", "2", "--first", "16", "--set", "steps=1")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [f"{number:04d}.png" for number in range(16, 20)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--prompt", "x", "--set", "steps=0"], "steps: found 0"),
+        (["sample", "--prompt", "x", "--set", "stepz=3"], "did you mean steps?"),
+        (["sample", "--prompt", "x", "--set", "guidance=.nan"], "guidance: found nan"),
+        (["sample", "--prompt", "x", "--set", "guidance=1", "--negative", "y"], "guidance 1 leads nowhere"),
+        (["sample", "--prompt", "x", "--negative", "y", "--guide", "model"], "give one of the two"),
+        (["interpolate", "x", "y", "--set", "sampler.kind=plms"], "sampler.kind: found 'plms'"),
+        (["interpolate", "text.png", "a.png"], "text.png: not a readable image"),
+        (["autoencoder", "reconstruct", "text.png"], "text.png: not a readable image"),
+    ],
+)
+def test_what_the_recipe_rules_out_is_said_before_torch_is_imported(arguments, message, saved):
+    arguments = [*arguments, "--model", "model", "--out", "new.png"]
+    code = f"""
+import sys, ldm.cli
+try:
+    ldm.cli.app({arguments}, standalone_mode=False)
+except ldm.cli.InputError as error:
+    print(error, 'torch' in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=saved, capture_output=True, text=True, check=True)
+    assert message in done.stdout and done.stdout.endswith("False\n"), done.stdout
+
+
 # The bound
 
 
@@ -776,7 +876,7 @@ def test_every_option_of_sampling_reaches_the_sampler(saved, model, tmp_path):
     call(saved, tmp_path / "a", *command, *(text for assignment in assignments for text in ("--set", assignment)))
     heun = {"kind": "heun", "churn": 2.0}
     expected = model.sample(["nine"] * 2, seed=3, first=5, negative="seven", sampler=heun, **chosen)
-    assert_same_images(torch.tensor(np.stack([read(tmp_path / f"a/{i:04d}.png") for i in (0, 1)]))[:, None], expected)
+    assert_same_images(torch.tensor(np.stack([read(tmp_path / f"a/{i:04d}.png") for i in (5, 6)]))[:, None], expected)
     guided = ("sample", "--prompt", "nine", "--guide", str(saved / "model"))
     call(saved, tmp_path / "b", *guided, "--set", "sampler.eta=0.5", "--set", "sampler.kind=ddim")  # in any order
     expected = model.sample(["nine"], guide=model, sampler={"kind": "ddim", "eta": 0.5})

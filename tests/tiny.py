@@ -1,9 +1,11 @@
 """A project as a fresh clone would have it, with settings so small that its whole pipeline runs in seconds."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +66,32 @@ def environment(**extra: str) -> dict[str, str]:
 def with_soak(few: int, many: int) -> list[Any]:
     """Seeds of a loop: the first `few` in `make test`, the rest up to `many` in `make soak`."""
     return [*range(few), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(few, many))]
+
+
+@contextlib.contextmanager
+def careless_numerics() -> Iterator[Callable[[], dict[str, Any]]]:
+    """A process that computes fast and inexactly; yields a function that reads how it computes at that moment."""
+    import torch
+
+    cudnn = torch.backends.cudnn
+
+    def read() -> dict[str, Any]:
+        deterministic, precision = torch.get_deterministic_debug_mode(), torch.get_float32_matmul_precision()
+        return {"tf32": cudnn.allow_tf32, "benchmark": cudnn.benchmark, "precision": precision, "deterministic": deterministic}
+
+    def write(tf32: bool, benchmark: bool, precision: str, deterministic: int) -> None:
+        cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
+        torch.set_float32_matmul_precision(precision)
+        torch.set_deterministic_debug_mode(deterministic)
+
+    before = read()
+    write(True, True, "high", 0)
+    try:
+        yield read
+    finally:
+        write(**before)
+
+
+def exact(deterministic: bool) -> dict[str, Any]:
+    """What `careless_numerics` reads where a stage computes."""
+    return {"tf32": False, "benchmark": not deterministic, "precision": "highest", "deterministic": 2 * deterministic}

@@ -1,7 +1,18 @@
 """The one error that is the user's to mend, and environment variables whose values are checked."""
 
 import contextlib
+import errno
 import os
+import re
+import shutil
+from pathlib import Path
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a user's share of it, a file
+FULL_WORDS = re.compile(
+    r"no space left on device|quota exceeded|file too large|disk is full|os error (28|122|27)\b|PytorchStreamWriter failed"
+    r"|unexpected pos \d+|iostream error",
+    re.I,
+)  # of libraries that pass no number on: safetensors, SQLite, torch
 
 
 class InputError(Exception):
@@ -31,3 +42,29 @@ def env_switch(name: str) -> bool:
     if value not in ("0", "1"):
         raise InputError(f"{name} is {value!r}; set it to 1, or unset it")
     return value == "1"
+
+
+def disk_full(error: BaseException, *folders: Path) -> InputError | None:
+    """The one line for an error that means a full disk, wherever in its chain of causes that is said; None for another error.
+
+    Of the `folders` that were written to, the line names the one with the least space, unless the error names a file.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    found = [one for one in chain if getattr(one, "errno", None) in FULL or FULL_WORDS.search(str(one))]
+    if not found:
+        return None
+    number, words = getattr(found[0], "errno", None), FULL_WORDS.search(str(found[0]))
+    reason = os.strerror(number) if number in FULL else words[0] if words else ""
+    file = next((one.filename for one in found if isinstance(one, OSError) and isinstance(one.filename, str)), None)
+    named = [Path(file).absolute().parent] if file else [folder for folder in folders if folder.is_dir()] or [Path.cwd()]
+    there = {folder: next(parent for parent in (folder, *folder.parents) if parent.is_dir()) for folder in named}
+    free, place = min((shutil.disk_usage(there[folder]).free, folder) for folder in named)
+    return InputError(f"{place}: the disk is full ({reason}), {megabytes(free)} are free there; make room, then run this again")
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -7,28 +7,33 @@ latents names the sha256 of their shards. Shards are deleted last: they lead to 
 import contextlib
 import hashlib
 import json
+import os
 import re
+import shutil
 import tarfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import pandas as pd
 import yaml
 
 from ldm.base.errors import InputError
-from ldm.base.files import content_hash, file_hash
-from ldm.base.paths import LATENT_STORE, LATENTS, SHARD_CACHE, SHARDS, WORK
+from ldm.base.files import content_hash, file_hash, locked
+from ldm.base.paths import LATENTS, SHARDS, SOURCE
+from ldm.collection.places import PLACES
+from ldm.collection.places import UNTOUCHED as UNTOUCHED
 from ldm.config import load_settings
 from ldm.data.images import SUFFIXES
 from ldm.data.reader import SPLITS
+from ldm.data.remote import PART
 from ldm.registry import tracking
 from ldm.registry import versions as registry
 from ldm.versioning.repository import held, open_repository
 
 TAG = "ldm.purged"  # of a version: hashes (first 16 digits) of images that it saw and that were purged since
 DIGEST = 16  # hexadecimal digits of the file's hash, with which a sample's key of 24 begins
-UNTOUCHED = "trained weights, reports and sample pictures; file names in git's history and DVC's listings"
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
                     raise
                 known = ", ".join(repo.config["remote"])
                 notes += [f"no default remote: not looked at are {known}; name one with --remote"] if known else []
-            with contextlib.nullcontext() if dry_run else held(repo, root / SHARDS, root / LATENTS):
+            with contextlib.nullcontext() if dry_run else _alone(root, repo):
                 objects = _Objects(repo.cache.local, store)
                 names, digests, kinds, unclear = _find(root, repo, objects, image)
                 versions = _versions(root, objects, kinds["shard"], digests, tag=not dry_run)
@@ -128,6 +133,8 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
                             objects.stores[place].delete(name)
                         else:
                             Path(name).unlink()
+                for folder in () if dry_run else {Path(name).parent for name in copies[copies.kind == "leftover"].name}:
+                    shutil.rmtree(folder, ignore_errors=True)  # its name may be a caption
                 if store is not None and not dry_run:  # DVC remembers what it pushed, and would not push it again
                     with contextlib.closing(get_index(store)) as index:
                         index.clear()
@@ -135,6 +142,17 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
         raise InputError(f"{image}: {error}; mend that and purge again") from None
     notes += [f"not purged: files of that name that no shard holds, with sha256 {unclear}"] * bool(unclear)
     return Purged(tuple(sorted(names)), tuple(sorted(digests)), copies, tuple(notes), versions)
+
+
+@contextlib.contextmanager
+def _alone(root: Path, repo: Any) -> Iterator[None]:
+    """While no stage and no ingest works here."""
+    ingest = root / ".ldm/ingest.lock"
+    with (
+        locked(ingest) if ingest.exists() else contextlib.nullcontext(),
+        held(repo, *(root / path for path in (SOURCE, SHARDS, LATENTS))),
+    ):
+        yield
 
 
 def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str], set[str], dict[str, set[str]], str]:
@@ -173,31 +191,50 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str
     unclear = ", ".join(sorted(map(objects.sha256, others - current.keys())))
     if unclear and not (shards or originals):
         raise InputError(f"{image}: in no shard; files of that name have sha256 {unclear}: purge by the one that is meant")
-    if not (shards or originals):
+    if not (shards or originals or any(_is_left(path, digests) for path in _files(root, "leftover"))):
         nothing = f"nothing, or nothing left, of it in DVC's {' or '.join(objects.stores)}"
         raise InputError(f"{image}: {nothing}; a name is the whole path within data.path, as in data/shards")
-    return names, digests, {"latents": latents & objects.places.keys(), "image": originals, "shard": shards}, unclear
+    captions = {md5 for path, md5 in objects.files if _is_beside(path, names)} - current.keys()
+    found = {"latents": latents & objects.places.keys(), "caption": captions, "image": originals, "shard": shards}
+    return names, digests, found, unclear
 
 
 def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: set[str]) -> pd.DataFrame:
     """The files to delete in their order, shards last. Of the latents' store go all files that are not in data/latents."""
     linked = {file_hash(path) for path in (root / LATENTS).glob("*.safetensors")}
-    downloads = [path for path in (root / SHARD_CACHE).glob("*") if path.is_file() and _holds(path, digests)]
-    unlinked = [path for path in (root / LATENT_STORE).glob("*") if path.stem.rpartition("-")[2] not in linked]  # KEY-SHA256
-    leftovers = [path for suffix in ("partial", "replaced") for path in (root / "data").glob(f"*.{suffix}/*")]
-    batches = list((root / WORK).glob("*/*/bad_batch_*"))  # of trainings that diverged, with images of any name
-    local = [
-        ("leftover", "data", leftovers),
-        ("batch", ".ldm", batches),
-        ("download", ".ldm", downloads),
-        ("store", ".ldm", unlinked),
-    ]
-    copies = [(kind, place, str(path), path.stat().st_size) for kind, place, paths in local for path in sorted(paths)]
+    chosen: dict[str, Callable[[Path], bool]] = {  # not all files of a place
+        "download": lambda path: path.suffix == PART or _holds(path, digests),
+        "store": lambda path: path.stem.rpartition("-")[2] not in linked,  # KEY-SHA256
+        "objects": lambda path: False,  # those of `kinds`
+    }
+    copies = []
+    for kind in dict.fromkeys(place.holds for place in PLACES if place.fate == "deleted"):
+        for path in filter(chosen.get(kind, lambda path: True), _files(root, kind)):
+            place = ".ldm" if path.is_relative_to(root / ".ldm") else "data"
+            copies.append((kind, place, str(path), path.lstat().st_size))
     for kind, found in kinds.items():
-        for place, store in objects.stores.items():
-            for md5 in sorted(md5 for md5 in found if place in objects.places[md5]):
-                copies.append((kind, place, md5, store.fs.info(store.oid_to_path(md5))["size"]))
+        for name, store in objects.stores.items():
+            for md5 in sorted(md5 for md5 in found if name in objects.places[md5]):
+                copies.append((kind, name, md5, store.fs.info(store.oid_to_path(md5))["size"]))
     return pd.DataFrame(copies, columns=["kind", "place", "name", "size"])
+
+
+def _files(root: Path, kind: str) -> list[Path]:
+    """The files of the places of a kind."""
+    collection = PurePosixPath(os.path.relpath(root / load_settings(root).data.path, root))
+    return [path for place in PLACES if place.holds == kind for path in place.files(root, collection)]
+
+
+def _is_left(path: Path, digests: set[str]) -> bool:
+    """Whether a leftover is the image, or a shard that holds it."""
+    return path.is_file() and (_holds(path, digests) or file_hash(path)[:DIGEST] in digests)
+
+
+def _is_beside(path: str, names: set[str]) -> bool:
+    """Whether a file's name is that of an image but for the suffix: its caption, in a file of its own."""
+    stem, _, suffix = path.rpartition(".")
+    stems = {name.rpartition(".")[0] for name in names}
+    return f".{suffix.lower()}" not in SUFFIXES and any(stem == one or stem.endswith(f"/{one}") for one in stems)
 
 
 def _holds(path: Path, digests: set[str]) -> bool:

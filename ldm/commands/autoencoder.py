@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ldm.base.errors import InputError
-from ldm.commands.shared import Model, Out, Seed, check_file, load_model, read_image, write_images
+from ldm.commands.shared import Model, Out, Seed, check_file, found_model, load, read_image, write_images
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 Side = Annotated[int | None, typer.Option(min=1, help="Keep the images' size; work on tiles of this many pixels a side.")]
@@ -17,7 +17,9 @@ def sample(
     out: Out, n: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 16, model: Model = None, seed: Seed = 0
 ) -> None:
     """Draw latents from the autoencoder's prior and images from its likelihood, without the diffusion model."""
-    write_images(load_model(model).sample_prior(n, seed=seed), out)
+    with found_model(model) as (folder, _):
+        loaded = load(folder)
+    write_images(loaded.sample_prior(n, seed=seed), out)
 
 
 @app.command()
@@ -33,12 +35,18 @@ def reconstruct(
         check_file(path)
     if tile and len(images) > 1 and out.suffix == ".png":
         raise InputError(f"--out {out}: images of different sizes make no sheet; give a folder (a name without a suffix)")
-    loaded = load_model(model)
+    with found_model(model) as (folder, recipe):
+        pixels = [read_image(path, recipe, whole=tile is not None) for path in images]
+        loaded = load(folder)
     import torch
 
     from ldm.model import BATCH
 
-    real = [read_image(path, loaded, whole=tile is not None) for path in images]
+    factor = loaded.autoencoder.factor
+    for path, (_, height, width) in zip(images, (array.shape for array in pixels), strict=True):
+        if min(height, width) < factor:
+            raise InputError(f"{path}: its shorter side is less than the {factor} pixels of one latent")
+    real = [torch.tensor(x[:, : x.shape[1] // factor * factor, : x.shape[2] // factor * factor]) for x in pixels]
     parts = [image[None] for image in real] if tile else torch.stack(real).split(BATCH)
     reconstructed = [image for part in parts for image in loaded.decode(loaded.encode(part, tile).mean, tile)]
     if tile or out.suffix != ".png":
@@ -53,12 +61,16 @@ def traverse(
     image: Annotated[Path, typer.Argument(help="File of an image.")],
     out: Out,
     n: Annotated[int, typer.Option("-n", min=2, help="Images a channel; of an odd number, the middle one is not shifted.")] = 7,
-    reach: Annotated[float, typer.Option(min=0, help="Standard deviations to either side.")] = 3.0,
+    reach: Annotated[float, typer.Option(min=0, max=100, help="Standard deviations to either side.")] = 3.0,
     model: Model = None,
 ) -> None:
     """Shift one latent channel after the other, to see what each does to an image. A sheet has a row for each channel."""
     check_file(image)
-    loaded = load_model(model)
-    images = loaded.traverse(read_image(image, loaded), n, reach=reach)
+    with found_model(model) as (folder, recipe):
+        pixels = read_image(image, recipe)
+        loaded = load(folder)
+    import torch
+
+    images = loaded.traverse(torch.tensor(pixels), n, reach=reach)
     shifts = [f"{-reach + 2 * reach * i / (n - 1):.3g}".replace("-", "−") for i in range(n)]
     write_images(images, out, [f"channel {i}" for i in range(len(images) // n)], shifts)

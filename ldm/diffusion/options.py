@@ -1,14 +1,17 @@
 """The sections `diffusion` and `sampling` of the settings, and what a trained model keeps of them."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from ldm.base.errors import InputError
-from ldm.base.options import NonNegative, OneOf, Positive, Section, explained
+from ldm.base.options import NonNegative, OneOf, Positive, Section, chosen, explained
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.samplers.sampler import Sampler
+from ldm.nets.text.encoder import Text
 
 
 class Diffusion(Section):
@@ -82,3 +85,30 @@ class Recipe:
             sampling={"sampler": sampler, **flat},
             **{name: values[name] for name in ("autoencoder", "preprocessing", "latent_mean", "latent_std")},
         )
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a saved model; `InputError` if the folder is none, or is of another version of this package."""
+    try:
+        recipe = Recipe.read(json.loads((folder / "model.json").read_text()))
+        for section, values in ((Diffusion, recipe.diffusion), (Sampling, recipe.sampling)):
+            section.model_validate(values)
+        chosen(Text, recipe.text["options"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder}: holds no model.json; give a folder that LatentDiffusion.save wrote") from None
+    except (KeyError, TypeError, ValueError) as error:
+        reason = explained(error) if isinstance(error, ValidationError) else error
+        raise InputError(f"{folder / 'model.json'}: not a model of this version: {reason}") from None
+    return recipe
+
+
+def check_guided(recipe: Recipe, options: Sampling, negative: str, guide: Recipe | None) -> None:
+    """Raise an `InputError` if guidance cannot lead away from this negative prompt, or from this weaker model."""
+    if options.guidance == 1 and (negative or guide):
+        raise InputError("guidance 1 leads nowhere: with a negative prompt or a guiding model, set another value")
+    if guide and negative:
+        raise InputError("guidance leads away from a negative prompt or from a weaker model; give one of the two")
+    if guide:
+        ours, theirs = ((r.autoencoder, r.latent_mean, r.latent_std) for r in (recipe, guide))
+        if ours != theirs:
+            raise InputError("the guiding model was trained on other latents; take one of the same autoencoder and data")

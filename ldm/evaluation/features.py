@@ -17,6 +17,9 @@ LARGEST_SIDE = 32  # larger images are averaged down first: a full SVD of raw ph
 class FeatureSpace(Choice):
     """Maps uint8 images (N, C, H, W) to features, float64 (N, d). A subclass has its own options."""
 
+    def check(self, samples: int, values: int) -> None:
+        """Raise a `ValueError` if `evaluate.samples` images of so many values do not have such features."""
+
     @abstractmethod
     def build(self, train_images: Array, most: int) -> tuple[str, Callable[[Array], Array]]:
         """Its name, such as "pca32", and the mapping; it may be fitted to these images, and have `most` dimensions at most."""
@@ -26,7 +29,13 @@ class Pca(FeatureSpace):
     """The leading principal components of pixels in [0, 1], not whitened; the largest loading of each is positive."""
 
     kind: Literal["pca"] = "pca"
-    dim: Positive = 32  # fewer for few or very small images
+    dim: Positive = 32  # fewer for few images
+
+    def check(self, samples: int, values: int) -> None:
+        if self.dim >= samples:
+            raise ValueError(f"features.dim {self.dim} needs more samples than that, and evaluate.samples is {samples}")
+        if self.dim > values:
+            raise ValueError(f"features.dim {self.dim} is more than the {values} values of an image, as features see it")
 
     def build(self, train_images: Array, most: int) -> tuple[str, Callable[[Array], Array]]:
         import numpy as np

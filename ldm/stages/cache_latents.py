@@ -19,6 +19,7 @@ from ldm.nets.autoencoder import VQModel, load_autoencoder
 from ldm.nets.diffusers import network_hash
 from ldm.nets.text.encoder import TextEncoder
 from ldm.registry.tracking import stage_run
+from ldm.stages.checks import check_captions, check_latents_space
 from ldm.stages.stage import stage_main, stage_params
 from ldm.stages.work import identify
 
@@ -27,8 +28,10 @@ def run(root: Path) -> None:
     settings = load_settings(root)
     device = set_up(settings.deterministic)
     autoencoder, digest = load_autoencoder(root / AUTOENCODER).place(device), network_hash(root / AUTOENCODER)
-    encoder = TextEncoder(settings.text)
-    identity = {"autoencoder": digest, "text_encoder": encoder.sha256, "text": settings.text.model_dump()}
+    check_captions(root, settings, ("train", "val"))
+    check_latents_space(root, autoencoder, settings.cache_latents.flip)
+    encoder, text = TextEncoder(settings.text.located(root)), settings.text.model_dump(exclude={"max_cut"})
+    identity = {"autoencoder": digest, "text_encoder": encoder.sha256, "text": text}
     code = identify(root, "cache_latents", {"deterministic": settings.deterministic}, {}, {"device": device.type}).key
 
     @torch.inference_mode()

@@ -26,6 +26,7 @@ from ldm.nets.backbone import load_backbone
 from ldm.nets.diffusers import network_hash
 from ldm.registry.tracking import stage_run
 from ldm.report.page import write_page
+from ldm.stages.checks import check_sizes, check_space, size_of
 from ldm.stages.stage import stage_main, stage_params
 
 TILES = 40  # samples shown first in the report
@@ -36,6 +37,8 @@ def run(root: Path) -> None:
     options, device = settings.evaluate, set_up(settings.deterministic)
     train, test = (stage_shards(root, split) for split in ("train", "test"))
     metrics: tuple[Metric, ...] = options.metrics
+    check_sizes(root, settings)
+    check_space(root / paths.MODEL, sum(size_of(root / made) for made in (paths.AUTOENCODER, paths.UNET)), "the model's files")
     assemble(root, settings)
     model = LatentDiffusion.load(root / paths.MODEL, device)
     with Progress("evaluate: real images"):
@@ -79,7 +82,7 @@ def assemble(root: Path, settings: Settings) -> None:
     recipe = Recipe(**json.loads((unet / "recipe.json").read_text()), sampling=settings.sampling.model_dump())
     if recipe.autoencoder != network_hash(vae):
         raise InputError(f"{unet}: trained on latents of another autoencoder than {vae}; run `dvc repro` from cache_latents on")
-    LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), load_backbone(unet), recipe).save(root / paths.MODEL)
+    LatentDiffusion(load_autoencoder(vae), load_likelihood(vae), load_backbone(unet), recipe, root).save(root / paths.MODEL)
 
 
 if __name__ == "__main__":

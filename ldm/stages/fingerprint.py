@@ -24,6 +24,7 @@ UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/t
     "ldm.base.paths": "dvc.yaml names the same paths, which DVC compares",
     "ldm.base.progress": "prints",
     "ldm.registry.versions": "fetches a version, which never changes",
+    "ldm.stages.checks": "ends a run before it computes",
     "ldm.stages.fingerprint": "compares code",
     "ldm.stages.stage": "reads what dvc.yaml says; starts and ends the process",
     "ldm.stages.work": "names a checkpoint, or a file of latents, by all that it depends on",

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ldm.base.errors import InputError, env_count
+from ldm.base.errors import InputError, disk_full, env_count
 from ldm.base.options import value_at
 from ldm.config import Settings, find_root
 from ldm.stages.fingerprint import check_recorded
@@ -42,6 +43,7 @@ def stage_main(name: str, run: Callable[..., None], parallel: bool = False) -> N
     `parallel`, this process starts and watches the `LDM_PROCESSES` ranks that run it, unless it is one of torchrun's.
     """
     on_signals(_request_stop)
+    root = Path.cwd()
     try:
         if os.environ.get("LDM_OWNER_PIPE"):
             threading.Thread(target=_watch_owner, args=(os.dup(0),), daemon=True).start()
@@ -55,8 +57,13 @@ def stage_main(name: str, run: Callable[..., None], parallel: bool = False) -> N
 
             sys.exit(run_ranks(name, count))
         run(root, *sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        written = (root, *(root / place for place in (".ldm", "data", "models", "reports")), Path(tempfile.gettempdir()))
+        refusal = error if isinstance(error, InputError) else disk_full(error, *written)
+        if refusal is None:
+            raise
+        with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
+            print(f"error: {refusal}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as stop:
         on_signals(signal.SIG_IGN)  # a second one does not interrupt the end

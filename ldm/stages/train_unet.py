@@ -14,6 +14,7 @@ from ldm.data.latents import Latents, open_latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.nets.backbone import Backbone
 from ldm.nets.diffusers import Pretrained, network_hash
+from ldm.stages.checks import check_sizes
 from ldm.stages.stage import stage_main
 from ldm.stages.training import training
 from ldm.training.unet import UnetObjective
@@ -36,6 +37,7 @@ def recipe(settings: Settings, latents: Latents) -> dict[str, Any]:
 def run(root: Path) -> None:
     settings = load_settings(root)
     device, diffusion = set_up(settings.deterministic), settings.diffusion
+    check_sizes(root, settings)
     latents = open_latents(root / LATENTS, "train", autoencoder=network_hash(root / AUTOENCODER))
     network = build(settings, latents.text.shape[-1]).place(device)
     denoiser = Denoiser(network, diffusion.prediction, diffusion.noise.build())

@@ -22,6 +22,7 @@ from ldm.data.parallel import loader_workers
 from ldm.data.reader import ShardReader, stage_shards
 from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.autoencoder import Autoencoder, VQModel, load_autoencoder
+from ldm.stages.checks import check_captions, check_part, check_sizes
 from ldm.stages.stage import stage_main
 from ldm.stages.training import training
 from ldm.training.objectives import VaeObjective
@@ -91,8 +92,11 @@ def measured(
 def run(root: Path) -> None:
     settings = load_settings(root)
     device, out = set_up(settings.deterministic), root / AUTOENCODER
+    check_sizes(root, settings)
+    check_captions(root, settings)
     reader, val = (stage_shards(root, split) for split in ("train", "val"))
     autoencoder, likelihood = start(root, settings)
+    check_part(settings, autoencoder.decoder)
     autoencoder.place(device)
     likelihood.to(device)
     options, seed = settings.train_vae, settings.seed

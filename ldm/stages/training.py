@@ -15,6 +15,7 @@ from ldm.base.progress import Progress
 from ldm.config import Settings
 from ldm.nets.diffusers import Pretrained
 from ldm.registry.tracking import Run, stage_run
+from ldm.stages.checks import check_training_space
 from ldm.stages.stage import stage_params, stop_at_checkpoint
 from ldm.stages.work import Work, identify, opened
 from ldm.training.checkpoint import CheckpointStore
@@ -47,6 +48,8 @@ def training(
         for net in objective.module.modules():
             if isinstance(net, Pretrained):
                 net.set_gradient_checkpointing(gradient_checkpointing)
+        if work:
+            check_training_space(run.checkpoint, root / out, objective.module, options)
         bar = Progress(name, options.images) if work else contextlib.nullcontext(lambda done, row: None)
         try:
             with bar as progress, stop_at_checkpoint() as should_stop:

@@ -26,11 +26,15 @@ class CheckpointStore:
         partial = complete.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps(state))
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        try:
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial / "state.safetensors")
+            (partial / "state.json").write_text(json.dumps(state))
+            for path in partial.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        except Exception:  # a full disk
+            shutil.rmtree(partial)
+            raise
         shutil.rmtree(complete, ignore_errors=True)
         os.replace(partial, complete)
         for old in sorted(self.folder.glob("*[0-9]"))[:-1]:

@@ -7,16 +7,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from blobs import SIZE, draw_blobs
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import hypergeom
-from tiny import REPOSITORY, set_params
+from tiny import REPOSITORY, careless_numerics, exact, set_params
 
 from ldm.collection import drift as module
 from ldm.collection.drift import LEVEL, drift, samplers
+from ldm.data.reader import stage_shards
+from ldm.langevin.decoder import DecoderPosterior
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,19 @@ def test_each_image_has_its_own_score(sampled, inbox, tmp_path):
     among = drift(sampled, inbox / "noise").scores.set_index("file_name").score
     assert alone.file_name == "some noise.PNG" and alone.score == pytest.approx(among["007.png"], rel=1e-3)
     assert among.median() > drift(sampled, inbox / "alike").scores.score.median()
+
+
+def test_scores_are_computed_as_the_stage_computes_those_of_the_test_images(sampled, monkeypatch):
+    """So the test images themselves have the scores that the stage found."""
+    scores, found = DecoderPosterior.scores, []
+    reference = pd.read_csv(sampled / "models/posterior/sghmc/scores.csv")
+    test = stage_shards(sampled, "test")
+    names = test.captions.set_index("key").file_name[reference.key].tolist()
+    with careless_numerics() as read:
+        monkeypatch.setattr(DecoderPosterior, "scores", lambda self, images: found.append(read()) or scores(self, images))
+        table = drift(sampled, sampled / "images").scores.set_index("file_name").score
+    assert found == [exact(True)]
+    assert np.allclose(table[names], reference.score, rtol=1e-3)
 
 
 def test_the_chance_is_that_of_drawing_so_many_from_both_together(sampled, inbox):

@@ -204,6 +204,44 @@ def test_trim_drops_what_no_text_uses(bert):
     assert text[:, 5:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "clip", "clip text", "t5", "t5 encoder"])
+def test_an_encoder_reads_as_many_tokens_as_it_has_positions(kind, tmp_path):
+    """As many are taken; one more would have no position, as transformers itself finds."""
+    folder = write(tmp_path, random_model(kind))
+    most = Transformer(model=str(folder), max_tokens=4).counter()[1]
+    text = ["a seven " * 40]
+    if most is None:  # T5's positions are relative
+        assert kind.startswith("t5") and load(folder, 64)(text)[1].all()
+        return
+    assert load(folder, most)(text)[1].all()
+    for refused in (load, lambda folder, tokens: Transformer(model=str(folder), max_tokens=tokens).counter()):
+        with pytest.raises(InputError, match=rf"text\.max_tokens {most + 1}: .* has {most} positions; lower it to {most}"):
+            refused(folder, most + 1)
+    whole = transformers.AutoModel.from_pretrained(folder)
+    with pytest.raises((IndexError, ValueError, RuntimeError)):
+        getattr(whole, "text_model", whole)(torch.full((1, most + 1), 5))
+
+
+@pytest.mark.parametrize("kind", ["minilm", "bert"])
+def test_tokens_are_counted_before_anything_is_cut(kind, bert):
+    options = MiniLM(max_tokens=3) if kind == "minilm" else Transformer(model=str(bert), max_tokens=3)
+    count, most = options.counter()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.load()[0])
+    texts = [*TEXTS, *ODD, "a seven " * 20]
+    assert count(texts) == [len(tokenizer(text, truncation=False)["input_ids"]) for text in texts]
+    assert most == (512 if kind == "minilm" else 16) and max(count(texts)) > most
+
+
+def test_a_folder_is_found_from_the_project_wherever_the_caller_is(bert, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    options = Transformer(model="bert", max_tokens=12)
+    options.check(tmp_path)
+    assert options.located(tmp_path).build().sha256 == load(bert).sha256
+    with pytest.raises(InputError, match="neither a folder here"):
+        options.build()
+
+
 def test_a_hash_names_weights_configuration_and_tokenizer(bert):
     first = load(bert)
     assert load(bert, sha256=first.sha256).sha256 == first.sha256

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import set_params
+from tiny import careless_numerics, exact, set_params
 from typer.testing import CliRunner
 
 from ldm.base.errors import InputError
@@ -32,7 +32,7 @@ from ldm.nets.autoencoder import AutoencoderKL, VQModel
 from ldm.nets.text.minilm import MiniLM
 from ldm.nets.unet import UNet
 from ldm.registry import versions
-from ldm.registry.registration import Registered, gate_and_promote, promote, register, rollback
+from ldm.registry.registration import Registered, compare, gate_and_promote, promote, register, rollback
 from ldm.registry.versions import Unreachable, connect, describe, downloaded, find, kept, load, lookup, overview
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -305,6 +305,21 @@ def test_a_champion_that_someone_replaced_does_not_come_back_by_itself(root: Pat
     again = gate_and_promote(root, register(root).version)
     assert not again.promote and "was champion before version 1" in again.reason
     assert aliases(root)["champion"] == 1
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_champion_is_measured_under_the_numerics_of_the_challengers_stage(
+    deterministic: bool, root: Path, models: dict[str, LatentDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_params(root, {"deterministic": deterministic})
+    write_outs(root, models["good"])
+    register(root)
+    bound, found = LatentDiffusion.bound, []
+    with careless_numerics() as read:
+        monkeypatch.setattr(LatentDiffusion, "bound", lambda *given, **named: found.append(read()) or bound(*given, **named))
+        nats = compare(root, lookup("models:/ldm/1"))
+    assert found == [exact(deterministic)]
+    assert np.allclose(nats.challenger, nats.champion, rtol=1e-6) and len(nats) == 20  # they are the same model
 
 
 def test_models_of_other_images_are_not_compared(root: Path, models: dict[str, LatentDiffusion]) -> None:

@@ -53,6 +53,7 @@ USED = {
     "ldm.base.paths": "constants that dvc.yaml repeats",
     "ldm.base.progress": "Progress",
     "ldm.registry.versions": "downloaded",
+    "ldm.stages.checks": "check_captions check_latents_space check_part check_sizes check_space check_training_space size_of",
     "ldm.stages.stage": "stage_main stage_params stop_at_checkpoint",
     "ldm.stages.work": "Work identify opened",
     "ldm.registry.tracking": "Run stage_run use_default_store",

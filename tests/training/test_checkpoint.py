@@ -1,6 +1,7 @@
 """Checkpoints: every bit comes back, a kill at any moment leaves a whole one, and an optimizer goes on as if never stopped."""
 
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.base.errors import disk_full
 from ldm.training import checkpoint
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 
@@ -43,6 +45,20 @@ def test_every_bit_comes_back(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert loaded[0][name].dtype == tensor.dtype and loaded[0][name].shape == tensor.shape
         assert bits(loaded[0][name]) == bits(tensor.detach())
+
+
+def test_on_a_full_disk_the_old_one_stays_and_nothing_half_written(tmp_path: Path) -> None:
+    store, limits = CheckpointStore(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_at(store, 64)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        with pytest.raises(Exception, match=r"os error 27") as full:
+            store.save({"w": torch.zeros(100_000)}, {"images_seen": 128})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert disk_full(full.value, tmp_path) and [path.name for path in tmp_path.iterdir()] == ["000000000064"]
+    loaded = store.load()
+    assert loaded and loaded[1] == {"images_seen": 64}
 
 
 def test_only_the_newest_is_kept(tmp_path: Path) -> None:

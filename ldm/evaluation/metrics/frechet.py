@@ -22,6 +22,9 @@ class Frechet(Metric):
     name: str = "fd"  # another one for a second feature space
     features: Annotated[FeatureSpace, OneOf()] = Pca()
 
+    def check_settings(self, samples: int, values: int) -> None:
+        self.features.check(samples, values)
+
     def check(self, evaluation: Evaluation) -> None:
         found = evaluation.features(self.features)
         if found.test.shape[1] >= len(found.test):

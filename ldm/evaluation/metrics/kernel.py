@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from ldm.base.errors import InputError
 from ldm.base.options import OneOf
 from ldm.evaluation.features import FeatureSpace, Pca
 from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
 from ldm.evaluation.value import Value
+
+LEAST = 3  # images on both sides, of which the error leaves one out
 
 
 class Kernel(Metric):
@@ -16,9 +17,14 @@ class Kernel(Metric):
     name: str = "kd"  # another one for a second feature space
     features: Annotated[FeatureSpace, OneOf()] = Pca()
 
-    def check(self, evaluation: Evaluation) -> None:
-        if (found := evaluation.features(self.features)).count < 3:
-            raise InputError(f"evaluate.metrics: {self.name} needs 3 images, found {found.size}; raise evaluate.samples")
+    def check_settings(self, samples: int, values: int) -> None:
+        if samples < LEAST:
+            raise ValueError(f"{self.kind} needs {LEAST} samples, and evaluate.samples is {samples}")
+        self.features.check(samples, values)
+
+    def check_images(self, images: int) -> None:
+        if images < LEAST:
+            raise ValueError(f"{self.kind} needs {LEAST} images of the train and of the test split")
 
     def measure(self, evaluation: Evaluation) -> list[Value]:
         found = evaluation.features(self.features)
@@ -31,8 +37,8 @@ def kernel_distance(a: Array, b: Array) -> tuple[float, float]:
     """Unbiased MMD² of independent features (N, d), kernel (x·y/d + 1)³ (Bińkowski et al. 2018), and its jackknife error."""
     import numpy as np
 
-    if min(m := len(a), n := len(b)) < 3:
-        raise ValueError(f"a kernel distance needs at least 3 samples on both sides, found {m} and {n}")
+    if min(m := len(a), n := len(b)) < LEAST:
+        raise ValueError(f"a kernel distance needs at least {LEAST} samples on both sides, found {m} and {n}")
     in_a, in_b, cross = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     np.fill_diagonal(in_a, 0)
     np.fill_diagonal(in_b, 0)

@@ -16,6 +16,12 @@ else:
 class Metric(Choice):
     """Measures the trained system. A subclass has its own options."""
 
+    def check_settings(self, samples: int, values: int) -> None:
+        """Raise a `ValueError` if `evaluate.samples` images of so many values cannot be measured: when the settings are read."""
+
+    def check_images(self, images: int) -> None:
+        """Raise a `ValueError` if so many real images are too few: before anything is trained."""
+
     def check(self, evaluation: Evaluation) -> None:
         """Called before any sample is drawn: raise an `InputError` if real images alone show that `measure` would fail."""
 

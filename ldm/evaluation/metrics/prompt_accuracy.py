@@ -20,9 +20,10 @@ class PromptAccuracy(Metric):
     kind: Literal["prompt_accuracy"] = "prompt_accuracy"
 
     def measure(self, evaluation: Evaluation) -> list[Value]:
-        if evaluation.labelled is None:
+        labels = evaluation.train_labels
+        if evaluation.labelled is None or labels is None or len(set(labels)) < 2:  # of many images, not all are looked at
             return []
-        classifier = fit_classifier(evaluation.train_images, evaluation.train_labels)
+        classifier = fit_classifier(evaluation.train_images, labels)
         real = classifier.score(evaluation.test_images, evaluation.test_labels)
         accuracy = classifier.score(evaluation.samples, evaluation.prompts.label)
         numbers = {"prompt_accuracy": accuracy, "classifier_accuracy": real}

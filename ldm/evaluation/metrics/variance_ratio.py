@@ -20,7 +20,11 @@ class VarianceRatio(Metric):
         if evaluation.labelled is None:
             return []
         real, generated = (evaluation.train_images, evaluation.train_labels), (evaluation.samples, evaluation.prompts.label)
-        if (value := variance_ratio(*real, *generated)) is None:
+        try:
+            value = variance_ratio(*real, *generated)
+        except ValueError:  # real images of one label are all the same
+            return []
+        if value is None:
             return []
         return [Value(name="variance_ratio", value=value, title="variance ratio", reading=READING, headline=True)]
 

