@@ -10,7 +10,8 @@ from typing import TextIO
 
 from flows import server, supervise
 from ldm.base.errors import InputError
-from ldm.config import find_root, load_settings
+from ldm.base.project import find_root
+from ldm.config import load_settings
 from ldm.versioning.repository import check_data
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")

@@ -6,7 +6,8 @@ import sys
 
 from flows import server
 from ldm.base.errors import InputError
-from ldm.config import find_root, load_settings
+from ldm.base.project import find_root
+from ldm.config import load_settings
 
 
 def main() -> int:

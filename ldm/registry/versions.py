@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 from ldm.base.errors import InputError
 from ldm.base.paths import DECISION
+from ldm.registry import places
 from ldm.registry.tracking import mlflow_client, short_patience
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ SYSTEM, LINEAGE = "artifacts/ldm", "lineage"  # folders of a version's files
 HASH, IMAGE, GATE, BITS = "ldm.model", "ldm.image", "ldm.gate", "ldm.bits_per_dim"  # tags
 NO_BOUND = "none"  # `BITS` of a VQ model
 REVISION = "dc11669786a5"  # of MLflow's tables: the newest migration of 3.17
-BUSY_SECONDS = 5.0  # a writer holds the file for as long as a commit takes
 ELSEWHERE = ("MLFLOW_REGISTRY_URI", "MLFLOW_ENABLE_WORKSPACES", "MLFLOW_WORKSPACE")  # these lead MLflow to other answers
 VERSIONS = """
 SELECT version, creation_time, run_id, storage_location, source,
@@ -99,35 +98,29 @@ def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
 
 def read_sqlite(name: str) -> list[Version] | None:
     """The versions of a model in an SQLite file, newest first, as MLflow's client gives them; None where only it can tell."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    database = places.database_file(os.environ.get("MLFLOW_TRACKING_URI", ""))
     refused = not name.strip() or name.startswith(".") or "/" in name or ":" in name  # by MLflow, which says why
-    if not uri.startswith("sqlite:///") or "?" in uri or refused or any(map(os.environ.get, ELSEWHERE)):
+    if not database or refused or any(map(os.environ.get, ELSEWHERE)):
         return None
-    place = Path(uri.removeprefix("sqlite:///")).absolute().as_uri() + "?mode=ro"
+    places.settle(database)  # for MLflow, in an application that loads a model; here, `places.current` finds it either way
+    address = f"{database.as_uri()}?mode=ro"
     try:
-        with contextlib.closing(sqlite3.connect(place, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as database:
-            database.execute("BEGIN")  # all queries see one state
-            revisions = database.execute("SELECT version_num FROM alembic_version").fetchall()
-            others = database.execute("SELECT 1 FROM registered_models WHERE workspace != 'default'").fetchall()
-            rows = database.execute(VERSIONS, (name,)).fetchall()
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=places.BUSY_SECONDS, isolation_level=None)) as store:
+            store.execute("BEGIN")  # all queries see one state
+            revisions = store.execute("SELECT version_num FROM alembic_version").fetchall()
+            others = store.execute("SELECT 1 FROM registered_models WHERE workspace != 'default'").fetchall()
+            rows = store.execute(VERSIONS, (name,)).fetchall()
     except sqlite3.Error:  # not there, not a database, damaged, still locked: the client says it better
         return None
     versions = []
     for version, stamp, run_id, location, source, aliases, tags in rows:
-        created, folder = datetime.fromtimestamp(stamp / 1000, UTC), _folder(location or source)
+        created = datetime.fromtimestamp(stamp / 1000, UTC)
+        folder = places.current(location or source, database)
+        folder = folder if folder and folder.is_dir() else None
         versions.append(Version(name, version, tuple(sorted(json.loads(aliases))), created, run_id, json.loads(tags), folder))
     is_prompt = any(version.tags.get("mlflow.prompt.is_prompt") == "true" for version in versions)
     # MLflow refuses other workspaces; its searches leave out prompts
     return None if revisions != [(REVISION,)] or others or is_prompt else versions
-
-
-def _folder(location: str | None) -> Path | None:
-    """The folder that a path or URI of artifacts names, read as MLflow reads it; None where that is no folder here."""
-    parts = urlsplit(location or "models:/")
-    if parts.scheme not in ("", "file") or parts.netloc:
-        return None
-    folder = Path(unquote(parts.path if parts.scheme else str(location)))
-    return folder if folder.is_dir() else None
 
 
 def load(uri: str, device: "torch.device | str" = "cpu") -> "LatentDiffusion":
