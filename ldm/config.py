@@ -170,7 +170,7 @@ def load_settings(root: Path) -> Settings:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; make it readable") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise InputError(f"{path}: not readable as YAML: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def _values(text: str, path: Path) -> Any:

@@ -70,8 +70,8 @@ def _opened(database: Path) -> Iterator[sqlite3.Connection]:
 
 def _split(path: Path) -> tuple[Path, Path] | None:
     """ROOT/mlruns/REST as ROOT and REST."""
-    before, _, rest = path.as_posix().rpartition(f"/{FOLDER}/")
-    return (Path(before or "/"), Path(rest)) if rest and path.is_absolute() else None
+    root, found, rest = path.as_posix().rpartition(f"/{FOLDER}/")
+    return (Path(root or "/"), Path(rest)) if found and rest and path.is_absolute() else None
 
 
 def _moved(root: Path, rests: Collection[Path], database: Path) -> bool:
