@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TextIO
 
 from flows import server, supervise
+from ldm import doctor
 from ldm.base.errors import InputError
 from ldm.base.project import find_root
 from ldm.config import load_settings
-from ldm.versioning.repository import check_data
+from ldm.registry import places
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 
@@ -36,18 +37,18 @@ def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
     from flows import pipeline, summary
     from ldm.registry import tracking
 
-    if temporary and PREFECT_API_URL.value():  # a profile names one
+    if temporary and "PREFECT_API_URL" not in os.environ and PREFECT_API_URL.value():  # a profile names one
         temporary.process.terminate()
         temporary = None
-    tracking.use_default_store(root)
-    with contextlib.suppress(Exception), tracking.short_patience():  # the run itself reports what is wrong
-        tracking.experiment_id(tracking.mlflow_client())
+    if places.database_file(os.environ["MLFLOW_TRACKING_URI"]):
+        with contextlib.suppress(Exception):  # the run itself reports what is wrong
+            tracking.experiment_id(tracking.mlflow_client())
     if temporary:
         temporary.wait()
     logging.getLogger().handlers = [_Console()]  # in place of Prefect's
     try:
         with temporary_settings({PREFECT_API_URL: temporary.url} if temporary else {}):
-            summary.show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox)))
+            summary.show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox), checked=True))
     except TerminationSignal:
         return 143
     return 0
@@ -59,11 +60,14 @@ def main() -> int:
     inbox = parser.parse_args().ingest
     try:
         root = find_root()
-        settings = load_settings(root)
+        load_settings(root)
         print(f"pipeline in {root}: starting Prefect and MLflow", flush=True)
         temporary = None if os.environ.get("PREFECT_API_URL") else server.start()
-        if not inbox:  # it may bring the first images
-            check_data(root, settings.data.path)
+        warnings = doctor.before_run(root, data=not inbox)  # which may bring the first images
+        for warning in warnings:
+            print(f"warning: {warning.text}", file=sys.stderr, flush=True)
+        if any(warning.subject == "Prefect" for warning in warnings):  # its server is away
+            temporary = server.start()
         return _run(root, inbox, temporary)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

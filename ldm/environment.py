@@ -27,6 +27,9 @@ def set_up() -> None:
     """No telemetry, no proxy in front of this machine's own servers, and a place for all that libraries write."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):  # set to nothing, as a compose file does, is not set
+        if not os.environ.get(name):
+            os.environ.pop(name, None)
     hosts = [*os.environ.get("NO_PROXY", "").split(","), *os.environ.get("no_proxy", "").split(","), *LOOPBACK]
     for name in ("NO_PROXY", "no_proxy"):  # some libraries read the one, some the other
         os.environ[name] = ",".join(dict.fromkeys(filter(None, map(str.strip, hosts))))

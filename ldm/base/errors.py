@@ -1,6 +1,7 @@
 """The one error that is the user's to mend, and environment variables whose values are checked."""
 
 import contextlib
+import math
 import os
 
 
@@ -16,13 +17,13 @@ def env_count(name: str, least: int, default: int | None = None) -> int:
     return int(value)
 
 
-def env_seconds(name: str) -> float:
-    """A number of seconds above 0; without end by default."""
-    value = os.environ.get(name) or "inf"
+def env_positive(name: str, unit: str, default: float = math.inf) -> float:
+    """A number above 0 of some unit, such as seconds."""
+    value = os.environ.get(name) or str(default)
     with contextlib.suppress(ValueError):
         if float(value) > 0:
             return float(value)
-    raise InputError(f"{name} is {value!r}; set it to a number of seconds, such as 1800, or unset it")
+    raise InputError(f"{name} is {value!r}; set it to a number of {unit}, such as 1800, or unset it")
 
 
 def env_switch(name: str) -> bool:

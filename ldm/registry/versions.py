@@ -8,7 +8,7 @@ import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class Version:
     run_id: str | None
     tags: Mapping[str, str]
     folder: Path | None = None  # of its files, where they lie on this machine and need no download
+    lost: Path | None = field(default=None, compare=False)  # where they should lie on this machine, and do not
 
     @property
     def uri(self) -> str:
@@ -115,9 +116,10 @@ def read_sqlite(name: str) -> list[Version] | None:
     versions = []
     for version, stamp, run_id, location, source, aliases, tags in rows:
         created = datetime.fromtimestamp(stamp / 1000, UTC)
-        folder = places.current(location or source, database)
-        folder = folder if folder and folder.is_dir() else None
-        versions.append(Version(name, version, tuple(sorted(json.loads(aliases))), created, run_id, json.loads(tags), folder))
+        place = places.current(location or source, database)
+        folder, lost = (place, None) if place is None or place.is_dir() else (None, place)
+        names, known = tuple(sorted(json.loads(aliases))), json.loads(tags)
+        versions.append(Version(name, version, names, created, run_id, known, folder, lost))
     is_prompt = any(version.tags.get("mlflow.prompt.is_prompt") == "true" for version in versions)
     # MLflow refuses other workspaces; its searches leave out prompts
     return None if revisions != [(REVISION,)] or others or is_prompt else versions
@@ -172,16 +174,24 @@ def connect(*, create: bool = False) -> Any:
     database = uri.removeprefix("sqlite:///")
     if database != uri and not create and not Path(database).exists():
         raise InputError(f"{uri}: no registry there yet; `ldm run` makes one, or set MLFLOW_TRACKING_URI")
-    client = mlflow_client()
-    from mlflow import MlflowException
-
     try:
         with short_patience():
+            client = mlflow_client()
             client.search_registered_models(max_results=1)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0][:200]
+    except Exception as error:  # each kind of store has its own
+        reason, code = (str(error).strip() or type(error).__name__).splitlines()[0][:200], _http_status(error)
+        if code in (401, 403):
+            hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            raise InputError(f"MLFLOW_TRACKING_URI {uri}: refuses the login ({code}); {hint}") from None
+        if not uri.startswith("http"):
+            raise InputError(f"MLFLOW_TRACKING_URI {uri}: cannot be used ({reason}); mend it or unset it") from None
         raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: the registry cannot be read ({reason})") from None
     return client
+
+
+def _http_status(error: Exception) -> int:
+    status = getattr(error, "get_http_status_code", None)
+    return int(status()) if status else 0
 
 
 def overview(version: Version) -> dict[str, str]:
