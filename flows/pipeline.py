@@ -81,18 +81,23 @@ def run_stage(root: Path, stage: str, fresh: bool, parent_run: str | None, recor
 
 
 @flow(name="ldm-pipeline", validate_parameters=False)
-def pipeline(root: str = ".", inbox: str | None = None, checked: bool = False) -> Summary:
+def pipeline(root: str = ".", inbox: str | None = None, away: list[str] | None = None) -> Summary:
     """Ingest what is new in `inbox`, bring every stage up to date, register the model, let the gate decide, set the aliases.
 
-    `checked`: the caller has made the checks of `ldm.doctor`.
+    `away`: the servers that do not answer, where the caller has made the checks of `ldm.doctor`.
     """
     folder, notes = Path(root).resolve(), list[tuple[str, str]]()
-    for warning in () if checked else doctor.before_run(folder, data=not inbox):
-        get_run_logger().warning("%s", warning.text)
+    if away is None:
+        warnings = doctor.before_run(folder, data=not inbox)
+        away = [warning.subject for warning in warnings]
+        for warning in warnings:
+            get_run_logger().warning("%s", warning.text)
+    records = Records(folder / TRACKING)
+    later = records.folder if "MLflow" in away else None
     settings, graph = load_settings(folder), read_graph(folder)
     others = tuple(node for node in graph if TARGET in node.needs)
     tracking.use_default_store(folder)
-    with alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
+    with alone(folder), lineage.pipeline_run(folder, settings.model_dump(), records=later) as run:
         steps = [Step("start", "", time.monotonic() - STARTED)]
         if inbox:
             ingested, seconds = _timed(ingest, folder, inbox)
@@ -100,7 +105,6 @@ def pipeline(root: str = ".", inbox: str | None = None, checked: bool = False) -
             if ingested.batch and (folder / POSTERIOR).is_dir():  # of the last run
                 notes.append(("new images", check_drift(str(folder), ingested.batch)))
             check_data(folder, settings.data.path)
-        records = Records(folder / TRACKING)
         steps += _run_stages(ancestors(graph, TARGET), folder, run.id, records)
         if (folder / LATENTS / "manifest.json").is_file():
             prune_store(folder / LATENT_STORE, folder / LATENTS)

@@ -29,7 +29,7 @@ class _Console(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
-def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
+def _run(root: Path, inbox: str | None, temporary: server.Server | None, away: list[str]) -> int:
     """Import Prefect and MLflow and open MLflow's store while Prefect's temporary server starts, which takes seconds."""
     from prefect.exceptions import TerminationSignal
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -48,7 +48,7 @@ def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
     logging.getLogger().handlers = [_Console()]  # in place of Prefect's
     try:
         with temporary_settings({PREFECT_API_URL: temporary.url} if temporary else {}):
-            summary.show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox), checked=True))
+            summary.show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox), away))
     except TerminationSignal:
         return 143
     return 0
@@ -66,9 +66,10 @@ def main() -> int:
         warnings = doctor.before_run(root, data=not inbox)  # which may bring the first images
         for warning in warnings:
             print(f"warning: {warning.text}", file=sys.stderr, flush=True)
-        if any(warning.subject == "Prefect" for warning in warnings):  # its server is away
+        away = [warning.subject for warning in warnings]
+        if "Prefect" in away:
             temporary = server.start()
-        return _run(root, inbox, temporary)
+        return _run(root, inbox, temporary, away)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return supervise.BAD_INPUT

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ldm.base import paths
-from ldm.base.errors import InputError, env_count, env_positive, env_switch
+from ldm.base.errors import InputError, env_count, env_positive, env_switch, reason
 from ldm.config import Settings, load_settings
 from ldm.environment import writable
 from ldm.registry import places, tracking, versions
@@ -271,7 +271,7 @@ def check_mlflow(root: Path) -> Found:
         except versions.Unreachable as error:
             yield (
                 "warning",
-                f"{error}; the run goes on, {paths.TRACKING} keeps what it records, and a later `ldm run` delivers it",
+                f"{error}; a run goes on, {paths.TRACKING} keeps what it records, and a later one delivers it",
             )
             return
     elif not os.access(database, os.W_OK):
@@ -310,7 +310,7 @@ def prefect_problem(url: str, authorization: str | None = None) -> str | None:
             raise InputError(f"PREFECT_API_URL {url}: refuses the login ({error.code}); {hint}") from None
         return f"status {error.code}"
     except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error)) or type(error).__name__
+        return reason(error)
     return None
 
 

@@ -1,7 +1,6 @@
-"""The one error that is the user's to mend, and environment variables whose values are checked."""
+"""The one error that is the user's to mend, environment variables whose values are checked, and why something failed."""
 
 import contextlib
-import math
 import os
 
 
@@ -17,13 +16,13 @@ def env_count(name: str, least: int, default: int | None = None) -> int:
     return int(value)
 
 
-def env_positive(name: str, unit: str, default: float = math.inf) -> float:
-    """A number above 0 of some unit, such as seconds."""
-    value = os.environ.get(name) or str(default)
+def env_positive(name: str, unit: str) -> float:
+    """A number of some unit, above 0; without end by default."""
+    value = os.environ.get(name) or "inf"
     with contextlib.suppress(ValueError):
         if float(value) > 0:
             return float(value)
-    raise InputError(f"{name} is {value!r}; set it to a number of {unit}, such as 1800, or unset it")
+    raise InputError(f"{name} is {value!r}; set it to a number of {unit} above 0, or unset it")
 
 
 def env_switch(name: str) -> bool:
@@ -32,3 +31,11 @@ def env_switch(name: str) -> bool:
     if value not in ("0", "1"):
         raise InputError(f"{name} is {value!r}; set it to 1, or unset it")
     return value == "1"
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in a line: of errors that libraries have wrapped, the first is short and says it."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
+    return (said or type(error).__name__).splitlines()[0][:200]

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.base.errors import reason
 from ldm.base.files import file_hash, folder_hash
 from ldm.registry import places
 
@@ -101,13 +102,18 @@ def use_default_store(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def stage_run(stage: str, params: Mapping[str, Any], key: str | None = None, tags: Mapping[str, str] = {}) -> Iterator[Run]:
-    """A stage's run under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED. A retry with the same `key` continues it."""
+def stage_run(
+    stage: str, params: Mapping[str, Any], key: str | None = None, tags: Mapping[str, str] = {}, records: Path | None = None
+) -> Iterator[Run]:
+    """A stage's run under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED. A retry with the same `key` continues it.
+
+    With `records` or `LDM_RECORDS`, a folder, it is recorded there, for the flow to deliver.
+    """
     destination: MlflowRun | Record | None = None
     if os.environ.get("RANK", "0") == "0":
-        if records := os.environ.get("LDM_RECORDS"):
+        if place := records or os.environ.get("LDM_RECORDS"):
             with contextlib.suppress(OSError):  # a full disk
-                destination = Record(Path(records))
+                destination = Record(Path(place))
         elif os.environ.get("MLFLOW_TRACKING_URI"):
             destination = MlflowRun()
     run, status = Run(destination), "FINISHED"
@@ -181,8 +187,7 @@ class MlflowRun:
             with short_patience():
                 self._make(call, arguments)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise ConnectionError(f"{os.environ['MLFLOW_TRACKING_URI']}: {call} failed ({reason})") from None
+            raise ConnectionError(f"{os.environ['MLFLOW_TRACKING_URI']}: {call} failed ({reason(error)})") from None
 
     def _make(self, call: str, arguments: tuple[Any, ...]) -> None:
         client = self._client = self._client or mlflow_client()

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, reason
 from ldm.base.paths import DECISION
 from ldm.registry import places
 from ldm.registry.tracking import mlflow_client, short_patience
@@ -158,8 +158,8 @@ def _files(version: Version, path: str) -> Iterator[Path]:
         try:
             copy = mlflow.artifacts.download_artifacts(f"{version.uri}/{path}", dst_path=folder)
         except (mlflow.MlflowException, OSError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise NotStored(f"{version.uri}: the registry has no {path} of it, which `ldm run` stores ({reason})") from error
+            why = str(error).strip().splitlines()[-1]
+            raise NotStored(f"{version.uri}: the registry has no {path} of it, which `ldm run` stores ({why})") from error
         yield Path(copy)
 
 
@@ -179,19 +179,25 @@ def connect(*, create: bool = False) -> Any:
             client = mlflow_client()
             client.search_registered_models(max_results=1)
     except Exception as error:  # each kind of store has its own
-        reason, code = (str(error).strip() or type(error).__name__).splitlines()[0][:200], _http_status(error)
-        if code in (401, 403):
+        why, status = reason(error), _http_status(uri)
+        if status in (401, 403):
             hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-            raise InputError(f"MLFLOW_TRACKING_URI {uri}: refuses the login ({code}); {hint}") from None
-        if not uri.startswith("http"):
-            raise InputError(f"MLFLOW_TRACKING_URI {uri}: cannot be used ({reason}); mend it or unset it") from None
-        raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: the registry cannot be read ({reason})") from None
+            raise InputError(f"MLFLOW_TRACKING_URI {uri}: refuses the login (status {status}); {hint}") from None
+        if not uri.startswith(("http://", "https://")) or status in (200, 404, 405):
+            raise InputError(f"MLFLOW_TRACKING_URI {uri}: no store of MLflow ({why}); mend the address, or unset it") from None
+        raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: the registry cannot be read ({why})") from None
     return client
 
 
-def _http_status(error: Exception) -> int:
-    status = getattr(error, "get_http_status_code", None)
-    return int(status()) if status else 0
+def _http_status(uri: str) -> int:
+    """What a server answers to MLflow's requests, whose errors may not say it; 0 where none answers."""
+    with contextlib.suppress(Exception), short_patience():
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request
+
+        creds = get_default_host_creds(uri)
+        return int(http_request(creds, "/api/2.0/mlflow/registered-models/search", "GET", raise_on_status=False).status_code)
+    return 0
 
 
 def overview(version: Version) -> dict[str, str]:
