@@ -32,14 +32,18 @@ class _Console(logging.StreamHandler[TextIO]):
 def _run(root: Path, inbox: str | None, temporary: server.Server | None, away: list[str]) -> int:
     """Import Prefect and MLflow and open MLflow's store while Prefect's temporary server starts, which takes seconds."""
     from prefect.exceptions import TerminationSignal
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
     from flows import pipeline, summary
     from ldm.registry import tracking
 
-    if temporary and "PREFECT_API_URL" not in os.environ and PREFECT_API_URL.value():  # a profile names one
-        temporary.process.terminate()
-        temporary = None
+    if temporary and "PREFECT_API_URL" not in os.environ and (api := get_current_settings().api).url:  # a profile names one
+        key, login = (secret and secret.get_secret_value() for secret in (api.key, api.auth_string))
+        if problem := doctor.prefect_problem(api.url, key, login):
+            print(f"warning: {problem}; a temporary server stands in", file=sys.stderr, flush=True)
+        else:
+            temporary.process.terminate()
+            temporary = None
     if places.database_file(os.environ["MLFLOW_TRACKING_URI"]):
         with contextlib.suppress(Exception):  # the run itself reports what is wrong
             tracking.experiment_id(tracking.mlflow_client())

@@ -5,6 +5,7 @@
 
 import base64
 import contextlib
+import http.client
 import importlib.util
 import os
 import shutil
@@ -287,30 +288,33 @@ def check_mlflow(root: Path) -> Found:
 
 def check_prefect() -> Found:
     """The server that `PREFECT_API_URL` names."""
-    url, key = os.environ.get("PREFECT_API_URL"), os.environ.get("PREFECT_API_KEY")
-    login = base64.b64encode(os.environ.get("PREFECT_API_AUTH_STRING", "").encode()).decode()
+    url, key, login = (os.environ.get(f"PREFECT_API_{name}") for name in ("URL", "KEY", "AUTH_STRING"))
     if not url:
         yield "ok", "each run has a temporary server of its own"
-        return
-    if problem := prefect_problem(url, f"Bearer {key}" if key else f"Basic {login}" if login else None):
-        yield "warning", f"PREFECT_API_URL {url}: does not answer ({problem}); the run has a temporary server of its own instead"
+    elif problem := prefect_problem(url, key, login):
+        yield "warning", f"{problem}; `ldm run` starts a temporary server instead, a schedule needs this one"
     else:
         yield "ok", f"{url} answers"
 
 
-def prefect_problem(url: str, authorization: str | None = None) -> str | None:
+def prefect_problem(url: str, key: str | None, login: str | None) -> str | None:
     """Why a Prefect server cannot be used; `InputError` where it refuses the login."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": authorization} if authorization else {})
+    headers = {"Content-Type": "application/json"}
+    if key or login:
+        headers["Authorization"] = f"Bearer {key}" if key else f"Basic {base64.b64encode(str(login).encode()).decode()}"
     try:
         request = urllib.request.Request(f"{url.rstrip('/')}/flows/count", b"{}", headers)
-        urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+            int(answer.read(100))
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             hint = "set PREFECT_API_KEY or PREFECT_API_AUTH_STRING"
-            raise InputError(f"PREFECT_API_URL {url}: refuses the login ({error.code}); {hint}") from None
-        return f"status {error.code}"
-    except (OSError, ValueError) as error:
-        return reason(error)
+            raise InputError(f"PREFECT_API_URL {url}: refuses the login (status {error.code}); {hint}") from None
+        return f"PREFECT_API_URL {url}: answers with status {error.code} (a server's address ends with /api)"
+    except (OSError, http.client.HTTPException) as error:
+        return f"PREFECT_API_URL {url}: does not answer ({reason(error)})"
+    except ValueError:
+        return f"PREFECT_API_URL {url}: not the address of a Prefect server, such as http://HOST:4200/api"
     return None
 
 

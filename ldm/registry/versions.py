@@ -177,27 +177,32 @@ def connect(*, create: bool = False) -> Any:
     try:
         with short_patience():
             client = mlflow_client()
-            client.search_registered_models(max_results=1)
+            status = _status(uri) if uri.startswith(("http://", "https://")) else 200
+            if status == 200:
+                client.search_registered_models(max_results=1)
     except Exception as error:  # each kind of store has its own
-        why, status = reason(error), _http_status(uri)
-        if status in (401, 403):
-            hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-            raise InputError(f"MLFLOW_TRACKING_URI {uri}: refuses the login (status {status}); {hint}") from None
-        if not uri.startswith(("http://", "https://")) or status in (200, 404, 405):
-            raise InputError(f"MLFLOW_TRACKING_URI {uri}: no store of MLflow ({why}); mend the address, or unset it") from None
-        raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: the registry cannot be read ({why})") from None
+        if uri.startswith(("http://", "https://")):
+            raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: does not answer ({reason(error)})") from None
+        raise InputError(f"MLFLOW_TRACKING_URI {uri}: cannot be used ({reason(error)}); mend it, or unset it") from None
+    if status in (401, 403):
+        hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        raise InputError(f"MLFLOW_TRACKING_URI {uri}: refuses the login (status {status}); {hint}")
+    if status in (404, 405):
+        raise InputError(f"MLFLOW_TRACKING_URI {uri}: no MLflow server (status {status}); mend the address, or unset it")
+    if status != 200:
+        raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: answers with status {status}")
     return client
 
 
-def _http_status(uri: str) -> int:
-    """What a server answers to MLflow's requests, whose errors may not say it; 0 where none answers."""
-    with contextlib.suppress(Exception), short_patience():
-        from mlflow.utils.credentials import get_default_host_creds
-        from mlflow.utils.rest_utils import http_request
+def _status(uri: str) -> int:
+    """What a server answers to a request of MLflow, whose own errors do not always say it."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
 
-        creds = get_default_host_creds(uri)
-        return int(http_request(creds, "/api/2.0/mlflow/registered-models/search", "GET", raise_on_status=False).status_code)
-    return 0
+    path = "/api/2.0/mlflow/registered-models/search"
+    return int(
+        http_request(get_default_host_creds(uri), path, "GET", params={"max_results": 1}, raise_on_status=False).status_code
+    )
 
 
 def overview(version: Version) -> dict[str, str]:
