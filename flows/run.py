@@ -38,7 +38,8 @@ def _run(root: Path, inbox: str | None, temporary: server.Server | None, away: l
     from ldm.registry import tracking
 
     if temporary and "PREFECT_API_URL" not in os.environ and (api := get_current_settings().api).url:  # a profile names one
-        key, login = (secret and secret.get_secret_value() for secret in (api.key, api.auth_string))
+        key = api.key.get_secret_value() if api.key else None
+        login = api.auth_string.get_secret_value() if api.auth_string else None
         if problem := doctor.prefect_problem(api.url, key, login):
             print(f"warning: {problem}; a temporary server stands in", file=sys.stderr, flush=True)
         else:
