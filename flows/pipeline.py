@@ -105,6 +105,8 @@ def pipeline(root: str = ".", inbox: str | None = None, away: list[str] | None =
             if ingested.batch and (folder / POSTERIOR).is_dir():  # of the last run
                 notes.append(("new images", check_drift(str(folder), ingested.batch)))
             check_data(folder, settings.data.path)
+        if not later:
+            records.deliver()  # of runs while MLflow's server was away
         steps += _run_stages(ancestors(graph, TARGET), folder, run.id, records)
         if (folder / LATENTS / "manifest.json").is_file():
             prune_store(folder / LATENT_STORE, folder / LATENTS)

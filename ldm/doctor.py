@@ -195,21 +195,19 @@ def check_git(root: Path) -> Found:
 
 def check_dvc(root: Path) -> Found:
     if not (root / ".dvc").is_dir():
-        raise InputError(f"{root}: no DVC repository, so no stage can run; `dvc init` ({_init_git(root)})")
+        command = "dvc init" if (root / ".git").exists() else "git init && dvc init"
+        raise InputError(f"{root}: no DVC repository, so no stage can run; `{command}` makes one")
     try:
         with open_repository(root) as repo:
             cache, kinds = Path(repo.cache.local.path), repo.cache.local.cache_types
     except InputError as error:
         if "is not a git repository" not in str(error):
             raise
-        raise InputError(f"{root}: DVC needs a git repository, and a ZIP has none; {_init_git(root)}") from None
+        advice = "`git init` makes one, `dvc config core.no_scm true` goes without"
+        raise InputError(f"{root}: DVC needs a git repository, which a downloaded ZIP is not; {advice}") from None
     if not writable(cache):
         raise InputError(f"{cache}: DVC's cache is not writable, so no result can be kept; `dvc cache dir --local FOLDER`")
     yield "ok", f"cache {cache}, by {' or '.join(kinds)}"
-
-
-def _init_git(root: Path) -> str:
-    return "`git init` makes one" if not (root / ".git").exists() else "`dvc config core.no_scm true` goes without"
 
 
 def check_settings(root: Path) -> Found:
