@@ -15,7 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from flows import STARTED, supervise
 from flows.summary import Summary, markdown, summarise
 from flows.supervise import StageFailed, Step
-from ldm.base.errors import InputError, env_count, env_seconds
+from ldm import doctor
+from ldm.base.errors import InputError, env_count, env_positive
 from ldm.base.paths import LATENT_STORE, LATENTS, POSTERIOR, TRACKING
 from ldm.collection import ingest as ingestion
 from ldm.config import load_settings
@@ -68,7 +69,7 @@ def run_stage(root: Path, stage: str, fresh: bool, parent_run: str | None, recor
     """Run one stage of dvc.yaml as a child process, unless it is `fresh`; its lines are this task's log."""
     if fresh:
         return Step(stage, "cached", 0)
-    logger, limit = get_run_logger(), env_seconds("LDM_STAGE_TIMEOUT")
+    logger, limit = get_run_logger(), env_positive("LDM_STAGE_TIMEOUT", "seconds")
     env = {"LDM_RECORDS": str(records.folder)} | ({"LDM_PARENT_RUN": parent_run} if parent_run else {})
     try:
         with records.delivering():
@@ -80,13 +81,23 @@ def run_stage(root: Path, stage: str, fresh: bool, parent_run: str | None, recor
 
 
 @flow(name="ldm-pipeline", validate_parameters=False)
-def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
-    """Ingest what is new in `inbox`, bring every stage up to date, register the model, let the gate decide, set the aliases."""
+def pipeline(root: str = ".", inbox: str | None = None, away: list[str] | None = None) -> Summary:
+    """Ingest what is new in `inbox`, bring every stage up to date, register the model, let the gate decide, set the aliases.
+
+    `away`: the servers that do not answer, where the caller has made the checks of `ldm.doctor`.
+    """
     folder, notes = Path(root).resolve(), list[tuple[str, str]]()
+    if away is None:
+        warnings = doctor.before_run(folder, data=not inbox)
+        away = [warning.subject for warning in warnings]
+        for warning in warnings:
+            get_run_logger().warning("%s", warning.text)
+    records = Records(folder / TRACKING)
+    later = records.folder if "MLflow" in away else None
     settings, graph = load_settings(folder), read_graph(folder)
     others = tuple(node for node in graph if TARGET in node.needs)
     tracking.use_default_store(folder)
-    with alone(folder), lineage.pipeline_run(folder, settings.model_dump()) as run:
+    with alone(folder), lineage.pipeline_run(folder, settings.model_dump(), records=later) as run:
         steps = [Step("start", "", time.monotonic() - STARTED)]
         if inbox:
             ingested, seconds = _timed(ingest, folder, inbox)
@@ -94,15 +105,19 @@ def pipeline(root: str = ".", inbox: str | None = None) -> Summary:
             if ingested.batch and (folder / POSTERIOR).is_dir():  # of the last run
                 notes.append(("new images", check_drift(str(folder), ingested.batch)))
             check_data(folder, settings.data.path)
-        records = Records(folder / TRACKING)
+        if not later:
+            records.deliver()  # of runs while MLflow's server was away
         steps += _run_stages(ancestors(graph, TARGET), folder, run.id, records)
         if (folder / LATENTS / "manifest.json").is_file():
             prune_store(folder / LATENT_STORE, folder / LATENTS)
         lineage.log_results(run, folder)
-        registered, seconds = _timed(register, folder, run.id)
-        steps.append(Step("register", "executed" if registered.created else "cached", seconds))
-        decision, seconds = _timed(gate, folder, registered.version)
-        steps.append(Step("gate", "executed" if decision.n else "cached", seconds))
+        try:
+            registered, seconds = _timed(register, folder, run.id)
+            steps.append(Step("register", "executed" if registered.created else "cached", seconds))
+            decision, seconds = _timed(gate, folder, registered.version)
+            steps.append(Step("gate", "executed" if decision.n else "cached", seconds))
+        except versions.Unreachable as error:
+            raise InputError(f"{error}; the model is done: `ldm run` registers it later, without training again") from None
         steps += _run_stages(others, folder, run.id, records)  # last: their failure must not keep a model from its promotion
     champion = versions.by_alias(settings.registry.name, "champion")  # None if the first model's bound is not finite
     summary = summarise(folder, settings, steps, others, registered, decision, champion.version if champion else None, notes)

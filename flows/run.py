@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TextIO
 
 from flows import server, supervise
+from ldm import doctor
 from ldm.base.errors import InputError
-from ldm.config import find_root, load_settings
-from ldm.versioning.repository import check_data
+from ldm.base.project import find_root
+from ldm.config import load_settings
+from ldm.registry import places
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 
@@ -27,26 +29,31 @@ class _Console(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
-def _run(root: Path, inbox: str | None, temporary: server.Server | None) -> int:
+def _run(root: Path, inbox: str | None, temporary: server.Server | None, away: list[str]) -> int:
     """Import Prefect and MLflow and open MLflow's store while Prefect's temporary server starts, which takes seconds."""
     from prefect.exceptions import TerminationSignal
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
     from flows import pipeline, summary
     from ldm.registry import tracking
 
-    if temporary and PREFECT_API_URL.value():  # a profile names one
-        temporary.process.terminate()
-        temporary = None
-    tracking.use_default_store(root)
-    with contextlib.suppress(Exception), tracking.short_patience():  # the run itself reports what is wrong
-        tracking.experiment_id(tracking.mlflow_client())
+    if temporary and "PREFECT_API_URL" not in os.environ and (api := get_current_settings().api).url:  # a profile names one
+        key = api.key.get_secret_value() if api.key else None
+        login = api.auth_string.get_secret_value() if api.auth_string else None
+        if problem := doctor.prefect_problem(api.url, key, login):
+            print(f"warning: {problem}; a temporary server stands in", file=sys.stderr, flush=True)
+        else:
+            temporary.process.terminate()
+            temporary = None
+    if places.database_file(os.environ["MLFLOW_TRACKING_URI"]):
+        with contextlib.suppress(Exception):  # the run itself reports what is wrong
+            tracking.experiment_id(tracking.mlflow_client())
     if temporary:
         temporary.wait()
     logging.getLogger().handlers = [_Console()]  # in place of Prefect's
     try:
         with temporary_settings({PREFECT_API_URL: temporary.url} if temporary else {}):
-            summary.show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox)))
+            summary.show(pipeline.pipeline(str(root), inbox and os.path.abspath(inbox), away))
     except TerminationSignal:
         return 143
     return 0
@@ -58,12 +65,16 @@ def main() -> int:
     inbox = parser.parse_args().ingest
     try:
         root = find_root()
-        settings = load_settings(root)
+        load_settings(root)
         print(f"pipeline in {root}: starting Prefect and MLflow", flush=True)
         temporary = None if os.environ.get("PREFECT_API_URL") else server.start()
-        if not inbox:  # it may bring the first images
-            check_data(root, settings.data.path)
-        return _run(root, inbox, temporary)
+        warnings = doctor.before_run(root, data=not inbox)  # which may bring the first images
+        for warning in warnings:
+            print(f"warning: {warning.text}", file=sys.stderr, flush=True)
+        away = [warning.subject for warning in warnings]
+        if "Prefect" in away:
+            temporary = server.start()
+        return _run(root, inbox, temporary, away)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return supervise.BAD_INPUT

@@ -5,8 +5,10 @@ import os
 import sys
 
 from flows import server
+from ldm import doctor
 from ldm.base.errors import InputError
-from ldm.config import find_root, load_settings
+from ldm.base.project import find_root
+from ldm.config import load_settings
 
 
 def main() -> int:
@@ -19,6 +21,10 @@ def main() -> int:
     try:
         root = find_root()
         load_settings(root)
+        for warning in doctor.before_run(root, data=not options.ingest):
+            if warning.subject == "Prefect":
+                raise InputError(warning.text)
+            print(f"warning: {warning.text}", file=sys.stderr, flush=True)
         if not os.environ.get("PREFECT_API_URL"):
             own = server.start(options.port)
             own.wait()

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ldm import environment
 from ldm.base.errors import InputError, disk_full
 from ldm.commands import autoencoder, checkpoints, data, registry, shared
 from ldm.commands.shared import Model, Out, SamplingCommand, Seed, Set, write_images
@@ -56,6 +57,19 @@ def run(
     os.chdir(root)
     # Become the flow: a parent in between would have to pass every signal on, and could die before it.
     os.execv(sys.executable, [sys.executable, "-m", "flows.run", *arguments])
+
+
+@app.command()
+def doctor() -> None:
+    """Check what a run needs: Python, code, device, disk, git, DVC, MLflow, Prefect, settings, data. Exit code 1 with a fault."""
+    from ldm.doctor import examine
+
+    faults = 0
+    for level, subject, text in examine(shared.project()):
+        print(f"{level:<9}{subject:<13}{text}", flush=True)
+        faults += level == "fault"
+    if faults:
+        raise typer.Exit(1)
 
 
 @app.command(cls=SamplingCommand)
@@ -124,6 +138,7 @@ def interpolate(
 
 def main() -> None:
     """Entry point: bad input, or a full disk, is one line and exit code 2."""
+    environment.set_up()
     try:
         app()
     except Exception as error:

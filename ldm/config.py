@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ldm.base.errors import InputError
 from ldm.base.files import write_text
 from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assigned, explained, value_at
+from ldm.base.project import find_root as find_root
 from ldm.data.captions import Convention
 from ldm.data.sources.source import Source
 from ldm.diffusion.options import Diffusion, Sampling
@@ -118,7 +121,7 @@ class Posterior(Section):
 
 
 class Registry(Section):
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # MLflow refuses . and ..
     level: Annotated[float, Field(gt=0, lt=0.5)]  # chance of promoting an equal model; see ldm/evaluation/gate.py
 
 
@@ -166,41 +169,42 @@ class Settings(Section):
         return self
 
 
-def find_root(start: Path | None = None) -> Path:
-    """The project folder at or above `start` (default: here), known by its `dvc.yaml` and `params.yaml`."""
-    start = (start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
-        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
-            return folder
-    raise InputError(f"{start}: no dvc.yaml and params.yaml here or above; change to the project's folder")
-
-
 def load_settings(root: Path) -> Settings:
     """Read and validate `root/params.yaml`; every problem is an `InputError` that names the key."""
     path = root / "params.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return validated(_values(path.read_text(encoding="utf-8"), path), root)
     except FileNotFoundError:
         raise InputError(f"{path}: not found; run this in the project's folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; make it readable") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not readable as YAML: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
+def _values(text: str, path: Path) -> Any:
+    """YAML as DVC reads it, which is YAML 1.2: 010 is ten, and a key twice is an error."""
+    try:
+        return YAML(typ="safe").load(text)
+    except MarkedYAMLError as error:
+        line, problem = (error.problem_mark.line + 1 if error.problem_mark else 1), " ".join(str(error.problem).split())
+        if twice := re.match('found duplicate key "(.*?)" ', problem):
+            raise InputError(f"{path}: line {line}: the key {twice[1]} is there a second time; keep one of the two") from None
+        raise InputError(f"{path}: line {line}: not readable as YAML: {problem}; mend that line or the one before") from None
+    except YAMLError as error:
         raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    return validated(values, root)
 
 
 def change_settings(root: Path, assignments: list[str]) -> list[str]:
     """Write values into `root/params.yaml`, comments kept; returns what changed, a line each. `InputError` if not valid then."""
-    from ruamel.yaml import YAML, YAMLError
-
     path, document, changed_text = (root / "params.yaml").resolve(), YAML(), io.StringIO()  # resolved: a link stays one
     document.preserve_quotes, document.width, document.default_flow_style = True, 1000, None  # new lists in one line
     document.indent(mapping=2, sequence=4, offset=2)
     document.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
-    try:
-        text = path.read_text(encoding="utf-8")
-        document.dump(assigned(document.load(text), assignments), changed_text)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    before, after = (yaml.safe_load(found) for found in (text, changed_text.getvalue()))  # as `load_settings` reads it
+    text = path.read_text(encoding="utf-8")
+    before = _values(text, path)
+    document.dump(assigned(document.load(text), assignments), changed_text)
+    after = _values(changed_text.getvalue(), path)
     validated(after, root)
     write_text(path, changed_text.getvalue())
     names = dict.fromkeys(assignment.partition("=")[0].removesuffix(".kind") for assignment in assignments)

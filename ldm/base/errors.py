@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend, and environment variables whose values are checked."""
+"""The one error that is the user's to mend, environment variables whose values are checked, and why something failed."""
 
 import contextlib
 import errno
@@ -27,13 +27,13 @@ def env_count(name: str, least: int, default: int | None = None) -> int:
     return int(value)
 
 
-def env_seconds(name: str) -> float:
-    """A number of seconds above 0; without end by default."""
+def env_positive(name: str, unit: str) -> float:
+    """A number of some unit, above 0; without end by default."""
     value = os.environ.get(name) or "inf"
     with contextlib.suppress(ValueError):
         if float(value) > 0:
             return float(value)
-    raise InputError(f"{name} is {value!r}; set it to a number of seconds, such as 1800, or unset it")
+    raise InputError(f"{name} is {value!r}; set it to a number of {unit} above 0, or unset it")
 
 
 def env_switch(name: str) -> bool:
@@ -68,3 +68,11 @@ def disk_full(error: BaseException, *folders: Path) -> InputError | None:
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in a line: of errors that libraries have wrapped, the first is short and says it."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
+    return (said or type(error).__name__).splitlines()[0][:200]

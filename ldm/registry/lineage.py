@@ -14,9 +14,11 @@ from ldm.registry.tracking import Run, stage_run
 ADOPTED = "adopted.json"  # in an out that several states of the code have trained
 
 
-def pipeline_run(root: Path, params: Mapping[str, Any], name: str = "pipeline") -> contextlib.AbstractContextManager[Run]:
-    """The run of a whole pipeline, parent of its stages' runs."""
-    return stage_run(name, params, tags={key: value for key, value in lineage(root).items() if key.startswith("ldm.git")})
+def pipeline_run(
+    root: Path, params: Mapping[str, Any], name: str = "pipeline", records: Path | None = None
+) -> contextlib.AbstractContextManager[Run]:
+    """The run of a whole pipeline, parent of its stages' runs; with `records`, to be delivered later."""
+    return stage_run(name, params, tags={k: v for k, v in lineage(root).items() if k.startswith("ldm.git")}, records=records)
 
 
 def log_results(run: Run, root: Path) -> None:

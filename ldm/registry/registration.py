@@ -193,7 +193,7 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
         warnings.filterwarnings("ignore", ".*An input example was not provided")  # it would be run, which takes a while
         mlflow.pyfunc.save_model(
             path, python_model=str(package / "registry/serving.py"), code_paths=[str(package)],
-            artifacts={"model": str(model)}, mlflow_model=Model(model_id=model_id, run_id=run_id),
+            artifacts={"model": model.as_uri()}, mlflow_model=Model(model_id=model_id, run_id=run_id),
             signature=ModelSignature(inputs, outputs, ParamSchema(params)),
             pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS.split()],
         )  # fmt: skip

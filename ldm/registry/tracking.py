@@ -16,7 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.base.errors import reason
 from ldm.base.files import file_hash, folder_hash
+from ldm.registry import places
 
 METRICS, PARAMS = 1000, 100  # MLflow's limits for one request
 RETRY_SECONDS = 300.0  # wait after a failed delivery, so that a dead server costs seconds, not minutes
@@ -100,13 +102,18 @@ def use_default_store(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def stage_run(stage: str, params: Mapping[str, Any], key: str | None = None, tags: Mapping[str, str] = {}) -> Iterator[Run]:
-    """A stage's run under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED. A retry with the same `key` continues it."""
+def stage_run(
+    stage: str, params: Mapping[str, Any], key: str | None = None, tags: Mapping[str, str] = {}, records: Path | None = None
+) -> Iterator[Run]:
+    """A stage's run under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED. A retry with the same `key` continues it.
+
+    With `records` or `LDM_RECORDS`, a folder, it is recorded there, for the flow to deliver.
+    """
     destination: MlflowRun | Record | None = None
     if os.environ.get("RANK", "0") == "0":
-        if records := os.environ.get("LDM_RECORDS"):
+        if place := records or os.environ.get("LDM_RECORDS"):
             with contextlib.suppress(OSError):  # a full disk
-                destination = Record(Path(records))
+                destination = Record(Path(place))
         elif os.environ.get("MLFLOW_TRACKING_URI"):
             destination = MlflowRun()
     run, status = Run(destination), "FINISHED"
@@ -123,6 +130,8 @@ def stage_run(stage: str, params: Mapping[str, Any], key: str | None = None, tag
 
 def mlflow_client() -> Any:
     """A client of the store that `MLFLOW_TRACKING_URI` names. Importing mlflow takes 1.5 to 2 s."""
+    if database := places.database_file(os.environ.get("MLFLOW_TRACKING_URI", "")):
+        places.settle(database)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
@@ -149,8 +158,8 @@ def experiment_id(client: Any) -> str:
     """The id of the experiment, made where it is missing; beside SQLite, artifacts lie in MLflow's usual place."""
     name, uri = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ldm"), os.environ["MLFLOW_TRACKING_URI"]
     if (found := client.get_experiment_by_name(name)) is None:
-        database = Path(uri.removeprefix("sqlite:///")).absolute()
-        place = str(database.parent / "mlruns" / name) if uri.startswith("sqlite:///") else None
+        database = places.database_file(uri)
+        place = (database.parent / places.FOLDER / name).as_uri() if database else None  # MLflow decodes plain paths, too
         try:
             return str(client.create_experiment(name, artifact_location=place))
         except Exception:
@@ -178,8 +187,7 @@ class MlflowRun:
             with short_patience():
                 self._make(call, arguments)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise ConnectionError(f"{os.environ['MLFLOW_TRACKING_URI']}: {call} failed ({reason})") from None
+            raise ConnectionError(f"{os.environ['MLFLOW_TRACKING_URI']}: {call} failed ({reason(error)})") from None
 
     def _make(self, call: str, arguments: tuple[Any, ...]) -> None:
         client = self._client = self._client or mlflow_client()
@@ -242,7 +250,8 @@ class Record:
     def send(self, call: str, *arguments: Any) -> None:
         """Append a call; `OSError` if it is not written whole."""
         if call == "artifact":
-            arguments = (*arguments, _digest(Path(arguments[0])))
+            path, folder = arguments
+            arguments = (os.path.relpath(path, self.path.parent), folder, _digest(Path(path)))  # a project may be moved
         line = f"\n{json.dumps([call, arguments])}".encode()  # newline first: a line cut off by a full disk spoils no other
         try:
             if self._file.write(line) != len(line):
@@ -315,8 +324,10 @@ class Records:
                 call, arguments = "", []
             if call == "open":
                 arguments[0]["ldm.record"] = path.stem
-            if call == "artifact" and _digest(Path(arguments[0])) != arguments.pop():
-                call = ""  # the file has changed since
+            if call == "artifact":
+                arguments[0] = os.path.normpath(path.parent / arguments[0])
+                if _digest(Path(arguments[0])) != arguments.pop():
+                    call = ""  # the file has changed since
             if call and (run.id or call == "open"):
                 run.send(call, *arguments)
             if call == "close":

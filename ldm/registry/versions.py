@@ -8,14 +8,14 @@ import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, reason
 from ldm.base.paths import DECISION
+from ldm.registry import places
 from ldm.registry.tracking import mlflow_client, short_patience
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ SYSTEM, LINEAGE = "artifacts/ldm", "lineage"  # folders of a version's files
 HASH, IMAGE, GATE, BITS = "ldm.model", "ldm.image", "ldm.gate", "ldm.bits_per_dim"  # tags
 NO_BOUND = "none"  # `BITS` of a VQ model
 REVISION = "dc11669786a5"  # of MLflow's tables: the newest migration of 3.17
-BUSY_SECONDS = 5.0  # a writer holds the file for as long as a commit takes
 ELSEWHERE = ("MLFLOW_REGISTRY_URI", "MLFLOW_ENABLE_WORKSPACES", "MLFLOW_WORKSPACE")  # these lead MLflow to other answers
 VERSIONS = """
 SELECT version, creation_time, run_id, storage_location, source,
@@ -51,6 +50,7 @@ class Version:
     run_id: str | None
     tags: Mapping[str, str]
     folder: Path | None = None  # of its files, where they lie on this machine and need no download
+    lost: Path | None = field(default=None, compare=False)  # where they should lie on this machine, and do not
 
     @property
     def uri(self) -> str:
@@ -99,35 +99,30 @@ def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
 
 def read_sqlite(name: str) -> list[Version] | None:
     """The versions of a model in an SQLite file, newest first, as MLflow's client gives them; None where only it can tell."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    database = places.database_file(os.environ.get("MLFLOW_TRACKING_URI", ""))
     refused = not name.strip() or name.startswith(".") or "/" in name or ":" in name  # by MLflow, which says why
-    if not uri.startswith("sqlite:///") or "?" in uri or refused or any(map(os.environ.get, ELSEWHERE)):
+    if not database or refused or any(map(os.environ.get, ELSEWHERE)):
         return None
-    place = Path(uri.removeprefix("sqlite:///")).absolute().as_uri() + "?mode=ro"
+    places.settle(database)  # for MLflow, in an application that loads a model; here, `places.current` finds it either way
+    address = f"{database.as_uri()}?mode=ro"
     try:
-        with contextlib.closing(sqlite3.connect(place, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as database:
-            database.execute("BEGIN")  # all queries see one state
-            revisions = database.execute("SELECT version_num FROM alembic_version").fetchall()
-            others = database.execute("SELECT 1 FROM registered_models WHERE workspace != 'default'").fetchall()
-            rows = database.execute(VERSIONS, (name,)).fetchall()
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=places.BUSY_SECONDS, isolation_level=None)) as store:
+            store.execute("BEGIN")  # all queries see one state
+            revisions = store.execute("SELECT version_num FROM alembic_version").fetchall()
+            others = store.execute("SELECT 1 FROM registered_models WHERE workspace != 'default'").fetchall()
+            rows = store.execute(VERSIONS, (name,)).fetchall()
     except sqlite3.Error:  # not there, not a database, damaged, still locked: the client says it better
         return None
     versions = []
     for version, stamp, run_id, location, source, aliases, tags in rows:
-        created, folder = datetime.fromtimestamp(stamp / 1000, UTC), _folder(location or source)
-        versions.append(Version(name, version, tuple(sorted(json.loads(aliases))), created, run_id, json.loads(tags), folder))
+        created = datetime.fromtimestamp(stamp / 1000, UTC)
+        place = places.current(location or source, database)
+        folder, lost = (place, None) if place is None or place.is_dir() else (None, place)
+        names, known = tuple(sorted(json.loads(aliases))), json.loads(tags)
+        versions.append(Version(name, version, names, created, run_id, known, folder, lost))
     is_prompt = any(version.tags.get("mlflow.prompt.is_prompt") == "true" for version in versions)
     # MLflow refuses other workspaces; its searches leave out prompts
     return None if revisions != [(REVISION,)] or others or is_prompt else versions
-
-
-def _folder(location: str | None) -> Path | None:
-    """The folder that a path or URI of artifacts names, read as MLflow reads it; None where that is no folder here."""
-    parts = urlsplit(location or "models:/")
-    if parts.scheme not in ("", "file") or parts.netloc:
-        return None
-    folder = Path(unquote(parts.path if parts.scheme else str(location)))
-    return folder if folder.is_dir() else None
 
 
 def load(uri: str, device: "torch.device | str" = "cpu") -> "LatentDiffusion":
@@ -163,8 +158,8 @@ def _files(version: Version, path: str) -> Iterator[Path]:
         try:
             copy = mlflow.artifacts.download_artifacts(f"{version.uri}/{path}", dst_path=folder)
         except (mlflow.MlflowException, OSError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise NotStored(f"{version.uri}: the registry has no {path} of it, which `ldm run` stores ({reason})") from error
+            why = str(error).strip().splitlines()[-1]
+            raise NotStored(f"{version.uri}: the registry has no {path} of it, which `ldm run` stores ({why})") from error
         yield Path(copy)
 
 
@@ -179,16 +174,35 @@ def connect(*, create: bool = False) -> Any:
     database = uri.removeprefix("sqlite:///")
     if database != uri and not create and not Path(database).exists():
         raise InputError(f"{uri}: no registry there yet; `ldm run` makes one, or set MLFLOW_TRACKING_URI")
-    client = mlflow_client()
-    from mlflow import MlflowException
-
     try:
         with short_patience():
-            client.search_registered_models(max_results=1)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: the registry cannot be read ({reason})") from None
+            client = mlflow_client()
+            status = _status(uri) if uri.startswith(("http://", "https://")) else 200
+            if status == 200:
+                client.search_registered_models(max_results=1)
+    except Exception as error:  # each kind of store has its own
+        if uri.startswith(("http://", "https://")):
+            raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: does not answer ({reason(error)})") from None
+        raise InputError(f"MLFLOW_TRACKING_URI {uri}: cannot be used ({reason(error)}); mend it, or unset it") from None
+    if status in (401, 403):
+        hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        raise InputError(f"MLFLOW_TRACKING_URI {uri}: refuses the login (status {status}); {hint}")
+    if status in (404, 405):
+        raise InputError(f"MLFLOW_TRACKING_URI {uri}: no MLflow server (status {status}); mend the address, or unset it")
+    if status != 200:
+        raise Unreachable(f"MLFLOW_TRACKING_URI {uri}: answers with status {status}")
     return client
+
+
+def _status(uri: str) -> int:
+    """What a server answers to a request of MLflow, whose own errors do not always say it."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    path = "/api/2.0/mlflow/registered-models/search"
+    return int(
+        http_request(get_default_host_creds(uri), path, "GET", params={"max_results": 1}, raise_on_status=False).status_code
+    )
 
 
 def overview(version: Version) -> dict[str, str]:
