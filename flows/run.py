@@ -5,15 +5,16 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TextIO
 
 from flows import server, supervise
 from ldm import doctor
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, disk_full
 from ldm.base.project import find_root
 from ldm.config import load_settings
-from ldm.registry import places
+from ldm.registry import locations
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 
@@ -45,7 +46,7 @@ def _run(root: Path, inbox: str | None, temporary: server.Server | None, away: l
         else:
             temporary.process.terminate()
             temporary = None
-    if places.database_file(os.environ["MLFLOW_TRACKING_URI"]):
+    if locations.database_file(os.environ["MLFLOW_TRACKING_URI"]):
         with contextlib.suppress(Exception):  # the run itself reports what is wrong
             tracking.experiment_id(tracking.mlflow_client())
     if temporary:
@@ -83,6 +84,11 @@ def main() -> int:
             return supervise.BAD_INPUT  # the last line shown is the stage's own error
         print(f"{failure}; `ldm run` goes on from the last checkpoint", file=sys.stderr)
         return 1
+    except Exception as error:
+        if (refusal := disk_full(error, Path.cwd(), Path(tempfile.gettempdir()))) is None:
+            raise
+        print(f"error: {refusal}", file=sys.stderr)
+        return supervise.BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted; `ldm run` continues where this stopped", file=sys.stderr)
         return 130

@@ -25,7 +25,7 @@ from ldm.base import paths
 from ldm.base.errors import InputError, env_count, env_positive, env_switch, reason
 from ldm.config import Settings, load_settings
 from ldm.environment import writable
-from ldm.registry import places, tracking, versions
+from ldm.registry import locations, tracking, versions
 from ldm.versioning.repository import check_data, open_repository, read_yaml
 
 Level = Literal["ok", "warning", "fault"]  # a fault ends a run
@@ -260,7 +260,7 @@ def _needed(root: Path, settings: Settings) -> int:
 
 def check_mlflow(root: Path) -> Found:
     uri = os.environ["MLFLOW_TRACKING_URI"]
-    database = places.database_file(uri)
+    database = locations.database_file(uri)
     if database and not database.exists():
         yield "ok", f"{uri}: made by the first run"
         return

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from ldm.base.paths import LATENT_STORE, LATENTS, QUARANTINE, SHARD_CACHE, SHARDS, SOURCE, TRACKING, WORK
+from ldm.base.paths import HOME, LATENT_STORE, LATENTS, QUARANTINE, SHARD_CACHE, SHARDS, SOURCE, TRACKING, WORK
 
 COLLECTION = "COLLECTION"  # stands for the folder data.path
 
@@ -56,7 +56,7 @@ PLACES = (
     Place("mlartifacts", "stays", "MLflow's runs and versions, with reports and pictures"),
     Place("mlflow.db*", "stays", "MLflow's runs and versions, with reports and pictures"),
     Place(TRACKING, "stays", "MLflow's runs and versions, with reports and pictures"),
-    Place(".ldm/prefect", "stays", "Prefect's logs"),
+    Place(HOME, "stays", "what libraries keep where no home can be written"),
     Place("*.png", "stays", "pictures that commands wrote, such as contact_sheet.png"),
     Place(".git", "stays", "old caption tables in DVC's cache, and what git's history has"),
     Place(QUARANTINE, "stays", "file names in lists of DVC, git and the quarantine"),

@@ -18,7 +18,7 @@ from typing import Any
 
 from ldm.base.errors import reason
 from ldm.base.files import file_hash, folder_hash
-from ldm.registry import places
+from ldm.registry import locations
 
 METRICS, PARAMS = 1000, 100  # MLflow's limits for one request
 RETRY_SECONDS = 300.0  # wait after a failed delivery, so that a dead server costs seconds, not minutes
@@ -130,8 +130,8 @@ def stage_run(
 
 def mlflow_client() -> Any:
     """A client of the store that `MLFLOW_TRACKING_URI` names. Importing mlflow takes 1.5 to 2 s."""
-    if database := places.database_file(os.environ.get("MLFLOW_TRACKING_URI", "")):
-        places.settle(database)
+    if database := locations.database_file(os.environ.get("MLFLOW_TRACKING_URI", "")):
+        locations.settle(database)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
@@ -158,8 +158,8 @@ def experiment_id(client: Any) -> str:
     """The id of the experiment, made where it is missing; beside SQLite, artifacts lie in MLflow's usual place."""
     name, uri = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ldm"), os.environ["MLFLOW_TRACKING_URI"]
     if (found := client.get_experiment_by_name(name)) is None:
-        database = places.database_file(uri)
-        place = (database.parent / places.FOLDER / name).as_uri() if database else None  # MLflow decodes plain paths, too
+        database = locations.database_file(uri)
+        place = (database.parent / locations.FOLDER / name).as_uri() if database else None  # MLflow decodes plain paths, too
         try:
             return str(client.create_experiment(name, artifact_location=place))
         except Exception:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.base.errors import InputError, reason
 from ldm.base.paths import DECISION
-from ldm.registry import places
+from ldm.registry import locations
 from ldm.registry.tracking import mlflow_client, short_patience
 
 if TYPE_CHECKING:
@@ -99,14 +99,16 @@ def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
 
 def read_sqlite(name: str) -> list[Version] | None:
     """The versions of a model in an SQLite file, newest first, as MLflow's client gives them; None where only it can tell."""
-    database = places.database_file(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    database = locations.database_file(os.environ.get("MLFLOW_TRACKING_URI", ""))
     refused = not name.strip() or name.startswith(".") or "/" in name or ":" in name  # by MLflow, which says why
     if not database or refused or any(map(os.environ.get, ELSEWHERE)):
         return None
-    places.settle(database)  # for MLflow, in an application that loads a model; here, `places.current` finds it either way
+    locations.settle(database)  # for MLflow, in an application that loads a model; here, `locations.current` finds it either way
     address = f"{database.as_uri()}?mode=ro"
     try:
-        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=places.BUSY_SECONDS, isolation_level=None)) as store:
+        with contextlib.closing(
+            sqlite3.connect(address, uri=True, timeout=locations.BUSY_SECONDS, isolation_level=None)
+        ) as store:
             store.execute("BEGIN")  # all queries see one state
             revisions = store.execute("SELECT version_num FROM alembic_version").fetchall()
             others = store.execute("SELECT 1 FROM registered_models WHERE workspace != 'default'").fetchall()
@@ -116,7 +118,7 @@ def read_sqlite(name: str) -> list[Version] | None:
     versions = []
     for version, stamp, run_id, location, source, aliases, tags in rows:
         created = datetime.fromtimestamp(stamp / 1000, UTC)
-        place = places.current(location or source, database)
+        place = locations.current(location or source, database)
         folder, lost = (place, None) if place is None or place.is_dir() else (None, place)
         names, known = tuple(sorted(json.loads(aliases))), json.loads(tags)
         versions.append(Version(name, version, names, created, run_id, known, folder, lost))

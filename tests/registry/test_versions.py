@@ -168,7 +168,7 @@ def test_a_file_that_is_no_store_is_left_to_mlflow_and_stays_as_it_is(store: Pat
 
 @pytest.mark.parametrize("journal", ["delete", "wal"])
 def test_a_writer_at_work_is_waited_for_or_not_seen(store: Path, journal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.places, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(registry.locations, "BUSY_SECONDS", 0.1)
     writer = sqlite3.connect(store, isolation_level=None)
     writer.execute(f"PRAGMA journal_mode = {journal}")
     before = read_sqlite("ldm")
