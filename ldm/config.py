@@ -15,7 +15,7 @@ from ldm.base.errors import InputError
 from ldm.base.files import write_text
 from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assigned, explained, value_at
 from ldm.base.project import find_root as find_root
-from ldm.data.captions import Convention
+from ldm.data.conventions import Convention
 from ldm.data.sources.source import Source
 from ldm.diffusion.options import Diffusion, Sampling
 from ldm.evaluation.features import LARGEST_SIDE

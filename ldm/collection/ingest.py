@@ -25,7 +25,8 @@ import pandas as pd
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, content_hash, file_hash, locked
 from ldm.config import load_settings
-from ldm.data.captions import EXTENSIONS, Convention, beside, caption_of, check_tables, is_table, normal, read_table
+from ldm.data.captions import EXTENSIONS, beside, caption_of, check_tables, is_table, normal, read_table
+from ldm.data.conventions import Convention
 from ldm.data.folders import walk
 from ldm.data.images import SUFFIXES
 from ldm.versioning.repository import held, open_repository

@@ -7,13 +7,13 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from ldm.base.errors import InputError
+from ldm.data.conventions import Convention
 
-Convention = Literal["auto", "tables", "text files", "folder names", "none"]  # `data.captions`
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # in upper or lower case
 TEXTS = ("txt", "caption")  # extensions of a caption alone
 EXTENSIONS = (*TEXTS, "json", "cls")  # of files that belong to the image of their name

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from ldm.base.errors import InputError
-from ldm.data.captions import PROMPTS, Convention, read_captions
+from ldm.data.captions import PROMPTS, read_captions
+from ldm.data.conventions import Convention
 from ldm.data.images import SUFFIXES, UNREAD, UnreadableImage
 
 MAX_BYTES = 2**30  # of an image file

@@ -14,7 +14,8 @@ from PIL import Image
 from ldm.base.errors import InputError
 from ldm.base.files import file_hash
 from ldm.data.batches import order
-from ldm.data.captions import ORIGINS, Convention
+from ldm.data.captions import ORIGINS
+from ldm.data.conventions import Convention
 from ldm.data.folders import Place
 from ldm.data.images import MAX_PIXELS, PROFILE, UnreadableImage, decode, fit_square, from_array, to_array
 from ldm.data.parallel import IMAGES_PER_WORKER, default_workers, mapped

@@ -18,7 +18,8 @@ from PIL import Image
 
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, content_hash, file_hash, replacing
-from ldm.data.captions import PROMPTS, Convention
+from ldm.data.captions import PROMPTS
+from ldm.data.conventions import Convention
 from ldm.data.folders import Collection, Place, read_folder, walk
 from ldm.data.images import MAX_PIXELS, PROFILE, SUFFIXES, Preprocessing, UnreadableImage, to_png
 from ldm.data.jpeg import bare

@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from ldm.base.errors import InputError
-from ldm.data.captions import EXTENSIONS, MAX_TEXT, Convention, caption_of
+from ldm.data.captions import EXTENSIONS, MAX_TEXT, caption_of
+from ldm.data.conventions import Convention
 from ldm.data.folders import Collection, Place, left_behind, walk
 from ldm.data.images import SUFFIXES, UNREAD
 
