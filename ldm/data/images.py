@@ -13,8 +13,6 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from ldm.data.jpeg import JPEG
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 UNREAD = {  # images that we cannot read
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf",
@@ -25,6 +23,7 @@ FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for 1 and 3 channels
 MAX_PIXELS = 89_478_485  # Pillow warns beyond this
 ORIENTATION = 0x0112  # EXIF tag
+JPEG = b"\xff\xd8"  # first bytes of a file
 PROFILE = "profile"  # in the `info` of an image that was converted to sRGB: the name of its colour profile
 SAME = 1  # level of 256 by which colours of a profile may differ from sRGB's and still count as these
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-JPEG = b"\xff\xd8"  # first bytes of a file
+from ldm.data.images import JPEG
+
 KEPT = {0xE0, 0xEE}  # JFIF and Adobe: how the colours are coded
 APPLICATION, COMMENT, SCAN, END = range(0xE0, 0xF0), 0xFE, 0xDA, 0xD9
 ALONE = {0x00, 0x01, 0xFF, *range(0xD0, 0xD8)}  # within coded data: a stuffed byte, padding, restart markers
