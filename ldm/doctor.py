@@ -86,8 +86,10 @@ def examine(root: Path, *, device: bool = True, data: bool = True) -> Iterator[F
         try:
             for level, text in check():
                 yield Finding(level, subject, text)
-        except (InputError, OSError) as error:
+        except InputError as error:
             yield Finding("fault", subject, str(error))
+        except OSError as error:
+            yield Finding("fault", subject, f"{error.filename or subject}: {reason(error)}; no run can do without it")
 
 
 def before_run(root: Path, *, data: bool = True) -> list[Finding]:
@@ -220,13 +222,13 @@ def check_settings(root: Path) -> Found:
 
 def check_images(root: Path) -> Found:
     path = load_settings(root).data.path
-    check_data(root, path)
     folder = root / path
+    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"data.path {path}: not readable for user id {os.getuid()}; `sudo chmod -R a+rX {folder}`")
+    check_data(root, path)
     if not folder.exists():
         yield "ok", f"{path} is made by a stage"
         return
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"data.path {path}: not readable for user id {os.getuid()}; `sudo chmod -R a+rX {folder}`")
     count = len(_files(folder))
     yield "ok", f"{path}: {'more than ' if count == COUNTED else ''}{count:,} files"
 
