@@ -235,10 +235,8 @@ def check_images(root: Path) -> Found:
 
 def check_disk(root: Path) -> Found:
     """Free space against an estimate: shards and latents, twice for DVC's cache, and the models of the last run."""
-    needed = _needed(root, load_settings(root))
-    free = shutil.disk_usage(root).free
-    model = _size(root / paths.MODEL)
-    for place, about in ((root, needed), (Path(tempfile.gettempdir()), model)):
+    model = _size(root / paths.MODEL)  # is put together in a temporary folder to be registered
+    for place, about in ((root, _needed(root, load_settings(root))), (Path(tempfile.gettempdir()), model)):
         free = shutil.disk_usage(place).free
         said = f"{_gigabytes(free)} are free, a run from the start needs about {_gigabytes(about)}"
         if free < LEAST_FREE:
