@@ -213,11 +213,8 @@ def check_dvc(root: Path) -> Found:
 
 
 def check_settings(root: Path) -> Found:
-    settings = load_settings(root)
-    yield (
-        "ok",
-        f"valid: {settings.data.image_size} pixels, {settings.data.channels} channels, registered as {settings.registry.name}",
-    )
+    data, name = (settings := load_settings(root)).data, settings.registry.name
+    yield "ok", f"valid: {data.image_size} pixels, {'RGB' if data.channels == 3 else 'grey'}, registered as {name}"
 
 
 def check_images(root: Path) -> Found:
@@ -240,7 +237,7 @@ def check_disk(root: Path) -> Found:
         free = shutil.disk_usage(place).free
         said = f"{_gigabytes(free)} are free, a run from the start needs about {_gigabytes(about)}"
         if free < LEAST_FREE:
-            yield "fault", f"{place}: {_gigabytes(free)} are free: nothing can be written; free some space"
+            raise InputError(f"{place}: {_gigabytes(free)} are free: nothing can be written; free some space")
         elif free < about:
             yield "warning", f"{place}: {said}; free some space (`dvc gc --workspace` drops old results)"
         elif place == root:
