@@ -23,11 +23,17 @@ ifdef PIP_CERT
 export SSL_CERT_FILE ?= $(PIP_CERT)
 endif
 
+# An environment that was moved or copied with its folder still runs what is in the old folder: it is made anew.
+# (One that is a link is shared on purpose.)
+ifneq ($(shell test ! -L $(VENV) && test -e $(BIN)/ldm && ! head -n 3 $(BIN)/ldm | grep -qF "$$(pwd -P)/$(VENV)/" && echo moved),)
+.PHONY: $(BIN)/python $(VENV)/.run $(VENV)/.test
+endif
+
 .PHONY: install run test soak lint bench ui
 install: $(VENV)/.run  ## what `make run` needs
 
 $(BIN)/python:
-	$(or $(PYTHON),$(error no Python 3.11, 3.12 or 3.13 found; choose one: make install PYTHON=/path/to/python)) -m venv $(VENV)
+	$(or $(PYTHON),$(error no Python 3.11, 3.12 or 3.13 found; choose one: make install PYTHON=/path/to/python)) -m venv --clear $(VENV)
 
 # Two stamps: .run stands for the package and its dependencies, .test for these and the test extra.
 # Python compiles what it imports once; where it may not write bytecode, uv compiles everything now.

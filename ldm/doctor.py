@@ -86,8 +86,10 @@ def examine(root: Path, *, device: bool = True, data: bool = True) -> Iterator[F
         try:
             for level, text in check():
                 yield Finding(level, subject, text)
-        except (InputError, OSError) as error:
+        except InputError as error:
             yield Finding("fault", subject, str(error))
+        except OSError as error:
+            yield Finding("fault", subject, f"{error.filename or subject}: {reason(error)}; no run can do without it")
 
 
 def before_run(root: Path, *, data: bool = True) -> list[Finding]:
@@ -211,36 +213,31 @@ def check_dvc(root: Path) -> Found:
 
 
 def check_settings(root: Path) -> Found:
-    settings = load_settings(root)
-    yield (
-        "ok",
-        f"valid: {settings.data.image_size} pixels, {settings.data.channels} channels, registered as {settings.registry.name}",
-    )
+    data, name = (settings := load_settings(root)).data, settings.registry.name
+    yield "ok", f"valid: {data.image_size} pixels, {'RGB' if data.channels == 3 else 'grey'}, registered as {name}"
 
 
 def check_images(root: Path) -> Found:
     path = load_settings(root).data.path
-    check_data(root, path)
     folder = root / path
+    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"data.path {path}: not readable for user id {os.getuid()}; `sudo chmod -R a+rX {folder}`")
+    check_data(root, path)
     if not folder.exists():
         yield "ok", f"{path} is made by a stage"
         return
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"data.path {path}: not readable for user id {os.getuid()}; `sudo chmod -R a+rX {folder}`")
     count = len(_files(folder))
     yield "ok", f"{path}: {'more than ' if count == COUNTED else ''}{count:,} files"
 
 
 def check_disk(root: Path) -> Found:
     """Free space against an estimate: shards and latents, twice for DVC's cache, and the models of the last run."""
-    needed = _needed(root, load_settings(root))
-    free = shutil.disk_usage(root).free
-    model = _size(root / paths.MODEL)
-    for place, about in ((root, needed), (Path(tempfile.gettempdir()), model)):
+    model = _size(root / paths.MODEL)  # is put together in a temporary folder to be registered
+    for place, about in ((root, _needed(root, load_settings(root))), (Path(tempfile.gettempdir()), model)):
         free = shutil.disk_usage(place).free
         said = f"{_gigabytes(free)} are free, a run from the start needs about {_gigabytes(about)}"
         if free < LEAST_FREE:
-            yield "fault", f"{place}: {_gigabytes(free)} are free: nothing can be written; free some space"
+            raise InputError(f"{place}: {_gigabytes(free)} are free: nothing can be written; free some space")
         elif free < about:
             yield "warning", f"{place}: {said}; free some space (`dvc gc --workspace` drops old results)"
         elif place == root:

@@ -31,8 +31,9 @@ def set_up() -> None:
         if not os.environ.get(name):
             os.environ.pop(name, None)
     hosts = [*os.environ.get("NO_PROXY", "").split(","), *os.environ.get("no_proxy", "").split(","), *LOOPBACK]
+    named = list(dict.fromkeys(filter(None, map(str.strip, hosts))))
     for name in ("NO_PROXY", "no_proxy"):  # some libraries read the one, some the other
-        os.environ[name] = ",".join(dict.fromkeys(filter(None, map(str.strip, hosts))))
+        os.environ[name] = "*" if "*" in named else ",".join(named)  # all hosts, which some read only if it stands alone
     try:
         getpass.getuser()
     except (KeyError, OSError):  # a container's user id without a name, for which DVC asks

@@ -1,5 +1,6 @@
 """params.yaml: what is wrong is said with the file, the key and what to do."""
 
+import contextlib
 import copy
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 from ldm.base.errors import InputError
 from ldm.base.options import Key, keys
 from ldm.config import Settings, change_settings, find_root, load_settings
+from ldm.versioning.repository import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -277,6 +279,38 @@ def test_a_file_that_is_no_mapping(text: str, expected: list[str], tmp_path: Pat
         assert words in message
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("seed: 0\ndata: {}\nseed: 1\n", 3, "seed"),
+        ("data:\n  path: a\n  margin: 0\n  path: b\n", 4, "path"),
+        ("a: {b: 1, b: 2}", 1, "b"),
+    ],
+)
+def test_a_key_twice_is_named_with_its_line(text: str, line: int, key: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    assert f"line {line}: the key {key} is there a second time; keep one of the two" in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("written", ["10", "010", "0o12", "0xA", "1_0", "+10"])
+def test_a_number_is_to_us_what_it_is_to_dvc(written: str, tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("seed: 0 ", f"seed: {written} "))
+    assert load_settings(tmp_path).seed == read_yaml(tmp_path / "params.yaml")["seed"] == 10
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", ".hidden", "a/b", "a:b", "", " "])
+def test_names_that_mlflow_refuses_are_refused_before_a_run(name: str, project: Path) -> None:
+    from mlflow import MlflowException
+    from mlflow.utils.validation import _validate_model_name
+
+    with contextlib.suppress(MlflowException):  # refused there as well
+        _validate_model_name(name)
+        assert name in ("...", ".hidden")  # which our look-ups in SQLite leave to MLflow
+    with pytest.raises(InputError, match=r"registry.name"):
+        change_settings(project, [f"registry.name='{name}'"])
+
+
 def test_a_missing_or_foreign_file(tmp_path: Path) -> None:
     assert "not found" in complaint(tmp_path)
     (tmp_path / "params.yaml").write_bytes(b"seed: \xff\xfe")
@@ -385,8 +419,9 @@ def test_settings_that_are_wrong_can_be_mended(project: Path) -> None:
         load_settings(project)
     assert change_settings(project, ["seed=3"]) == ["seed: x, now 3"]
     assert load_settings(project).seed == 3
+    last = file.read_text().count("\n") + 1
     file.write_text(file.read_text() + "seed: 4\n")
-    with pytest.raises(InputError, match=r"params.yaml: line 122: the key seed is there a second time"):
+    with pytest.raises(InputError, match=rf"params\.yaml: line {last}: the key seed is there a second time"):
         change_settings(project, ["seed=5"])
 
 

@@ -1,5 +1,6 @@
 """`ldm data …`: images and shards."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +13,23 @@ from ldm.commands.shared import checked, project, table
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
+def _found(path: Path | None) -> Path:
+    """The path, or else the project's shards; `InputError` if there is nothing."""
+    from ldm.base.paths import SHARDS
+
+    found = path or Path(os.path.relpath(project() / SHARDS))
+    if not found.exists():
+        advice = "give the path of a folder" if path else "`ldm run` makes it, or give the path of another folder"
+        raise InputError(f"{found}: no such folder; {advice}")
+    return found
+
+
 @app.command()
-def check(path: Annotated[Path, typer.Argument(help="A folder of shards.")] = Path("data/shards")) -> None:
+def check(path: Annotated[Path | None, typer.Argument(help="A folder of shards; else the project's own.")] = None) -> None:
     """Verify every hash and offset of a shard folder, and decode every image. Exit code 1 if something is wrong."""
     from ldm.data.inspect import check_shards
 
-    problems = 0
+    path, problems = _found(path), 0
     for problem in check_shards(path):
         print(problem)
         problems += 1
@@ -29,7 +41,7 @@ def check(path: Annotated[Path, typer.Argument(help="A folder of shards.")] = Pa
 
 @app.command()
 def stats(
-    path: Annotated[Path, typer.Argument(help="A folder of shards, of images or of tars.")] = Path("data/shards"),
+    path: Annotated[Path | None, typer.Argument(help="A folder of shards, images or tars; else the project's shards.")] = None,
     sheet: Annotated[Path, typer.Option(callback=checked, help="Contact sheet to write.")] = Path("contact_sheet.png"),
 ) -> None:
     """Counts, sizes and caption lengths of a collection, before or after sharding, and a contact sheet of some images."""
@@ -41,7 +53,7 @@ def stats(
         limits = load_settings(project()).data.model_dump(include={"min_side", "max_pixels", "captions"})
     except InputError:  # not in a project
         limits = {}
-    found = inspect(path, **limits)
+    found = inspect(_found(path), **limits)
     for name, value in found.summary():
         print(f"{name:<12}{value}")
     if len(found.sheet):

@@ -5,6 +5,7 @@ import contextlib
 import sqlite3
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from os.path import exists  # false also where nobody may look; `Path.exists` raises there
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -77,10 +78,10 @@ def _split(path: Path) -> tuple[Path, Path] | None:
 def _moved(root: Path, rests: Collection[Path], database: Path) -> bool:
     """Whether what a database places into `root`/mlruns, at `rests`, belongs into the mlruns beside it now."""
     here, there = database.parent / FOLDER, root / FOLDER
-    if root == database.parent or (here.exists() and there.exists() and here.samefile(there)):
+    if root == database.parent or (exists(here) and exists(there) and here.samefile(there)):
         return False
-    if any((here / rest).exists() for rest in rests if len(rest.parts) > 1):  # of a run or model; their ids are unique
+    if any(exists(here / rest) for rest in rests if len(rest.parts) > 1):  # of a run or model; their ids are unique
         return True
-    if any((there / rest).exists() or "models" in rest.parts for rest in rests):  # it lies elsewhere, perhaps on an absent disk
+    if any(exists(there / rest) or "models" in rest.parts for rest in rests):  # it lies elsewhere, perhaps on an absent disk
         return False
-    return not root.exists() or (root / database.name).exists()  # nothing was stored before the project was moved or copied
+    return not exists(root) or exists(root / database.name)  # nothing was stored before the project was moved or copied

@@ -197,6 +197,8 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
             signature=ModelSignature(inputs, outputs, ParamSchema(params)),
             pip_requirements=[f"{wanted}=={installed(wanted).split('+')[0]}" for wanted in REQUIREMENTS.split()],
         )  # fmt: skip
+    for file in (path / "artifacts").rglob("*.safetensors"):  # which nobody but their owner may read
+        shutil.copymode(path / "MLmodel", file)
     (path / LINEAGE).mkdir()
     for kept in KEPT:
         shutil.copy(root / kept, path / LINEAGE)

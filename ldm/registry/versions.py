@@ -119,7 +119,7 @@ def read_sqlite(name: str) -> list[Version] | None:
     for version, stamp, run_id, location, source, aliases, tags in rows:
         created = datetime.fromtimestamp(stamp / 1000, UTC)
         place = locations.current(location or source, database)
-        folder, lost = (place, None) if place is None or place.is_dir() else (None, place)
+        folder, lost = (place, None) if place is None or os.path.isdir(place) else (None, place)
         names, known = tuple(sorted(json.loads(aliases))), json.loads(tags)
         versions.append(Version(name, version, names, created, run_id, known, folder, lost))
     is_prompt = any(version.tags.get("mlflow.prompt.is_prompt") == "true" for version in versions)

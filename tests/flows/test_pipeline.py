@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,6 +160,41 @@ def test_bad_settings_stop_everything_before_it_starts(project: Path, main: Call
     captured = capfd.readouterr()
     assert captured.err.count("\n") == 1 and "train_vea" in captured.err
     assert set(project.iterdir()) == before
+
+
+def test_while_mlflow_is_away_a_run_trains_and_a_later_one_registers(
+    project: Path, main: Callable[[], int], capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import pipeline
+
+    monkeypatch.setattr(pipeline.register, "retry_delay_seconds", 0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with monkeypatch.context() as patch, socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{bound.getsockname()[1]}")
+        assert main() == 2
+    captured = capfd.readouterr()
+    assert captured.out.count("starts\n") == 3 and "Traceback" not in captured.err
+    *others, last = captured.err.splitlines()
+    (warning,) = (line for line in others if line.startswith("warning: MLFLOW_TRACKING_URI http://127.0.0.1:"))
+    assert "a run goes on" in warning and "a later one delivers it" in warning
+    assert last.startswith("error: MLFLOW_TRACKING_URI") and "`ldm run` registers it later, without training again" in last
+    assert list((project / ".ldm/tracking").iterdir())
+    assert main() == 0
+    out = capfd.readouterr().out
+    assert "starts\n" not in out and "models:/ldm/1 (new)" in out
+    assert not list((project / ".ldm/tracking").iterdir()) and sorted(statuses()) == ["FAILED", "FINISHED"]
+
+
+@pytest.mark.parametrize("variable", ["LDM_STAGE_TIMEOUT", "LDM_PROCESSES"])
+def test_a_variable_with_a_bad_value_ends_a_run_before_it_starts(
+    variable: str, project: Path, main: Callable[[], int], capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "30m")
+    assert main() == 2
+    captured = capfd.readouterr()
+    (error,) = (line for line in captured.err.splitlines() if line.startswith("error: "))
+    assert error.startswith(f"error: {variable} is '30m'; set it to") and "starts\n" not in captured.out
 
 
 @pytest.mark.parametrize("module", ["flows.run", "flows.serve"])

@@ -146,6 +146,29 @@ def test_the_same_files_are_registered_once(root: Path, models: dict[str, Latent
     assert {Path(file.path).name for file in files} == {"dvc.lock", "params.yaml", "metrics.json", "report.html"}
 
 
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_project_keeps_its_models(
+    how: str, root: Path, models: dict[str, LatentDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it goes: they load, also in an application after one of our commands, and new ones are registered there."""
+    import mlflow.pyfunc
+
+    write_outs(root, models["poor"])
+    register(root)
+    gate_and_promote(root, 1)
+    new, stored = root.parent / "a new place", folder_hash(root)
+    (shutil.copytree if how == "copied" else shutil.move)(root, new)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new}/mlflow.db")
+    monkeypatch.chdir(new)
+    assert load("models:/ldm@champion").recipe == models["poor"].recipe
+    frame = pd.DataFrame({"prompt": ["noise"]})
+    assert len(mlflow.pyfunc.load_model("models:/ldm@champion").predict(frame)) == 1
+    write_outs(new, models["good"])
+    assert register(new) == Registered(2, created=True) and gate_and_promote(new, 2).promote
+    assert all(str(found.folder).startswith(f"{new}/mlruns/ldm/models/") for found in find({}))
+    assert folder_hash(root) == stored if how == "copied" else not root.exists()
+
+
 def test_the_gate_lets_the_better_model_through_and_decides_once(root: Path, models: dict[str, LatentDiffusion]) -> None:
     write_outs(root, models["poor"])
     register(root)
