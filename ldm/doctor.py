@@ -20,6 +20,7 @@ from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 from ldm.base import paths
 from ldm.base.errors import InputError, env_count, env_positive, env_switch, reason
@@ -164,7 +165,12 @@ def check_proxy() -> Found:
 
 def check_folders(root: Path) -> Found:
     """Is what a run writes writable?"""
-    if root.as_posix() != root.as_posix().replace("?", ""):
+    if unquote(str(root)) != str(root):
+        yield (
+            "warning",
+            f"{root}: MLflow reads % and two digits as one character: `mlflow.pyfunc` cannot load from here; rename it",
+        )
+    if "?" in str(root):
         raise InputError(f"{root}: MLflow's address of a database cannot hold a question mark; rename the folder")
     for place in (root, *(root / name for name in WRITTEN)):
         if place.exists() and not os.access(place, os.W_OK):
