@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import re
 import shutil
@@ -27,9 +28,9 @@ def env_count(name: str, least: int, default: int | None = None) -> int:
     return int(value)
 
 
-def env_positive(name: str, unit: str) -> float:
-    """A number of some unit, above 0; without end by default."""
-    value = os.environ.get(name) or "inf"
+def env_positive(name: str, unit: str, default: float = math.inf) -> float:
+    """A number of some unit, above 0."""
+    value = os.environ.get(name) or str(default)
     with contextlib.suppress(ValueError):
         if float(value) > 0:
             return float(value)

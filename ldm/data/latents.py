@@ -29,7 +29,9 @@ def write_latents(
     Returns the manifest, with `identity` (hashes of autoencoder, text encoder, …) in it, and how many files came from the store.
     The files are links to `store/KEY-SHA256.safetensors`: the key is of `identity`, shard and `code`, all that decides the bytes.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
+
+    from ldm.base.tensors import save_tensors
 
     store.mkdir(parents=True, exist_ok=True)
     files, totals, reused, done = [], torch.zeros(()), 0, 0
@@ -45,7 +47,7 @@ def write_latents(
                     reused += 1
                 else:
                     new = store / f"{key}.{os.getpid()}.partial"
-                    save_file(_encode_shard(reader, positions, encode, embed, batch_size, mirrored), new)
+                    save_tensors(_encode_shard(reader, positions, encode, embed, batch_size, mirrored), new)
                     kept = new.rename(store / f"{key}-{file_hash(new)}.safetensors")
                 tensors = load_file(kept)
                 if split == "train":  # latents z ~ q(z | x): their number, their sum and the expected sum of their squares
@@ -62,7 +64,7 @@ def write_latents(
                 done += len(positions)
                 progress(done)
         text, mask = embed([""])
-        save_file({"text": text, "text_mask": mask}, partial / "empty.safetensors")
+        save_tensors({"text": text, "text_mask": mask}, partial / "empty.safetensors")
         mean, square = totals[1:] / totals[0]  # per channel, float64 (c,)
         facts = {"version": 2, "preprocessing": made_from["preprocessing"], "flip": flip, "files": files}
         manifest = {**identity, **facts, "latent_mean": mean.tolist(), "latent_std": (square - mean**2).sqrt().tolist()}

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 import pandas as pd
 
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, env_positive
 from ldm.base.files import canonical_json, content_hash
 from ldm.base.paths import SHARD_CACHE, SHARDS
 from ldm.data.images import Preprocessing, UnreadableImage, decode_stored
@@ -24,6 +24,7 @@ SPLITS = ("train", "val", "test")
 PARTS = ("image", "txt", "json")  # columns of offsets.npy: shard number, then offset and size of each part
 OPEN_FILES = 64  # shards on this disk that are open at once
 OPEN_FETCHED = 1  # fetched shards that are open at once: an open file takes space even after it was evicted
+CACHE_GB, MOST_GB = 50.0, 1e9  # of fetched shards: by default, and where no end is wanted
 AGAIN = "run the `shard` stage again"
 
 
@@ -165,7 +166,7 @@ class ShardReader:
 
 
 def open_shards(
-    place: Path | str, split: str = "train", *, cache: Path | None = None, cache_bytes: int = 50 << 30
+    place: Path | str, split: str = "train", *, cache: Path | None = None, cache_bytes: int = int(CACHE_GB * 1e9)
 ) -> ShardReader:
     """Open one split of a shard folder; raises `InputError` if there is none.
 
@@ -183,12 +184,8 @@ def stage_shards(root: Path, split: str) -> ShardReader:
     url, local = os.environ.get("LDM_SHARDS"), root / SHARDS
     if not url:
         return open_shards(local, split)
-    size = os.environ.get("LDM_SHARD_CACHE_GB") or "50"
-    try:
-        limit = int(float(size) * 1e9)
-    except (ValueError, OverflowError):
-        raise InputError(f"LDM_SHARD_CACHE_GB is {size!r}; set it to a number of gigabytes") from None
-    reader = open_shards(url, split, cache=root / SHARD_CACHE, cache_bytes=limit)
+    limit = min(env_positive("LDM_SHARD_CACHE_GB", "gigabytes", CACHE_GB), MOST_GB)
+    reader = open_shards(url, split, cache=root / SHARD_CACHE, cache_bytes=int(limit * 1e9))
     index = local / "index.json"
     if index.is_file() and json.loads(index.read_text(encoding="utf-8")) != reader.index:
         raise InputError(f"LDM_SHARDS {url}: its index.json is not that of {local}; copy {local} there again")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from pandas import DataFrame
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.base.errors import InputError
+from ldm.base.tensors import save_tensors
 from ldm.langevin.sgld import SGLD
 
 RHAT, ESS = 1.01, 400.0  # thresholds of Vehtari et al. 2021
@@ -43,7 +43,7 @@ class Draws:
     def save(self, path: Path, about: dict[str, Any] | None = None) -> None:
         """Write safetensors with `about` as JSON in the header. Equal draws give equal bytes."""
         draws = {f"draws.{name}": value.contiguous() for name, value in self.values.items()}
-        save_file({**draws, "weights": self.weights}, path, metadata={"about": json.dumps(about or {}, sort_keys=True)})
+        save_tensors({**draws, "weights": self.weights}, path, metadata={"about": json.dumps(about or {}, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> tuple["Draws", dict[str, Any]]:

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ldm.base.errors import InputError
 from ldm.base.files import content_hash, file_hash
+from ldm.base.tensors import save_tensors
 from ldm.nets.blocks import Block, per_level
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -90,7 +91,7 @@ class Pretrained(nn.Module):
         config = {"_class_name": self.CLASS, **self.to_diffusers(self.config), **self.carried}
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         state = {key: value.cpu().contiguous() for key, value in sorted(self.state_dict().items())}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(state, folder / WEIGHTS, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

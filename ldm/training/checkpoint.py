@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.base import distributed
+from ldm.base.tensors import save_tensors
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class CheckpointStore:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial / "state.safetensors")
+            save_tensors({key: value.detach().contiguous() for key, value in tensors.items()}, partial / "state.safetensors")
             (partial / "state.json").write_text(json.dumps(state))
             for path in partial.iterdir():
                 with path.open("rb") as file:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.base import distributed
 from ldm.base.errors import InputError
 from ldm.base.randomness import generator
+from ldm.base.tensors import save_tensors
 from ldm.nets.diffusers import Pretrained
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
 from ldm.training.optimizers import Optimizer
@@ -262,7 +262,7 @@ class _Run:
             if not (math.isfinite(loss) and math.isfinite(norm) and norm <= EXPLOSION * max(usual, GRADIENT_NORM)):
                 file = self.store.folder.parent / f"bad_batch_{images_seen}.{distributed.rank()}.safetensors"
                 file.parent.mkdir(parents=True, exist_ok=True)
-                save_file({k: v.cpu().contiguous() for k, v in self.objective.batch(images_seen, batch_size).items()}, file)
+                save_tensors({k: v.cpu().contiguous() for k, v in self.objective.batch(images_seen, batch_size).items()}, file)
                 kept = f"the checkpoint at {self.saved} images in {self.store.folder}" if self.saved else "none was saved"
                 raise FloatingPointError(
                     f"the batch of images {images_seen} to {images_seen + batch_size - 1} has loss {loss:.4g} and gradient norm "

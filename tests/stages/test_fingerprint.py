@@ -45,7 +45,7 @@ MODULES = {
 # what modules that count may use of those that do not: names that neither compute nor choose anything
 USED = {
     "ldm.config": "settings as the file has them",
-    "ldm.base.errors": "InputError env_count env_switch",
+    "ldm.base.errors": "InputError env_count env_positive env_switch",
     "ldm.base.lazy": "Tensor torch",
     "ldm.base.options": (
         "Choice Count Fraction NonNegative OneOf Positive Rate Section chosen explained keys kinds value_at"  # classes by kind

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.base.errors import InputError
 from ldm.base.options import chosen, kinds
 from ldm.base.pixels import to_float, to_uint8
+from ldm.base.tensors import save_tensors
 from ldm.bayes.likelihoods.family import Family
 
 FILE = "likelihood.safetensors"
@@ -62,7 +62,7 @@ class Likelihood(nn.Module):
     def save_pretrained(self, folder: Path) -> None:
         """Write kind and scale beside the autoencoder's weights."""
         settings = json.dumps({"kind": self.kind, "scale": self.scale})  # one entry: safetensors writes several in any order
-        save_file(self.state_dict(), folder / FILE, metadata={"likelihood": settings})
+        save_tensors(self.state_dict(), folder / FILE, metadata={"likelihood": settings})
 
 
 def load_likelihood(folder: Path) -> Likelihood:
