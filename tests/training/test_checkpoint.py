@@ -88,7 +88,7 @@ def killed_at(number: int, work: Callable[[], None], monkeypatch: pytest.MonkeyP
 
             for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (os, "open")):
                 monkeypatch.setattr(owner, name, before(getattr(owner, name)))
-            monkeypatch.setattr(checkpoint, "save_file", before(checkpoint.save_file))
+            monkeypatch.setattr(checkpoint, "save_tensors", before(checkpoint.save_tensors))
             monkeypatch.setattr(Path, "write_text", before(Path.write_text))
             work()
             os._exit(0)
