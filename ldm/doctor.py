@@ -91,6 +91,8 @@ def examine(root: Path, *, device: bool = True, data: bool = True) -> Iterator[F
             yield Finding("fault", subject, str(error))
         except OSError as error:
             yield Finding("fault", subject, f"{error.filename or subject}: {reason(error)}; no run can do without it")
+        except Exception as error:  # libraries raise anything for damaged files; the other checks go on
+            yield Finding("fault", subject, f"cannot be checked ({type(error).__name__}: {reason(error)}); mend that first")
 
 
 def before_run(root: Path, *, data: bool = True) -> list[Finding]:
@@ -109,7 +111,8 @@ def check_python(root: Path) -> Found:
     from packaging.requirements import Requirement
 
     file = root / "pyproject.toml"
-    wanted = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"] if file.is_file() else []
+    package = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    wanted = package.get("project", {}).get("dependencies", [])
     wrong = []
     for requirement in map(Requirement, wanted):
         try:
@@ -153,7 +156,7 @@ def check_proxy() -> Found:
     """Python's HTTP libraries refuse a proxy that they cannot use when they start, whatever they then ask for."""
     found = {name: os.environ[name] for known in PROXIES for name in (known, known.lower()) if os.environ.get(name)}
     for name, value in found.items():
-        scheme = value.partition("://")[0] if "://" in value else ""
+        scheme = value.partition("://")[0].lower() if "://" in value else "http"
         if scheme not in ("http", "https", "socks5", "socks5h"):
             raise InputError(f"{name} is {value!r}, which Prefect refuses; set it to http://HOST:PORT, or unset it")
         if scheme.startswith("socks") and not importlib.util.find_spec("socksio"):
@@ -252,7 +255,8 @@ def check_disk(root: Path) -> Found:
 
 def _needed(root: Path, settings: Settings) -> int:
     data, vae = settings.data, settings.autoencoder
-    entries = (read_yaml(root / "dvc.lock").get("stages", {}) if (root / "dvc.lock").is_file() else {}).values()
+    lock = read_yaml(root / "dvc.lock") if (root / "dvc.lock").is_file() else {}
+    entries = (lock.get("stages") or {}).values()
     known = [dep.get("nfiles", 0) for entry in entries for dep in entry.get("deps", ()) if dep["path"] == data.path]
     images = max(known) if any(known) else len(_files(root / data.path))
     pixels = (data.image_size + data.margin) ** 2 * data.channels

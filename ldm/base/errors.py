@@ -9,11 +9,8 @@ import shutil
 from pathlib import Path
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a user's share of it, a file
-FULL_WORDS = re.compile(
-    r"no space left on device|quota exceeded|file too large|disk is full|os error (28|122|27)\b|PytorchStreamWriter failed"
-    r"|unexpected pos \d+|iostream error",
-    re.I,
-)  # of libraries that pass no number on: safetensors, SQLite, torch
+# of libraries that pass no number on: safetensors, SQLite
+FULL_WORDS = re.compile(r"no space left on device|quota exceeded|disk is full|os error (28|122|27)\b", re.I)
 
 
 class InputError(Exception):
@@ -59,12 +56,12 @@ def disk_full(error: BaseException, *folders: Path) -> InputError | None:
     if not found:
         return None
     number, words = getattr(found[0], "errno", None), FULL_WORDS.search(str(found[0]))
-    reason = os.strerror(number) if number in FULL else words[0] if words else ""
+    what = os.strerror(number) if number in FULL else words[0] if words else ""
     file = next((one.filename for one in found if isinstance(one, OSError) and isinstance(one.filename, str)), None)
     named = [Path(file).absolute().parent] if file else [folder for folder in folders if folder.is_dir()] or [Path.cwd()]
     there = {folder: next(parent for parent in (folder, *folder.parents) if parent.is_dir()) for folder in named}
     free, place = min((shutil.disk_usage(there[folder]).free, folder) for folder in named)
-    return InputError(f"{place}: the disk is full ({reason}), {megabytes(free)} are free there; make room, then run this again")
+    return InputError(f"{place}: the disk is full ({what}), {megabytes(free)} are free there; make room, then run this again")
 
 
 def megabytes(size: int) -> str:
@@ -73,7 +70,7 @@ def megabytes(size: int) -> str:
 
 def reason(error: BaseException) -> str:
     """Why something failed, in a line: of errors that libraries have wrapped, the first is short and says it."""
-    while inner := error.__cause__ or error.__context__:
+    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
     return (said or type(error).__name__).splitlines()[0][:200]

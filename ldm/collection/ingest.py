@@ -27,8 +27,8 @@ from ldm.base.files import canonical_json, content_hash, file_hash, locked
 from ldm.config import load_settings
 from ldm.data.captions import EXTENSIONS, beside, caption_of, check_tables, is_table, normal, read_table
 from ldm.data.conventions import Convention
-from ldm.data.folders import walk
-from ldm.data.images import SUFFIXES
+from ldm.data.folders import read_folder, walk
+from ldm.data.images import SUFFIXES, UNREAD
 from ldm.versioning.repository import held, open_repository
 
 SETTLE = 10.0  # seconds without a change after which a file counts as complete
@@ -45,6 +45,7 @@ UNCAPTIONED = "without a caption (a row of the table, or a .txt in UTF-8)"
 UNLABELLED = "without a label, which other images have"
 UNREADABLE = "not readable for this user"
 UNNAMED = "with a name that is not UTF-8"
+UNREAD_FORMAT = "of a format that is not read; convert them to JPEG or PNG"
 NO_IMAGE = "no images"
 NO_FILE = "folders or links, which are not looked into"
 
@@ -79,8 +80,8 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
     root, inbox = root.resolve(), inbox.resolve()
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):
         raise InputError(f"{inbox}: no folder that this user may read and write")
-    if (captions := load_settings(root).data.captions) in ("text files", "folder names"):
-        raise InputError(f"data.captions is {captions}, and a batch has its captions in a table; set it to auto")
+    if (captions := load_settings(root).data.captions) == "folder names":
+        raise InputError("data.captions is folder names, and a batch has its captions in a table; set it to auto")
     (root / ".ldm").mkdir(exist_ok=True)
     left, batch = defaultdict[str, list[str]](list), None
     with locked(root / ".ldm/ingest.lock"):  # a second ingest waits
@@ -175,18 +176,21 @@ def _copy(inbox: Path, collection: Path, settle: float, captions: Convention, le
 
 def _survey(collection: Path, captions: Convention) -> tuple[dict[int, list[Path]], bool | None]:
     """The collection's images by size in bytes, and whether they have labels (None: no images); `InputError` if no batch fits."""
-    images, names, others = defaultdict[int, list[Path]](list), list[str](), list[str]()
-    for name in (name for name, refusal in walk(collection) if not refusal):
-        if name.endswith(".tar"):
-            raise InputError(f"{collection / name}: a folder of tars takes no images; {ADVICE}")
-        if _is_image(name):
+    images, tars = defaultdict[int, list[Path]](list), list[str]()
+    for name, refusal in walk(collection):
+        if name.lower().endswith(".tar"):
+            tars.append(name)
+        elif _is_image(name) and not refusal:
             images[(collection / name).stat().st_size].append(collection / name)
-        (names if _is_image(name) else others).append(name)
-    tables = [name for name in others if is_table(name)]
-    if names and captions == "auto" and not tables and not beside(names, others):
+    if tars:
+        raise InputError(f"{collection / tars[0]}: a folder of tars takes no images; {ADVICE}")
+    if not images:
+        return images, None
+    found = read_folder(collection, captions)
+    if "folder name" in found.origins:
         reason = "its captions are the names of its folders, and a dated folder is no class"
         raise InputError(f"{collection}: {reason}; write a metadata.csv (file_name,text) there first")
-    return images, (bool(tables) and "label" in read_table(collection / tables[0])) if names else None
+    return images, "label" in found.table
 
 
 def _ready(
@@ -209,8 +213,8 @@ def _ready(
                 raise InputError(f"{inbox / tables[0]}: {row['file_name']!r} has two captions; keep one")
     images = [name for name in ages if _is_image(name)]
     files = beside(images, ages.keys() - tables)
-    if others := [name for name in ages.keys() - set(images) - set(tables) if not name.lower().endswith(EXTENSIONS)]:
-        left[NO_IMAGE] += sorted(others)
+    for name in (name for name in ages if name not in images and name not in tables and not name.lower().endswith(EXTENSIONS)):
+        left[UNREAD_FORMAT if PurePosixPath(name).suffix.lower() in UNREAD else NO_IMAGE].append(name)
     for name in images:
         texts = files.get(name, {})
         if not _is_text(name):
@@ -218,13 +222,14 @@ def _ready(
         elif any(ages[file] < settle for file in (name, *texts.values(), *tables)):
             left[WAITING].append(name)
         else:
-            found = None if captions == "none" else listed.get(normal(name))
+            found = {"text": ""} if captions == "none" else listed.get(normal(name))
             if found is None:
                 with suppress(OSError, InputError):
                     blobs = {extension: (inbox / file).read_bytes() for extension, file in texts.items()}
                     caption = caption_of(blobs, name, captions)
                     found = {key: caption[key] for key in ("text", "label") if key in caption}
-                    sidecars[name] = {texts[extension]: content_hash(blob) for extension, blob in blobs.items()}
+                    taken = [part for part in blobs if part != "json" or caption.keys() <= found.keys()]  # else it holds more
+                    sidecars[name] = {texts[part]: content_hash(blobs[part]) for part in taken}
             if found and _is_text(found["text"]):
                 rows[name] = found | {"file_name": name}
             else:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ldm.base.paths import HOME, LATENT_STORE, LATENTS, QUARANTINE, SHARD_CACHE, SHARDS, SOURCE, TRACKING, WORK
 
+LEFTOVER = "leftover"
 COLLECTION = "COLLECTION"  # stands for the folder data.path
 
 
@@ -19,15 +21,20 @@ class Place:
     holds: str
 
     def parts(self, collection: PurePosixPath) -> tuple[str, ...]:
-        return PurePosixPath(self.pattern.replace(COLLECTION, str(collection))).parts
+        return PurePosixPath(self.pattern.replace(COLLECTION, escape(str(collection)))).parts
 
     def matches(self, path: PurePosixPath, collection: PurePosixPath) -> bool:
         parts = self.parts(collection)
         return len(parts) <= len(path.parts) and all(map(fnmatchcase, path.parts, parts))
 
+    def found(self, root: Path, collection: PurePosixPath) -> list[Path]:
+        """What the pattern names here, sorted. A leftover of ours is a folder: a file or a link of such a name is the user's."""
+        found = sorted(root.glob("/".join(self.parts(collection))))
+        return [path for path in found if self.holds != LEFTOVER or (path.is_dir() and not path.is_symlink())]
+
     def files(self, root: Path, collection: PurePosixPath) -> list[Path]:
         """All files here, sorted."""
-        found = sorted(root.glob("/".join(self.parts(collection))))
+        found = self.found(root, collection)
         below = (sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path] for path in found)
         return [path for paths in below for path in paths if path.is_symlink() or path.is_file()]
 
@@ -39,11 +46,11 @@ PLACES = (
     Place(SHARDS, "refused", "shards"),
     Place(LATENTS, "refused", "latents"),
     # what is not
-    Place(f"{COLLECTION}/.ingest.partial", "deleted", "leftover"),  # of an ingest that was killed
-    Place("data/*.partial", "deleted", "leftover"),  # of a stage that was killed
-    Place("data/*.replaced", "deleted", "leftover"),
-    Place(f"{SOURCE}.partial", "deleted", "leftover"),
-    Place(f"{SOURCE}.replaced", "deleted", "leftover"),
+    Place(f"{COLLECTION}/.ingest.partial", "deleted", LEFTOVER),  # of an ingest that was killed
+    Place("data/*.partial", "deleted", LEFTOVER),  # of a stage that was killed
+    Place("data/*.replaced", "deleted", LEFTOVER),
+    Place(f"{SOURCE}.partial", "deleted", LEFTOVER),
+    Place(f"{SOURCE}.replaced", "deleted", LEFTOVER),
     Place(f"{WORK}/*/*/bad_batch_*", "deleted", "batch"),  # of a training that diverged
     Place(SHARD_CACHE, "deleted", "download"),  # those that hold the image
     Place(LATENT_STORE, "deleted", "store"),  # all that is not in data/latents

@@ -22,7 +22,7 @@ import yaml
 from ldm.base.errors import InputError
 from ldm.base.files import content_hash, file_hash, locked
 from ldm.base.paths import LATENTS, SHARDS, SOURCE
-from ldm.collection.places import PLACES
+from ldm.collection.places import LEFTOVER, PLACES, Place
 from ldm.collection.places import UNTOUCHED as UNTOUCHED
 from ldm.config import load_settings
 from ldm.data.images import SUFFIXES
@@ -133,8 +133,8 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
                             objects.stores[place].delete(name)
                         else:
                             Path(name).unlink()
-                for folder in () if dry_run else {Path(name).parent for name in copies[copies.kind == "leftover"].name}:
-                    shutil.rmtree(folder, ignore_errors=True)  # its name may be a caption
+                for folder in () if dry_run else _found(root, LEFTOVER, Place.found):  # folders' names may be captions
+                    shutil.rmtree(folder, ignore_errors=True)
                 if store is not None and not dry_run:  # DVC remembers what it pushed, and would not push it again
                     with contextlib.closing(get_index(store)) as index:
                         index.clear()
@@ -191,7 +191,7 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str
     unclear = ", ".join(sorted(map(objects.sha256, others - current.keys())))
     if unclear and not (shards or originals):
         raise InputError(f"{image}: in no shard; files of that name have sha256 {unclear}: purge by the one that is meant")
-    if not (shards or originals or any(_is_left(path, digests) for path in _files(root, "leftover"))):
+    if not (shards or originals or any(_is_left(path, digests) for path in _found(root, LEFTOVER, Place.files))):
         nothing = f"nothing, or nothing left, of it in DVC's {' or '.join(objects.stores)}"
         raise InputError(f"{image}: {nothing}; a name is the whole path within data.path, as in data/shards")
     captions = {md5 for path, md5 in objects.files if _is_beside(path, names)} - current.keys()
@@ -209,7 +209,7 @@ def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: 
     }
     copies = []
     for kind in dict.fromkeys(place.holds for place in PLACES if place.fate == "deleted"):
-        for path in filter(chosen.get(kind, lambda path: True), _files(root, kind)):
+        for path in filter(chosen.get(kind, lambda path: True), _found(root, kind, Place.files)):
             place = ".ldm" if path.is_relative_to(root / ".ldm") else "data"
             copies.append((kind, place, str(path), path.lstat().st_size))
     for kind, found in kinds.items():
@@ -219,10 +219,10 @@ def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: 
     return pd.DataFrame(copies, columns=["kind", "place", "name", "size"])
 
 
-def _files(root: Path, kind: str) -> list[Path]:
-    """The files of the places of a kind."""
+def _found(root: Path, kind: str, of: Callable[[Place, Path, PurePosixPath], list[Path]]) -> list[Path]:
+    """What there is of the places of a kind."""
     collection = PurePosixPath(os.path.relpath(root / load_settings(root).data.path, root))
-    return [path for place in PLACES if place.holds == kind for path in place.files(root, collection)]
+    return [path for place in PLACES if place.holds == kind for path in of(place, root, collection)]
 
 
 def _is_left(path: Path, digests: set[str]) -> bool:

@@ -29,8 +29,8 @@ MAX_TEXT = 2**20  # bytes of a caption or of an image's JSON
 # What looks like captions, by its suffix, unless it is about the collection:
 TEXTUAL = {".txt", ".caption", ".captions", ".cap", ".tags", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xlsx",
            ".xls", ".ods", ".xml", ".yaml", ".yml"}  # fmt: skip
-ABOUT = re.compile(r"(read.?me|licen[sc]e|copying|notice|changelog|citation|requirements|dataset_infos?)\b.*", re.IGNORECASE)
-NAMED = re.compile(r"metadata|caption|annotation|label|prompt|tags|text|description", re.IGNORECASE)
+ABOUT = re.compile(r"(read.?me|licen[sc]e|copying|notice|changelog|citation|requirements|dataset_infos?|classes)([\W_].*)?", re.I)
+NAMED = re.compile(r"metadata|caption|annotation|label|prompt|tags|text|description", re.I)
 ADVICE = "a metadata.csv (file_name,text), a .txt file beside each image, or a subfolder for each class"
 
 
@@ -59,28 +59,38 @@ def read_captions(
     `others` are files that are no images, with the reason why one must not be opened, or ""; `left_out` images that are refused
     or passed over, whose captions may be there.
     Raises `InputError` for an image without a caption, a caption without an image, and for what looks like captions and is
-    not used, unless `convention` says where captions come from.
+    not used, unless `convention` says which count: "tables" or "text files" first, the rest from the other; or neither.
     """
     files = {name for name, reason in others.items() if not reason}
-    tables = [name for name in others if is_table(name)] if convention in ("auto", "tables") else []
-    if unreadable := next((name for name in tables if others[name]), None):
-        raise InputError(f"{folder / unreadable}: {others[unreadable]}")
-    check_tables(folder, tables)
-    parts, rest = _from_tables(folder, images, tables, others, left_out)
-    extensions = {"auto": EXTENSIONS, "text files": TEXTS}.get(convention, ())
-    found = beside(rest, files, extensions)
-    if found or (rest and (tables or convention in ("tables", "text files"))):
+    if convention in ("folder names", "none"):
+        found, tables, parts, rest = dict[str, dict[str, str]](), list[str](), list[pd.DataFrame](), sorted(images)
+    else:
+        tables = [name for name in others if is_table(name)]
+        if unreadable := next((name for name in tables if others[name]), None):
+            raise InputError(f"{folder / unreadable}: {others[unreadable]}")
+        check_tables(folder, tables)
+        found = beside(images, files)
+        if convention == "text files":  # then tables have the rest; otherwise it is the other way round
+            found = {name: of for name, of in found.items() if not of.keys().isdisjoint(TEXTS)}
+        first = found if convention == "text files" else {}
+        parts, rest = _from_tables(folder, [name for name in images if name not in first], tables, others, {*left_out, *first})
+        rest = sorted({*rest, *first})
+        found = {name: of for name, of in found.items() if name in rest}
+    used = {*tables, *(file for of in found.values() for file in of.values())}
+    invented = bool(rest) and not found and not tables and convention not in ("tables", "text files")
+    if convention == "auto":
+        _check_unused(folder, files - used, images, left_out, invented=invented)
+    if invented:
+        parts.append(_without_files(folder, rest, convention))
+    elif rest:
         rows = [_from_files(folder, name, found.get(name), convention) for name in rest]
         parts.append(pd.DataFrame(rows, dtype=object).assign(**{ORIGIN: "file"}))
-    elif rest:
-        parts.append(_without_files(folder, rest, convention))
-    used = {*tables, *(file for of_image in found.values() for file in of_image.values())}
-    if convention == "auto":
-        _check_unused(folder, files - used, images, left_out, invented=bool(rest and not found))
     table = pd.concat([part for part in parts if len(part)], ignore_index=True).sort_values("file_name", ignore_index=True)
     if "label" in table and table.label.isna().any():
-        first = table.file_name[table.label.isna()].iloc[0]
-        raise InputError(f"{folder / first}: has no label, as other images here do; give every image one, or drop the column")
+        unlabelled = table.file_name[table.label.isna()].iloc[0]
+        raise InputError(
+            f"{folder / unlabelled}: has no label, as other images here do; give every image one, or drop the column"
+        )
     return Captions(table, table.pop(ORIGIN).tolist(), used)
 
 
@@ -97,6 +107,7 @@ def read_table(path: Path) -> pd.DataFrame:
     rows, places = list[dict[str, Any]](), list[str]()
     try:
         for where, row in _rows(path):
+            row = _described(row)
             if "text" not in row and "caption" in row:
                 row["text"] = row.pop("caption")
             for column in ("file_name", "text"):
@@ -139,20 +150,24 @@ def caption_of(blobs: Mapping[str, bytes], where: str, convention: Convention = 
     """`text`, maybe `label`, and the further keys of the JSON, of the files of one image by extension; raises `InputError`."""
     texts = {part: decode(blob, f"{where}.{part}") for part, blob in blobs.items()}
     columns = _object(texts["json"], where) if "json" in texts else {}
-    given = {f".{part}": texts[part] for part in TEXTS if part in texts}
-    in_json = {f"{key} of .json": columns.pop(key) for key in ("text", "caption") if key in columns}
+    columns.pop("file_name", None)
+    given: dict[str, Any] = {f".{part}": texts[part] for part in TEXTS if part in texts}
+    in_json = {f"{key} of .json": columns.pop(key, None) for key in ("text", "caption")}
     label = texts.get("cls", columns.pop("label", None))
-    given |= in_json if convention == "auto" else {}
     if convention == "none":
         return {"text": "", **columns}
-    if not given and (label is None or convention != "auto"):
+    if convention != "text files" or not given:
+        given |= {name: _plain(text) if isinstance(text, str) else text for name, text in in_json.items() if text is not None}
+    if not given and label is None:
         name = PurePosixPath(where).name
         raise InputError(f"{where}: has no caption; add {name}.txt, or say in data.captions where captions come from")
     (source, text), *rest = given.items() or [("label", str(label))]
     if not isinstance(text, str):
         raise InputError(f"{where}: has the caption {text!r}, which is no text")
-    if other := next((name for name, value in rest if value != text), None):
-        raise InputError(f"{where}: {source} and {other} differ; keep one, or set data.captions: text files to use {source}")
+    other = next((name for name, value in rest if value != text), None)
+    if other and convention != "text files":
+        advice = "keep one, or set data.captions: text files to use the text"
+        raise InputError(f"{where}: {source} and {other} differ; {advice}")
     return {"text": text, **({} if label is None else {"label": str(label)}), **columns}
 
 
@@ -166,6 +181,11 @@ def decode(blob: bytes, where: str) -> str:
         raise InputError(f"{where}: not UTF-8 text ({error}); save it as UTF-8") from None
     if "\0" in text:
         raise InputError(f"{where}: holds NUL characters, as UTF-16 without a mark does; save it as UTF-8")
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    """With plain newlines, and without blanks around it."""
     return io.StringIO(text, newline=None).read().strip()
 
 
@@ -178,7 +198,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
-        yield from ((f"row {number}", row) for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1))
+        for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
+            yield f"row {number}", json.loads(json.dumps(row, default=_as_text))
         return
     with path.open("rb") as file:
         start = file.read(2**12)
@@ -188,11 +209,19 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
 
 
+def _as_text(value: Any) -> str:
+    """Dates and decimals of a parquet table as text; bytes may be pixels."""
+    if isinstance(value, bytes):
+        raise ValueError("a column holds bytes; leave it out")
+    return str(value)
+
+
 def _csv_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
     first = file.readline()
     file.seek(0)
     # spreadsheets of many languages write semicolons
     separator = next((mark for mark in ",;\t" if "file_name" in (name.strip(' "\r\n') for name in first.split(mark))), ",")
+    csv.field_size_limit(MAX_TEXT)
     reader = csv.reader(file, delimiter=separator, strict=True)
     header = [name.strip() for name in next(reader, [])]
     if len(set(header)) < len(header) or not header:
@@ -206,7 +235,8 @@ def _csv_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ValueError(f"{found}: {advice}")
             yield f"line {reader.line_num}", dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise ValueError(f'line {reader.line_num}: {error}; within a quoted caption, write "" for a quote') from None
+        advice = "" if "limit" in str(error) else '; within a quoted caption, write "" for a quote'
+        raise ValueError(f"line {reader.line_num}: {error}{advice}") from None
 
 
 def _json_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -223,7 +253,7 @@ def _json_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
-    """The JSON of one image, without what describes its file rather than its picture."""
+    """The JSON of one image."""
     try:
         columns = json.loads(text)
         json.dumps([where, columns], ensure_ascii=False).encode()  # half of a surrogate pair is no character
@@ -231,38 +261,55 @@ def _object(text: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: its name or JSON is damaged: {error}") from None
     if not isinstance(columns, dict):
         raise InputError(f"{where}.json holds {type(columns).__name__}, expected an object")
-    return {key: value for key, value in columns.items() if key not in ("file_name", "exif")}  # EXIF has places and names
+    return _described(columns)
+
+
+def _described(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of an image without its EXIF, which has places and names."""
+    return {str(key): value for key, value in columns.items() if str(key).lower() != "exif"}
 
 
 def _from_tables(
     folder: Path, images: list[str], tables: list[str], others: Collection[str], left_out: Collection[str]
 ) -> tuple[list[pd.DataFrame], list[str]]:
     """The rows of each table, for the images of its folder and below that no deeper table has; and the images without a table."""
-    remaining, parts, without = set(images), [], set(map(normal, left_out))
-    for name in sorted(tables, key=lambda name: (-name.count("/"), name)):  # the deepest first
-        prefix = name.removesuffix(PurePosixPath(name).name)
-        below = {image.removeprefix(prefix) for image in remaining if image.startswith(prefix)}
-        part, forms = read_table(folder / name), {normal(image): image for image in below}
-        names = [
-            n if n in below or normal(n) in forms else n.replace("\\", "/") for n in part.file_name
-        ]  # as Windows writes them
-        part["file_name"] = [n if n in below else forms.get(normal(n), normal(n)) for n in names]
+    by_folder = {name.removesuffix(PurePosixPath(name).name): name for name in tables}
+    below, rest, parts = {name: set[str]() for name in tables}, list[str](), list[pd.DataFrame]()
+    for image in images:
+        nearest = next((folder for folder in _prefixes(image) if folder in by_folder), None)
+        if nearest is None:
+            rest.append(image)
+        else:
+            below[by_folder[nearest]].add(image.removeprefix(nearest))
+    known, without = set(images), set(map(normal, left_out))
+    for prefix, name in sorted(by_folder.items()):
+        part, mine = read_table(folder / name), below[name]
+        forms = {normal(image): image for image in mine}
+        names = [n if n in mine or normal(n) in forms else n.replace("\\", "/") for n in part.file_name]  # as Windows writes them
+        part["file_name"] = [n if n in mine else forms.get(normal(n), normal(n)) for n in names]
         if part.file_name.duplicated().any():
             twice = part.file_name[part.file_name.duplicated()].iloc[0]
             raise InputError(f"{folder / name}: {twice!r} has more than one row; keep one caption an image")
         part = part.loc[[normal(prefix + image) not in without for image in part.file_name]].assign(**{ORIGIN: "table"})
-        if missing := sorted(set(part.file_name) - below):
+        if missing := sorted(set(part.file_name) - mine):
             first, what = prefix + missing[0], "that are absent; add them or remove the rows"
-            what = "that a table in a subfolder has too; keep one row of each" if first in images else what
+            what = "that a table in a subfolder has too; keep one row of each" if first in known else what
             what = "that are there and are no images that are read; remove the rows" if first in others else what
             raise InputError(f"{folder / name}: names {len(missing)} images, as {missing[0]!r}, {what}")
-        if missing := sorted(below - set(part.file_name)):
+        if missing := sorted(mine - set(part.file_name)):
             found = f"has no row for {len(missing)} images, as {missing[0]!r}"
             raise InputError(f"{folder / name}: {found}; add rows or remove the images")
         part["file_name"] = prefix + part.file_name
-        remaining -= set(part.file_name)
         parts.append(part)
-    return parts, sorted(remaining)
+    return parts, sorted(rest)
+
+
+def _prefixes(image: str) -> Iterator[str]:
+    """The folders of a name, the nearest first: "a/b/" and "a/" and "" of "a/b/c.png"."""
+    while "/" in image:
+        image = image.rpartition("/")[0]
+        yield f"{image}/"
+    yield ""
 
 
 def _from_files(folder: Path, image: str, files: Mapping[str, str] | None, convention: Convention) -> dict[str, Any]:
@@ -270,7 +317,7 @@ def _from_files(folder: Path, image: str, files: Mapping[str, str] | None, conve
     stem = image.rpartition(".")[0]
     if not files:
         name = PurePosixPath(stem).name
-        raise InputError(f"{folder / image}: has no caption file {name}.txt beside it, as other images here do")
+        raise InputError(f"{folder / image}: has no caption: no table is for it, and no {name}.txt is beside it")
     try:
         blobs = {extension: (folder / name).read_bytes() for extension, name in files.items()}
     except OSError as error:

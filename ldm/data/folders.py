@@ -20,7 +20,7 @@ MAX_BYTES = 2**30  # of an image file
 SYSTEM = {"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "lost+found",
           "System Volume Information", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r"}  # fmt: skip
 # files of a cache that are named by their content: DVC's, and the Hugging Face hub's
-CONTENT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$|/blobs/([0-9a-f]{40}|[0-9a-f]{64})$")
+CONTENT = re.compile(r"/(files/md5|cache)/[0-9a-f]{2}/[0-9a-f]{30}$|/blobs/([0-9a-f]{40}|[0-9a-f]{64})$")
 LINKED_FOLDER = "a symbolic link to a folder; move the folder itself here"
 
 

@@ -13,10 +13,10 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"}
 UNREAD = {  # images that we cannot read
-    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf",
-    ".rw2", ".exr", ".hdr", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".dcm",
+    ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf",
+    ".orf", ".rw2", ".exr", ".hdr", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".dcm",
 }  # fmt: skip
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # by content: a suffix proves nothing, and Pillow's EPS runs a program
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "box")}

@@ -1,5 +1,6 @@
 """Write a folder of captioned images as WebDataset tars with an index and a list of duplicates; README.md says which files."""
 
+import contextlib
 import functools
 import json
 import re
@@ -21,7 +22,7 @@ from ldm.base.files import canonical_json, content_hash, file_hash, replacing
 from ldm.data.captions import PROMPTS
 from ldm.data.conventions import Convention
 from ldm.data.folders import Collection, Place, read_folder, walk
-from ldm.data.images import MAX_PIXELS, PROFILE, SUFFIXES, Preprocessing, UnreadableImage, to_png
+from ldm.data.images import MAX_PIXELS, PROFILE, SUFFIXES, Preprocessing, UnreadableImage, decode_stored, to_array, to_png
 from ldm.data.jpeg import bare
 from ldm.data.parallel import IMAGES_PER_WORKER, mapped
 from ldm.data.reader import SPLITS, VERSION
@@ -92,8 +93,7 @@ def write_shards(
         if content_hash(blob) != image.digest:
             raise InputError(f"{image.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
         pixels = recipe.read(blob, min_side=min_side, max_pixels=max_pixels)
-        parts = {"jpg": bare(blob)} if recipe.is_stored(blob) else {"png": to_png(pixels)}
-        return parts | _texts(image.row), thumbnail(pixels), pixels.info.get(PROFILE, "")
+        return _stored(blob, pixels, recipe) | _texts(image.row), thumbnail(pixels), pixels.info.get(PROFILE, "")
 
     with replacing(out) as partial:
         with mapped(lambda place: content_hash(place.read()), places, workers, functools.partial(progress, "hash")) as hashes:
@@ -147,13 +147,23 @@ def _hashed(collection: Collection, hashes: Iterator[Any], bad: dict[str, str], 
     return sorted(images, key=lambda image: (SPLITS.index(image.split), image.top))
 
 
+def _stored(blob: bytes, pixels: Image.Image, recipe: Preprocessing) -> dict[str, bytes]:
+    """What is stored of an image file by suffix: a JPEG whose picture needs no change without loss, else a PNG."""
+    if recipe.is_stored(blob):
+        with contextlib.suppress(UnreadableImage):
+            stripped = bare(blob)
+            if np.array_equal(decode_stored(stripped, recipe), to_array(pixels).transpose(1, 2, 0)):
+                return {"jpg": stripped}
+    return {"png": to_png(pixels)}
+
+
 def _texts(row: dict[str, Any]) -> dict[str, bytes]:
     """The caption and the further columns of an image, by suffix."""
     meta = {column: value for column, value in row.items() if column != "text" and value == value}  # NaN: no value
     try:
         json.dumps(meta, allow_nan=False)
         return {"txt": row["text"].encode(), "json": canonical_json(meta).encode()}
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{row['file_name']!r}: caption and columns cannot be written as UTF-8 and JSON: {error}") from None
 
 

@@ -39,7 +39,12 @@ def current(location: str | None, database: Path) -> Path | None:
 
 
 def settle(database: Path) -> None:
-    """Write into a database where what it stores lies now. One that cannot be written, or is none, stays as it is."""
+    """Write into a project's own database where what it stores lies now. One that cannot be written, or is none, stays as it is.
+
+    A database that stands in no project is shared: what it names may lie on other machines.
+    """
+    if not (database.parent / "dvc.yaml").is_file():
+        return
     with contextlib.suppress(sqlite3.Error), _opened(database) as store:
         stored = [
             (table, column, location)
@@ -82,6 +87,8 @@ def _moved(root: Path, rests: Collection[Path], database: Path) -> bool:
         return False
     if any(exists(here / rest) for rest in rests if len(rest.parts) > 1):  # of a run or model; their ids are unique
         return True
-    if any(exists(there / rest) or "models" in rest.parts for rest in rests):  # it lies elsewhere, perhaps on an absent disk
+    if any(
+        exists(there / rest) or "models" in rest.parts for rest in rests if len(rest.parts) > 1
+    ):  # it lies elsewhere, perhaps on an absent disk
         return False
     return not exists(root) or exists(root / database.name)  # nothing was stored before the project was moved or copied

@@ -117,6 +117,13 @@ def locked_makers(root: Path, out: str) -> dict[str, dict[str, Any]]:
 
 def read_yaml(path: Path) -> Any:
     """As DVC reads it: DVC writes 1.0e-7 as 1e-07, which other readers take for a string."""
+    from dvc.exceptions import DvcException
     from dvc.utils.serialize import load_yaml
 
-    return load_yaml(str(path))
+    found = None
+    with contextlib.suppress(DvcException):
+        found = load_yaml(str(path))
+    if not isinstance(found, dict):
+        advice = f"after a merge, keep one side: `git checkout --ours {path.name}`"
+        raise InputError(f"{path}: damaged, no keys and values; restore it ({advice})")
+    return found

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from ldm.base.errors import InputError
 from ldm.cli import app
 from ldm.collection import ingest as module
-from ldm.collection.ingest import KNOWN, NO_FILE, NO_IMAGE, UNCAPTIONED, UNLABELLED, UNNAMED, WAITING, ingest
+from ldm.collection.ingest import KNOWN, NO_FILE, UNCAPTIONED, UNLABELLED, UNNAMED, UNREAD_FORMAT, WAITING, ingest
 from ldm.data.folders import read_folder
 from ldm.data.shards import write_shards
 
@@ -173,7 +173,7 @@ def test_what_is_not_ready_waits_and_is_named(root: Path, inbox: Path, tmp_path:
     assert done.left == {
         WAITING: ["captioned just now.png", "growing.png"],
         UNCAPTIONED: ["uncaptioned.png", "utf16.png"],
-        NO_IMAGE: ["photo.heic"],
+        UNREAD_FORMAT: ["photo.heic"],
         UNNAMED: ["\udcff.png"],
         NO_FILE: ["folder", "link.png"],
     }
@@ -494,7 +494,7 @@ def test_captions_beside_images_are_those_that_shard_reads(root: Path, inbox: Pa
     done = ingest(root, inbox)
     assert done.moved == ("a.png", "b.png", "c.png", "d.png", "e.png")
     assert done.left == {UNCAPTIONED: ["f.png", "g.png", "h.png"]}
-    assert sorted(os.listdir(inbox)) == ["f.png", "f.png.txt", "g.caption", "g.png", "g.txt", "h.json", "h.png"]
+    assert sorted(os.listdir(inbox)) == ["d.json", "f.png", "f.png.txt", "g.caption", "g.png", "g.txt", "h.json", "h.png"]
     assert list(captions(root).values()) == ["one", "two", "three", "four", "fünf"]
 
 
@@ -504,11 +504,28 @@ def test_a_collection_without_captions_takes_images_without(root: Path, inbox: P
     drop(inbox / "a.png", blob(1))
     drop(inbox / "b.png", blob(2))
     drop(inbox / "b.txt", "x")
-    assert ingest(root, inbox).moved == ("a.png", "b.png") and list(captions(root).values()) == ["", ""]
+    assert ingest(root, inbox).moved == ("a.png", "b.png") and os.listdir(inbox) == ["b.txt"]  # nobody has read it
+    assert list(read_folder(root / MINE, "none").table.text) == ["", ""]
 
 
-@pytest.mark.parametrize("convention", ["text files", "folder names"])
-def test_a_batch_has_a_table_so_no_other_convention_may_be_named(convention: str, root: Path, inbox: Path) -> None:
-    set_params(root, {"data": {"captions": convention}})
-    with pytest.raises(InputError, match=f"data.captions is {convention}, and a batch has its captions in a table"):
+def test_a_batch_has_a_table_so_captions_are_no_names_of_folders(root: Path, inbox: Path) -> None:
+    set_params(root, {"data": {"captions": "folder names"}})
+    with pytest.raises(InputError, match=r"data\.captions is folder names, and a batch has its captions in a table"):
         ingest(root, inbox)
+
+
+@pytest.mark.usefixtures("unversioned")
+def test_labels_beside_images_count_and_what_was_not_taken_stays(root: Path, inbox: Path) -> None:
+    for number in range(3):
+        drop(inbox / f"{number}.png", blob(number))
+        drop(inbox / f"{number}.txt", "x")
+    for number in range(2):
+        drop(inbox / f"{number}.cls", "cat")
+    drop(inbox / "1.json", '{"author": "me", "license": "CC"}')
+    drop(inbox / "a.heic", "x")
+    done = ingest(root, inbox)
+    assert done.moved == ("0.png", "1.png") and done.left == {UNLABELLED: ["2.png"], UNREAD_FORMAT: ["a.heic"]}
+    assert sorted(os.listdir(inbox)) == ["1.json", "2.png", "2.txt", "a.heic"]
+    drop(inbox / "2.cls", "dog")
+    assert ingest(root, inbox).moved == ("2.png",)
+    assert sorted(read_folder(root / MINE).table.label) == ["cat", "cat", "dog"]

@@ -160,3 +160,15 @@ def test_the_longest_pattern_counts() -> None:
         assert found and found.holds == holds, path
     assert place_of(PurePosixPath("elsewhere/a.png"), collection) is None
     assert len({place.pattern for place in PLACES}) == len(PLACES)
+
+
+@pytest.mark.parametrize("name", ["mine[1]", "mine*", "mine?"])
+def test_a_collection_of_any_name_is_one_place(name: str, tmp_path: Path) -> None:
+    collection = PurePosixPath(f"data/{name}")
+    for folder in (collection, PurePosixPath("data/mine1")):
+        (tmp_path / folder / ".ingest.partial").mkdir(parents=True)
+        (tmp_path / folder / ".ingest.partial/a.png").touch()
+    for kind in (place for place in PLACES if place.pattern == "COLLECTION/.ingest.partial"):
+        assert kind.files(tmp_path, collection) == [tmp_path / collection / ".ingest.partial/a.png"]
+    found = place_of(collection / "a.png", collection)
+    assert found and found.holds == "collection" and place_of(PurePosixPath("data/mine1/a.png"), collection) is None

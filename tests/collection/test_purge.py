@@ -170,6 +170,8 @@ def folder(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/project/mlflow.db")
     monkeypatch.chdir(folder / "project")
     (folder / "project/.ldm/shards").mkdir()
+    (folder / "project/data/film.zip.partial").write_bytes(b"of the user's browser")
+    (folder / "project/data/old.replaced").symlink_to(history.folder)  # nor is a link a leftover of ours
     for path in objects(folder):
         content = path.read_bytes()
         if tarfile.is_tarfile(path):
@@ -233,6 +235,7 @@ def test_by_its_name_in_all_its_copies_and_nothing_else(history: History, folder
         assert sum(int(line.split()[2]) for line in done.output.splitlines() if line.startswith(f"{place} ")) == len(found)
 
     after = everything(folder)
+    assert (folder / "project/data/old.replaced").is_symlink() and any(history.folder.iterdir())
     assert not traces(after, image, history.latents[image.name])
     assert before.keys() - after.keys() == expected
     assert all(before[name] == content for name, content in after.items())

@@ -62,7 +62,7 @@ def caption_of(path: Path, folder: Path) -> str:
         if beside.is_file():
             return text_of(beside).strip()
     if path.with_suffix(".json").is_file():
-        return json.loads(text_of(path.with_suffix(".json")))["caption"]
+        return json.loads(text_of(path.with_suffix(".json")))["caption"].strip()
     return path.parent.name
 
 
@@ -76,16 +76,9 @@ FORMATS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".gif"
 LEFT = ("@eaDir/x.png", "__MACOSX/._a.png", ".hidden/y.jpg", ".z.png", "Thumbs.db", "#recycle/old.png", "$RECYCLE.BIN/b.bmp")
 PASSED_OVER = ("hidden", "@eaDir", "__MACOSX", "Thumbs.db", "#recycle", "$RECYCLE.BIN")
 CONVENTIONS = (
-    "metadata.csv",
-    "METADATA.CSV",
-    "metadata.jsonl",
-    "metadata.parquet",
-    ".txt",
-    ".TXT",
-    ".caption",
-    ".json",
+    "metadata.csv", "METADATA.CSV", "metadata.jsonl", "metadata.parquet", ".txt", ".TXT", ".caption", ".json", ".txt and .json",
     "classes",
-)
+)  # fmt: skip
 
 
 def png(number: int) -> bytes:
@@ -155,7 +148,10 @@ def write_folder(folder: Path, layout: dict[str, Any]) -> None:
             Image.fromarray(pixels).save(path, FORMATS.get(path.suffix.lower(), "JPEG"))
         else:
             path.write_bytes(b"\x89PNG\r\n\x1a\n no more")
-        if convention == ".json":
+        if convention == ".txt and .json":  # as img2dataset writes them
+            path.with_suffix(".txt").write_text(text)
+            path.with_suffix(".json").write_text(json.dumps({"caption": text or None, "url": "x", "exif": "{}"}))
+        elif convention == ".json":
             path.with_suffix(convention).write_text(json.dumps({"caption": text, "n": 1}))
         elif convention.startswith("."):
             path.with_suffix(convention).write_bytes(text.replace("\n", layout["newline"]).encode(layout["encoding"]))

@@ -1,6 +1,9 @@
 """Captions are never lost, invented or cut in silence: every convention, what looks like one, and every encoding."""
 
+import io
 import json
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,19 @@ def beside(suffix: str, *texts: str, encoding: str = "utf-8") -> Files:
     return {f"cat/{name}{suffix}": text.encode(encoding) for name, text in zip("ab", texts, strict=True)}
 
 
-def parquet(folder: Path) -> None:
-    pd.DataFrame(ROWS).assign(width=[3, 4]).to_parquet(folder / "cat/metadata.parquet")
+def table_of_parquet(**columns: list[Any]) -> bytes:
+    blob = io.BytesIO()
+    pd.DataFrame(ROWS).assign(**columns).to_parquet(blob)
+    return blob.getvalue()
+
+
+def png() -> bytes:
+    blob = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(blob, "PNG")
+    return blob.getvalue()
+
+
+PNG = png()
 
 
 # what is read
@@ -61,6 +75,9 @@ READ: dict[str, tuple[Files, str]] = {
     ".caption": (beside(".caption", "one", "two"), "file"),
     ".json": (beside(".json", '{"caption": "one", "n": 1}', '{"text": "two"}'), "file"),
     ".txt and .json that agree": (beside(".txt", "one", "two") | beside(".json", '{"caption": "one"}', '{"score": 1}'), "file"),
+    ".json with blanks and newlines": (beside(".txt", "one ", "two\n") | beside(".json", '{"text": " one\\r\\n"}', "{}"), "file"),
+    ".json of which the caption is null": (beside(".txt", "one", "two") | beside(".json", '{"caption": null}', "{}"), "file"),
+    "classes beside .txt": (beside(".txt", "one", "two") | {"classes.txt": "cat", "README_en.txt": "x"}, "file"),
     "one .txt and one .caption": ({"cat/a.txt": "one", "cat/b.caption": "two"}, "file"),
     "Notepad's mark and newlines": (beside(".txt", "one\r\n", "two\r\n", encoding="utf-8-sig"), "file"),
     "UTF-16 with a mark": (beside(".txt", "one", "two", encoding="utf-16"), "file"),
@@ -79,11 +96,11 @@ def test_what_is_unambiguous_is_read(case: str, tmp_path: Path) -> None:
 
 
 def test_a_table_of_parquet_keeps_further_columns(tmp_path: Path) -> None:
-    parquet(put(tmp_path, {}))
-    assert read_folder(tmp_path).table.to_dict("records") == [
-        {"file_name": f"cat/{row['file_name']}", "text": row["text"], "width": width}
-        for row, width in zip(ROWS, (3, 4), strict=True)
-    ]
+    days, costs = [date(2026, 1, 2), date(2026, 3, 4)], [Decimal("1.50"), None]
+    put(tmp_path, {"cat/metadata.parquet": table_of_parquet(width=[3, 4], day=days, cost=costs, exif=["48 N", "11 E"])})
+    rows = read_folder(tmp_path).table.to_dict("records")
+    assert rows[0] == {"file_name": "cat/a.png", "text": "one", "width": 3, "day": "2026-01-02", "cost": "1.50"}  # no EXIF
+    assert json.dumps(rows[1])
 
 
 def test_folders_names_are_captions_where_nothing_else_is(tmp_path: Path) -> None:
@@ -106,11 +123,13 @@ STOPS: dict[str, tuple[Files, str]] = {
     "any text where captions would be invented": ({"cat/1.txt": "one"}, r"1\.txt: looks like captions"),
     "a table, and a .txt of an image": ({"cat/metadata.csv": TABLE, "cat/a.txt": "x"}, r"a\.txt: looks .*captions: tables"),
     "a table, and captions.jsonl": ({"cat/metadata.csv": TABLE, "captions.jsonl": ""}, r"captions\.jsonl: looks like captions"),
-    ".txt here and nothing there": ({"cat/a.txt": "one"}, r"b\.png: has no caption file b\.txt"),
+    ".txt here and nothing there": ({"cat/a.txt": "one"}, r"b\.png: has no caption: no table is for it, and no b\.txt"),
     ".json without a caption": (beside(".json", '{"n": 1}', '{"n": 2}'), r"cat/a: has no caption; add a\.txt"),
     ".txt and .json that differ": ({"cat/a.txt": "one", "cat/a.json": '{"text": "1"}'}, r"\.txt and text of \.json differ"),
     ".txt and .caption that differ": (beside(".txt", "one", "two") | {"cat/a.caption": "1"}, r"\.txt and \.caption differ"),
     ".txt and .TXT": (beside(".txt", "one", "two") | {"cat/a.TXT": "1"}, r"cat/a\.txt: there is cat/a\.TXT beside it"),
+    "a.png.txt, and images in no folder": ({"cat/a.png.txt": "one", "top.png": PNG}, r"a\.png\.txt: looks like captions"),
+    "a table of bytes": ({"cat/metadata.parquet": table_of_parquet(raw=[b"x", b"y"])}, "a column holds bytes"),
     "two tables": ({"cat/metadata.csv": TABLE, "cat/metadata.jsonl": LINES}, r"there is a metadata\.csv beside it"),
     "two tables by case": ({"cat/metadata.csv": TABLE, "cat/Metadata.csv": TABLE}, r"metadata\.csv: there is a Metadata\.csv"),
     "UTF-16 without a mark": (beside(".txt", "one", "two", encoding="utf-16-le"), r"a\.txt: holds NUL"),
@@ -170,8 +189,26 @@ def test_a_convention_that_is_named_is_the_one_used(convention: Any, tmp_path: P
 @pytest.mark.parametrize("convention", ["tables", "text files", "folder names"])
 def test_a_convention_that_is_named_holds_for_every_image(convention: Any, tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(put(tmp_path, {}) / "top.png")
-    with pytest.raises(InputError, match=r"a\.png: has no caption file|a\.png: has no row|top\.png: is in no subfolder"):
+    with pytest.raises(InputError, match=r"a\.png: has no caption: no table|top\.png: is in no subfolder"):
         read_folder(tmp_path, convention)
+
+
+@pytest.mark.parametrize("convention", ["tables", "text files"])
+def test_tables_and_text_files_may_stand_side_by_side(convention: Any, tmp_path: Path) -> None:
+    """As in a collection with text files after its first ingest, whose batches have tables."""
+    put(tmp_path, beside(".txt", "one", "two") | {"2026-01-01/metadata.csv": "file_name,text\nc.png,three\n"})
+    (tmp_path / "2026-01-01/c.png").write_bytes(PNG)
+    (tmp_path / "sample_prompts.txt").write_text("of another tool")
+    with pytest.raises(InputError, match=r"sample_prompts\.txt: looks like captions"):
+        read_folder(tmp_path)
+    found = read_folder(tmp_path, convention)
+    assert found.table.text.tolist() == ["three", "one", "two"] and found.origins == ["table", "file", "file"]
+
+
+def test_of_two_texts_the_first_kind_counts_if_text_files_are_meant(tmp_path: Path) -> None:
+    put(tmp_path, beside(".txt", "1girl, red hair", "tags") | beside(".caption", "a girl", "x") | beside(".cls", "p", "q"))
+    found = read_folder(tmp_path, "text files")
+    assert found.table.text.tolist() == ["1girl, red hair", "tags"] and found.table.label.tolist() == ["p", "q"]
 
 
 def test_without_captions_a_folder_needs_none(tmp_path: Path) -> None:
@@ -227,7 +264,7 @@ def test_links_out_of_the_folder_alone_are_counted_too(tmp_path: Path) -> None:
         read_folder(tmp_path / "mine")
 
 
-@pytest.mark.parametrize("store", [".dvc/cache/files/md5", "shared cache/files/md5", "hub/blobs"])
+@pytest.mark.parametrize("store", [".dvc/cache/files/md5", "of DVC 2/cache", "hub/blobs"])
 def test_links_into_a_cache_by_content_are_files(store: str, tmp_path: Path) -> None:
     """DVC's with `cache.type symlink`, and the Hugging Face hub's."""
     mine = put(tmp_path / "mine", {"cat/metadata.csv": TABLE})

@@ -136,10 +136,23 @@ def test_a_bare_jpeg_has_the_picture_and_nothing_else(mode: str, options: dict[s
     assert {"exif", "icc_profile", "comment", "xmp"}.isdisjoint(Image.open(io.BytesIO(found)).info)
 
 
+@pytest.mark.parametrize("rubbish", [b"abcd", b"\0\x10\0\x04", b"\xff\xff\xff"])
+def test_what_stands_between_segments_hides_nothing(rubbish: bytes) -> None:
+    """Decoders look for the next marker."""
+    exif = Image.Exif()
+    exif[0x010E] = SECRET.decode()
+    blob = encoded(colours(), "JPEG", exif=exif)
+    start = blob.index(b"\xff\xe1")
+    blob = blob[:start] + rubbish + b"\xff\xe0\0\x1cJFXX\0\x10" + SECRET[:20] + blob[start:]
+    found = bare(blob)
+    assert SECRET[:9] in blob and SECRET[:9] not in found
+    assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(file))) for file in (blob, found)))
+
+
 @pytest.mark.parametrize("cut", [2, 3, 20, 400])
 def test_a_jpeg_that_is_cut_short_ends_where_it_ends(cut: int) -> None:
-    blob = encoded(colours(), "JPEG")[:cut]
-    assert blob.startswith(bare(blob)[:2])
+    blob = encoded(colours(), "JPEG")
+    assert bare(blob) == blob and blob.startswith(bare(blob[:cut]))
 
 
 def test_shards_hold_nothing_of_the_camera_and_count_profiles(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_the_commands(shards: Path, shell, ldm, tmp_path: Path) -> None:  # type
     done = shell(tmp_path, "ldm", "data", "check", str(shards))
     assert done.returncode == 1 and "sha256" in done.stdout and "dvc repro --force shard" in done.stderr
     done = ldm(tmp_path, "data", "check", "nowhere")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere/index.json: not found" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere: no such folder" in done.stderr
     done = ldm(tmp_path, "data", "stats", "nowhere")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr
 

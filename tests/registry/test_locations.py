@@ -55,6 +55,7 @@ def old(database: Path, tmp_path: Path) -> Path:
     """A folder with a store in which nothing was recorded."""
     folder = tmp_path / "projects/old"
     folder.mkdir(parents=True)
+    (folder / "dvc.yaml").touch()  # a project's
     shutil.copy(database, folder)
     with rows(folder) as store:  # the experiment that comes with a store lies beside it, too
         store.execute("UPDATE experiments SET artifact_location = ?", (str(folder / "mlruns/0"),))
@@ -176,3 +177,26 @@ def test_records_that_wait_for_a_server_move_along(
     (stored,) = client.search_runs([experiment_id(client)])
     assert [file.path for file in client.list_artifacts(stored.info.run_id)] == ["result.txt"]
     assert os.listdir(new / ".ldm/tracking") == []
+
+
+def test_a_store_in_no_project_is_shared_and_only_read(old: Path, use: Callable[[Path], Any]) -> None:
+    """What it names may lie on the machines of others."""
+    client = use(old)
+    client.create_run(experiment_id(client))
+    (old / "dvc.yaml").unlink()
+    new = old.parent / "shared"
+    move(old, new)
+    before = stored(new)
+    use(new)
+    assert find({}) == [] and stored(new) == before
+
+
+def test_a_copy_never_writes_where_the_original_goes_on(old: Path, use: Callable[[Path], Any]) -> None:
+    client = use(old)
+    client.create_run(experiment_id(client))
+    new = old.parent / "new"
+    copy(old, new)
+    fill(use(old), "of the original")
+    before = contents(old)
+    fill(use(new), "of the copy")
+    assert contents(old) == before and (new / "mlruns/ldm/models").is_dir()
