@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from ldm.base.errors import InputError
 from ldm.base.files import locked
 
+RESTORE = "restore it; after a merge, keep one side: `git checkout --ours dvc.lock`"
+
 
 @contextlib.contextmanager
 def open_repository(root: Path, wait: bool = False) -> Iterator[Any]:
@@ -22,7 +24,9 @@ def open_repository(root: Path, wait: bool = False) -> Iterator[Any]:
         with Repo(str(root), _wait_for_lock=wait) as repo:
             yield repo
     except DvcException as error:
-        raise InputError(f"{root}: DVC says: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split())
+        damaged = "dvc.lock" in said and ("validation failed" in said or "corrupted" in said)
+        raise InputError(f"{root}: DVC says: {said}{f'; {RESTORE}' if damaged else ''}") from None
 
 
 @contextlib.contextmanager
@@ -124,6 +128,5 @@ def read_yaml(path: Path) -> Any:
     with contextlib.suppress(DvcException):
         found = load_yaml(str(path))
     if not isinstance(found, dict):
-        advice = f"after a merge, keep one side: `git checkout --ours {path.name}`"
-        raise InputError(f"{path}: damaged, no keys and values; restore it ({advice})")
+        raise InputError(f"{path}: damaged, no keys and values; {RESTORE}")
     return found

@@ -93,6 +93,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings["evaluate"]["bound_levels"] = LEVELS
     settings["registry"]["level"] = 0.05
     (root / "params.yaml").write_text(yaml.safe_dump(settings))
+    (root / "dvc.yaml").touch()
     images, rng = root / "images", np.random.default_rng(0)
     images.mkdir()
     for number in range(60):
