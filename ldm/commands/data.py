@@ -53,7 +53,10 @@ def stats(
         limits = load_settings(project()).data.model_dump(include={"min_side", "max_pixels", "captions"})
     except InputError:  # not in a project
         limits = {}
-    found = inspect(_found(path), **limits)
+    place = _found(path)
+    if sheet.resolve().is_relative_to(place.resolve()):
+        raise InputError(f"--sheet {sheet}: lies in {place}, and would be one of its images next time; give another place")
+    found = inspect(place, **limits)
     for name, value in found.summary():
         print(f"{name:<12}{value}")
     if len(found.sheet):

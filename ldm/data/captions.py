@@ -224,10 +224,15 @@ def _csv_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(MAX_TEXT)
     reader = csv.reader(file, delimiter=separator, strict=True)
     header = [name.strip() for name in next(reader, [])]
-    if len(set(header)) < len(header) or not header:
-        raise ValueError(f"its first row must name the columns, each once; found {', '.join(header) or 'nothing'}")
+    while header and not header[-1]:  # spreadsheets write empty columns, too
+        header.pop()
+    if len(set(header)) < len(header) or "file_name" not in header or not {"text", "caption"} & set(header):
+        found = ", ".join(header) or "nothing"
+        raise ValueError(f"its first row must name the columns, file_name and text among them, each once; found {found}")
     try:
         for fields in filter(None, reader):
+            if not any(fields[len(header) :]):
+                del fields[len(header) :]
             if len(fields) != len(header):
                 found = f"line {reader.line_num} has {len(fields)} fields, the first row {len(header)}"
                 many = len(fields) > len(header)
@@ -293,6 +298,8 @@ def _from_tables(
         part = part.loc[[normal(prefix + image) not in without for image in part.file_name]].assign(**{ORIGIN: "table"})
         if missing := sorted(set(part.file_name) - mine):
             first, what = prefix + missing[0], "that are absent; add them or remove the rows"
+            if near := next((image for image in mine if image.lower() == missing[0].lower()), None):
+                what = f"that are absent, though {near!r} is there: names differ by upper and lower case, too"
             what = "that a table in a subfolder has too; keep one row of each" if first in known else what
             what = "that are there and are no images that are read; remove the rows" if first in others else what
             raise InputError(f"{folder / name}: names {len(missing)} images, as {missing[0]!r}, {what}")
@@ -332,6 +339,9 @@ def _without_files(folder: Path, images: list[str], convention: Convention) -> p
     if convention == "none":
         return table.assign(text="", **{ORIGIN: "none"})
     if top := next((name for name in images if "/" not in name), None):
+        if convention == "auto" and any("/" in name for name in images):
+            why = "is in no subfolder, whose name would be its caption, as for other images here"
+            raise InputError(f"{folder / top}: {why}; move it away, or add {ADVICE}")
         if convention == "auto":
             raise InputError(f"{folder}: {len(images)} images but no captions; add {ADVICE}, or set data.captions: none")
         raise InputError(f"{folder / top}: is in no subfolder, whose name would be its caption; data.captions is {convention}")
@@ -354,4 +364,4 @@ def _check_unused(folder: Path, unused: set[str], images: list[str], left_out: C
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         way = "folder names" if invented else "tables, or text files"
         what = f"looks like captions and is not used{more}: captions come from {ADVICE}"
-        raise InputError(f"{folder / found[0]}: {what}; to leave it out, set data.captions: {way}, or none")
+        raise InputError(f"{folder / found[0]}: {what}; to leave it out, move it away or set data.captions: {way}, or none")

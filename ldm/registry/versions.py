@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.base.errors import InputError, reason
 from ldm.base.paths import DECISION
+from ldm.base.project import find_root
 from ldm.registry import locations
-from ldm.registry.tracking import mlflow_client, short_patience
+from ldm.registry.tracking import mlflow_client, short_patience, use_default_store
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,9 @@ def by_alias(name: str, alias: str) -> Version | None:
 
 def find(tags: Mapping[str, str], name: str = "ldm") -> list[Version]:
     """Versions that carry all these tags (e.g. `{"ldm.git_commit": "…"}`), newest first; maybe none."""
+    if "MLFLOW_TRACKING_URI" not in os.environ:  # in an application; MLflow itself misreads folders with blanks or umlauts
+        with contextlib.suppress(InputError):
+            use_default_store(find_root())
     if (versions := read_sqlite(name)) is None:
         versions, client, query = [], connect(), f"name = '{name}'"
         aliases = [alias for model in client.search_registered_models(query) for alias in sorted(model.aliases.items())]

@@ -65,6 +65,7 @@ READ: dict[str, tuple[Files, str]] = {
     "table in UTF-16": ({"cat/metadata.csv": TABLE.encode("utf-16")}, "table"),
     "table with spaces in its head": ({"cat/metadata.csv": TABLE.replace("e,t", "e, t")}, "table"),
     "table of Windows": ({"metadata.csv": "file_name,text\r\ncat\\a.png,one\r\n.\\cat\\b.png,two\r\n"}, "table"),
+    "table with empty columns": ({"cat/metadata.csv": TABLE.replace("\n", ",,\n")}, "table"),
     "table with blank lines": ({"cat/metadata.csv": TABLE.replace("\n", "\n\n")}, "table"),
     "table that says caption": ({"cat/metadata.csv": TABLE.replace("text", "caption")}, "table"),
     "table of JSON lines": ({"cat/metadata.jsonl": LINES}, "table"),
@@ -139,6 +140,8 @@ STOPS: dict[str, tuple[Files, str]] = {
     "a row without a comma": ({"cat/metadata.csv": TABLE + "c.png\n"}, "line 4 has 1 fields, .*: give every image"),
     "backslashes before quotes": ({"cat/metadata.csv": TABLE + 'c.png,"a \\"red\\" cat"\n'}, 'line 4: .* write "" for a quote'),
     "an open quote": ({"cat/metadata.csv": TABLE + 'c.png,"a red cat\n'}, "line 4: unexpected end of data"),
+    "columns of other names": ({"cat/metadata.csv": "Dateiname;Text\na.png;x\n"}, "must name the columns, file_name and text"),
+    "a name in other letters": ({"cat/metadata.csv": TABLE.replace("a.png", "A.PNG")}, "though 'a.png' is there"),
     "a column twice": ({"cat/metadata.csv": "file_name,text,text\na.png,1,2\n"}, "each once; found file_name, text, text"),
     "commas between JSON lines": ({"cat/metadata.jsonl": LINES.replace("\n", ",\n")}, "line 1 is no JSON .* without commas"),
     "a JSON array": ({"cat/metadata.jsonl": json.dumps(ROWS)}, "line 1 holds list: write one object a line"),
@@ -209,6 +212,12 @@ def test_of_two_texts_the_first_kind_counts_if_text_files_are_meant(tmp_path: Pa
     put(tmp_path, beside(".txt", "1girl, red hair", "tags") | beside(".caption", "a girl", "x") | beside(".cls", "p", "q"))
     found = read_folder(tmp_path, "text files")
     assert found.table.text.tolist() == ["1girl, red hair", "tags"] and found.table.label.tolist() == ["p", "q"]
+
+
+def test_a_stray_picture_beside_classes_is_named(tmp_path: Path) -> None:
+    (put(tmp_path, {}) / "cover.png").write_bytes(PNG)
+    with pytest.raises(InputError, match=r"cover\.png: is in no subfolder, .* as for other images here; move it away"):
+        read_folder(tmp_path)
 
 
 def test_without_captions_a_folder_needs_none(tmp_path: Path) -> None:

@@ -95,8 +95,11 @@ def sidecar_latin1(folder: Path) -> None:
 COMPLAINTS = {
     "missing folder": (lambda folder: folder.rmdir(), ["no such folder", "data.path"]),
     "no images": (lambda folder: (folder / "a.txt").write_text("x"), ["holds no images", ".png"]),
-    "no captions": (lambda folder: put(folder, "a.png", "b/c.png"), ["2 images but no captions", "metadata.csv"]),
-    "no text column": (table_of("file_name,words\na.png,x\nb.png,y\n"), ["metadata.csv", "'text'", "file_name, words"]),
+    "no captions": (lambda folder: put(folder, "a.png", "b/c.png"), ["a.png: is in no subfolder", "metadata.csv"]),
+    "no text column": (
+        table_of("file_name,words\na.png,x\nb.png,y\n"),
+        ["metadata.csv", "file_name and text", "file_name, words"],
+    ),
     "image not there": (table_of("file_name,text\na.png,x\nb.png,y\nc.png,z\n"), ["metadata.csv", "names 1 images", "'c.png'"]),
     "image without row": (table_of("file_name,text\na.png,x\n"), ["metadata.csv", "no row for 1 images", "'b.png'"]),
     "two rows": (table_of("file_name,text\na.png,x\nb.png,y\na.png,z\n"), ["metadata.csv", "'a.png'", "more than one row"]),

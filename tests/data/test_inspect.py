@@ -121,6 +121,8 @@ def test_the_commands(shards: Path, shell, ldm, tmp_path: Path) -> None:  # type
     done = ldm(tmp_path, "data", "stats", str(shards), "--sheet", "sheet.png")
     assert done.returncode == 0 and "median" in done.stdout
     assert Image.open(tmp_path / "sheet.png").width > 8 * TILE
+    done = ldm(shards.parent / "source", "data", "stats", ".")
+    assert done.returncode == 2 and "contact_sheet.png: lies in" in done.stderr
     altered(sorted(shards.glob("*.tar"))[0], 600)
     done = shell(tmp_path, "ldm", "data", "check", str(shards))
     assert done.returncode == 1 and "sha256" in done.stdout and "dvc repro --force shard" in done.stderr

@@ -159,7 +159,7 @@ def test_a_project_keeps_its_models(
     gate_and_promote(root, 1)
     new, stored = root.parent / "a new place", folder_hash(root)
     (shutil.copytree if how == "copied" else shutil.move)(root, new)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new}/mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # as in an application
     monkeypatch.chdir(new)
     assert load("models:/ldm@champion").recipe == models["poor"].recipe
     frame = pd.DataFrame({"prompt": ["noise"]})
