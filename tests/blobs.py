@@ -45,6 +45,11 @@ def draw_blobs(folder: Path, count: int, seed: int, binary: bool = False) -> Non
 def make_project(root: Path, changes: dict[str, Any], binary: bool = False) -> Path:
     """A project of 160 blobs, sharded."""
     draw_blobs(root / "images/first", 160, seed=0, binary=binary)
+    return shard_blobs(root, changes)
+
+
+def shard_blobs(root: Path, changes: dict[str, Any]) -> Path:
+    """Make a project of the blobs in `root`, and shard them."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPOSITORY / name, root)
     set_params(root, SMALL)

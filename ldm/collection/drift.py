@@ -1,6 +1,5 @@
 """Drift: compare new images with the test images by the spread of their bounds over posterior samples of the decoder."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +13,7 @@ from ldm.base.errors import InputError
 from ldm.base.paths import MODEL, POSTERIOR
 from ldm.config import load_settings
 from ldm.data.batches import order
-from ldm.data.folders import Place, walk
+from ldm.data.folders import Place, counted, walk
 from ldm.data.images import SUFFIXES, UNREAD, Preprocessing, UnreadableImage
 from ldm.langevin.chains import Draws
 from ldm.langevin.decoder import DecoderPosterior
@@ -75,23 +74,17 @@ def drift(root: Path, folder: Path, sampler: str | None = None) -> Drift:
         raise InputError(f"{source}: its samples are of another decoder than models/ldm; run `dvc repro`")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a folder of images")
-    images, refused = list[str](), Counter[str]()
-    for name, reason in walk(folder):
-        if (suffix := PurePosixPath(name).suffix.lower()) in SUFFIXES | UNREAD:
-            if reason or suffix in UNREAD:
-                refused[reason or f"{suffix} is not read; convert it to JPEG or PNG"] += 1
-            else:
-                images.append(name)
+    found = {name: reason for name, reason in walk(folder) if PurePosixPath(name).suffix.lower() in SUFFIXES | UNREAD}
+    images, refused = [name for name, reason in found.items() if not reason], list(filter(None, found.values()))
     chosen = sorted(images[i] for i in order(0, len(images), 0, min(len(images), MOST))) if images else []
     preprocessing, pixels = Preprocessing(**model.recipe.preprocessing), dict[str, np.ndarray]()  # by file name, uint8 (C, H, W)
     for name in chosen:
         try:
             pixels[name] = preprocessing.as_seen(Place(folder / name).read())
         except UnreadableImage as error:
-            refused[str(error)] += 1
+            refused.append(str(error))
     if not pixels:
-        reasons = "; ".join(f"{count} refused: {reason}" for reason, count in refused.most_common())
-        raise InputError(f"{folder}: holds no readable images; {reasons or ', '.join(sorted(SUFFIXES))}")
+        raise InputError(f"{folder}: holds no readable images; {counted(refused) or ', '.join(sorted(SUFFIXES))}")
     stacked = torch.from_numpy(np.stack(list(pixels.values())))
     scores = DecoderPosterior(model.autoencoder, model.likelihood, draws).scores(stacked).numpy()
     reference = pd.read_csv(source / "scores.csv").score.to_numpy()

@@ -176,14 +176,12 @@ def _copy(inbox: Path, collection: Path, settle: float, captions: Convention, le
 
 def _survey(collection: Path, captions: Convention) -> tuple[dict[int, list[Path]], bool | None]:
     """The collection's images by size in bytes, and whether they have labels (None: no images); `InputError` if no batch fits."""
-    images, tars = defaultdict[int, list[Path]](list), list[str]()
+    images = defaultdict[int, list[Path]](list)
     for name, refusal in walk(collection):
         if name.lower().endswith(".tar"):
-            tars.append(name)
-        elif _is_image(name) and not refusal:
+            raise InputError(f"{collection / name}: a folder of tars takes no images; {ADVICE}")
+        if _is_image(name) and not refusal:
             images[(collection / name).stat().st_size].append(collection / name)
-    if tars:
-        raise InputError(f"{collection / tars[0]}: a folder of tars takes no images; {ADVICE}")
     if not images:
         return images, None
     found = read_folder(collection, captions)
@@ -213,7 +211,8 @@ def _ready(
                 raise InputError(f"{inbox / tables[0]}: {row['file_name']!r} has two captions; keep one")
     images = [name for name in ages if _is_image(name)]
     files = beside(images, ages.keys() - tables)
-    for name in (name for name in ages if name not in images and name not in tables and not name.lower().endswith(EXTENSIONS)):
+    others = ages.keys() - {*images, *tables}
+    for name in sorted(name for name in others if not name.lower().endswith(EXTENSIONS)):
         left[UNREAD_FORMAT if PurePosixPath(name).suffix.lower() in UNREAD else NO_IMAGE].append(name)
     for name in images:
         texts = files.get(name, {})

@@ -75,7 +75,7 @@ def read_captions(
         first = found if convention == "text files" else {}
         parts, rest = _from_tables(folder, [name for name in images if name not in first], tables, others, {*left_out, *first})
         rest = sorted({*rest, *first})
-        found = {name: of for name, of in found.items() if name in rest}
+        found = {name: found[name] for name in rest if name in found}
     used = {*tables, *(file for of in found.values() for file in of.values())}
     invented = bool(rest) and not found and not tables and convention not in ("tables", "text files")
     if convention == "auto":

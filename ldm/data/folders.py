@@ -4,7 +4,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -72,12 +72,10 @@ def read_folder(folder: Path, convention: Convention = "auto") -> Collection:
     found, others = [], {}  # others: name -> why it must not be opened, or ""
     refused, passed = dict[str, str](), dict[str, str]()
     for name, reason in walk(folder, passed):
-        suffix = PurePosixPath(name).suffix
-        if suffix.lower() in UNREAD:
-            refused[name] = reason or f"{suffix.lower()} is not read; convert it to JPEG or PNG"
-        elif suffix.lower() in SUFFIXES and not reason:
+        is_image = PurePosixPath(name).suffix.lower() in SUFFIXES | UNREAD
+        if is_image and not reason:
             found.append(name)
-        elif suffix.lower() in SUFFIXES or reason == LINKED_FOLDER:
+        elif is_image or reason == LINKED_FOLDER:
             refused[name] = reason
         elif name == PROMPTS and reason:
             raise InputError(f"{folder / name}: {reason}")
@@ -91,10 +89,20 @@ def read_folder(folder: Path, convention: Convention = "auto") -> Collection:
         places = [Place(folder / name) for name in captions.table.file_name]
         return Collection(captions.table, captions.origins, places, refused, dict(sorted(ignored.items())))
     ignored.update(PurePosixPath(name).suffix or name for name in others)
-    reasons = [f"{count} refused: {reason}" for reason, count in Counter(refused.values()).most_common()]
+    reasons = [counted(refused.values())] if refused else []
     reasons += [f"{count} passed over: {what}" for what, count in ignored.most_common()]
     advice = f"put captioned images there ({', '.join(sorted(SUFFIXES))})"
     raise InputError(f"{folder}: holds no images that are read; {'; '.join([*reasons, advice])}")
+
+
+def unread(suffix: str) -> str:
+    """Why an image of a format in `UNREAD` is refused."""
+    return f"{suffix} is not read; convert it to JPEG or PNG"
+
+
+def counted(reasons: Iterable[str]) -> str:
+    """The reasons of refused images, each with its number."""
+    return "; ".join(f"{count} refused: {reason}" for reason, count in Counter(reasons).most_common())
 
 
 def walk(folder: Path, passed: dict[str, str] | None = None) -> Iterator[tuple[str, str]]:
@@ -133,7 +141,9 @@ def _refusal(path: Path, root: Path) -> str:
         target = path.resolve(strict=True) if path.is_symlink() else None
         if target and not (target.is_relative_to(root) or CONTENT.search(target.as_posix())):
             return "a symbolic link that leaves the folder; move the file itself here"
-        return "" if path.is_file() else "not a regular file"
+        if not path.is_file():
+            return "not a regular file"
+        return unread(path.suffix.lower()) if path.suffix.lower() in UNREAD else ""
     except UnicodeEncodeError:
         return "its name is not UTF-8; rename it"
     except (OSError, RuntimeError):  # the latter: links that lead to each other

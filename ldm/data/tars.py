@@ -10,7 +10,7 @@ import pandas as pd
 from ldm.base.errors import InputError
 from ldm.data.captions import EXTENSIONS, MAX_TEXT, caption_of
 from ldm.data.conventions import Convention
-from ldm.data.folders import Collection, Place, left_behind, walk
+from ldm.data.folders import Collection, Place, counted, left_behind, unread, walk
 from ldm.data.images import SUFFIXES, UNREAD
 
 PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}  # suffixes that loaders are known to unpickle
@@ -47,8 +47,8 @@ def read_tars(folder: Path, convention: Convention = "auto") -> Collection:
             else:
                 ignored[f"(samples without an image in {name})"] += 1
     if not rows:
-        reasons = "; ".join(f"{count} refused: {reason}" for reason, count in Counter(refused.values()).most_common())
-        raise InputError(f"{folder}: its tars hold no images that are read; {reasons or ', '.join(sorted(SUFFIXES))}")
+        reasons = counted(refused.values()) or ", ".join(sorted(SUFFIXES))
+        raise InputError(f"{folder}: its tars hold no images that are read; {reasons}")
     table = pd.DataFrame(rows).sort_values("file_name", ignore_index=True)
     if "label" in table and table.label.isna().any():
         raise InputError(f"{folder}: {table.file_name[table.label.isna()].iloc[0]!r} has no label, as other samples do")
@@ -64,7 +64,7 @@ def _is_image(extension: str) -> bool:
 def _why_not(extension: str) -> str:
     if "." in extension:
         return f"its name has several dots, so that its extension is .{extension} to WebDataset; rename it"
-    return f".{extension} is not read; convert it to JPEG or PNG"
+    return unread(f".{extension}")
 
 
 def _texts(path: Path, parts: Parts) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from blobs import SMALL, draw_blobs, run_stages
+from blobs import SMALL, draw_blobs, run_stages, shard_blobs
 from safetensors.torch import save_file
 from tiny import REPOSITORY, environment, metrics, set_params
 
@@ -38,12 +38,7 @@ def sharded(root: Path, texts: list[str], test: int = 5, **changes: Any) -> Path
         (root / "images" / name).unlink()
     table["text"] = [texts[i % len(texts)] for i in range(len(table))]
     table[kept].to_csv(root / "images/metadata.csv", index=False)
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(REPOSITORY / name, root)
-    set_params(root, SMALL)
-    set_params(root, changes)
-    run_stages(root, "code", "shard", "pretrained")
-    return root
+    return shard_blobs(root, changes)
 
 
 # splits that are too small
