@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import yaml
-from tiny import REPOSITORY
+from tiny import REPOSITORY, refused
 from typer.testing import CliRunner
 
 import ldm.cli
@@ -83,14 +83,7 @@ def test_help_takes_a_moment():
 
 def test_a_model_that_is_not_there_is_refused_before_torch_is_imported(tmp_path):
     arguments = ["sample", "--prompt", "x", "--model", "no/such/folder", "--out", "x.png"]
-    code = f"""
-import sys, ldm.cli
-try:
-    ldm.cli.app({arguments}, standalone_mode=False)
-except ldm.cli.InputError as error:
-    print(error, 'torch' in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = refused(arguments, tmp_path)
     assert done.stdout.startswith("no/such/folder: holds no model.json") and done.stdout.endswith("False\n")
     assert done.stderr == "loading no/such/folder …\n"
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from PIL import Image
 from scipy import stats
+from tiny import refused
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from typer.testing import CliRunner
@@ -714,14 +715,7 @@ def test_pictures_are_named_by_their_numbers(saved, tmp_path):
 )
 def test_what_the_recipe_rules_out_is_said_before_torch_is_imported(arguments, message, saved):
     arguments = [*arguments, "--model", "model", "--out", "new.png"]
-    code = f"""
-import sys, ldm.cli
-try:
-    ldm.cli.app({arguments}, standalone_mode=False)
-except ldm.cli.InputError as error:
-    print(error, 'torch' in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=saved, capture_output=True, text=True, check=True)
+    done = refused(arguments, saved)
     assert message in done.stdout and done.stdout.endswith("False\n"), done.stdout
 
 

@@ -15,6 +15,18 @@ import yaml
 REPOSITORY = Path(__file__).parents[1]
 
 
+def refused(arguments: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    """`ldm` with arguments that it refuses: prints the reason, and whether torch was imported by then."""
+    code = f"""
+import sys, ldm.cli
+try:
+    ldm.cli.app({arguments}, standalone_mode=False)
+except ldm.cli.InputError as error:
+    print(error, 'torch' in sys.modules)
+"""
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+
+
 def metrics(dim: int) -> list[dict[str, Any]]:
     """All metrics, distances in a feature space of so many dimensions."""
     distances = [{"kind": kind, "features": {"kind": "pca", "dim": dim}} for kind in ("frechet", "kernel")]
