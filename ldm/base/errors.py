@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend, environment variables whose values are checked, and why something failed."""
+"""The one error that is the user's to mend, environment variables and disks that are checked, and why something failed."""
 
 import contextlib
 import errno
@@ -62,6 +62,14 @@ def disk_full(error: BaseException, *folders: Path) -> InputError | None:
     there = {folder: next(parent for parent in (folder, *folder.parents) if parent.is_dir()) for folder in named}
     free, place = min((shutil.disk_usage(there[folder]).free, folder) for folder in named)
     return InputError(f"{place}: the disk is full ({what}), {megabytes(free)} are free there; make room, then run this again")
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise an `InputError` if the disk of `folder`, which may not exist yet, has less than `needed` bytes free."""
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    if (missing := needed - (free := shutil.disk_usage(place).free)) > 0:
+        found = f"{what} need {megabytes(needed)}, and {megabytes(free)} are free there"
+        raise InputError(f"{folder}: {found}; make room for {megabytes(missing)} first")
 
 
 def megabytes(size: int) -> str:

@@ -2,11 +2,12 @@
 
 import copy
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from ldm.base.errors import InputError
@@ -16,6 +17,17 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
+
+
+def _names_one_version(name: str) -> str:
+    """Refuse an alias of a registered model: tomorrow it may name another version, and the stage would not run again."""
+    if name.startswith("models:/") and not re.fullmatch(r"models:/[\w.-]+/[1-9]\d*(@[0-9a-f]{12,64})?", name):
+        how = "models:/NAME/VERSION or models:/NAME/VERSION@HASH, 12 or more digits of its `ldm.model`"
+        raise ValueError(f"found {name!r}; a stage needs a version: write {how} (the nightly deployment resolves aliases)")
+    return name
+
+
+Weights = Annotated[str, Field(min_length=1), AfterValidator(_names_one_version)]  # a folder, models:/NAME/VERSION[@HASH], …
 
 
 class Section(BaseModel):

@@ -1,55 +1,47 @@
 """Ingest: move new images from an inbox into a dated batch of the collection, and version the collection with DVC.
 
-A kill loses and doubles nothing: images are copied to a hidden folder, which one rename makes the batch. Its list of the
-originals with their hashes tells, also the next call, what may leave the inbox. `dvc add` always comes last.
+An image is decoded as the `shard` stage does it before it is taken. What is not taken stays in the inbox, where `NOT_INGESTED`
+says why; nothing that lies there stops the rest. A kill loses and doubles nothing: images are copied to a hidden folder, which
+one rename makes the batch, and `dvc add` versions it. Only then may the originals leave the inbox: the batch's list of them, with
+their hashes, tells which, also the next call.
 """
 
-import csv
-import itertools
-import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import defaultdict
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from datetime import date
 from functools import cache
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ldm.base.errors import InputError
-from ldm.base.files import canonical_json, content_hash, file_hash, locked
-from ldm.config import load_settings
-from ldm.data.captions import EXTENSIONS, beside, caption_of, check_tables, is_table, normal, read_table
-from ldm.data.conventions import Convention
-from ldm.data.folders import read_folder, walk
-from ldm.data.images import SUFFIXES, UNREAD
+from ldm.base.errors import InputError, check_space
+from ldm.base.files import content_hash, file_hash
+from ldm.collection import batches
+from ldm.collection.batches import PARTIAL
+from ldm.collection.inbox import Inbox, Row, read_inbox, remaining, shown, waiting, without_needed, write_list
+from ldm.config import Data, load_settings
+from ldm.data.captions import NOT_INGESTED
+from ldm.data.conventions import BATCH_TABLE, Convention
+from ldm.data.folders import Place, read_folder, walk
+from ldm.data.images import Preprocessing, UnreadableImage
+from ldm.data.parallel import IMAGES_PER_WORKER, default_workers, mapped
 from ldm.versioning.repository import held, open_repository
 
 SETTLE = 10.0  # seconds without a change after which a file counts as complete
-PARTIAL = ".ingest.partial"  # in the collection; DVC (.dvcignore) and `read_folder` ignore it
-ORIGINALS = ".ingest.json"  # in a batch whose originals may still be in the inbox: their hashes by name
 LISTED = 3  # names in a line of the report
+REASONS = 10  # lines of the report about files that stay
 ADVICE = "set data.path in params.yaml to a folder for your own images, e.g. data/raw/mine"
 
-# Why a file stays in the inbox:
+# Why an image stays, beside what `inbox` and decoding say:
 KNOWN = "already in the collection"
-WAITING = f"changed in the last {SETTLE:.0f} s, so perhaps still being written"
-TABLE = "metadata.csv"  # of a batch
-UNCAPTIONED = "without a caption (a row of the table, or a .txt beside it)"
+LABELLED = "with a label, and the collection's images have none; drop the label"
 UNLABELLED = "without a label, which other images have"
-UNREADABLE = "not readable for this user"
-UNNAMED = "with a name that is not UTF-8"
-UNREAD_FORMAT = "of a format that is not read; convert them to JPEG or PNG"
-NO_IMAGE = "no images"
-NO_FILE = "folders or links, which are not looked into"
-
-Row = dict[Any, Any]  # of a caption table: `file_name`, `text`, further columns
 
 
 @dataclass(frozen=True)
@@ -57,55 +49,82 @@ class Ingested:
     inbox: Path
     batch: str | None  # the new folder, relative to the project; None if nothing was new
     moved: tuple[str, ...]  # names of the images in it
-    left: dict[str, list[str]]  # reason -> names of files that stay in the inbox
+    left: dict[str, str]  # file name -> reason: what stays in the inbox
+    news: dict[str, str]  # of `left`, what the last ingest did not say
+    forgotten: tuple[str, ...]  # file names of deleted images, whose rows were taken out of their batches
     pointer: str | None  # the collection's .dvc file, relative to the project; None if there is no collection yet
+    newest: date | None  # day of the newest batch
 
     def lines(self) -> list[str]:
         """The report, for people."""
-        lines = [f"{len(self.moved)} images moved to {self.batch}" if self.batch else f"nothing moved from {self.inbox}"]
-        for reason, names in sorted(self.left.items()):
-            listed = ", ".join([*names[:LISTED], "…"] if len(names) > LISTED else names)
-            lines.append(f"{len(names)} left, {reason}: {listed.encode(errors='backslashreplace').decode()}")
+        first = f"{len(self.moved)} images moved to {self.batch}" if self.batch else f"nothing moved from {self.inbox}"
+        lines = [f"{first}; {len(self.left)} files stay, {NOT_INGESTED} there says why" if self.left else first]
+        by_reason = defaultdict[str, list[str]](list)
+        for name, reason in self.news.items():
+            by_reason[reason].append(name)
+        most = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
+        lines += [f"{len(names)} left, {reason}: {_some(names)}" for reason, names in most[:REASONS]]
+        lines += [f"{len(most) - REASONS} more reasons: {self.inbox / NOT_INGESTED}"] if len(most) > REASONS else []
+        lines += [f"{len(self.forgotten)} deleted, their captions too: {_some(self.forgotten)}"] if self.forgotten else []
         lines += [f"versioned by {self.pointer}: commit that to git"] if self.pointer else []
-        return [f"ingest: {line}" for line in lines]
+        return [shown(f"ingest: {line}") for line in lines]
 
 
-def ingest(root: Path, inbox: Path, *, settle: float = SETTLE) -> Ingested:
+class _Bytes(NamedTuple):
+    """Of an image file."""
+
+    sha256: str
+    size: int
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:LISTED], "…"] if len(names) > LISTED else names)
+
+
+def ingest(root: Path, inbox: Path, *, settle: float = SETTLE, versioned: Callable[[str], object] | None = None) -> Ingested:
     """Move new images from `inbox` to `data.path/YYYY-MM-DD` (UTC; `-2`, `-3`, … if that exists); `dvc add` the collection.
 
-    An image is new if it lies directly in `inbox`, has a caption there, equals no image of the collection and none before it in
-    `inbox`, and neither it nor its caption has changed for `settle` seconds. Raises `InputError` for a collection that takes no
-    batches, a damaged table, labels that do not match the collection's, and if `dvc add` fails.
+    An image is new if it lies directly in `inbox`, has a caption there, can be decoded under the settings of `data`, equals no
+    image of the collection and none before it in `inbox`, and neither it nor its caption has changed for `settle` seconds.
+    Rows of images that were deleted from a batch are taken out (`batches.forget`). `versioned` gets the collection's .dvc file,
+    relative to the project, before originals leave the inbox: a caller commits it.
+    Raises `InputError` for a collection that takes no batches, a full disk, and if `dvc add` fails.
     """
-    root, inbox = root.resolve(), inbox.resolve()
+    root, inbox, data = root.resolve(), inbox.resolve(), load_settings(root).data
     if not (inbox.is_dir() and os.access(inbox, os.R_OK | os.W_OK | os.X_OK)):
         raise InputError(f"{inbox}: no folder that this user may read and write")
-    if (captions := load_settings(root).data.captions) == "folder names":
+    if data.captions == "folder names":
         raise InputError("data.captions is folder names, and a batch has its captions in a table; set it to auto")
-    (root / ".ldm").mkdir(exist_ok=True)
-    left, batch = defaultdict[str, list[str]](list), None
-    with locked(root / ".ldm/ingest.lock"):  # a second ingest waits
-        try:
-            with open_repository(root) as repo:
-                collection = _collection(root, inbox, repo)
-                shutil.rmtree(collection / PARTIAL, ignore_errors=True)
-                for originals in sorted(collection.glob(f"*/{ORIGINALS}")):
-                    _clear(originals)
-                if taken := _copy(inbox, collection, settle, captions, left):
+    batch = None
+    with batches.changing(root):
+        with open_repository(root) as repo:
+            collection = _collection(root, inbox, data.path, repo)
+            done = batches.unfinished(collection)
+            forgotten = batches.take_out(collection, batches.deleted(collection))
+            found = read_inbox(inbox, settle, data.captions)
+            try:
+                if taken := _take(found, inbox, collection, data, Path(repo.cache.local.path), waiting(settle)):
                     with held(repo, collection):  # a running stage would record the batch as read though it has not seen it
-                        batch = _free_name(collection)
+                        batch = batches.free_name(collection)
                         os.rename(collection / PARTIAL, batch)
-                    _sync(collection)
-                    _clear(batch / ORIGINALS)
-        except OSError as error:
-            raise InputError(f"{error.filename or inbox}: {error.strerror}; mend that and run ingest again") from None
-        pointer = _version(root, collection) if any(walk(collection)) else None
-    return Ingested(inbox, batch.relative_to(root).as_posix() if batch else None, taken, dict(left), pointer)
+                    batches.sync(collection)
+                    done.append(batch)
+            finally:
+                shutil.rmtree(collection / PARTIAL, ignore_errors=True)
+        made = any(walk(collection)) or collection.with_name(f"{collection.name}.dvc").is_file()  # the latter: all was deleted
+        pointer = version(root, collection) if made and collection.is_dir() else None
+        if pointer and versioned:
+            versioned(pointer)
+        for one in done:
+            batches.clear(one)
+        left = remaining(inbox, found.left)
+        news, newest = write_list(inbox, left), batches.newest(collection)
+    name = batch.relative_to(root).as_posix() if batch else None
+    return Ingested(inbox, name, taken, left, news, tuple(forgotten), pointer, newest)
 
 
-def _collection(root: Path, inbox: Path, repo: Any) -> Path:
+def _collection(root: Path, inbox: Path, name: str, repo: Any) -> Path:
     """The folder `data.path`. It must be inside the project, made by no stage, versioned on its own, and complete here."""
-    name = load_settings(root).data.path
     folder = (root / name).resolve()
     if folder == root or not folder.is_relative_to(root):
         raise InputError(f"data.path {name}: not a folder inside the project; {ADVICE}")
@@ -114,10 +133,7 @@ def _collection(root: Path, inbox: Path, repo: Any) -> Path:
     for out in repo.index.outs:
         path, stage = Path(out.fs_path), out.stage
         if path == folder and not stage.cmd:
-            # A file that is neither here nor in DVC's cache was never fetched: `dvc add` would drop it from the collection.
-            tree = out.get_obj()
-            if tree is None or not all(folder.joinpath(*key).exists() or out.cache.exists(file.value) for key, _, file in tree):
-                raise InputError(f"data.path {name}: not all of it is here; `dvc pull`, or `dvc add {name}` if this is all")
+            batches.check_complete(out, name)  # else `dvc add` would drop the rest from the collection
         elif path.is_relative_to(folder) or folder.is_relative_to(path):
             by = f"stage {stage.name} writes" if stage.cmd else f"{stage.path_in_repo} versions"
             raise InputError(f"data.path {name}: {by} {path.relative_to(root)}; {ADVICE}")
@@ -128,50 +144,54 @@ def _collection(root: Path, inbox: Path, repo: Any) -> Path:
     return folder
 
 
-def _copy(inbox: Path, collection: Path, settle: float, captions: Convention, left: dict[str, list[str]]) -> tuple[str, ...]:
-    """Write the new images to `PARTIAL` as a complete batch; without new images there is no such folder. Returns their names."""
-    known, labelled = _survey(collection, captions)
-    rows, sidecars = _ready(inbox, settle, captions, left)
-    with_label = next((name for name, row in rows.items() if "label" in row), None)
-    if with_label and labelled is False:
-        raise InputError(f"{with_label}: has a label, and the images of {collection} have none; drop the inbox's column label")
-    known_hash = cache(file_hash)
-    partial, taken = collection / PARTIAL, dict[str, str]()  # sha256 -> name
-    for name, row in rows.items():
-        if "label" not in row and (labelled or with_label):
-            left[UNLABELLED].append(name)
-            continue
+def _take(found: Inbox, inbox: Path, collection: Path, data: Data, store: Path, changed: str) -> tuple[str, ...]:
+    """Write the new images to `PARTIAL` as a complete batch and return their names; the others go to `found.left`."""
+    sizes, labelled = _survey(collection, data.captions)
+    left, partial = found.left, collection / PARTIAL
+    rows = found.rows if labelled is None else _alike(found.rows, labelled, left)
+    new, copies = _hashed(inbox, list(rows), sizes, left)
+    recipe = Preprocessing(**data.model_dump(include={field.name for field in fields(Preprocessing)}))
+
+    def check(name: str) -> None:
+        blob = _unchanged(inbox / name, new[name].sha256, changed)
+        recipe.read(blob, min_side=data.min_side, max_pixels=data.max_pixels)
+
+    with mapped(check, list(new), _workers(len(new))) as results:
+        left |= {name: str(error) for name, error in zip(new, results, strict=True) if error}
+    good = {name: rows[name] for name in new if name not in left}
+    if labelled is None:  # decided by images that can be read
+        good = _alike(good, any("label" in row for row in good.values()), left)
+    _check_space(inbox, collection, store, sum(new[name].size for name in good))
+    originals = dict[str, str]()
+    for name in good:
         try:
-            digest, size = file_hash(inbox / name), (inbox / name).stat().st_size
-        except FileNotFoundError:
-            continue
-        except OSError:
-            left[UNREADABLE].append(name)
-            continue
-        if digest in taken or any(known_hash(path) == digest for path in known[size]):
-            left[KNOWN].append(name)
-            continue
-        partial.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(inbox / name, partial / name)
-        if file_hash(partial / name) == digest:
-            taken[digest] = name
+            partial.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(_unchanged(inbox / name, new[name].sha256, changed))
+        except UnreadableImage as error:
+            left[name] = str(error)
         else:
-            (partial / name).unlink()
-            left[WAITING].append(name)
-    if taken:
-        table = pd.DataFrame([rows[name] for name in taken.values()])
-        table = table[["file_name", "text", *table.columns.difference(["file_name", "text"], sort=False)]]
-        # Quote everything: csv leaves a lone carriage return bare, which readers take for the end of a row.
-        table.to_csv(partial / TABLE, index=False, quoting=csv.QUOTE_ALL, errors="backslashreplace")
-        originals = {name: digest for digest, name in taken.items()}
-        stay = [path.name for path in inbox.iterdir() if _is_image(path.name) and path.name not in originals]
-        needed = {file for files in beside(stay, os.listdir(inbox)).values() for file in files.values()}
-        read = [item for name in originals.keys() & sidecars for item in sidecars[name].items()]
-        originals |= {name: digest for name, digest in read if name not in needed}
-        (partial / ORIGINALS).write_text(canonical_json({"inbox": str(inbox), "files": originals}), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-    return tuple(taken.values())
+            batches.sync(partial / name)
+            originals[name] = new[name].sha256
+    left |= {name: left.get(first, KNOWN) for name, first in copies.items()}
+    if originals:
+        batches.write_table(partial / BATCH_TABLE, _table([good[name] for name in originals]))
+        captions = {file: digest for name in originals for file, digest in found.captions[name].items()}
+        batches.write_originals(partial, inbox, without_needed(inbox, captions | originals))
+        batches.sync(partial)
+    return tuple(originals)
+
+
+def _unchanged(path: Path, sha256: str, changed: str) -> bytes:
+    """The bytes of an image, which are those that were hashed before; raises `UnreadableImage`."""
+    blob = Place(path).read()
+    if content_hash(blob) != sha256:
+        raise UnreadableImage(changed)
+    return blob
+
+
+def _table(rows: list[Row]) -> pd.DataFrame:
+    table = pd.DataFrame(rows, dtype=object)
+    return table[["file_name", "text", *table.columns.difference(["file_name", "text"], sort=False)]]
 
 
 def _survey(collection: Path, captions: Convention) -> tuple[dict[int, list[Path]], bool | None]:
@@ -180,7 +200,7 @@ def _survey(collection: Path, captions: Convention) -> tuple[dict[int, list[Path
     for name, refusal in walk(collection):
         if name.lower().endswith(".tar"):
             raise InputError(f"{collection / name}: a folder of tars takes no images; {ADVICE}")
-        if _is_image(name) and not refusal:
+        if batches.is_image(name) and not refusal:
             images[(collection / name).stat().st_size].append(collection / name)
     if not images:
         return images, None
@@ -191,90 +211,48 @@ def _survey(collection: Path, captions: Convention) -> tuple[dict[int, list[Path
     return images, "label" in found.table
 
 
-def _ready(
-    inbox: Path, settle: float, captions: Convention, left: dict[str, list[str]]
-) -> tuple[dict[str, Row], dict[str, dict[str, str]]]:
-    """Images that are complete and have a caption: rows of the batch's table, and sha256 of the files beside each, by name."""
-    ages, now = dict[str, float](), time.time()
-    for path in sorted(inbox.glob("[!.]*")):
-        if path.is_symlink() or not path.is_file():
-            left[NO_FILE].append(path.name)
-        else:
-            ages[path.name] = abs(now - path.stat().st_mtime)  # far in the future: another machine's clock, not a writer
-    tables = [name for name in ages if is_table(name)]
-    listed, rows, sidecars = dict[str, Row](), dict[str, Row](), dict[str, dict[str, str]]()
-    if tables and all(ages[name] >= settle for name in tables):
-        check_tables(inbox, tables)
-        for row in read_table(inbox / tables[0]).to_dict("records"):  # also of images that have left
-            earlier = listed.setdefault(normal(row["file_name"]), row)
-            if earlier["text"] != row["text"] and (inbox / row["file_name"]).exists():
-                raise InputError(f"{inbox / tables[0]}: {row['file_name']!r} has two captions; keep one")
-    images = [name for name in ages if _is_image(name)]
-    files = beside(images, ages.keys() - tables)
-    others = ages.keys() - {*images, *tables}
-    for name in sorted(name for name in others if not name.lower().endswith(EXTENSIONS)):
-        left[UNREAD_FORMAT if PurePosixPath(name).suffix.lower() in UNREAD else NO_IMAGE].append(name)
-    for name in images:
-        texts = files.get(name, {})
-        if not _is_text(name):
-            left[UNNAMED].append(name)
-        elif any(ages[file] < settle for file in (name, *texts.values(), *tables)):
-            left[WAITING].append(name)
-        else:
-            found = {"text": ""} if captions == "none" else listed.get(normal(name))
-            if found is None:
-                with suppress(OSError, InputError):
-                    blobs = {extension: (inbox / file).read_bytes() for extension, file in texts.items()}
-                    caption = caption_of(blobs, name, captions)
-                    found = {key: caption[key] for key in ("text", "label") if key in caption}
-                    taken = [part for part in blobs if part != "json" or caption.keys() <= found.keys()]  # else it holds more
-                    sidecars[name] = {texts[part]: content_hash(blobs[part]) for part in taken}
-            if found and _is_text(found["text"]):
-                rows[name] = found | {"file_name": name}
+def _alike(rows: dict[str, Row], labelled: bool, left: dict[str, str]) -> dict[str, Row]:
+    """The rows that have a label, or those that have none; the others go to `left`."""
+    left |= {name: LABELLED if "label" in row else UNLABELLED for name, row in rows.items() if ("label" in row) != labelled}
+    return {name: row for name, row in rows.items() if ("label" in row) == labelled}
+
+
+def _hashed(
+    inbox: Path, names: list[str], sizes: dict[int, list[Path]], left: dict[str, str]
+) -> tuple[dict[str, _Bytes], dict[str, str]]:
+    """The images that are new, and for each copy of one of these its name; the others go to `left`."""
+
+    def measured(name: str) -> _Bytes:
+        blob = Place(inbox / name).read()
+        return _Bytes(content_hash(blob), len(blob))
+
+    known_hash, first, new, copies = cache(file_hash), dict[str, str](), dict[str, _Bytes](), dict[str, str]()
+    with mapped(measured, names, _workers(len(names))) as results:
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, UnreadableImage):
+                left[name] = str(result)
+            elif result.sha256 in first:
+                copies[name] = first[result.sha256]
+            elif any(known_hash(path) == result.sha256 for path in sizes.get(result.size, ())):
+                left[name] = KNOWN
             else:
-                left[UNCAPTIONED].append(name)
-    return rows, sidecars
+                new[name], first[result.sha256] = result, name
+    return new, copies
 
 
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+def _workers(images: int) -> int:
+    return min(default_workers(), images // IMAGES_PER_WORKER)
 
 
-def _is_text(value: str) -> bool:
-    """Whether a caption table can hold a string."""
-    with suppress(UnicodeEncodeError):
-        return b"\0" not in value.encode()
-    return False
+def _check_space(inbox: Path, collection: Path, store: Path, needed: int) -> None:
+    """Raise `InputError` if the batch, or its copies in DVC's cache once the originals are gone, would not fit on a disk."""
+    disks = [next(path for path in (at, *at.parents) if path.is_dir()).stat().st_dev for at in (inbox, collection, store)]
+    check_space(collection, needed * (2 if disks[0] != disks[1] == disks[2] else 1), "new images")
+    check_space(store, needed, "new images in DVC's cache")
 
 
-def _free_name(collection: Path) -> Path:
-    day = f"{datetime.now(UTC):%Y-%m-%d}"
-    names = itertools.chain([day], (f"{day}-{number}" for number in itertools.count(2)))
-    return next(path for path in map(collection.joinpath, names) if not path.exists())
-
-
-def _clear(originals: Path) -> None:
-    """Remove the files on the list that have not changed from the inbox, then the list."""
-    record = json.loads(originals.read_text(encoding="utf-8"))
-    for name, digest in record["files"].items():
-        path = Path(record["inbox"], name)
-        with suppress(FileNotFoundError):
-            if file_hash(path) == digest:
-                path.unlink()
-    originals.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Flush to the disk: originals are removed next, and after a power cut their copies must not be empty."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _version(root: Path, collection: Path) -> str:
-    """`dvc add` the collection; returns the name of its .dvc file."""
+def version(root: Path, collection: Path) -> str:
+    """`dvc add` the collection; returns the name of its .dvc file, relative to the project."""
     name = collection.relative_to(root).as_posix()
     # Without relinking: for that DVC removes files, which a kill would leave out of the collection.
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "add", "--no-relink", name]

@@ -90,8 +90,9 @@ def ingest(
 ) -> None:
     """Move what is new in a watched folder into a dated batch of the collection `data.path`, versioned by DVC.
 
-    Images that are in the collection already, have no caption yet or are still being written stay where they are. A call
-    that is killed loses nothing; the next one continues. `ldm run --ingest FOLDER` ingests and then runs the pipeline.
+    Images that are damaged, in the collection already, without a caption or still being written stay where they are;
+    NOT_INGESTED.csv there says why, and what is new in it is printed. A call that is killed loses nothing; the next one
+    continues. `ldm run --ingest FOLDER` ingests and then runs the pipeline.
     """
     from ldm.collection.ingest import ingest
 

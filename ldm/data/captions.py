@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ldm.base.errors import InputError
-from ldm.data.conventions import Convention
+from ldm.data.conventions import BATCH_TABLE, Convention, batch_date
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # in upper or lower case
 TEXTS = ("txt", "caption")  # extensions of a caption alone
 EXTENSIONS = (*TEXTS, "json", "cls")  # of files that belong to the image of their name
 PROMPTS = "prompts.csv"
+NOT_INGESTED = "NOT_INGESTED.csv"  # in an inbox: the files that stay there, and why
 ORIGINS = {
     "table": "tables",
     "file": "files of their own",
@@ -29,7 +30,9 @@ MAX_TEXT = 2**20  # bytes of a caption or of an image's JSON
 # What looks like captions, by its suffix, unless it is about the collection:
 TEXTUAL = {".txt", ".caption", ".captions", ".cap", ".tags", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xlsx",
            ".xls", ".ods", ".xml", ".yaml", ".yml"}  # fmt: skip
-ABOUT = re.compile(r"(read.?me|licen[sc]e|copying|notice|changelog|citation|requirements|dataset_infos?|classes)([\W_].*)?", re.I)
+ABOUT = re.compile(
+    r"(read.?me|licen[sc]e|copying|notice|changelog|citation|requirements|dataset_infos?|classes|not_ingested)([\W_].*)?", re.I
+)
 NAMED = re.compile(r"metadata|caption|annotation|label|prompt|tags|text|description", re.I)
 ADVICE = "a metadata.csv (file_name,text), a .txt file beside each image, or a subfolder for each class"
 
@@ -40,6 +43,7 @@ class Captions(NamedTuple):
     table: pd.DataFrame
     origins: list[str]  # of each caption: table, file, folder name or none
     files: set[str]  # that were read
+    deleted: int = 0  # rows of batches whose images are gone
 
 
 def is_table(name: str) -> bool:
@@ -58,12 +62,13 @@ def read_captions(
 
     `others` are files that are no images, with the reason why one must not be opened, or ""; `left_out` images that are refused
     or passed over, whose captions may be there.
-    Raises `InputError` for an image without a caption, a caption without an image, and for what looks like captions and is
-    not used, unless `convention` says which count: "tables" or "text files" first, the rest from the other; or neither.
+    Raises `InputError` for an image without a caption, a caption without an image (but in a batch, where deleting an image is
+    enough), and for what looks like captions and is not used, unless `convention` says which count: "tables" or "text files"
+    first, the rest from the other; or neither.
     """
     files = {name for name, reason in others.items() if not reason}
     if convention in ("folder names", "none"):
-        found, tables, parts, rest = dict[str, dict[str, str]](), list[str](), list[pd.DataFrame](), sorted(images)
+        found, tables, parts, rest, deleted = dict[str, dict[str, str]](), list[str](), list[pd.DataFrame](), sorted(images), 0
     else:
         tables = [name for name in others if is_table(name)]
         if unreadable := next((name for name in tables if others[name]), None):
@@ -73,7 +78,8 @@ def read_captions(
         if convention == "text files":  # then tables have the rest; otherwise it is the other way round
             found = {name: of for name, of in found.items() if not of.keys().isdisjoint(TEXTS)}
         first = found if convention == "text files" else {}
-        parts, rest = _from_tables(folder, [name for name in images if name not in first], tables, others, {*left_out, *first})
+        unread = [name for name in images if name not in first]
+        parts, rest, deleted = _from_tables(folder, unread, tables, others, {*left_out, *first})
         rest = sorted({*rest, *first})
         found = {name: found[name] for name in rest if name in found}
     used = {*tables, *(file for of in found.values() for file in of.values())}
@@ -91,7 +97,7 @@ def read_captions(
         raise InputError(
             f"{folder / unlabelled}: has no label, as other images here do; give every image one, or drop the column"
         )
-    return Captions(table, table.pop(ORIGIN).tolist(), used)
+    return Captions(table, table.pop(ORIGIN).tolist(), used, deleted)
 
 
 def check_tables(folder: Path, tables: list[str]) -> None:
@@ -198,7 +204,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
-        for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except Exception as error:  # a damaged file raises anything: OverflowError, NotImplementedError, …
+            raise ValueError(" ".join(str(error).split())) from None
+        for number, row in enumerate(rows, start=1):
             yield f"row {number}", json.loads(json.dumps(row, default=_as_text))
         return
     with path.open("rb") as file:
@@ -276,8 +286,9 @@ def _described(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_tables(
     folder: Path, images: list[str], tables: list[str], others: Collection[str], left_out: Collection[str]
-) -> tuple[list[pd.DataFrame], list[str]]:
-    """The rows of each table, for the images of its folder and below that no deeper table has; and the images without a table."""
+) -> tuple[list[pd.DataFrame], list[str], int]:
+    """The rows of each table, for the images of its folder and below that no deeper table has; the images without a table; and
+    how many rows of batches are passed over, as their images were deleted."""
     by_folder = {name.removesuffix(PurePosixPath(name).name): name for name in tables}
     below, rest, parts = {name: set[str]() for name in tables}, list[str](), list[pd.DataFrame]()
     for image in images:
@@ -286,7 +297,7 @@ def _from_tables(
             rest.append(image)
         else:
             below[by_folder[nearest]].add(image.removeprefix(nearest))
-    known, without = set(images), set(map(normal, left_out))
+    known, without, deleted = set(images), set(map(normal, left_out)), 0
     for prefix, name in sorted(by_folder.items()):
         part, mine = read_table(folder / name), below[name]
         forms = {normal(image): image for image in mine}
@@ -296,6 +307,9 @@ def _from_tables(
             twice = part.file_name[part.file_name.duplicated()].iloc[0]
             raise InputError(f"{folder / name}: {twice!r} has more than one row; keep one caption an image")
         part = part.loc[[normal(prefix + image) not in without for image in part.file_name]].assign(**{ORIGIN: "table"})
+        if name == prefix + BATCH_TABLE and batch_date(prefix.removesuffix("/")):
+            here = [prefix + image in known or prefix + image in others for image in part.file_name]
+            part, deleted = part.loc[here], deleted + here.count(False)
         if missing := sorted(set(part.file_name) - mine):
             first, what = prefix + missing[0], "that are absent; add them or remove the rows"
             if near := next((image for image in mine if image.lower() == missing[0].lower()), None):
@@ -306,9 +320,9 @@ def _from_tables(
         if missing := sorted(mine - set(part.file_name)):
             found = f"has no row for {len(missing)} images, as {missing[0]!r}"
             raise InputError(f"{folder / name}: {found}; add rows or remove the images")
-        part["file_name"] = prefix + part.file_name
+        part["file_name"] = [prefix + image for image in part.file_name]
         parts.append(part)
-    return parts, sorted(rest)
+    return parts, sorted(rest), deleted
 
 
 def _prefixes(image: str) -> Iterator[str]:

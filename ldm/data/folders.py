@@ -86,6 +86,8 @@ def read_folder(folder: Path, convention: Convention = "auto") -> Collection:
     if found:
         captions = read_captions(folder, found, others, refused.keys() | passed.keys(), convention)
         ignored.update(PurePosixPath(name).suffix or name for name in others if name not in captions.files)
+        if captions.deleted:
+            ignored["rows of deleted images"] = captions.deleted
         places = [Place(folder / name) for name in captions.table.file_name]
         return Collection(captions.table, captions.origins, places, refused, dict(sorted(ignored.items())))
     ignored.update(PurePosixPath(name).suffix or name for name in others)

@@ -69,16 +69,7 @@ def write_latents(
         facts = {"version": 2, "preprocessing": made_from["preprocessing"], "flip": flip, "files": files}
         manifest = {**identity, **facts, "latent_mean": mean.tolist(), "latent_std": (square - mean**2).sqrt().tolist()}
         (partial / "manifest.json").write_text(canonical_json(manifest))
-    prune_store(store, out)
     return manifest, reused
-
-
-def prune_store(store: Path, latents: Path) -> None:
-    """Remove all files that the folder `latents` does not hold; DVC may have restored that without running the stage."""
-    kept = {file["sha256"] for file in json.loads((latents / "manifest.json").read_text())["files"]}
-    for path in store.glob("*"):
-        if path.stem.rpartition("-")[2] not in kept:
-            path.unlink(missing_ok=True)  # another run may have removed it
 
 
 def _encode_shard(

@@ -3,16 +3,16 @@
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.base.errors import InputError, megabytes
+from ldm.base.errors import InputError, check_space
+from ldm.base.options import chosen
 from ldm.base.paths import LATENT_STORE, LATENTS, SHARDS
 from ldm.config import Settings
 from ldm.data.reader import SPLITS, stage_shards
-from ldm.nets.text.encoder import Unavailable
+from ldm.nets.text.encoder import Text, Unavailable
 from ldm.training.options import Training
 
 CAPTIONS = 1 << 18  # of each split that are read, at most: what takes seconds
@@ -43,6 +43,70 @@ def check_part(settings: Settings, decoder: Any) -> None:
         part_of(decoder, settings.posterior.part)
 
 
+def check_fetched(folder: Path, setting: str, name: str) -> None:
+    """Raise an `InputError` if the stage `pretrained` has not written what the setting names to `folder`."""
+    source = folder / "source.txt"
+    if not source.is_file() or source.read_text() != f"{name}\n":
+        raise InputError(f"{folder}: is not {setting} {name}; run the stage pretrained first")
+
+
+def check_initial(
+    root: Path, settings: Settings, folder: Path, latents: Mapping[str, Any] | None = None, pretrained: str | None = None
+) -> None:
+    """Raise an `InputError` if the weights of a saved model's U-Net would mean something else under these settings.
+
+    `latents` is the manifest of those that it is to be trained on. Before there are any, `pretrained` is the hash of what
+    `autoencoder.pretrained` names. Noise levels may be others, as long as the network is told the same time for each.
+    """
+    import torch
+
+    from ldm.diffusion.options import Diffusion, read_recipe
+    from ldm.nets.backbone import load_backbone
+
+    recipe, net = read_recipe(folder), load_backbone(folder / "unet", shape_only=True)
+    with torch.device("meta"):
+        described = settings.backbone.build(settings.autoencoder.latent_channels, net.config["cross_attention_dim"])
+    pairs = {key: (value, _shape(net).get(key)) for key, value in _shape(described).items()}
+    ours, theirs = settings.diffusion, Diffusion.model_validate(recipe.diffusion)
+    pairs["diffusion.prediction"] = ours.prediction, theirs.prediction
+    if not _same_times(ours, theirs):
+        pairs["diffusion.noise"] = ours.noise.model_dump(), theirs.noise.model_dump()
+    pairs |= _texts(settings.text.located(root), recipe.text["options"])
+    hashes = {"autoencoder": recipe.autoencoder, "text_encoder": recipe.text["sha256"]}
+    known = latents or ({"autoencoder": pretrained} if pretrained and not settings.train_vae.images else {})
+    pairs |= {f"the hash of {name}": (known[name][:12], there[:12]) for name, there in hashes.items() if name in known}
+    if differ := [f"{key} is {here}, but it has {there}" for key, (here, there) in pairs.items() if here != there]:
+        hint = "the rebuild deployment (or train_unet.init: null) starts from nothing"
+        name = settings.train_unet.init
+        raise InputError(f"train_unet.init {name} is not what params.yaml describes: {'; '.join(differ)}; {hint}")
+
+
+def _shape(net: Any) -> dict[str, Any]:
+    """The constructor's arguments of a backbone as its folder would have them, by the keys of the settings."""
+    config = net.from_diffusers(net.DEFAULTS | net.to_diffusers(net.config))
+    named = {f"backbone.{key}": value for key, value in config.items() if key not in ("in_channels", "out_channels")}
+    return {"the class of the backbone": net.CLASS, "autoencoder.latent_channels": config["in_channels"], **named}
+
+
+def _same_times(ours: Any, theirs: Any) -> bool:
+    """Whether under two sections `diffusion` a network is told the same time at each noise level that both have."""
+    import torch
+
+    from ldm.diffusion.denoiser import Denoiser
+
+    one, other = (Denoiser(torch.nn.Identity(), section.prediction, section.noise.build()) for section in (ours, theirs))
+    sigma = one.levels.table[one.levels.table <= other.levels.sigma_max]
+    return torch.allclose(one.scalings(sigma).noise, other.scalings(sigma).noise)
+
+
+def _texts(text: Text, options: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What decides about an embedding of the options of two text encoders. Of one in a folder, the hash of its files does."""
+    other: Text = chosen(Text, options)
+    only = {"kind"} if text.folder() or text.kind != other.kind else None
+    here, there = (found.model_dump(include=only, exclude={"max_tokens", "max_cut"}) for found in (text, other))
+    return {f"text.{key}": (here[key], there[key]) for key in here}
+
+
 def check_captions(root: Path, settings: Settings, splits: Iterable[str] = SPLITS) -> None:
     """Raise an `InputError` if more distinct captions than `text.max_cut` allows have more tokens than the encoder reads."""
     text = settings.text
@@ -68,13 +132,6 @@ def check_captions(root: Path, settings: Settings, splits: Iterable[str] = SPLIT
     advice = f"raise text.max_tokens, to {raised} for {'all' if raised == lengths[longest] else 'all that the encoder reads'}"
     shown = repr(texts[longest][:SHOWN])
     raise InputError(f"{found} ({shown}…); {advice}, or text.max_cut, now {text.max_cut}, if they may be cut")
-
-
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise an `InputError` if the disk of `folder`, which may not exist yet, has less than `needed` bytes free."""
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise InputError(f"{folder}: {what} need {megabytes(needed)}, and {megabytes(free)} are free there; make room first")
 
 
 def check_training_space(work: Path, out: Path, module: Any, options: Training) -> None:

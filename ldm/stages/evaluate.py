@@ -8,7 +8,7 @@ import pandas as pd
 
 from ldm.base import paths
 from ldm.base.device import set_up
-from ldm.base.errors import InputError
+from ldm.base.errors import InputError, check_space
 from ldm.base.files import canonical_json
 from ldm.base.progress import Progress
 from ldm.bayes.likelihoods.likelihood import load_likelihood
@@ -26,7 +26,7 @@ from ldm.nets.backbone import load_backbone
 from ldm.nets.diffusers import network_hash
 from ldm.registry.tracking import stage_run
 from ldm.report.page import write_page
-from ldm.stages.checks import check_sizes, check_space, size_of
+from ldm.stages.checks import check_sizes, size_of
 from ldm.stages.stage import stage_main, stage_params
 
 TILES = 40  # samples shown first in the report

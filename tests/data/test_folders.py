@@ -4,9 +4,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from ldm.base.errors import InputError
 from ldm.data.folders import MAX_BYTES, Place, read_folder
@@ -159,6 +162,37 @@ def test_the_nearest_table_stands_for_an_image_and_sidecars_for_the_rest(tmp_pat
     for name in ("a", "tuesday/c", "wednesday/d"):
         (tmp_path / f"{name}.txt").write_text(f"sidecar {name}")
     assert read_folder(tmp_path).table.set_index("file_name").text["tuesday/c.png"] == "sidecar tuesday/c"
+
+
+def test_a_parquet_table_whose_decoder_raises_anything_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    columns = {"file_name": pa.array(["a.png"]), "text": pa.array(["x"]), "day": pa.array([10**8], pa.int32()).view(pa.date32())}
+    parquet.write_table(pa.table(columns), tmp_path / "metadata.parquet")
+    with pytest.raises(OverflowError):
+        parquet.read_table(tmp_path / "metadata.parquet").to_pylist()
+    with pytest.raises(InputError, match=r"metadata\.parquet: not readable as a table: date value out of range"):
+        read_folder(tmp_path)
+
+
+def test_a_table_without_rows_is_no_obstacle_where_there_are_no_images(tmp_path: Path) -> None:
+    put(tmp_path, "monday/a.png")
+    (tmp_path / "monday/metadata.csv").write_text("file_name,text\na.png,x\n")
+    (tmp_path / "tuesday").mkdir()
+    (tmp_path / "tuesday/metadata.csv").write_text("file_name,text\n")
+    assert read_folder(tmp_path).table.file_name.tolist() == ["monday/a.png"]
+
+
+@pytest.mark.parametrize("convention", ["auto", "tables", "text files", "none"])
+def test_rows_of_images_that_were_deleted_from_a_batch_are_passed_over_and_counted(convention: Any, tmp_path: Path) -> None:
+    put(tmp_path, "2025-01-31/a.png", "2025-01-31-2/b.png")
+    (tmp_path / "2025-01-31/metadata.csv").write_text("file_name,text,label\na.png,x,1\ngone.png,y,2\ngone too.png,z,3\n")
+    (tmp_path / "2025-01-31-2/metadata.csv").write_text("file_name,text,label\n./gone.png,y,2\nb.png,x,1\n")
+    found = read_folder(tmp_path, convention)
+    assert found.table.file_name.tolist() == ["2025-01-31-2/b.png", "2025-01-31/a.png"]
+    if convention == "none":  # tables are not read
+        assert found.ignored == {".csv": 2}
+    else:
+        assert found.ignored == {"rows of deleted images": 3} and found.table.text.tolist() == ["x", "x"]
 
 
 def test_two_tables_in_one_folder_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.base.errors import InputError
-from ldm.data.latents import Latents, open_latents, prune_store, write_latents
+from ldm.data.latents import Latents, open_latents, write_latents
 from ldm.data.reader import ShardReader, open_shards
 from ldm.data.shards import write_shards
 
@@ -231,7 +231,7 @@ def test_a_file_of_the_store_that_was_altered_is_encoded_again(shards: Path, tmp
     assert contents(tmp_path / "out") == sound
 
 
-def test_an_image_that_was_removed_is_in_no_shard_latent_or_file_of_the_store(shards: Path, tmp_path: Path) -> None:
+def test_an_image_that_was_removed_is_in_no_shard_and_no_latents(shards: Path, tmp_path: Path) -> None:
     before = grown(shards, tmp_path, [])
     store, gone = tmp_path / "store", open_shards(before)[7].meta["file_name"]
     cache(before, tmp_path / "out", store)
@@ -245,21 +245,8 @@ def test_an_image_that_was_removed_is_in_no_shard_latent_or_file_of_the_store(sh
     after = grown(shards, tmp_path, [], gone)
     manifest = cache(after, tmp_path / "out", store)
     assert gone not in open_shards(after).captions.file_name.tolist()
-    assert not holders()
+    assert [path.parent for path in holders()] == [store]  # which other checkouts share: `ldm gc` and purge clear it
     assert 0 < manifest["reused"] < len(manifest["files"])
-    assert len(list(store.iterdir())) == len(manifest["files"])
-
-
-def test_the_store_follows_latents_that_dvc_restored(shards: Path, tmp_path: Path) -> None:
-    import shutil
-
-    store = tmp_path / "store"
-    cache(shards, tmp_path / "out", store)
-    earlier = shutil.copytree(tmp_path / "out", tmp_path / "earlier")
-    cache(grown(shards, tmp_path, [f"c/{n:02d}.png" for n in range(30)]), tmp_path / "out", store)
-    more = len(list(store.iterdir()))
-    prune_store(store, earlier)
-    assert len(list(store.iterdir())) == len(list(earlier.glob("*.safetensors"))) - 1 < more  # but for the empty caption
 
 
 def test_flips_are_a_second_encoding_of_training_images(shards: Path, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from blobs import SMALL, draw_blobs, run_stages, shard_blobs
 from safetensors.torch import save_file
 from tiny import REPOSITORY, environment, metrics, set_params
 
-from ldm.base.errors import InputError, disk_full
+from ldm.base.errors import InputError, check_space, disk_full
 from ldm.config import load_settings
 from ldm.data.shards import split_of
 from ldm.nets.text import minilm
-from ldm.stages.checks import check_captions, check_sizes, check_space
+from ldm.stages.checks import check_captions, check_sizes
 
 EVALUATE = SMALL["evaluate"]
 
@@ -113,7 +113,7 @@ def test_without_the_encoder_the_autoencoder_is_trained_all_the_same(
 def test_what_does_not_fit_is_said_before_it_is_written(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_space(tmp_path / "not/yet/there", free // 2, "pictures")
-    with pytest.raises(InputError, match=r"not/yet/there: pictures need .* MB, and .* MB are free there; make room first"):
+    with pytest.raises(InputError, match=r"not/yet/there: pictures need .* MB, and .* are free there; make room for .* MB first"):
         check_space(tmp_path / "not/yet/there", 2 * free, "pictures")
 
 
