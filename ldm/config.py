@@ -13,7 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ldm.base.errors import InputError
 from ldm.base.files import write_text
-from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, assigned, explained, value_at
+from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, Weights, assigned, explained, value_at
 from ldm.base.project import find_root as find_root
 from ldm.data.conventions import Convention
 from ldm.data.sources.source import Source
@@ -58,8 +58,7 @@ class Data(Section):
 class Autoencoder(Section):
     """Mostly constructor arguments of `ldm.nets.AutoencoderKL`; each channel entry after the first halves the resolution."""
 
-    # a folder in diffusers' format, ID@COMMIT[/SUBFOLDER] on the hub, or models:/NAME/VERSION
-    pretrained: Annotated[str, Field(min_length=1)] | None
+    pretrained: Weights | None  # a folder in diffusers' format, ID@COMMIT[/SUBFOLDER] on the hub, or a registered version
     regulariser: Annotated[Regulariser, OneOf()]  # of the latents
     latent_channels: Positive
     block_out_channels: Levels
@@ -74,15 +73,13 @@ class Autoencoder(Section):
         return 2 ** (len(self.block_out_channels) - 1)
 
     @model_validator(mode="after")
-    def _levels_and_version(self) -> "Autoencoder":
-        channels, groups, name = list(self.block_out_channels), self.norm_num_groups, self.pretrained or ""
+    def _levels_exist(self) -> "Autoencoder":
+        channels, groups = list(self.block_out_channels), self.norm_num_groups
         if set(self.attention) - set(range(len(channels))) or len(set(self.attention)) < len(self.attention):
             known = f"0 to {len(channels) - 1} in block_out_channels"
             raise ValueError(f"attention is {list(self.attention)}; name levels once each, of {known}")
         if any(count % groups for count in channels):
             raise ValueError(f"block_out_channels {channels} are not all multiples of norm_num_groups {groups}")
-        if name.startswith("models:/") and not re.fullmatch(r"models:/[\w.-]+/\d+", name):
-            raise ValueError(f"pretrained {name} may change; write models:/NAME/VERSION (`ldm registry show` names it)")
         return self
 
 
@@ -222,10 +219,12 @@ def validated(values: Any, root: Path) -> Settings:
         settings = Settings.model_validate(values)
         settings.text.check(root)
         settings.train_vae.objective.check(root, settings.train_vae.likelihood)
-        name = settings.autoencoder.pretrained
+        name, init = settings.autoencoder.pretrained, settings.train_unet.init
         if not (name is None or name.startswith("models:/") or re.fullmatch(HUB, name) or (root / name).is_dir()):
             choices = "neither a folder, nor ID@COMMIT on the hub (40 hex digits), nor models:/NAME/VERSION"
             raise ValueError(f"autoencoder.pretrained: found {name!r}, {choices}")
+        if not (init is None or init.startswith("models:/") or (root / init / "model.json").is_file()):
+            raise ValueError(f"train_unet.init: found {init!r}, neither models:/NAME/VERSION nor a folder of a saved model")
     except ValueError as error:
         problem = explained(error) if isinstance(error, ValidationError) else error
         raise InputError(f"{root / 'params.yaml'}: {problem}") from None

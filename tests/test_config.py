@@ -129,8 +129,14 @@ def test_a_rate_without_a_decimal_point_is_a_number(tmp_path: Path) -> None:
         ({"autoencoder.pretrained": "no/such"}, ["autoencoder.pretrained", "'no/such'", "neither a folder", "ID@COMMIT"]),
         ({"autoencoder.pretrained": "me/vae@main"}, ["autoencoder.pretrained", "'me/vae@main'", "40 hex digits"]),
         ({"autoencoder.pretrained": f"me/vae@{'a' * 39}"}, ["autoencoder.pretrained", "40 hex digits"]),
-        ({"autoencoder.pretrained": "models:/x@champion"}, ["pretrained models:/x@champion", "write models:/NAME/VERSION"]),
-        ({"autoencoder.pretrained": "models:/x/latest"}, ["pretrained models:/x/latest", "write models:/NAME/VERSION"]),
+        ({"autoencoder.pretrained": "models:/x@champion"}, ["autoencoder.pretrained: found 'models:/x@champion'", "a version"]),
+        ({"autoencoder.pretrained": "models:/x/latest"}, ["autoencoder.pretrained: found 'models:/x/latest'", "VERSION@HASH"]),
+        ({"autoencoder.pretrained": f"models:/x/1@{'a' * 11}"}, ["autoencoder.pretrained: found 'models:/x/1@", "12 or more"]),
+        ({"train_unet.init": ""}, ["train_unet.init", "found ''"]),
+        ({"train_unet.init": "models:/x@champion"}, ["train_unet.init: found 'models:/x@champion'; a stage needs a version"]),
+        ({"train_unet.init": f"models:/x/1@{'A' * 12}"}, ["train_unet.init: found 'models:/x/1@AAA", "12 or more"]),
+        ({"train_unet.init": "no/such"}, ["train_unet.init: found 'no/such', neither models:/NAME/VERSION nor a folder"]),
+        ({"train_unet.init": f"me/system@{'0f' * 20}"}, ["train_unet.init: found 'me/system@0f", "nor a folder"]),
         ({"train_vae.images": 0}, ["train_vae.images is 0", "autoencoder.pretrained"]),
         ({"train_unet.images": 0}, ["train_unet.images: found 0; Input should be greater than 0"]),
         # how it is trained
@@ -243,11 +249,20 @@ def test_a_wrong_value_is_named(edits: dict[str, Any], expected: list[str], tmp_
         assert words in message
 
 
-@pytest.mark.parametrize("name", ["vae", "models:/my-ldm.2/13", f"me/vae@{'0f' * 20}", f"me/system@{'0f' * 20}/vae"])
+@pytest.mark.parametrize(
+    "name", ["vae", "models:/my-ldm.2/13", f"models:/ldm/7@{'0f' * 6}", f"me/vae@{'0f' * 20}", f"me/system@{'0f' * 20}/vae"]
+)
 def test_a_pretrained_autoencoder_is_a_folder_a_version_or_a_commit(name: str, tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     settings = load_settings(write(tmp_path, {"autoencoder.pretrained": name, "train_vae.images": 0}))
     assert settings.autoencoder.pretrained == name
+
+
+@pytest.mark.parametrize("name", ["saved", "models:/my-ldm.2/13", f"models:/ldm/7@{'0f' * 6}", f"models:/ldm/7@{'0f' * 32}"])
+def test_a_model_to_start_from_is_a_folder_or_a_version(name: str, tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/model.json").write_text("{}")
+    assert load_settings(write(tmp_path, {"train_unet.init": name})).train_unet.init == name
 
 
 def test_the_ldm_objective_and_per_pixel_scales_have_their_likelihoods(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 SOURCE = "data/raw/source"
 SHARDS = "data/shards"
 LATENTS = "data/latents"
-PRETRAINED = "models/pretrained"
+PRETRAINED = "models/pretrained"  # what autoencoder.pretrained names
+INITIAL = "models/initial"  # what train_unet.init names
 AUTOENCODER = "models/autoencoder"
 UNET = "models/unet"
 MODEL = "models/ldm"

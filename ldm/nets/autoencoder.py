@@ -232,6 +232,6 @@ class VQModel(Autoencoder):
         return super().decode(self.quantize(z).latents)
 
 
-def load_autoencoder(folder: str | Path) -> Autoencoder:
-    """The autoencoder of a folder in diffusers' format, of the class that its config.json names."""
-    return load_network(folder, AutoencoderKL, VQModel)
+def load_autoencoder(folder: str | Path, shape_only: bool = False) -> Autoencoder:
+    """The autoencoder of a folder in diffusers' format, of the class that its config.json names, as `load_network`."""
+    return load_network(folder, AutoencoderKL, VQModel, shape_only=shape_only)

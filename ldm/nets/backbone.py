@@ -57,8 +57,8 @@ class UNetBackbone(Backbone):
             raise ValueError(f"latents of side {side} are no multiple of {factor}, as needed by backbone.block_out_channels")
 
 
-def load_backbone(folder: Path) -> Any:
-    """The network of a folder, of the backbone that its config.json names; `InputError` if none is."""
+def load_backbone(folder: Path, shape_only: bool = False) -> Any:
+    """The network of a folder, of the backbone that its config.json names, as `load_network`; `InputError` if none is."""
     from ldm.nets.diffusers import load_network
 
-    return load_network(folder, *(choice.network() for choice in kinds(Backbone).values()))
+    return load_network(folder, *(choice.network() for choice in kinds(Backbone).values()), shape_only=shape_only)

@@ -99,10 +99,13 @@ class Pretrained(nn.Module):
         return load_network(folder, cls)
 
 
-def load_network(folder: str | Path, *kinds: type[Pretrained]) -> Any:
-    """The network of a folder that we or diffusers wrote, of the class that its config.json names, in float32 on the CPU."""
+def load_network(folder: str | Path, *kinds: type[Pretrained], shape_only: bool = False) -> Any:
+    """The network of a folder that we or diffusers wrote, of the class that its config.json names, in float32 on the CPU.
+
+    With `shape_only`, which needs no more than config.json, it is on the meta device, where tensors have no values.
+    """
     path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
-    for file in (path, weights):
+    for file in (path,) if shape_only else (path, weights):
         if not file.is_file():
             raise InputError(f"{file} is missing: expected a folder that save_pretrained wrote (safetensors)")
     try:
@@ -124,6 +127,8 @@ def load_network(folder: str | Path, *kinds: type[Pretrained]) -> Any:
     except (InputError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{path}: {error}") from error
     net.carried = {key: config[key] for key in cls.CARRIED if key in config}
+    if shape_only:
+        return net
     try:
         state = load_file(weights)
         for old, new in OLD_KEYS.items():

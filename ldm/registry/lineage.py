@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.base.errors import InputError
 from ldm.base.files import file_hash
 from ldm.base.paths import METRICS, PLOTS, REPORT, SAMPLES, SHARDS
+from ldm.config import load_settings
 from ldm.registry.tracking import Run, stage_run
 
 ADOPTED = "adopted.json"  # in an out that several states of the code have trained
@@ -18,7 +20,8 @@ def pipeline_run(
     root: Path, params: Mapping[str, Any], name: str = "pipeline", records: Path | None = None
 ) -> contextlib.AbstractContextManager[Run]:
     """The run of a whole pipeline, parent of its stages' runs; with `records`, to be delivered later."""
-    return stage_run(name, params, tags={k: v for k, v in lineage(root).items() if k.startswith("ldm.git")}, records=records)
+    tags = {key: value for key, value in lineage(root).items() if key.startswith("ldm.git")}
+    return stage_run(name, params, tags=tags | {"ldm.workspace": str(root.resolve())}, records=records)
 
 
 def log_results(run: Run, root: Path) -> None:
@@ -29,7 +32,7 @@ def log_results(run: Run, root: Path) -> None:
         profile = {f"{split}_images": stop - start for split, (start, stop) in splits.items()}
         run.send("dataset", "shards", file_hash(index)[:32], str(index.relative_to(root)), profile)
     if (root / METRICS).is_file():
-        run.log(numbers(root / METRICS), images_seen=0)
+        run.log(numbers(root / METRICS), images_seen=0, at=measured_at(root))
     for path in (METRICS, REPORT, SAMPLES, PLOTS):
         if (root / path).exists():
             run.artifact(root / path, "plots" if path == PLOTS else None)
@@ -44,12 +47,26 @@ def lineage(root: Path) -> dict[str, str]:
     tags = {}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         tags["ldm.git_commit"] = git("rev-parse", "HEAD")
-        dirty = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")  # which a run itself rewrites
+        dirty = git("status", "--porcelain", "--", ".", *(f":(exclude,literal){path}" for path in _rewritten(root)))
         tags["ldm.git_dirty"] = str(bool(dirty)).lower()
     for tag, path in (("ldm.dvc_lock", root / "dvc.lock"), ("ldm.data_index", root / SHARDS / "index.json")):
         if path.is_file():
             tags[tag] = file_hash(path)
     return tags
+
+
+def _rewritten(root: Path) -> list[str]:
+    """What git versions and a run itself rewrites, its ingest included; relative to the project."""
+    found = ["dvc.lock", "reports"]
+    with contextlib.suppress(InputError, ValueError):  # settings that cannot be read; a collection elsewhere
+        collection = (root / load_settings(root).data.path).resolve().relative_to(root.resolve())
+        found += [f"{collection}.dvc", str(collection.parent / ".gitignore")]
+    return found
+
+
+def measured_at(root: Path) -> int:
+    """When `METRICS` was written, in ms: as often as its numbers are logged, MLflow stores them once."""
+    return (root / METRICS).stat().st_mtime_ns // 1_000_000
 
 
 def numbers(path: Path) -> dict[str, float]:

@@ -22,7 +22,7 @@ from ldm.config import Settings, load_settings
 from ldm.diffusion.options import Sampling
 from ldm.evaluation.gate import Decision, decide
 from ldm.registry import lineage
-from ldm.registry.tracking import experiment_id, milliseconds
+from ldm.registry.tracking import experiment_id
 from ldm.registry.versions import BITS, GATE, HASH, IMAGE, LINEAGE, NO_BOUND, Version, by_alias, connect, find, load, lookup, tag
 from ldm.versioning.repository import locked_makers, read_yaml
 
@@ -85,6 +85,20 @@ def gate_and_promote(root: Path, version: int) -> Decision:
         promote(version, name)
         tag(challenger, GATE, json.dumps(record | {"applied": True}))
     return decision
+
+
+def standing(root: Path) -> tuple[Registered, Decision] | None:
+    """What `register` and `gate_and_promote` would say, where both have nothing to do; None where they have."""
+    settings = load_settings(root)
+    name, level = settings.registry.name, settings.registry.level
+    newest, known = find({}, name)[:1], find({HASH: folder_hash(root / MODEL)}, name)
+    if not known or "challenger" not in newest[0].aliases or not (root / DECISION).is_file():
+        return None
+    earlier = json.loads(known[0].tags.get(GATE, "{}"))
+    reason = _settled(known[0], by_alias(name, "champion"), earlier, level)
+    if reason is None or earlier.get("promote") != ("champion" in known[0].aliases):
+        return None
+    return Registered(known[0].version, created=False), Decision(promote=False, level=level, reason=reason)
 
 
 def promote(version: int, name: str = "ldm") -> None:
@@ -151,8 +165,8 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
     client.finalize_logged_model(model_id, LoggedModelStatus.READY)
     if run_id:
         client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
-        values, now = lineage.numbers(root / METRICS), milliseconds()
-        client.log_batch(run_id, [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()])
+        values, stamp = lineage.numbers(root / METRICS), lineage.measured_at(root)
+        client.log_batch(run_id, [Metric(key, value, stamp, 0, model_id=model_id) for key, value in values.items()])
     metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
     evaluation = settings.evaluate.model_dump() | settings.data.model_dump(include={"val_fraction", "test_fraction"})
     evaluation |= {"seed": settings.seed, "image": metrics["image"], "test_images": metrics.get("test_images")}
@@ -161,6 +175,8 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
     tags["ldm.evaluation"] = json.dumps(evaluation, sort_keys=True)
     if adopted := list(filter(None, (lineage.adopted(root / out) for out in (AUTOENCODER, UNET)))):
         tags["ldm.adopted"] = "; ".join(adopted)
+    if settings.train_unet.init:
+        tags["ldm.init"] = settings.train_unet.init
     with contextlib.suppress(Exception):  # it exists
         client.create_registered_model(name)
     version = client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id).version

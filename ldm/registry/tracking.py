@@ -5,22 +5,25 @@ which sets `LDM_RECORDS`, a stage records its run in a file, and the flow's proc
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.base.errors import reason
-from ldm.base.files import file_hash, folder_hash
+from ldm.base.errors import InputError, reason
+from ldm.base.files import locked
+from ldm.base.project import find_root
 from ldm.registry import locations
+from ldm.registry.record import Record, Recorded, digest, read
 
 METRICS, PARAMS = 1000, 100  # MLflow's limits for one request
+PARENT = "mlflow.parentRunId"
 RETRY_SECONDS = 300.0  # wait after a failed delivery, so that a dead server costs seconds, not minutes
 PATIENCE = {  # of recording, where the user has not set it: MLflow's own defaults wait for minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
@@ -41,11 +44,16 @@ class Run:
         """MLflow's id of the run; None where another process delivers it, or nobody."""
         return self._destination.id if self._destination else None
 
-    def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
-        """Buffer metrics at a position of training; `flush` delivers them."""
+    @property
+    def reference(self) -> str | None:
+        """What `LDM_PARENT_RUN` takes: its id, or `record:NAME` if another process delivers it."""
+        return self._destination.reference if self._destination else None
+
+    def log(self, metrics: Mapping[str, float], images_seen: int, at: int | None = None) -> None:
+        """Buffer metrics at a position of training, measured now or `at` a time in ms; `flush` delivers them."""
         if self._destination:
-            now = milliseconds()
-            self._buffer += [(key, float(value), now, images_seen) for key, value in metrics.items()]
+            stamp = milliseconds() if at is None else at
+            self._buffer += [(key, float(value), stamp, images_seen) for key, value in metrics.items()]
 
     def flush(self) -> None:
         """Deliver the buffer; what cannot be delivered stays for a later flush."""
@@ -105,7 +113,8 @@ def use_default_store(root: Path) -> None:
 def stage_run(
     stage: str, params: Mapping[str, Any], key: str | None = None, tags: Mapping[str, str] = {}, records: Path | None = None
 ) -> Iterator[Run]:
-    """A stage's run under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED. A retry with the same `key` continues it.
+    """A stage's run under `LDM_PARENT_RUN`; it ends as FINISHED, FAILED or KILLED. Unless FINISHED, the next one of the same
+    `key` continues it, under its own parent.
 
     With `records` or `LDM_RECORDS`, a folder, it is recorded there, for the flow to deliver.
     """
@@ -117,7 +126,7 @@ def stage_run(
         elif os.environ.get("MLFLOW_TRACKING_URI"):
             destination = MlflowRun()
     run, status = Run(destination), "FINISHED"
-    known = {"ldm.stage": stage, "ldm.key": key, "mlflow.parentRunId": os.environ.get("LDM_PARENT_RUN"), **tags}
+    known = {"ldm.stage": stage, "ldm.key": key, PARENT: os.environ.get("LDM_PARENT_RUN"), "ldm.workspace": _workspace(), **tags}
     run.send("open", {name: value for name, value in known.items() if value}, _flat(params), key, milliseconds())
     try:
         yield run
@@ -178,8 +187,14 @@ class MlflowRun:
 
     def __init__(self) -> None:
         self.id: str | None = None
+        self._stored: dict[str, set[int]] | None = None  # steps by metric, of an earlier part of the run; None: there was none
+        self._record = uuid.uuid4().hex  # names what this process, or the record that it delivers, tells of the run
         self.delivered = 0  # lines of its record, if it has one
         self._client: Any = None
+
+    @property
+    def reference(self) -> str | None:
+        return self.id
 
     def send(self, call: str, *arguments: Any) -> None:
         """Make a call: "open", "metrics", "tag", "artifact", "dataset" or "close". `ConnectionError` if it fails."""
@@ -195,11 +210,11 @@ class MlflowRun:
 
         match call, arguments:
             case "open", [tags, params, key, start]:
-                self.id = self._open(client, tags, params, key, start)
+                self._open(client, tags, params, key, start)
             case _ if self.id is None:
                 raise ValueError("the run was not opened")
             case "metrics", metrics:  # key, value, timestamp in ms, step; MLflow ignores one that it has: none is stored twice
-                client.log_batch(self.id, [Metric(*metric) for metric in metrics])
+                client.log_batch(self.id, [Metric(*metric) for metric in self._missing(client, metrics)])
             case "tag", [tags]:
                 client.log_batch(self.id, tags=[RunTag(*tag) for tag in tags.items()])
             case "artifact", [path, folder]:
@@ -210,55 +225,50 @@ class MlflowRun:
                 client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
             case "close", [status, end]:  # ms
                 client.set_terminated(self.id, status, end)
-                running = f"tags.`mlflow.parentRunId` = '{self.id}' and attributes.status = 'RUNNING'"
+                for twin in tagged(client, experiment_id(client), "ldm.record", self._record):
+                    if twin.info.run_id != self.id:  # MLflow's client repeats a request that was answered too late
+                        client.delete_run(twin.info.run_id)
+                running = f"tags.`{PARENT}` = '{self.id}' and attributes.status = 'RUNNING'"
                 for child in client.search_runs([experiment_id(client)], running):  # it was killed
                     client.set_terminated(child.info.run_id, "KILLED")
 
-    @staticmethod
-    def _open(client: Any, tags: Mapping[str, str], params: Mapping[str, str], key: str | None, start: int) -> str:
-        """Begin a run at `start` in ms, or continue an earlier one with the same key or record; returns its id."""
-        from mlflow.entities import Param
+    def _open(self, client: Any, tags: dict[str, str], params: Mapping[str, str], key: str | None, start: int) -> None:
+        """Begin a run at `start` in ms, or continue that of the same record, or the last of the same key unless it FINISHED."""
+        from mlflow.entities import Param, RunTag
 
-        experiment = experiment_id(client)
-        parent, found = tags.get("mlflow.parentRunId"), []
-        if "ldm.record" in tags:
-            found = client.search_runs([experiment], f"tags.`ldm.record` = '{tags['ldm.record']}'")
-        if not found and key:  # a retry has the same key and parent; without a parent, it continues an unfinished run
-            runs = client.search_runs([experiment], f"tags.`ldm.key` = '{key}'", order_by=["attributes.start_time DESC"])
-            found = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
-            found = [run for run in found if parent or run.info.status != "FINISHED"]
+        experiment, found = experiment_id(client), None
+        self._record = tags.setdefault("ldm.record", self._record)
+        for tag, value in (("ldm.record", self._record), ("ldm.key", key)):
+            if value and not found:
+                runs = tagged(client, experiment, tag, value)
+                found = next((run for run in runs[:1] if tag == "ldm.record" or run.info.status != "FINISHED"), None)
+        run = found or client.create_run(experiment, start, tags, tags["ldm.stage"])
+        self.id, self._stored = str(run.info.run_id), {} if found else None
         if found:
-            client.update_run(found[0].info.run_id, status="RUNNING")
-        run = found[0] if found else client.create_run(experiment, start, dict(tags), tags["ldm.stage"])
+            client.update_run(self.id, status="RUNNING")
+            client.log_batch(self.id, tags=[RunTag(*tag) for tag in tags.items()])
         entities = [Param(name, value) for name, value in params.items()]
         for first in range(0, len(entities), PARAMS):
-            client.log_batch(run.info.run_id, params=entities[first : first + PARAMS])
-        return str(run.info.run_id)
+            client.log_batch(self.id, params=entities[first : first + PARAMS])
+        # a parent known by its record: the one of the two that is delivered last finds the other
+        kind, _, parent = tags.get(PARENT, "").partition(":")
+        for one in tagged(client, experiment, "ldm.record", parent) if kind == "record" else ():
+            client.set_tag(self.id, PARENT, one.info.run_id)
+        for child in tagged(client, experiment, PARENT, f"record:{self._record}"):
+            client.set_tag(child.info.run_id, PARENT, self.id)
+
+    def _missing(self, client: Any, metrics: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Without the points that an earlier part of the run stored: it got beyond the checkpoint from which this one goes on."""
+        if self._stored is None:
+            return metrics
+        for key in {key for key, *_ in metrics} - self._stored.keys():
+            self._stored[key] = {point.step for point in client.get_metric_history(self.id, key)}
+        return tuple(metric for metric in metrics if metric[3] not in self._stored[metric[0]])
 
 
-class Record:
-    """Writes the record of one run: a file, locked while this process lives, with a JSON line `[call, arguments]` a call."""
-
-    id = None
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{time.time_ns()}-{os.getpid()}.jsonl"
-        self._file = self.path.open("ab", buffering=0)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def send(self, call: str, *arguments: Any) -> None:
-        """Append a call; `OSError` if it is not written whole."""
-        if call == "artifact":
-            path, folder = arguments
-            arguments = (os.path.relpath(path, self.path.parent), folder, _digest(Path(path)))  # a project may be moved
-        line = f"\n{json.dumps([call, arguments])}".encode()  # newline first: a line cut off by a full disk spoils no other
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(f"{self.path}: the disk is full")
-        finally:
-            if call == "close":
-                self._file.close()
+def tagged(client: Any, experiment: str, tag: str, value: str) -> list[Any]:
+    """The runs with this value of a tag, newest first."""
+    return list(client.search_runs([experiment], f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time DESC"]))
 
 
 class Records:
@@ -266,11 +276,13 @@ class Records:
 
     EVERY = 5.0  # seconds between deliveries while a stage runs
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, away: bool = False) -> None:
+        """`away`: MLflow does not answer, which the caller has said already."""
+        self.folder = folder.resolve()  # worktrees share it by a link
         self._runs: dict[Path, MlflowRun] = {}
-        self._wait_until = 0.0
+        self._wait_until = time.monotonic() + RETRY_SECONDS if away else 0.0
         self._warn = WarnOnce(f"records stay in {folder} until a later run delivers them")
+        self._warn.warned = away
 
     @contextlib.contextmanager
     def delivering(self) -> Iterator[None]:
@@ -292,28 +304,28 @@ class Records:
 
     def deliver(self) -> None:
         """Deliver the new lines of every file. A run whose process ended without closing it was killed."""
-        failures = 0
-        for path in sorted(self.folder.glob("*.jsonl")) if time.monotonic() >= self._wait_until else ():
-            try:
-                self._deliver(path)
-            except Exception as error:  # tracking never fails the work
-                self._warn(f"{path} cannot be delivered ({error!s:.200})")
-                failures += 1
-            if failures == 2:  # the server fails, not one file
-                self._wait_until = time.monotonic() + RETRY_SECONDS
-                return
+        if not self.folder.is_dir() or time.monotonic() < self._wait_until:
+            return
+        failed: list[str | None] = []  # keys
+        with locked(self.folder.with_name(f"{self.folder.name}.lock")):  # other flows may deliver the same files
+            for path in sorted(self.folder.glob("*.jsonl")):
+                recorded = read(path)
+                if recorded.key and recorded.key in failed:
+                    continue  # in order, or parts of one training would become two runs
+                try:
+                    self._deliver(path, recorded)
+                except Exception as error:  # tracking never fails the work
+                    self._warn(f"{path} cannot be delivered ({error!s:.200})")
+                    failed.append(recorded.key)
+                if len(failed) == 2:  # the server fails, not one file
+                    self._wait_until = time.monotonic() + RETRY_SECONDS
+                    return
 
-    def _deliver(self, path: Path) -> None:
+    def _deliver(self, path: Path, recorded: Recorded) -> None:
         """Deliver the new lines of a file, and delete it after the last. Nothing is stored twice, also if that was cut short."""
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ended = True
-            except BlockingIOError:  # its process lives
-                ended = False
-            lines = file.read().decode("utf-8", "replace").split("\n")[1:]
-        if ended and lines:  # without lines it was just made, and perhaps not locked yet
-            lines.append(json.dumps(["close", ["KILLED", milliseconds()]]))  # comes second to the process's own "close"
+        lines = recorded.lines
+        if recorded.ended is not None and lines:  # without lines it was just made, and perhaps not locked yet
+            lines.append(json.dumps(["close", ["KILLED", recorded.ended]]))  # comes second to the process's own "close"
         run = self._runs.setdefault(path, MlflowRun())
         for line in lines[run.delivered :]:
             try:
@@ -326,7 +338,7 @@ class Records:
                 arguments[0]["ldm.record"] = path.stem
             if call == "artifact":
                 arguments[0] = os.path.normpath(path.parent / arguments[0])
-                if _digest(Path(arguments[0])) != arguments.pop():
+                if digest(Path(arguments[0])) != arguments.pop():
                     call = ""  # the file has changed since
             if call and (run.id or call == "open"):
                 run.send(call, *arguments)
@@ -336,16 +348,16 @@ class Records:
             run.delivered += 1
 
 
+def _workspace() -> str | None:
+    """The project's folder, or a worktree of it."""
+    with contextlib.suppress(InputError):
+        return str(find_root())
+    return None
+
+
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted keys and text."""
     flat: dict[str, str] = {}
     for name, value in params.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": str(value)}
     return flat
-
-
-def _digest(path: Path) -> str | None:
-    """Hash of a file's or folder's content; None where there is none."""
-    if not path.exists():
-        return None
-    return folder_hash(path) if path.is_dir() else file_hash(path)

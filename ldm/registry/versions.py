@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SYSTEM, LINEAGE = "artifacts/ldm", "lineage"  # folders of a version's files
 HASH, IMAGE, GATE, BITS = "ldm.model", "ldm.image", "ldm.gate", "ldm.bits_per_dim"  # tags
 NO_BOUND = "none"  # `BITS` of a VQ model
+DIGITS = 12  # of a hash in a URI, at least
 REVISION = "dc11669786a5"  # of MLflow's tables: the newest migration of 3.17
 ELSEWHERE = ("MLFLOW_REGISTRY_URI", "MLFLOW_ENABLE_WORKSPACES", "MLFLOW_WORKSPACE")  # these lead MLflow to other answers
 VERSIONS = """
@@ -57,6 +58,11 @@ class Version:
     def uri(self) -> str:
         return f"models:/{self.name}/{self.version}"
 
+    @property
+    def pinned(self) -> str:
+        """Its URI with its hash, which a stage takes: in another registry, or one made anew, it names nothing else."""
+        return f"{self.uri}@{self.tags[HASH][:DIGITS]}"
+
 
 class Unreachable(InputError):
     """The registry's server does not answer; it may do so later."""
@@ -67,13 +73,16 @@ class NotStored(InputError):
 
 
 def lookup(uri: str) -> Version:
-    """The version behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+    """The version behind `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/NAME/VERSION@HASH` (`Version.pinned`)."""
+    match = re.fullmatch(rf"models:/([^/@]+)(?:@([^/@]+)|/(\d+)(?:@([0-9a-f]{{{DIGITS},64}}))?)", uri)
     if not match:
         raise InputError(f"{uri!r} is not a model: write models:/NAME@ALIAS or models:/NAME/VERSION, e.g. models:/ldm@champion")
-    name, alias, number = match.groups()
+    name, alias, number, digits = match.groups()
     for version in find({}, name):
         if version.version == int(number) if number else alias in version.aliases:
+            if not (found := version.tags.get(HASH, "")).startswith(digits or ""):
+                here = f"version {number} of this registry has the hash {found[:DIGITS] or 'none'}"
+                raise InputError(f"{uri}: {here}: another registry was meant, or it was made anew; name a version of this one")
             return version
     missing, hint = f"version {number}", "`ldm registry list` shows what there is"
     if alias:
@@ -139,9 +148,12 @@ def load(uri: str, device: "torch.device | str" = "cpu") -> "LatentDiffusion":
         return LatentDiffusion.load(folder, device=device)
 
 
-def downloaded(uri: str) -> contextlib.AbstractContextManager[Path]:
-    """The folder of the saved model behind a `models:/…` URI: the store's own files, or a temporary copy. Only read it."""
-    return _files(lookup(uri), SYSTEM)
+def downloaded(uri: str, part: str = "") -> contextlib.AbstractContextManager[Path]:
+    """The folder of the saved model behind a `models:/…` URI, or a file or folder in it: the store's own, or a temporary copy.
+
+    Only read it.
+    """
+    return _files(lookup(uri), f"{SYSTEM}/{part}".rstrip("/"))
 
 
 def kept(version: Version, file: str) -> str | None:

@@ -23,6 +23,7 @@ UNCOUNTED = {  # why what a stage computes does not depend on it; tests/stages/t
     "ldm.registry.lineage": "describes a run",
     "ldm.base.paths": "dvc.yaml names the same paths, which DVC compares",
     "ldm.base.progress": "prints",
+    "ldm.base.resources": "measures what a training uses",
     "ldm.registry.versions": "fetches a version, which never changes",
     "ldm.stages.checks": "ends a run before it computes",
     "ldm.stages.fingerprint": "compares code",

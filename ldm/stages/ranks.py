@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std, SubprocessContext
 
-from ldm.stages.stage import BAD_INPUT, CHECKPOINT_SECONDS, END_SECONDS, INTERRUPTED, on_signals
+from ldm.stages.stage import BAD_INPUT, BUSY, CHECKPOINT_SECONDS, END_SECONDS, INTERRUPTED, on_signals
 
 HARMLESS = signal.SIGCONT  # `close` sends a signal, waits, and kills; ranks are stopped by their pipe, and need none
 
@@ -54,15 +54,15 @@ def run_ranks(stage: str, count: int) -> int:
             return 0 if set(_exit_codes(ranks).values()) == {0} else INTERRUPTED
         ranks.close(HARMLESS, timeout=END_SECONDS)  # ranks that wait for one that failed notice by themselves, or are killed
         failed = {rank: code for rank, code in codes.items() if code}
-        refused = [rank for rank, code in _exit_codes(ranks).items() if code == BAD_INPUT]
+        refused = {rank: code for rank, code in _exit_codes(ranks).items() if code in (BAD_INPUT, BUSY)}
         if not refused and set(failed.values()) <= {INTERRUPTED}:
             return INTERRUPTED if failed else 0
-        for rank in refused[:1] or failed:
+        for rank in list(refused)[:1] or failed:
             if rank:
                 sys.stderr.write(Path(ranks.stderrs[rank]).read_text())
             if not refused:
                 print(f"error: process {rank} of this training ended with exit code {failed[rank]}", file=sys.stderr, flush=True)
-    return BAD_INPUT if refused else 1
+    return next(filter(None, refused.values()), 1)
 
 
 def _exit_codes(ranks: SubprocessContext) -> dict[int, int | None]:

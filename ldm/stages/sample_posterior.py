@@ -39,7 +39,7 @@ def run(root: Path, sampler: str = "") -> None:
     folder, plots = root / POSTERIOR / sampler, root / POSTERIOR_REPORTS / sampler
     with (
         opened(root, identify(root, "sample_posterior", params, inputs, layout), steps, torch.get_num_threads()) as work,
-        stage_run(f"sample_posterior_{sampler}", params, work.key, work.tags()) as tracker,
+        stage_run(f"sample_posterior_{sampler}", params, work.run_key, work.tags()) as tracker,
     ):
         loss = DecoderLoss(model.autoencoder, model.likelihood, train.images, len(train), options.part, seed)
         chains, store = DecoderChains(loss, sampler, **options.model_dump(exclude={"part"})), CheckpointStore(work.checkpoint)

@@ -23,9 +23,15 @@ NAMES = (  # every stage, each after those it depends on
     "code", "source", "shard", "pretrained", "train_vae", "cache_latents", "train_unet", "evaluate", "sample_posterior",
 )  # fmt: skip
 BAD_INPUT = 2  # exit code of a stage that ended with an `InputError`
+BUSY = 75  # exit code of a stage whose very training another process does now
 INTERRUPTED = 130  # exit code of a stage that was stopped
 CHECKPOINT_SECONDS = 30  # time for a stopped rank to reach its checkpoint
 END_SECONDS = 5  # time for a rank to end that has no checkpoint to reach
+
+
+class Busy(InputError):
+    """Another process does the same work now; when it has ended, DVC's run-cache has the result."""
+
 
 _stop = SimpleNamespace(requested=False, polled=False)  # polled: by a loop within `stop_at_checkpoint`
 
@@ -64,7 +70,7 @@ def stage_main(name: str, run: Callable[..., None], parallel: bool = False) -> N
             raise
         with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
             print(f"error: {refusal}", file=sys.stderr, flush=True)
-        sys.exit(BAD_INPUT)
+        sys.exit(BUSY if isinstance(error, Busy) else BAD_INPUT)
     except KeyboardInterrupt as stop:
         on_signals(signal.SIG_IGN)  # a second one does not interrupt the end
         print(f"{name}: {stop if stop.args else 'stopped'}", file=sys.stderr, flush=True)

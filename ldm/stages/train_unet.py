@@ -6,15 +6,15 @@ from typing import Any
 import torch
 
 from ldm.base.device import set_up
-from ldm.base.files import canonical_json, file_hash
-from ldm.base.paths import AUTOENCODER, LATENTS, UNET, UNET_CURVE
+from ldm.base.files import canonical_json, file_hash, folder_hash
+from ldm.base.paths import AUTOENCODER, INITIAL, LATENTS, UNET, UNET_CURVE
 from ldm.base.randomness import seed_for
 from ldm.config import Settings, load_settings
 from ldm.data.latents import Latents, open_latents
 from ldm.diffusion.denoiser import Denoiser
-from ldm.nets.backbone import Backbone
+from ldm.nets.backbone import Backbone, load_backbone
 from ldm.nets.diffusers import Pretrained, network_hash
-from ldm.stages.checks import check_sizes
+from ldm.stages.checks import check_fetched, check_initial, check_sizes
 from ldm.stages.stage import stage_main
 from ldm.stages.training import training
 from ldm.training.unet import UnetObjective
@@ -25,6 +25,17 @@ def build(settings: Settings, context_width: int) -> Pretrained:
     torch.manual_seed(seed_for(settings.seed, "initialise", "unet"))
     backbone: Backbone = settings.backbone
     return backbone.build(settings.autoencoder.latent_channels, context_width)
+
+
+def start(root: Path, settings: Settings, latents: Latents) -> Pretrained:
+    """As `build`, or with the averaged weights of the model that `train_unet.init` names."""
+    network, folder, name = build(settings, latents.text.shape[-1]), root / INITIAL, settings.train_unet.init
+    if name:
+        check_fetched(folder, "train_unet.init", name)
+        check_initial(root, settings, folder, latents.manifest)
+        network.load_state_dict(load_backbone(folder / "unet").state_dict())
+        print(f"train_unet: starts from {name}", flush=True)
+    return network
 
 
 def recipe(settings: Settings, latents: Latents) -> dict[str, Any]:
@@ -39,9 +50,9 @@ def run(root: Path) -> None:
     device, diffusion = set_up(settings.deterministic), settings.diffusion
     check_sizes(root, settings)
     latents = open_latents(root / LATENTS, "train", autoencoder=network_hash(root / AUTOENCODER))
-    network = build(settings, latents.text.shape[-1]).place(device)
+    network = start(root, settings, latents).place(device)
     denoiser = Denoiser(network, diffusion.prediction, diffusion.noise.build())
-    inputs = {"latents": file_hash(root / LATENTS / "manifest.json")}
+    inputs = {"latents": file_hash(root / LATENTS / "manifest.json"), "initial": folder_hash(root / INITIAL)}
     with training(root, "train_unet", settings, inputs, device, UNET, UNET_CURVE) as (fit, _, work):
         ema = fit(UnetObjective(denoiser, latents, settings.train_unet, settings.seed, device))
         if not work:

@@ -22,7 +22,7 @@ from ldm.data.parallel import loader_workers
 from ldm.data.reader import ShardReader, stage_shards
 from ldm.evaluation.autoencoder import evaluate_elbo, fit_scale, summary
 from ldm.nets.autoencoder import Autoencoder, VQModel, load_autoencoder
-from ldm.stages.checks import check_captions, check_part, check_sizes
+from ldm.stages.checks import check_captions, check_fetched, check_part, check_sizes
 from ldm.stages.stage import stage_main
 from ldm.stages.training import training
 from ldm.training.objectives import VaeObjective
@@ -47,9 +47,7 @@ def start(root: Path, settings: Settings) -> tuple[Autoencoder, Likelihood]:
     folder, name = root / PRETRAINED, settings.autoencoder.pretrained
     if name is None:
         return autoencoder, likelihood
-    source = folder / "source.txt"
-    if not source.is_file() or source.read_text() != f"{name}\n":
-        raise InputError(f"{folder}: is not autoencoder.pretrained {name}; run the stage pretrained first")
+    check_fetched(folder, "autoencoder.pretrained", name)
     pretrained = load_autoencoder(folder)
     check_same(autoencoder, pretrained, name)
     if (folder / LIKELIHOOD).is_file():
@@ -76,7 +74,8 @@ def check_same(described: Autoencoder, found: Autoencoder, name: str) -> None:
 
     here, there = in_settings(described), in_settings(found)
     if differ := [f"{key} is {here.get(key)}, but it has {there[key]}" for key in there if there[key] != here.get(key)]:
-        raise InputError(f"autoencoder.pretrained {name} is not what params.yaml describes: {'; '.join(differ)}")
+        hint = "the rebuild deployment (or autoencoder.pretrained: null) trains one from nothing"
+        raise InputError(f"autoencoder.pretrained {name} is not what params.yaml describes: {'; '.join(differ)}; {hint}")
 
 
 def measured(

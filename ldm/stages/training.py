@@ -66,7 +66,8 @@ def training(
     with distributed.process_group(device), contextlib.ExitStack() as held:
         threads, first = torch.get_num_threads(), distributed.rank() == 0
         work = held.enter_context(opened(root, run, options.images, threads)) if first else None
-        tracker = held.enter_context(stage_run(name, params | layout, run.key, work.tags() if work else {}))
+        described = (work.run_key, work.tags()) if work else ()
+        tracker = held.enter_context(stage_run(name, params | layout, *described))
         yield fit_objective, tracker, work
         if work:
             work.note_adopted(root / out)

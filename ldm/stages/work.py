@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -26,7 +27,7 @@ from ldm.base.paths import WORK
 from ldm.config import Settings
 from ldm.registry.lineage import ADOPTED, described
 from ldm.stages.fingerprint import counted, fingerprint
-from ldm.stages.stage import NAMES
+from ldm.stages.stage import NAMES, Busy
 
 PATIENCE = 2.0  # seconds to wait for a folder that another process holds, which may only be looking at it
 
@@ -46,10 +47,16 @@ class Work:
     total: int = 0  # images (or steps) of the whole training
     threads: Sequence[int] = ()  # thread counts that it was computed with, in order
     adopted: Sequence[dict[str, Any]] = ()  # earlier states of the code that took part, oldest first
+    nonce: str = ""  # random, kept until the training is done
 
     @property
     def key(self) -> str:
         return self.folder.name
+
+    @property
+    def run_key(self) -> str:
+        """Key of its MLflow run: the same training on another machine, or after this one is done, is another run."""
+        return f"{self.key}-{self.nonce}"
 
     @property
     def checkpoint(self) -> Path:
@@ -141,9 +148,11 @@ def opened(root: Path, run: Work, total: int, threads: int) -> Iterator[Work]:
     """The work of a run, its folder locked. If it starts from nothing beside a checkpoint under other code, that is printed."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(run.folder):
-        before = _read(run.folder) if run.reached else run  # an interrupted `adopt` may have left a record without a checkpoint
+        found = _read(run.folder)
+        before = found if run.reached else run  # an interrupted `adopt` may have left a record without a checkpoint
         earlier = [count for count in before.threads if count != threads]
-        work = replace(run, total=total, threads=[*earlier, threads], adopted=before.adopted)
+        nonce = found.nonce or uuid.uuid4().hex
+        work = replace(run, total=total, threads=[*earlier, threads], adopted=before.adopted, nonce=nonce)
         if earlier:
             counts = ", ".join(map(str, earlier))
             print(f"{run.stage}: was computed with {counts} threads, goes on with {threads}: rounding may differ", flush=True)
@@ -233,7 +242,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 yield
                 return
         if time.monotonic() >= deadline:
-            raise InputError(f"{folder}: another process trains this very run; wait for it or stop it")
+            raise Busy(f"{folder}: another process trains this very run; wait for it or stop it")
         time.sleep(0.05)
 
 

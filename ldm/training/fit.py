@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.base import distributed
 from ldm.base.errors import InputError
 from ldm.base.randomness import generator
+from ldm.base.resources import Resources
 from ldm.base.tensors import save_tensors
 from ldm.nets.diffusers import Pretrained
 from ldm.training.checkpoint import CheckpointStore, load_optimizer_tensors, optimizer_tensors
@@ -128,8 +129,12 @@ def fit(
     device = next(objective.module.parameters()).device
     if not distributed.all_ranks_equal(resumed, device):
         raise InputError(f"{store.folder}: the ranks found different checkpoints here; they have to share this folder")
-    gradients = partial(_gradients, loss, optimizer, seed, execution, GRADIENT_NORM if choice.clips else math.inf)
     every = max(1, schedule.images // POINTS // schedule.batch_size) * schedule.batch_size
+    countable = device.type == "cuda" and not execution.compile and not execution.shard  # operations one by one, on one device
+    precision = execution.autocast or torch.float32
+    used = Resources(device, resumed, precision, count_flops=countable and distributed.rank() == 0)
+    clip = GRADIENT_NORM if choice.clips else math.inf
+    gradients = partial(_gradients, loss, optimizer, seed, execution, used, clip)
     objective.module.train()
     progress(resumed, {})
     for images_seen in range(resumed, schedule.images, schedule.batch_size):
@@ -145,7 +150,7 @@ def fit(
         row_due = done % every < schedule.batch_size or done >= schedule.images
         if synced or checkpoint_due or row_due:
             run.check(schedule.batch_size)
-        row = run.close_row(done, lr) if row_due else {}
+        row = run.close_row(done, lr, used.metrics(done)) if row_due else {}
         if checkpoint_due:
             run.save(done)
             if stop:
@@ -185,8 +190,8 @@ def _parallel(objective: Objective, execution: Execution) -> nn.Module:
 
 
 def _gradients(
-    loss: nn.Module, optimizer: torch.optim.Optimizer, seed: int, execution: Execution, max_norm: float, images_seen: int,
-    batch_size: int,
+    loss: nn.Module, optimizer: torch.optim.Optimizer, seed: int, execution: Execution, used: Resources, max_norm: float,
+    images_seen: int, batch_size: int,
 ) -> tuple[list[str], Tensor]:  # fmt: skip
     """Fill and clip the gradients of a batch; return its metrics, last the norm before clipping: names, and values in float64."""
     share = batch_size // distributed.ranks()
@@ -197,7 +202,8 @@ def _gradients(
         weight = (part.stop - part.start) / share
         more = isinstance(loss, DistributedDataParallel) and part is not parts[-1]  # wait for other ranks at the last
         with loss.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
-            value, metrics = loss(images_seen, batch_size, generator(seed, "loss", images_seen), part)
+            with used.forward(part.stop - part.start):
+                value, metrics = loss(images_seen, batch_size, generator(seed, "loss", images_seen), part)
             (value if len(parts) == 1 else value * weight).backward()
         rows.append(torch.stack([x.detach() for x in (value, *metrics.values())]).double() * weight)
     means = distributed.mean(torch.stack(rows).sum(0))
@@ -273,12 +279,12 @@ class _Run:
             self.count += 1
         self.unread = []
 
-    def close_row(self, images_seen: int, lr: float) -> dict[str, float]:
-        """Log the means since the last row of the loss curve."""
+    def close_row(self, images_seen: int, lr: float, used: dict[str, float]) -> dict[str, float]:
+        """Log the means since the last row of the loss curve, and what was `used` meanwhile, which is no part of the curve."""
         row = {name: total / self.count for name, total in self.sums.items()}
         self.sums, self.count = {}, 0
         self.curve.append({"images": images_seen, **row, "lr": lr})
-        self.tracker.log({**row, "lr": lr}, images_seen)
+        self.tracker.log({**row, "lr": lr, **used}, images_seen)
         return row
 
     def save(self, images_seen: int) -> None:

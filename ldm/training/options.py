@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section
+from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, Weights
 from ldm.bayes.likelihoods.family import Family
 from ldm.training.objectives import VaeChoice
 from ldm.training.optimizers import Minimiser, Optimizer
@@ -27,6 +27,7 @@ class TrainVae(Training):
 
 
 class TrainUnet(Training):
+    init: Weights | None  # the model whose U-Net training starts from: a registered version or a folder; null: from nothing
     images: Positive
     optimizer: Annotated[Minimiser, OneOf()]
     caption_dropout: Fraction  # share of captions replaced by the empty one, for classifier-free guidance

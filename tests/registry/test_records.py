@@ -5,12 +5,14 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ldm.registry.lineage import pipeline_run
 from ldm.registry.tracking import Records, experiment_id, stage_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +130,116 @@ def test_a_record_of_a_retry_continues_the_run(client: Any, records: Records, mo
         records.deliver()
     (run,) = runs(client)
     assert run.info.status == "FINISHED" and history(client, run.info.run_id, "loss") == [(32, 2.0), (64, 1.0)]
+
+
+@pytest.mark.parametrize("other_parent", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_record_of_a_killed_stage_and_that_of_the_next_are_one_run(
+    client: Any, records: Records, monkeypatch: pytest.MonkeyPatch, at_once: bool, other_parent: bool
+) -> None:
+    code = (
+        "import os; from ldm.registry.tracking import stage_run\n"
+        "with stage_run('train_vae', {'lr': 1}, key='k') as run:\n"
+        "    run.log({'loss': 2.0}, 32); run.flush(); run.log({'loss': 9.0}, 64); os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setenv("LDM_PARENT_RUN", "a" * 32)
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    if not at_once:
+        records.deliver()
+        assert [run.info.status for run in runs(client)] == ["KILLED"]
+    monkeypatch.setenv("LDM_PARENT_RUN", ("b" if other_parent else "a") * 32)
+    with stage_run("train_vae", {"lr": 1}, key="k") as run:
+        run.log({"loss": 1.0}, 64)
+    after = time.time() * 1000
+    time.sleep(0.1)
+    records.deliver()
+    (found,) = runs(client)
+    assert found.info.status == "FINISHED" and found.info.end_time <= after
+    assert found.data.tags["mlflow.parentRunId"] == ("b" if other_parent else "a") * 32
+    assert history(client, found.info.run_id, "loss") == [(32, 2.0), (64, 1.0)]
+    with stage_run("train_vae", {"lr": 1}, key="k"):
+        pass
+    records.deliver()
+    assert len(runs(client)) == 2  # a finished run is finished
+
+
+@pytest.mark.parametrize("first", ["parent", "child"])
+def test_a_parent_named_by_its_record_is_found_whichever_arrives_first(
+    client: Any, records: Records, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, first: str
+) -> None:
+    with pipeline_run(ROOT, {}, records=records.folder) as parent:
+        assert parent.id is None and str(parent.reference).startswith("record:")
+        monkeypatch.setenv("LDM_PARENT_RUN", str(parent.reference))
+        for stage in ("shard", "train_vae"):
+            with stage_run(stage, {}):
+                pass
+    kept = sorted(records.folder.iterdir())
+    held_back = kept[1:] if first == "parent" else kept[:1]
+    for path in held_back:
+        path.rename(tmp_path / path.name)
+    records.deliver()
+    for path in held_back:
+        (tmp_path / path.name).rename(path)
+    Records(records.folder).deliver()  # of another process
+    found = {run.info.run_name: run for run in runs(client)}
+    assert len(found) == len(runs(client)) == 3
+    for stage in ("shard", "train_vae"):
+        assert found[stage].data.tags["mlflow.parentRunId"] == found["pipeline"].info.run_id
+
+
+def test_a_record_waits_for_an_earlier_one_of_its_training(
+    client: Any, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the later one would be a finished run by the time the earlier arrives."""
+    for value, error in ((2.0, ValueError), (1.0, None)):
+        with contextlib.suppress(ValueError), stage_run("train_vae", {}, key="k") as run:
+            run.log({"loss": value}, int(64 / value))
+            if error:
+                raise error
+    with stage_run("shard", {}):
+        pass
+    create, failures = type(client).create_run, iter([True])
+    monkeypatch.setattr(type(client), "create_run", lambda *a, **k: 1 / 0 if next(failures, False) else create(*a, **k))
+    records.deliver()
+    assert [run.info.run_name for run in runs(client)] == ["shard"]
+    records.deliver()
+    found = {run.info.run_name: run for run in runs(client)}
+    assert len(runs(client)) == 2 and found["train_vae"].info.status == "FINISHED"
+    assert history(client, found["train_vae"].info.run_id, "loss") == [(32, 2.0), (64, 1.0)]
+
+
+def test_flows_of_several_worktrees_deliver_the_same_records_side_by_side(client: Any, records: Records, tmp_path: Path) -> None:
+    """They share the folder by a link; each may deliver what stages of another have recorded."""
+    worktree = tmp_path / "worktrees/nightly/.ldm"
+    worktree.mkdir(parents=True)
+    (worktree / "tracking").symlink_to(records.folder)
+    records.folder.mkdir()
+    picture = worktree.parent / "plot.png"
+    picture.write_bytes(b"of the worktree")
+    with stage_run("evaluate", {}, records=worktree / "tracking") as run:
+        run.artifact(picture, "plots")
+    for number in range(8):
+        with stage_run("shard", {"number": number}) as run:
+            run.log({"images": number}, 0)
+    flows = [Records(worktree / "tracking"), Records(records.folder)]
+    threads = [threading.Thread(target=flow.deliver) for flow in flows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = runs(client)
+    assert len(found) == 9 and {run.info.status for run in found} == {"FINISHED"} and not list(records.folder.iterdir())
+    (evaluated,) = (run for run in found if run.info.run_name == "evaluate")
+    assert [file.path for file in client.list_artifacts(evaluated.info.run_id, "plots")] == ["plots/plot.png"]
+
+
+def test_a_server_that_is_known_to_be_away_is_not_asked(records: Records, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    with stage_run("shard", {}):
+        pass
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    start = time.monotonic()
+    Records(records.folder, away=True).deliver()
+    assert time.monotonic() - start < 0.5 and not capfd.readouterr().err and list(records.folder.iterdir())
 
 
 def test_half_a_line_is_left_for_the_next_delivery_while_its_process_lives(client: Any, records: Records) -> None:

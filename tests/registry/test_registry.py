@@ -32,6 +32,7 @@ from ldm.nets.autoencoder import AutoencoderKL, VQModel
 from ldm.nets.text.minilm import MiniLM
 from ldm.nets.unet import UNet
 from ldm.registry import versions
+from ldm.registry.lineage import log_results, numbers, pipeline_run
 from ldm.registry.registration import Registered, compare, gate_and_promote, promote, register, rollback
 from ldm.registry.versions import Unreachable, connect, describe, downloaded, find, kept, load, lookup, overview
 
@@ -145,6 +146,23 @@ def test_the_same_files_are_registered_once(root: Path, models: dict[str, Latent
 
     files = mlflow.artifacts.list_artifacts("models:/ldm/1/lineage")
     assert {Path(file.path).name for file in files} == {"dvc.lock", "params.yaml", "metrics.json", "report.html"}
+
+
+def test_a_metric_is_one_point_of_the_run_and_of_the_model(root: Path, models: dict[str, LatentDiffusion]) -> None:
+    write_outs(root, models["poor"])
+    expected, client = numbers(root / "reports/metrics.json"), connect()
+    for created in (True, False):  # the second finds the version of the first
+        with pipeline_run(root, {}) as run:
+            log_results(run, root)
+            assert register(root, run.id).created == created
+        found = {key: [(point.step, point.value) for point in client.get_metric_history(run.id, key)] for key in expected}
+        assert found == {key: [(0, value)] for key, value in expected.items()}
+        outputs = client.get_run(run.id).outputs.model_outputs
+        assert len(outputs) == created
+        for output in outputs:
+            metrics = client.get_logged_model(output.model_id).metrics
+            assert {metric.key: metric.value for metric in metrics} == expected and len(metrics) == len(expected)
+            assert {metric.run_id for metric in metrics} == {run.id}
 
 
 @pytest.mark.parametrize("how", ["moved", "copied"])

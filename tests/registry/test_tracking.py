@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import set_params
 
 from ldm.registry import tracking
-from ldm.registry.lineage import log_results, pipeline_run
-from ldm.registry.tracking import stage_run
+from ldm.registry.lineage import lineage, log_results, pipeline_run
+from ldm.registry.tracking import experiment_id, stage_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,24 +64,37 @@ def test_a_stage_that_was_killed_is_noticed_by_the_parent(client: Any) -> None:
     assert [child.info.status for child in children] == ["KILLED", "KILLED"]
 
 
-def test_a_retry_continues_its_run(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt(), "kill -9"])
+def test_an_unfinished_run_is_continued_under_its_new_parent(
+    client: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException | str
+) -> None:
     monkeypatch.setenv("LDM_PARENT_RUN", "a" * 32)
-    with pytest.raises(ValueError), stage_run("train_vae", {"lr": 1}, key="k") as first:
-        raise ValueError
-    with stage_run("train_vae", {"lr": 1}, key="k") as retry:
-        assert client.get_run(retry.id).info.status == "RUNNING"
-    assert retry.id == first.id and client.get_run(first.id).info.status == "FINISHED"
+    if isinstance(error, str):
+        code = "import os; from ldm.registry.tracking import stage_run\n"
+        code += "with stage_run('train_vae', {'lr': 1}, key='k', tags={'ldm.threads': '1'}): os.kill(os.getpid(), 9)"
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    else:
+        with pytest.raises(type(error)), stage_run("train_vae", {"lr": 1}, key="k", tags={"ldm.threads": "1"}):
+            raise error
+    (first,) = client.search_runs([experiment_id(client)])
     with stage_run("train_vae", {"lr": 2}, key="other") as other:
-        assert other.id != first.id
+        assert other.id != first.info.run_id
     monkeypatch.setenv("LDM_PARENT_RUN", "b" * 32)
-    with stage_run("train_vae", {"lr": 1}, key="k") as elsewhere:
-        assert elsewhere.id != first.id
-    monkeypatch.delenv("LDM_PARENT_RUN")
+    with stage_run("train_vae", {"lr": 1}, key="k", tags={"ldm.threads": "1, 2"}) as second:
+        assert second.id == first.info.run_id and client.get_run(second.id).info.status == "RUNNING"
+    found = client.get_run(second.id)
+    assert found.data.tags["mlflow.parentRunId"] == "b" * 32 and found.data.tags["ldm.threads"] == "1, 2"
+    assert (found.info.status, found.info.start_time) == ("FINISHED", first.info.start_time)
+    assert found.info.end_time > (first.info.end_time or 0)
     ids = []
-    for _ in range(2):  # without a parent, a finished run is finished
-        with stage_run("train_vae", {"lr": 1}, key="k") as alone:
-            ids.append(alone.id)
-    assert len({*ids, first.id, elsewhere.id}) == 4
+    for parent in ("b" * 32, "c" * 32, None):  # a finished run is finished
+        if parent is None:
+            monkeypatch.delenv("LDM_PARENT_RUN")
+        else:
+            monkeypatch.setenv("LDM_PARENT_RUN", parent)
+        with stage_run("train_vae", {"lr": 1}, key="k") as next_one:
+            ids.append(next_one.id)
+    assert len({*ids, first.info.run_id, other.id}) == 5
 
 
 def test_a_checkpoint_carries_undelivered_metrics_and_doubles_none(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +129,41 @@ def test_what_a_run_made_is_recorded_with_it(client: Any, tmp_path: Path) -> Non
     (dataset,) = stored.inputs.dataset_inputs
     assert json.loads(dataset.dataset.profile) == {"train_images": 9, "test_images": 3}
     assert {file.path for file in client.list_artifacts(run.id)} == {"metrics.json", "plots"}
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize(
+    ("collection", "changed", "dirty"),
+    [
+        ("data/raw/mine", "dvc.lock reports/metrics.json data/raw/mine.dvc data/raw/.gitignore", "false"),
+        ("a*b/[mine]", "a*b/[mine].dvc a*b/.gitignore", "false"),
+        ("mine", "mine.dvc .gitignore", "false"),
+        ("data/raw/mine", "params.yaml", "true"),
+        ("data/raw/mine", "data/raw/other.dvc", "true"),
+        ("a*b/[mine]", "a*b/m.dvc", "true"),
+    ],
+)
+def test_what_a_run_rewrites_does_not_make_its_commit_dirty(
+    tmp_path: Path, collection: str, changed: str, dirty: str, tracked: bool
+) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t", *arguments], cwd=tmp_path, check=True)
+
+    files = [tmp_path / name for name in changed.split()]
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    set_params(tmp_path, {"data": {"path": collection}})
+    git("init", "-q")
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if tracked:
+            file.touch()
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    assert lineage(tmp_path)["ldm.git_dirty"] == "false"
+    for file in files:
+        with file.open("a") as written:
+            written.write("\n# changed\n")
+    assert lineage(tmp_path)["ldm.git_dirty"] == dirty
 
 
 def test_off_means_no_mlflow_at_all() -> None:

@@ -1,5 +1,6 @@
 """Look-ups in MLflow's SQLite file beside MLflow's own client."""
 
+import hashlib
 import os
 import sqlite3
 import subprocess
@@ -112,6 +113,22 @@ def test_the_registry_answers_alike_through_mlflow(store: Path, monkeypatch: pyt
     monkeypatch.setattr(registry, "REVISION", "of another MLflow")
     assert read_sqlite("ldm") is None
     assert answers() == direct
+
+
+def test_a_hash_names_that_model_or_nothing(store: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = hashlib.sha256(b"a model").hexdigest()
+    MlflowClient().set_model_version_tag("ldm", "3", "ldm.model", digest)
+    version = lookup("models:/ldm/3")
+    assert version.pinned == f"models:/ldm/3@{digest[:12]}"
+    assert [lookup(f"models:/ldm/3@{digest[:digits]}") for digits in (12, 40, 64)] == [version] * 3
+    with pytest.raises(InputError, match=r"'models:/ldm/3@\w{11}' is not a model"):
+        lookup(f"models:/ldm/3@{digest[:11]}")
+    for name in (f"models:/ldm/3@{'0' * 12}", f"models:/ldm/4@{digest}"):
+        with pytest.raises(InputError, match=rf"(?s)^{name}: version \d of this registry has the hash .*; name a version of"):
+            lookup(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{filled}/mlflow.db")  # where version 3 is another model
+    with pytest.raises(InputError, match="another registry was meant, or it was made anew"):
+        lookup(version.pinned)
 
 
 def test_look_ups_import_nothing_heavy(store: Path) -> None:

@@ -45,15 +45,18 @@ MODULES = {
 # what modules that count may use of those that do not: names that neither compute nor choose anything
 USED = {
     "ldm.config": "settings as the file has them",
-    "ldm.base.errors": "InputError env_count env_positive env_switch",
+    "ldm.base.errors": "InputError check_space env_count env_positive env_switch",
     "ldm.base.lazy": "Tensor torch",
     "ldm.base.options": (
         "Choice Count Fraction NonNegative OneOf Positive Rate Section chosen explained keys kinds value_at"  # classes by kind
     ),
     "ldm.base.paths": "constants that dvc.yaml repeats",
     "ldm.base.progress": "Progress",
+    "ldm.base.resources": "Resources",
     "ldm.registry.versions": "downloaded",
-    "ldm.stages.checks": "check_captions check_latents_space check_part check_sizes check_space check_training_space size_of",
+    "ldm.stages.checks": (
+        "check_captions check_fetched check_initial check_latents_space check_part check_sizes check_training_space size_of"
+    ),
     "ldm.stages.stage": "stage_main stage_params stop_at_checkpoint",
     "ldm.stages.work": "Work identify opened",
     "ldm.registry.tracking": "Run stage_run use_default_store",

@@ -22,7 +22,9 @@ from ldm.base.paths import AUTOENCODER, VAE_CURVE
 from ldm.config import load_settings
 from ldm.registry import lineage
 from ldm.registry.lineage import ADOPTED
+from ldm.stages.evaluate import assemble
 from ldm.stages.training import training
+from ldm.stages.work import works
 
 OUTS = {
     "train_vae": ("models/autoencoder", "reports/curves/train_vae.csv"),
@@ -68,6 +70,18 @@ def adversarial(trained, tmp_path_factory) -> Path:
     root = Path(shutil.copytree(trained, tmp_path_factory.mktemp("adversarial") / "project"))
     set_params(root, PAPER)
     run_stages(root, "train_vae")
+    return root
+
+
+@pytest.fixture(scope="module")
+def warm(trained, tmp_path_factory) -> Path:
+    """The same, its U-Net trained on from the model that it made, in `saved`."""
+    root = Path(shutil.copytree(trained, tmp_path_factory.mktemp("warm") / "project"))
+    assemble(root, load_settings(root))
+    (root / "models/ldm").rename(root / "saved")
+    set_params(root, {"train_unet": {"init": "saved"}})
+    run_stages(root, "pretrained", "train_unet")
+    assert contents(root, "train_unet") != contents(trained, "train_unet")
     return root
 
 
@@ -207,6 +221,23 @@ def test_so_does_training_against_a_discriminator(seed, adversarial, tmp_path):
     kept = killed_in_mid_work(adversarial, tmp_path / "killed", "train_vae", seed)
     assert kept > LDM["discriminator_start"]  # it was being trained
     assert resumed(tmp_path / "killed", "train_vae", kept) == contents(adversarial, "train_vae")
+
+
+@pytest.mark.parametrize("seed", with_soak(1, 6))
+def test_so_does_training_that_starts_from_a_model(seed, warm, tmp_path):
+    kept = killed_in_mid_work(warm, tmp_path / "killed", "train_unet", seed)
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    assert resumed(tmp_path / "killed", "train_unet", kept) == contents(warm, "train_unet")
+
+    root, weights = tmp_path / "other", "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(warm / "models" / weights, root / "saved" / weights)  # the name stands for another model
+    run_stages(root, "pretrained")
+    anew = start(root, "train_unet")
+    while len(works(root, "train_unet")) < 2:
+        assert anew.poll() is None, "it went on from the checkpoint"
+        time.sleep(0.01)
+    anew.kill()
+    anew.communicate()
 
 
 @pytest.mark.parametrize(

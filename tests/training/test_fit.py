@@ -46,6 +46,9 @@ class Plan:
     checkpoint_images: int = 32
 
 
+USED = ("system/images_per_second", "system/peak_memory_megabytes")  # logged beside the curve, on a CPU
+
+
 class Metrics:
     """A tracker with MLflow's rule: a metric with the same key, value, time and position is stored once."""
 
@@ -271,7 +274,10 @@ def test_a_row_of_the_curve_is_the_mean_since_the_last(tmp_path: Path) -> None:
     assert [row["images"] for row in fitted.curve] == list(range(16, 801, 16))
     np.testing.assert_allclose([row["loss"] for row in fitted.curve], np.reshape(losses, (-1, 2)).mean(axis=1), rtol=1e-5)
     logged = {(images, key): value for key, value, _, images in stored}
+    used = {name: [logged.pop((row["images"], name)) for row in fitted.curve] for name in USED}
     assert logged == {(row["images"], key): value for row in fitted.curve for key, value in row.items() if key != "images"}
+    assert min(used["system/images_per_second"]) > 0
+    assert all(10 < megabytes < 10**5 for megabytes in used["system/peak_memory_megabytes"])
 
 
 def test_progress_is_told_of_every_batch_and_of_the_rows(tmp_path: Path) -> None:
@@ -389,7 +395,7 @@ def test_a_stop_saves_a_checkpoint_from_which_the_same_bytes_come(batches: int, 
     assert same_bytes(found.ema, expected.ema)
     assert pd.DataFrame(found.curve).to_csv() == pd.DataFrame(expected.curve).to_csv()  # columns in the same order, too
     positions = [(key, images) for key, _, _, images in stored]
-    assert len(positions) == len(set(positions)) == 5 * len(expected.curve)
+    assert len(positions) == len(set(positions)) == 7 * len(expected.curve)  # 5 of the curve, 2 of `USED`
 
 
 def test_a_stop_at_a_checkpoint_writes_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +428,7 @@ def test_no_metric_is_lost_or_doubled_by_a_death_around_delivery(delivered: bool
     assert bool(stored) == (delivered or death > 1)
     fitted = run(tmp_path, Regression(), Plan(), Metrics(stored))
     positions = sorted((images, key) for key, _, _, images in stored)
-    assert positions == sorted((row["images"], key) for row in fitted.curve for key in row if key != "images")
+    assert positions == sorted((row["images"], key) for row in fitted.curve for key in (*row, *USED) if key != "images")
 
 
 # a loss that is not finite
