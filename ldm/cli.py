@@ -1,4 +1,4 @@
-"""The command line: `ldm run`, `sample`, `interpolate`, and the groups in `ldm/commands/`."""
+"""The command line: `ldm run`, `doctor`, `gc`, `sample`, `interpolate`, and the groups in `ldm/commands/`."""
 
 import os
 import sys
@@ -70,6 +70,24 @@ def doctor() -> None:
         faults += level == "fault"
     if faults:
         raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    keep: Annotated[int, typer.Option(min=1, help="How many versions, runs and, of each schedule, branches stay.")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+) -> None:
+    """Remove what accumulates, but for what the last runs and every version with an alias need.
+
+    What goes: older versions and runs with their files, branches of scheduled runs, objects of DVC's cache that nothing names any
+    more, latents, unfinished trainings untouched for a month, half-written files, worktrees that git does not know. A DVC remote
+    is not touched. What is in use stays, and the table says so.
+    """
+    from ldm.collection.retention import collect_garbage, summary
+
+    if rows := summary(collect_garbage(shared.project(), keep, dry_run=dry_run)):
+        shared.table(rows)
+    print("dry run: nothing was removed" if dry_run else "removed" if rows else "nothing to remove")
 
 
 @app.command(cls=SamplingCommand)

@@ -35,6 +35,8 @@ VARIABLES: dict[str, Callable[[str], Any]] = {
     "LDM_STAGE_TIMEOUT": lambda name: env_positive(name, "seconds"),
     "LDM_STAGE_RETRIES": lambda name: env_count(name, 0),
     "LDM_WORKERS": lambda name: env_count(name, 0),
+    "LDM_GPUS": lambda name: env_count(name, 0),
+    "LDM_PREFECT_PORT": lambda name: env_count(name, 1),
     "LDM_PROCESSES": lambda name: env_count(name, 1),
     "LDM_MICRO_BATCH": lambda name: env_count(name, 0),
     "LDM_GRADIENT_CHECKPOINTING": env_switch,

@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ldm.base.paths import HOME, LATENT_STORE, LATENTS, QUARANTINE, SHARD_CACHE, SHARDS, SOURCE, TRACKING, WORK
+from ldm.versioning.branches import WORKTREES
+from ldm.versioning.cache import REMOVED
 
 LEFTOVER = "leftover"
 COLLECTION = "COLLECTION"  # stands for the folder data.path
@@ -45,6 +47,7 @@ PLACES = (
     Place(SOURCE, "refused", "source"),
     Place(SHARDS, "refused", "shards"),
     Place(LATENTS, "refused", "latents"),
+    Place(WORKTREES, "refused", "worktrees"),  # of scheduled runs
     # what is not
     Place(f"{COLLECTION}/.ingest.partial", "deleted", LEFTOVER),  # of an ingest that was killed
     Place("data/*.partial", "deleted", LEFTOVER),  # of a stage that was killed
@@ -53,8 +56,9 @@ PLACES = (
     Place(f"{SOURCE}.replaced", "deleted", LEFTOVER),
     Place(f"{WORK}/*/*/bad_batch_*", "deleted", "batch"),  # of a training that diverged
     Place(SHARD_CACHE, "deleted", "download"),  # those that hold the image
-    Place(LATENT_STORE, "deleted", "store"),  # all that is not in data/latents
+    Place(LATENT_STORE, "deleted", "store"),  # all that no checkout has in data/latents
     Place(".dvc/cache/files", "deleted", "objects"),  # of the image, and what was made of it; the remote's too
+    Place(f".dvc/cache/{REMOVED}", "deleted", "removed"),  # by an `ldm gc` that was killed
     # what stays
     Place("models", "stays", "trained weights"),
     Place(WORK, "stays", "trained weights"),
@@ -64,10 +68,14 @@ PLACES = (
     Place("mlflow.db*", "stays", "MLflow's runs and versions, with reports and pictures"),
     Place(TRACKING, "stays", "MLflow's runs and versions, with reports and pictures"),
     Place(HOME, "stays", "what libraries keep where no home can be written"),
+    Place(".ldm/prefect.db*", "stays", "file names in logs of runs"),
+    Place(".ldm/schedule*", "stays", "file names in logs of runs"),
+    Place(".ldm/run.json", "stays", "file names in logs of runs"),
     Place("*.png", "stays", "pictures that commands wrote, such as contact_sheet.png"),
     Place(".git", "stays", "old caption tables in DVC's cache, and what git's history has"),
     Place(QUARANTINE, "stays", "file names in lists of DVC, git and the quarantine"),
     # neither pixels nor captions
+    Place(".ldm/slots", "empty", "locks"),
     Place(f"{COLLECTION}.dvc", "empty", "the collection's hash"),
     Place(".dvc", "empty", "DVC's configuration and listings"),
     Place(".ldm/*.lock", "empty", "locks"),

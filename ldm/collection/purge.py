@@ -21,7 +21,9 @@ import yaml
 
 from ldm.base.errors import InputError
 from ldm.base.files import content_hash, file_hash, locked
+from ldm.base.options import value_at
 from ldm.base.paths import LATENTS, SHARDS, SOURCE
+from ldm.collection.leftovers import unnamed_latents
 from ldm.collection.places import LEFTOVER, PLACES, Place
 from ldm.collection.places import UNTOUCHED as UNTOUCHED
 from ldm.config import load_settings
@@ -30,6 +32,8 @@ from ldm.data.reader import SPLITS
 from ldm.data.remote import PART
 from ldm.registry import tracking
 from ldm.registry import versions as registry
+from ldm.versioning.branches import find_checkouts
+from ldm.versioning.cache import named_now
 from ldm.versioning.repository import held, open_repository
 
 TAG = "ldm.purged"  # of a version: hashes (first 16 digits) of images that it saw and that were purged since
@@ -146,12 +150,14 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
 
 @contextlib.contextmanager
 def _alone(root: Path, repo: Any) -> Iterator[None]:
-    """While no stage and no ingest works here."""
+    """While no stage and no ingest works here or in a worktree, all of which share the latents' store."""
     ingest = root / ".ldm/ingest.lock"
-    with (
-        locked(ingest) if ingest.exists() else contextlib.nullcontext(),
-        held(repo, *(root / path for path in (SOURCE, SHARDS, LATENTS))),
-    ):
+    with contextlib.ExitStack() as stack:
+        if ingest.exists():
+            stack.enter_context(locked(ingest))
+        for checkout in find_checkouts(root):
+            other = repo if checkout == root else stack.enter_context(open_repository(checkout))
+            stack.enter_context(held(other, *(checkout / path for path in (SOURCE, SHARDS, LATENTS))))
         yield
 
 
@@ -187,6 +193,15 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str
     present += [str(path) for path in (root / SHARDS).glob("*.tar") if _holds(path, digests)]
     if present:
         raise InputError(f"{image}: still in {present[0]}; {again}")
+    for worktree in find_checkouts(root)[1:]:
+        inside = {
+            file
+            for md5 in named_now([worktree])
+            for file in (md5, *(objects.listing(md5) if md5.endswith(".dir") else {}).values())
+        }
+        if inside & {*originals, *shards, *latents}:
+            follow = f"its next scheduled run takes it out, or `git worktree remove --force {worktree}`"
+            raise InputError(f"{image}: still in what {worktree} names; {follow}")
     others = {md5 for path, md5 in objects.files if path == image} - originals if by_name else set()
     unclear = ", ".join(sorted(map(objects.sha256, others - current.keys())))
     if unclear and not (shards or originals):
@@ -200,11 +215,11 @@ def _find(root: Path, repo: Any, objects: _Objects, image: str) -> tuple[set[str
 
 
 def _copies(root: Path, objects: _Objects, kinds: dict[str, set[str]], digests: set[str]) -> pd.DataFrame:
-    """The files to delete in their order, shards last. Of the latents' store go all files that are not in data/latents."""
-    linked = {file_hash(path) for path in (root / LATENTS).glob("*.safetensors")}
+    """The files to delete in their order, shards last. Of the latents' store goes what no checkout has in data/latents."""
+    unnamed = unnamed_latents(root, find_checkouts(root))
     chosen: dict[str, Callable[[Path], bool]] = {  # not all files of a place
         "download": lambda path: path.suffix == PART or _holds(path, digests),
-        "store": lambda path: path.stem.rpartition("-")[2] not in linked,  # KEY-SHA256
+        "store": unnamed.__contains__,
         "objects": lambda path: False,  # those of `kinds`
     }
     copies = []
@@ -256,22 +271,26 @@ def _samples(file: IO[bytes]) -> dict[str, str]:
 
 
 def _versions(root: Path, objects: _Objects, shards: set[str], digests: set[str], tag: bool) -> pd.DataFrame:
-    """Registered versions that saw the image, which get a tag, or of which that is unknown."""
+    """Registered versions that saw the image, or started from the weights of one, which get a tag; or where it is unknown."""
     try:
         registered = registry.find({}, load_settings(root).registry.name)
     except registry.Unreachable:
         raise
     except InputError:  # there is no registry yet
         registered = []
-    rows = []
-    for version in registered:
+    rows, trained = [], set[str]()
+    for version in reversed(registered):  # the oldest first, from which others may have started
         lock = yaml.safe_load(registry.kept(version, "dvc.lock") or "") or {}
         outs = [out for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])]
         listing = next((objects.listing(out["md5"]) for out in outs if out["path"] == SHARDS), {})
         seen = {path.split("-")[0] for path, md5 in listing.items() if md5 in shards}
         purged = set(filter(None, version.tags.get(TAG, "").split(",")))
-        if seen or purged & digests:  # the latter by a purge that was killed
-            how = "trained on" if "train" in seen else "only evaluated on" if seen else "recorded"
+        origin = next(iter(sorted(_origins(version) & trained)), None)
+        if "train" in seen or origin:
+            trained.add(version.uri)
+        if seen or origin or purged & digests:  # the latter by a purge that was killed
+            otherwise = "only evaluated on" if seen else "recorded"
+            how = "trained on" if "train" in seen else f"started from {origin}" if origin else otherwise
             if tag:
                 registry.tag(version, TAG, ",".join(sorted(purged | digests)))
         elif listing:
@@ -279,4 +298,11 @@ def _versions(root: Path, objects: _Objects, shards: set[str], digests: set[str]
         else:
             how = "unknown"
         rows.append((str(version.version), ", ".join(version.aliases), ", ".join(filter(seen.__contains__, SPLITS)), how))
-    return pd.DataFrame(rows, columns=["version", "aliases", "splits", "seen"])
+    return pd.DataFrame(rows[::-1], columns=["version", "aliases", "splits", "seen"])
+
+
+def _origins(version: registry.Version) -> set[str]:
+    """What a version took weights from, as its settings name it, without a hash."""
+    params = yaml.safe_load(registry.kept(version, "params.yaml") or "") or {}
+    named = (value_at(params, key, None) for key in ("autoencoder.pretrained", "train_unet.init"))
+    return {name.partition("@")[0] for name in named if name}

@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ldm.base.errors import InputError
 from ldm.base.files import locked
+from ldm.versioning.branches import WORKTREES
 
 RESTORE = "restore it; after a merge, keep one side: `git checkout --ours dvc.lock`"
 
@@ -30,8 +32,8 @@ def open_repository(root: Path, wait: bool = False) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def held(repo: Any, *paths: Path) -> Iterator[None]:
-    """Let no stage start meanwhile; `InputError` if a stage that reads or writes `paths` is running."""
+def held(repo: Any, *paths: Path, reading: bool = False) -> Iterator[None]:
+    """Let no stage start meanwhile. `InputError` if one that writes `paths` is running or, unless `reading`, one that reads."""
     from dvc.lock import LockError
     from dvc.rwlock import RWLOCK_FILE, rwlock
 
@@ -40,7 +42,8 @@ def held(repo: Any, *paths: Path) -> Iterator[None]:
         with repo.lock:
             if record.is_file() and not record.stat().st_size:
                 record.unlink()  # DVC was killed between creating and writing it, and cannot read an empty one
-            with rwlock(repo.tmp_dir, repo.fs, "ldm", [], files, repo.config["core"]["hardlink_lock"]):
+            read, written = (files, []) if reading else ([], files)
+            with rwlock(repo.tmp_dir, repo.fs, "ldm", read, written, repo.config["core"]["hardlink_lock"]):
                 yield
     except LockError as error:
         reason = " ".join(str(error).split()).partition(" If there are no processes")[0]
@@ -68,6 +71,7 @@ class Node(NamedTuple):
     outs: tuple[str, ...]  # paths relative to the project's root
     upstream: frozenset[str] = frozenset()  # names of the stages whose outs it reads
     needs: frozenset[str] = frozenset()  # these and all that they need
+    meta: Mapping[str, Any] = MappingProxyType({})  # hints for whoever runs it: gpus, timeout (seconds), retries
 
 
 def read_graph(root: Path) -> tuple[Node, ...]:
@@ -81,8 +85,8 @@ def read_graph(root: Path) -> tuple[Node, ...]:
             if stage.cmd:
                 outs = (os.path.relpath(out.fs_path, repo.root_dir) if out.is_in_repo else out.def_path for out in stage.outs)
                 needed = (graph.successors(stage), networkx.descendants(graph, stage))
-                upstream = (frozenset(stage_name(other) for other in others if other.cmd) for others in needed)
-                nodes.append(Node(stage_name(stage), tuple(outs), *upstream))
+                upstream, needs = (frozenset(stage_name(other) for other in others if other.cmd) for others in needed)
+                nodes.append(Node(stage_name(stage), tuple(outs), upstream, needs, stage.meta or {}))
     return tuple(nodes)
 
 
@@ -94,9 +98,17 @@ def ancestors(nodes: tuple[Node, ...], target: str) -> tuple[Node, ...]:
     return tuple(node for node in nodes if node.name in needed)
 
 
+def around(nodes: tuple[Node, ...], target: str) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """`ancestors`, and the stages that need `target`; others, such as a source that is not used, belong to no run."""
+    return ancestors(nodes, target), tuple(node for node in nodes if target in node.needs)
+
+
 def check_data(root: Path, path: str) -> None:
     """`InputError` if dvc.yaml is broken, or if the data folder neither exists nor is an out of a stage."""
     if not any(path in node.outs for node in read_graph(root)) and not (root / path).exists():
+        if f"/{WORKTREES}/" in root.as_posix():
+            advice = f"`dvc add {path}` in the checkout, and commit {path}.dvc"
+            raise InputError(f"data.path {path}: not in the commit that this run works with; {advice}")
         raise InputError(f"data.path {path}: no such folder; set data.path in params.yaml to a folder of captioned images")
 
 

@@ -128,6 +128,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (root / MINE / f"monday/secret.{suffix}").unlink()
     night(root)
     (root / "aside").rename(root / MINE / ".ingest.partial")
+    (root / ".dvc/cache/removed").mkdir()  # by an `ldm gc` that was killed
+    (root / ".dvc/cache/removed/md5").write_bytes(png(picture(SECRET)))
     kill_before(lambda: run_stages(root, "shard"), "open", "data/shards.partial/index.json")
     return root
 
@@ -136,7 +138,7 @@ def test_after_a_purge_nothing_of_the_image_is_left_but_where_the_report_says_so
     assert unplaced(root) == []
     before = traces(root)
     kinds = {place_of(PurePosixPath(file), PurePosixPath(MINE)) for file in before}
-    assert {place.holds for place in kinds if place} >= {"leftover", "batch", "download", "objects"}
+    assert {place.holds for place in kinds if place} >= {"leftover", "batch", "download", "objects", "removed"}
     assert any(file.startswith(f"{MINE}/.ingest.partial/") for file in before)
     purged = purge(root, "monday/secret.png")
     assert set(purged.copies.kind) >= {"leftover", "batch", "download", "latents", "caption", "image", "shard"}

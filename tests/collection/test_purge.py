@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from dvc.repo import Repo
 from dvc_data.hashfile.db import HashFileDB
 from dvc_objects.fs import MemoryFileSystem
@@ -26,6 +28,7 @@ from typer.testing import CliRunner
 
 from ldm.base.errors import InputError
 from ldm.cli import app
+from ldm.collection.leftovers import unnamed_latents
 from ldm.collection.purge import TAG, purge
 from ldm.config import load_settings
 from ldm.data.images import to_png
@@ -33,7 +36,7 @@ from ldm.data.latents import write_latents
 from ldm.data.reader import open_shards
 from ldm.data.shards import split_of, write_shards
 from ldm.registry import registration
-from ldm.registry.versions import find
+from ldm.registry.versions import find, kept, lookup
 from ldm.stages import code
 
 MINE = "data/raw/mine"
@@ -160,6 +163,8 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
             for image in (train, test):
                 latents[image.name] |= set() if removed else latents_of(root, image)
     assert len(latents[train.name]) == 2 and not latents[test.name]
+    for path in unnamed_latents(root, [root]):  # as `ldm gc` would
+        path.unlink()
     return History(folder, train, test, latents)
 
 
@@ -263,6 +268,35 @@ def test_by_its_hash_and_models_that_were_only_evaluated_on_it(history: History,
     both = ",".join(sorted([history.train.sha256[:16], image.sha256[:16]]))
     assert tags() == {4: None, 3: both, 2: both, 1: None}
     check_workspace()
+
+
+@pytest.mark.parametrize("key", ["autoencoder.pretrained", "train_unet.init"])
+def test_a_model_that_started_from_one_that_saw_it_is_listed(key: str, history: History, folder: Path) -> None:
+    """Version 4 was trained without the image, version 5 after it: through the weights of 3, both know it."""
+    registration.register(change_model(folder / "project"))
+    for version in find({}):
+        if version.version > 3:
+            assert version.folder
+            params, (section, name) = version.folder / "lineage/params.yaml", key.split(".")
+            values = yaml.safe_load(params.read_text())
+            values[section][name] = f"models:/ldm/{version.version - 1}" + "@0123456789ab" * (version.version == 4)
+            params.write_text(yaml.safe_dump(values))
+    purged = purge(Path("."), history.train.name)
+    assert list(zip(purged.versions.version, purged.versions.seen, strict=True)) == [
+        ("5", "started from models:/ldm/4"),
+        ("4", "started from models:/ldm/3"),
+        ("3", "trained on"),
+        ("2", "trained on"),
+        ("1", "unknown"),
+    ]
+    assert {number for number, digests in tags().items() if digests} == {2, 3, 4, 5}
+
+
+def change_model(root: Path) -> Path:
+    """Another model of the same night."""
+    path = root / "models/ldm/model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "number": 5}))
+    return root
 
 
 def test_from_a_remote_when_nothing_is_here(history: History, folder: Path) -> None:
@@ -385,6 +419,33 @@ def test_nothing_is_deleted_while_a_stage_runs(history: History, folder: Path) -
         purge(Path("."), history.train.name)
     assert everything(folder) == before
     assert len(purge(Path("."), history.train.name, dry_run=True).copies)
+
+
+def test_what_a_worktree_holds_is_refused_and_its_latents_stay(history: History, folder: Path) -> None:
+    """A schedule that has not run since; another that holds other latents of the store, which all checkouts share."""
+    image, root = history.train, folder / "project"
+    worktree, store = root / ".ldm/worktrees/nightly", root / ".ldm/store/latents"
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(worktree)], cwd=root, check=True)
+    lock = kept(lookup("models:/ldm/3"), "dvc.lock")
+    assert lock
+    (worktree / "dvc.lock").write_text(lock)
+    before = objects(folder)
+    with pytest.raises(InputError, match=r"still in what .*/\.ldm/worktrees/nightly names; its next scheduled run takes it out"):
+        purge(Path("."), image.name)
+    assert objects(folder) == before
+    (worktree / "dvc.lock").write_text(kept(lookup("models:/ldm/4"), "dvc.lock") or "")
+    (store / "key-other.safetensors").write_bytes(b"of an image that stays")
+    (worktree / "data/latents").mkdir(parents=True)
+    (worktree / "data/latents/manifest.json").write_text(json.dumps({"files": [{"sha256": "other"}]}))
+    stage = {"pid": os.getppid(), "cmd": "dvc repro"}
+    (worktree / ".dvc/tmp").mkdir(exist_ok=True)
+    (worktree / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(worktree / "data/latents"): stage}}))
+    with pytest.raises(InputError, match="a stage works here"):
+        purge(Path("."), image.name)
+    (worktree / ".dvc/tmp/rwlock").unlink()
+    purge(Path("."), image.name)
+    current = json.loads((root / "data/latents/manifest.json").read_text())["files"]
+    assert {path.stem.rpartition("-")[2] for path in store.iterdir()} == {"other", *(file["sha256"] for file in current)}
 
 
 def test_what_was_never_there_is_said(folder: Path) -> None:

@@ -13,7 +13,7 @@ from ldm.versioning.repository import ancestors, read_graph
 
 def test_stages_come_after_what_they_need_and_keep_their_paths(project: Path) -> None:
     stages = read_graph(project)
-    assert [stage.name for stage in stages] == ["shard", "train_unet", "evaluate", "aside"]
+    assert [stage.name for stage in stages] == ["shard", "train_unet", "evaluate", "after", "aside"]
     evaluate = stages[2]
     assert set(evaluate.outs) == {"reports/report.html", "reports/bounds.csv", "reports/metrics.csv", "reports/metrics.json"}
     assert set(evaluate.upstream) == {"shard", "train_unet"}
@@ -38,9 +38,9 @@ def test_ancestors_leave_out_what_the_target_does_not_need(project: Path) -> Non
 
 def test_a_stage_knows_all_that_it_needs(project: Path) -> None:
     stages = read_graph(project)
-    assert [stage.name for stage in stages if "shard" in stage.needs] == ["train_unet", "evaluate", "aside"]
-    assert [stage.name for stage in stages if "train_unet" in stage.needs] == ["evaluate"]
-    assert not any("evaluate" in stage.needs for stage in stages)
+    assert [stage.name for stage in stages if "shard" in stage.needs] == ["train_unet", "evaluate", "after", "aside"]
+    assert [stage.name for stage in stages if "train_unet" in stage.needs] == ["evaluate", "after"]
+    assert [stage.name for stage in stages if "evaluate" in stage.needs] == ["after"]
 
 
 def test_data_that_dvc_tracks_without_a_command_is_no_stage(project: Path) -> None:
@@ -50,7 +50,7 @@ def test_data_that_dvc_tracks_without_a_command_is_no_stage(project: Path) -> No
     text = (project / "dvc.yaml").read_text()
     (project / "dvc.yaml").write_text(text.replace("deps: [knob.txt]", "deps: [knob.txt, raw]"))
     stages = read_graph(project)
-    assert [stage.name for stage in stages] == ["shard", "train_unet", "evaluate", "aside"]
+    assert [stage.name for stage in stages] == ["shard", "train_unet", "evaluate", "after", "aside"]
     assert stages[0].upstream == stages[0].needs == frozenset()
 
 

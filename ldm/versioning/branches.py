@@ -1,0 +1,92 @@
+"""Git of a project: its checkouts, the branches that scheduled runs leave, and what files hold at some commits."""
+
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from ldm.base.errors import InputError
+from ldm.versioning.git import output
+
+WORKTREES = ".ldm/worktrees"  # of scheduled runs, one for each slot
+RUN = re.compile(r"runs/([^/]+)/(\d{4}-\d\d-\d\d)(?:-(\d+))?")  # runs/SLOT/DAY, then runs/SLOT/DAY-2, …
+
+
+class RunBranch(NamedTuple):
+    """What a scheduled run left: a commit of its dvc.lock, params.yaml, metrics and report."""
+
+    name: str
+    slot: str
+    when: tuple[str, int]  # the day, and which run of that day
+    commit: str
+    parents: tuple[str, ...]  # the commit that the run worked at
+
+
+def find_checkouts(root: Path) -> list[Path]:
+    """The project's folder in every worktree that is on this disk and has DVC, first `root`, which has to be in the main one."""
+    top = _worktrees(root)
+    inside = output(root, "rev-parse", "--show-prefix").decode().strip()
+    if not (top[0] / inside).exists() or not (top[0] / inside).samefile(root):
+        raise InputError(f"{root}: a worktree of {top[0]}; run this in {top[0] / inside}")
+    return [root, *(path / inside for path in top[1:] if (path / inside / ".dvc").is_dir())]
+
+
+def stray_worktrees(root: Path) -> tuple[list[Path], list[Path]]:
+    """Folders in `WORKTREES` that git does not know as worktrees, and worktrees there that git knows and whose folder is gone."""
+    place = root / WORKTREES
+    folders = sorted(place.iterdir()) if place.is_dir() else []  # before git is asked: it knows a worktree first
+    known = [path for path in _worktrees(root) if path.parent == place]
+    return [path for path in folders if path not in known], [path for path in known if not path.exists()]
+
+
+def run_branches(root: Path) -> list[RunBranch]:
+    """The branches of scheduled runs, the newest of each slot first; not those that are checked out somewhere."""
+    fields = "%(refname:lstrip=2)%00%(objectname)%00%(parent)%00%(worktreepath)"
+    found = []
+    for line in output(root, "for-each-ref", f"--format={fields}", "refs/heads/runs/").decode().splitlines():
+        name, commit, parents, checked_out = line.split("\0")
+        if (match := RUN.fullmatch(name)) and not checked_out:
+            slot, day, number = match.groups()
+            found.append(RunBranch(name, slot, (day, int(number or 1)), commit, tuple(parents.split())))
+    return sorted(found, key=lambda branch: branch.when, reverse=True)
+
+
+def delete(root: Path, branch: RunBranch) -> None:
+    """Delete a branch, unless it has moved since it was read."""
+    output(root, "update-ref", "-d", f"refs/heads/{branch.name}", branch.commit)
+
+
+def commits_to_keep(root: Path, going: Collection[RunBranch]) -> set[str]:
+    """What branches, tags, stashes and DVC's experiments name, and every worktree's HEAD; not the branches that are `going`."""
+    lines = output(root, "for-each-ref", "--format=%(objectname) %(objecttype)%(*objecttype) %(refname)").decode().splitlines()
+    without = {f"refs/heads/{branch.name}" for branch in going}
+    kept = set()
+    for commit, kind, name in (line.split(" ", 2) for line in lines):
+        if kind.endswith("commit") and name not in without and not name.startswith(("refs/remotes/", "refs/prefetch/")):
+            kept.add(commit)
+    heads = output(root, "worktree", "list", "--porcelain").decode().splitlines()
+    heads = [line.removeprefix("HEAD ") for line in heads if line.startswith("HEAD ")]
+    return kept | {head for head in heads if head.strip("0")}  # zeros: a branch without a commit
+
+
+def texts_at(root: Path, commits: Collection[str], wanted: Callable[[str], bool]) -> set[str]:
+    """What the files whose path is `wanted` hold at these commits."""
+    blobs = set()
+    for commit in commits:
+        for entry in output(root, "ls-tree", "-r", "-z", f"{commit}^{{tree}}").decode(errors="replace").split("\0")[:-1]:
+            facts, _, path = entry.partition("\t")
+            if wanted(path):
+                blobs.add(facts.split()[2])
+    rest = output(root, "cat-file", "--batch", given="".join(f"{blob}\n" for blob in blobs).encode())
+    texts = set()
+    while rest:
+        header, _, rest = rest.partition(b"\n")
+        size = int(header.split()[2])
+        texts.add(rest[:size].decode(errors="replace"))
+        rest = rest[size + 1 :]
+    return texts
+
+
+def _worktrees(root: Path) -> list[Path]:
+    lines = output(root, "worktree", "list", "--porcelain").decode().splitlines()
+    return [Path(line.removeprefix("worktree ")) for line in lines if line.startswith("worktree ")]

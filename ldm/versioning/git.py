@@ -1,0 +1,65 @@
+"""git, as a program: without the user's hooks, and with an author where none is configured."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.base.errors import InputError
+
+QUIET = ("-c", "core.hooksPath=/dev/null", "-c", "advice.detachedHead=false", "-c", "core.quotePath=false")
+NOBODY = {"NAME": "ldm-pipeline", "EMAIL": "ldm-pipeline@localhost"}  # writes commits where git knows no user
+COLLECTION = "runs/collection"  # branch whose commits have the pointer of the collection after each ingest
+RUNS = "refs/heads/runs"  # below it a branch for each finished run: runs/SLOT/DATE
+
+
+def output(root: Path, *arguments: str, given: bytes | None = None, check: bool = True) -> bytes:
+    """What a git command prints, which reads `given`; `InputError` if it fails, or nothing if `check` is false."""
+    try:
+        done = subprocess.run(["git", *QUIET, *arguments], cwd=root, input=given or b"", capture_output=True)
+    except FileNotFoundError:
+        raise InputError("git is not installed, and a scheduled run works in a git worktree; install git") from None
+    if done.returncode and check:
+        said = " ".join((done.stderr.strip() or done.stdout.strip()).decode(errors="replace").split())
+        raise InputError(f"{root}: `git {' '.join(arguments)}` failed ({said or done.returncode}); mend that and run again")
+    return done.stdout if not done.returncode else b""
+
+
+def git(root: Path, *arguments: str, check: bool = True) -> str:
+    """`output` as text, without the blank space around it."""
+    return output(root, *arguments, check=check).decode(errors="replace").strip()
+
+
+def commit_of(root: Path, name: str) -> str | None:
+    """The hash of the commit that a branch or another name stands for."""
+    return git(root, "rev-parse", "--quiet", "--verify", f"{name}^{{commit}}", check=False) or None
+
+
+def is_ancestor(root: Path, commit: str, of: str) -> bool:
+    return git(root, "merge-base", commit, of, check=False) == commit
+
+
+def commit(root: Path, message: str, parents: Sequence[str], paths: Sequence[str] = ()) -> str:
+    """Commit what is staged, and `paths` even if they are ignored, in the worktree at `root`, whose HEAD then is that commit.
+
+    The hash of the commit, or of the one parent if nothing differs from it.
+    """
+    there = [path for path in paths if (root / path).exists()]
+    if there:
+        git(root, "add", "--force", "--", *there)
+    tree = git(root, "write-tree")
+    if len(parents) == 1 and git(root, "rev-parse", f"{parents[0]}^{{tree}}") == tree:
+        return parents[0]
+    for role in ("AUTHOR", "COMMITTER"):
+        if not git(root, "config", "user.email", check=False):
+            for what, value in NOBODY.items():
+                os.environ.setdefault(f"GIT_{role}_{what}", value)
+    made = git(root, "commit-tree", tree, *(f"-p{parent}" for parent in parents), "-m", message)
+    git(root, "reset", "--quiet", "--soft", made)
+    return made
+
+
+def newest_run(root: Path, slot: str) -> str | None:
+    """The branch of the last finished run of a slot."""
+    order = ("--sort=-version:refname", "--sort=-committerdate")  # the last one counts first
+    return git(root, "for-each-ref", *order, "--count=1", "--format=%(refname:short)", f"{RUNS}/{slot}/") or None
