@@ -1,4 +1,4 @@
-# make install | run | test | lint | bench | soak | ui
+# make install | run | schedule | unschedule | test | lint | bench | soak | ui
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -29,7 +29,7 @@ ifneq ($(shell test ! -L $(VENV) && test -e $(BIN)/ldm && ! head -n 3 $(BIN)/ldm
 .PHONY: $(BIN)/python $(VENV)/.run $(VENV)/.test
 endif
 
-.PHONY: install run test soak lint bench ui
+.PHONY: install run schedule unschedule test soak lint bench ui
 install: $(VENV)/.run  ## what `make run` needs
 
 $(BIN)/python:
@@ -65,7 +65,12 @@ lint: $(VENV)/.test   ## style, types, layers, and that the constraints resolve 
 bench: $(VENV)/.test  ## speed as ratios against peers; see tests/benchmarks
 	OMP_NUM_THREADS=$$(nproc) python -m pytest tests/benchmarks -o addopts="--import-mode=importlib -s" -o timeout=0
 
-ui: $(VENV)/.run      ## MLflow at http://127.0.0.1:5000, Prefect at http://127.0.0.1:4200; ctrl-C ends both
-	export DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TELEMETRY=true \
-	  MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false; \
-	trap 'trap - INT TERM; kill 0' INT TERM; mlflow ui --port 5000 & prefect server start & wait
+schedule: $(VENV)/.run    ## run by itself what infra/prefect.yaml says, in the background: Prefect server, worker, deployments
+	python -m flows.schedule start
+
+unschedule: $(VENV)/.run  ## end all of that; a training stops at a checkpoint
+	python -m flows.schedule stop
+
+ui: $(VENV)/.run          ## MLflow at http://127.0.0.1:5000, Prefect at http://127.0.0.1:4200; ctrl-C ends both
+	export DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false; \
+	trap 'trap - INT TERM; kill 0' INT TERM; mlflow ui --port 5000 & python -m flows.server & wait

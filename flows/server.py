@@ -11,8 +11,11 @@ import urllib.request
 from dataclasses import dataclass
 
 from ldm.base.errors import InputError
+from ldm.base.project import find_root
 
 START_SECONDS = 120
+PORT = 4200  # of the pages, unless `LDM_PREFECT_PORT` names another
+DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"  # if it is not set: the project's own
 TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}  # no pages, no scheduler: as Prefect's own
 
 
@@ -34,23 +37,33 @@ class Server:
         raise InputError("Prefect's server does not start; `prefect server start` says why, or set PREFECT_API_URL")
 
 
+def environment(url: str) -> dict[str, str]:
+    """Of a server with pages: its own address, and the project's database unless another one is set."""
+    (database := find_root() / ".ldm/prefect.db").parent.mkdir(exist_ok=True)
+    return {"PREFECT_UI_API_URL": url, DATABASE: os.environ.get(DATABASE) or f"sqlite+aiosqlite:///{database}"}
+
+
 def start(port: int | None = None) -> Server:
     """Start a server on a port of this machine; with no port given, one for a single run, on a free port."""
     try:
         listening = socket.create_server(("127.0.0.1", port or 0))
     except OSError as error:
-        raise InputError(f"port {port}: {error.strerror}; choose another --port, or set PREFECT_API_URL") from None
+        raise InputError(f"port {port}: {error.strerror}; set LDM_PREFECT_PORT to another, or PREFECT_API_URL") from None
     with listening:
         url, file = f"http://127.0.0.1:{listening.getsockname()[1]}/api", listening.fileno()
-        kind = TEMPORARY if port is None else {"PREFECT_UI_API_URL": url}
+        kind = environment(url) | (TEMPORARY if port is None else {})
         env, command = {**os.environ, **kind, "PREFECT__SERVER_FINAL": "1"}, [sys.executable, "-m", "flows.server", str(file)]
         # in a session of its own: Ctrl-C reaches the terminal's whole group, and this process handles it
         return Server(url, subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[file], env=env, start_new_session=True))
 
 
 def main() -> None:
-    """Serve on the listening socket whose file descriptor is the argument, until stdin closes."""
-    listening = socket.socket(fileno=int(sys.argv[1]))
+    """Serve on the listening socket whose file descriptor is the argument, until stdin closes; without one, for `make ui`."""
+    if len(sys.argv) > 1:
+        listening = socket.socket(fileno=int(sys.argv[1]))
+    else:
+        listening = socket.create_server(("127.0.0.1", PORT))
+        os.environ.update(environment(f"http://127.0.0.1:{PORT}/api"))
     import uvicorn
 
     app = uvicorn.Config("prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on")
@@ -62,7 +75,8 @@ def main() -> None:
         time.sleep(5)
         os._exit(0)  # it would wait for open connections
 
-    threading.Thread(target=watch, daemon=True).start()
+    if len(sys.argv) > 1:
+        threading.Thread(target=watch, daemon=True).start()
     server.run(sockets=[listening])
 
 

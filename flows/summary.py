@@ -64,7 +64,7 @@ def show(summary: Summary) -> None:
     width = max(14, *(len(step.name) for step in summary.steps), *(len(what) for what, _ in lines)) + 2
     print()
     for step in summary.steps:
-        status = f"[{'green' if step.status == 'executed' else 'dim'}]{step.status:<12}[/]"
+        status = f"[{'green' if step.status == 'executed' else 'dim'}]{step.words:<12}[/]"
         console.print(f"{step.name:<{width}}{status}{step.seconds:>8.1f} s  {step.memory:>9}".rstrip())
     print("", *(f"{what:<{width}}{value}" for what, value in lines), sep="\n")
     print("\nnext:", *summary.next, sep="\n  ")
@@ -73,7 +73,7 @@ def show(summary: Summary) -> None:
 def markdown(summary: Summary, root: Path) -> str:
     """The summary as Prefect's artifact, with a link to the report."""
     lines = ["| stage | status | seconds | peak memory |", "|---|---|---:|---:|"]
-    lines += [f"| {step.name} | {step.status} | {step.seconds:.1f} | {step.memory} |" for step in summary.steps]
+    lines += [f"| {step.name} | {step.words} | {step.seconds:.1f} | {step.memory} |" for step in summary.steps]
     lines += ["", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in summary.results)]
     lines += ["", *(f"- [{what}]({(root / place).as_uri()})" for what, place in summary.places)]
     return "\n".join(lines)

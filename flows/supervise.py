@@ -15,9 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
@@ -39,6 +40,15 @@ class Step:
     status: str  # executed, restored, cached
     seconds: float
     peak_bytes: int = 0  # resident memory of the largest process, as seen every `MEMORY_POLL` seconds; 0 if unknown
+    attempts: int = 1
+
+    def after(self, spent: Sequence[float]) -> "Step":
+        """This step with the seconds of failed attempts before it."""
+        return replace(self, seconds=self.seconds + sum(spent), attempts=1 + len(spent))
+
+    @property
+    def words(self) -> str:
+        return self.status if self.attempts == 1 else f"{self.status}, attempt {self.attempts}"
 
     @property
     def memory(self) -> str:
@@ -46,17 +56,22 @@ class Step:
 
 
 class StageFailed(Exception):
-    """A stage ended with an error; `exit_code` is that of its command (2: bad input)."""
+    """A stage ended with an error, or was stopped; `exit_code` is that of its command (2: bad input)."""
 
-    def __init__(self, stage: str, exit_code: int, reason: str = "") -> None:
-        self.exit_code, self.bad_input = exit_code, exit_code == BAD_INPUT
+    def __init__(self, stage: str, exit_code: int, seconds: float, reason: str = "", stopped: bool = False) -> None:
+        self.exit_code, self.seconds, self.stopped = exit_code, seconds, stopped
+        self.bad_input, self.said = exit_code == BAD_INPUT, ""  # the latter: the stage's own last `error: …`
         super().__init__(reason or f"stage {stage} failed with exit code {exit_code}")
 
 
 def run_stage(
-    root: Path, stage: str, *, on_line: Callable[[str], object] = print, timeout: float = math.inf, env: Mapping[str, str] = {}
-) -> Step:
-    """Bring one stage up to date, once DVC's lock is free; leaves no process. `StageFailed`, also after `timeout` seconds."""
+    root: Path, stage: str, *, on_line: Callable[[str], object] = print, timeout: float = math.inf, env: Mapping[str, str] = {},
+    stopped: threading.Event | None = None,
+) -> Step:  # fmt: skip
+    """Bring one stage up to date, once DVC's lock is free; leaves no process.
+
+    Raises `StageFailed`, also after `timeout` seconds and soon after `stopped` is set.
+    """
     start, looked, peak = time.monotonic(), 0.0, 0
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # `python` in dvc.yaml is this one
     with tempfile.TemporaryFile("r+") as result, contextlib.ExitStack() as stack:
@@ -68,8 +83,11 @@ def run_stage(
         ))  # fmt: skip
         stack.callback(_stop, child.pid)
         for line in _lines(child.stdout.fileno()):
-            if time.monotonic() - start > timeout:
-                raise StageFailed(stage, -signal.SIGTERM, f"stage {stage} took more than {timeout:g} s")
+            spent = time.monotonic() - start
+            if spent > timeout:
+                raise StageFailed(stage, -signal.SIGTERM, spent, f"stage {stage} took more than {timeout:g} s")
+            if stopped and stopped.is_set():
+                raise StageFailed(stage, -signal.SIGTERM, spent, f"stage {stage} was stopped, as its run ends", stopped=True)
             if time.monotonic() > looked + MEMORY_POLL:
                 peak, looked = max(peak, _peak_memory(child.pid)), time.monotonic()
             if line is not None:
@@ -80,7 +98,7 @@ def run_stage(
         result.seek(0)
         outcome, exit_code = (result.read() or f"failed {code}").split()  # nothing if it was killed or DVC failed
     if code != 0:
-        raise StageFailed(stage, int(exit_code))
+        raise StageFailed(stage, int(exit_code), time.monotonic() - start)
     return Step(stage, outcome, time.monotonic() - start, peak)
 
 

@@ -23,6 +23,10 @@ stages:
     cmd: python stage.py train_unet
     deps: [data/shards]
     outs: [models/ldm]
+  after:
+    cmd: python stage.py after
+    deps: [reports/bounds.csv]
+    outs: [after.txt]
   aside:
     cmd: python stage.py aside
     deps: [data/shards]
@@ -43,9 +47,13 @@ name = sys.argv[1]
 pathlib.Path(f"{name}.pid").write_text(str(os.getpid()))
 print(f"{name} starts")
 knob = pathlib.Path("knob.txt").read_text().split()
-if knob[0] == name:  # how this stage misbehaves: "NAME sleep", "NAME exit CODE", "NAME once"
+if knob[0] == name:  # how this stage misbehaves: "NAME sleep", "NAME wait", "NAME exit CODE", "NAME once"
     if knob[1] == "sleep":
         time.sleep(600)
+    if knob[1] == "wait":  # until somebody deletes the file
+        pathlib.Path("waits").touch()
+        while pathlib.Path("waits").exists():
+            time.sleep(0.1)
     if knob[1] == "exit" or (knob[1] == "once" and not pathlib.Path("tried").exists()):
         pathlib.Path("tried").touch()
         print(f"error: {name} cannot", file=sys.stderr)
@@ -69,8 +77,8 @@ if name == "evaluate":
         "name,value,error,unit,title,reading,note,headline\\n"
         'bits_per_dim,1.25,0.0123,bits/dim,bits/dim,lower is better,"2 test images of 32x32x1, lanczos",True\\n'
         "made_up,0.975,,share,something new,higher is better,,True\\n")
-if name == "aside":
-    pathlib.Path("aside.txt").write_text("")
+if name in ("aside", "after"):
+    pathlib.Path(f"{name}.txt").write_text("")
 """
 
 

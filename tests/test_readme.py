@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import typer
 from tiny import REPOSITORY
 
@@ -76,16 +75,16 @@ def test_every_command_that_a_readme_names_exists_with_its_options():
             assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", line)) <= flags(COMMANDS[path]) | {"--help"}, line
 
 
-@pytest.mark.parametrize("module", ["run", "serve"])
-def test_every_option_of_the_flows_is_named_in_a_readme(module):
-    options = re.findall(r'add_argument\("(--[a-z]+)"', (REPOSITORY / f"flows/{module}.py").read_text())
+def test_every_option_of_the_flow_is_named_in_a_readme():
+    options = re.findall(r'add_argument\("(--[a-z]+)"', (REPOSITORY / "flows/run.py").read_text())
     assert options and all(re.search(rf"(?<![\w-]){option}(?![\w-])", TEXT) for option in options)
 
 
 def test_environment_variables_are_the_ones_that_the_code_reads():
     sources = "\n".join(path.read_text() for room in ("ldm", "flows") for path in (REPOSITORY / room).rglob("*.py"))
     read = set(re.findall(r"\"(LDM_[A-Z_]+)\"", sources))
-    internal = {"LDM_OWNER_PIPE", "LDM_PARENT_RUN", "LDM_RECORDS", "LDM_RESULT_FD"}  # between our own processes
+    internal = {"LDM_OWNER_PIPE", "LDM_PARENT_RUN", "LDM_RECORDS", "LDM_RESULT_FD", "LDM_BRANCH", "LDM_PYTHON", "LDM_ROOT"}
+    internal |= {"LDM_SLOT_BUSY", "LDM_SLOT_REFUSED", "LDM_WORKER_PID"}  # between our own processes
     assert set(re.findall(r"LDM_[A-Z_]+", TEXT)) == read - internal
 
 

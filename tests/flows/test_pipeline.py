@@ -14,8 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from PIL import Image
 
+from flows import run as run_module
 from ldm.registry import tracking
 from ldm.registry.versions import find, lookup
 
@@ -41,13 +44,13 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def main(project: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """What `python -m flows.run` does in the project; returns the exit code."""
-    from flows import pipeline, run
+    from flows import run, stages
 
     shutil.copy(database, project)
     monkeypatch.chdir(project)
     monkeypatch.setattr(sys, "argv", ["flows.run"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")  # as it sets itself; undone after the test
-    monkeypatch.setattr(pipeline.run_stage, "retry_delay_seconds", 0)
+    monkeypatch.setattr(stages.run_stage, "retry_delay_seconds", 0)
     return run.main
 
 
@@ -58,6 +61,7 @@ def test_a_run_registers_a_champion_and_the_next_one_has_nothing_to_do(main: Cal
         "shard starts",
         "train_unet starts",
         "evaluate starts",
+        "after starts",
     ]
     for expected in ("1.250 ± 0.012", "2 test images of 32x32x1, lanczos", "97.5%", "models:/ldm/1 (new)", "no champion yet"):
         assert expected in out
@@ -115,7 +119,7 @@ def test_a_watched_folder_is_taken_in_first(
     captured = capfd.readouterr()
     assert f"ingest: nothing moved from {tmp_path}/inbox" in captured.out and "starts" not in captured.out
     assert captured.err.splitlines()[-1].startswith("error: data.path data/raw/mine: no such folder")
-    (tmp_path / "inbox/a.png").write_bytes(b"an image")
+    Image.new("L", (8, 8)).save(tmp_path / "inbox/a.png")
     (tmp_path / "inbox/a.txt").write_text("a caption")
     for name in ("a.png", "a.txt"):
         os.utime(tmp_path / "inbox" / name, (0, 0))
@@ -178,12 +182,12 @@ def test_while_mlflow_is_away_a_run_trains_and_a_later_one_registers(
     *others, last = captured.err.splitlines()
     (warning,) = (line for line in others if line.startswith("warning: MLFLOW_TRACKING_URI http://127.0.0.1:"))
     assert "a run goes on" in warning and "a later one delivers it" in warning
-    assert last.startswith("error: MLFLOW_TRACKING_URI") and "`ldm run` registers it later, without training again" in last
-    assert list((project / ".ldm/tracking").iterdir())
+    assert last.startswith("error: MLFLOW_TRACKING_URI") and "the next run registers it, without training again" in last
+    assert list((project / ".ldm/tracking").glob("*.jsonl"))
     assert main() == 0
     out = capfd.readouterr().out
-    assert "starts\n" not in out and "models:/ldm/1 (new)" in out
-    assert not list((project / ".ldm/tracking").iterdir()) and sorted(statuses()) == ["FAILED", "FINISHED"]
+    assert re.findall(r"(\w+) starts\n", out) == ["after"] and "models:/ldm/1 (new)" in out
+    assert not list((project / ".ldm/tracking").glob("*.jsonl")) and sorted(statuses()) == ["FAILED", "FINISHED"]
 
 
 @pytest.mark.parametrize("variable", ["LDM_STAGE_TIMEOUT", "LDM_PROCESSES"])
@@ -197,7 +201,7 @@ def test_a_variable_with_a_bad_value_ends_a_run_before_it_starts(
     assert error.startswith(f"error: {variable} is '30m'; set it to") and "starts\n" not in captured.out
 
 
-@pytest.mark.parametrize("module", ["flows.run", "flows.serve"])
+@pytest.mark.parametrize("module", ["flows.run", "flows.schedule", "flows.workspace"])
 def test_help_reads_like_a_short_manual(module: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     monkeypatch.delitem(sys.modules, module, raising=False)
@@ -237,3 +241,24 @@ def test_ldm_run_that_is_signalled_ends_with_all_it_started(
     assert gone(int(pid.read_text())) and all(map(gone, started))
     assert statuses() == ["KILLED"]
     assert number != signal.SIGINT or "continues where this stopped" in err
+
+
+def test_a_run_whose_prefect_server_dies_is_done_all_the_same(
+    project: Path, main: Callable[[], int], tmp_path: Path, gone: Callable[[int], bool]
+) -> None:
+    """The command itself, from outside: registered, summarised, exit code 0, and soon."""
+    (project / "knob.txt").write_text("train_unet wait")
+    command, server = [Path(sys.executable).with_name("ldm"), "run"], {"PREFECT_HOME": str(tmp_path / "prefect")}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(command, env={**os.environ, **server}, **pipes)
+    while not (project / "waits").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    children = psutil.Process(run.pid).children()
+    (pid,) = (child.pid for child in children if "flows.server" in child.cmdline())
+    os.kill(pid, signal.SIGKILL)
+    assert gone(pid)
+    (project / "waits").unlink()
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, lookup("models:/ldm@champion").version) == (0, 1)
+    assert "models:/ldm/1 (new)" in out and err.splitlines()[1:] == [run_module.GONE]  # the first: no commit yet

@@ -20,9 +20,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("seconds", [0.0, 1.5])
 def test_it_ends_with_an_owner_killed_with_9(seconds: float, tmp_path: Path, gone: Callable[[int], bool]) -> None:
     """At once, while it still imports; and later."""
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).touch()
     code = "from flows import server; print(server.start().process.pid, flush=True); import time; time.sleep(60)"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}
-    owner = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     pid = int(owner.stdout.readline())
     time.sleep(seconds)
@@ -40,5 +42,5 @@ def test_one_that_does_not_start_is_an_error_in_one_line(monkeypatch: pytest.Mon
 
 
 def test_a_port_that_is_taken_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=r"port \d+: .* another --port"):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=r"port \d+: .*; set LDM_PREFECT_PORT"):
         server.start(taken.getsockname()[1])

@@ -1,0 +1,181 @@
+"""The schedule itself: keeper, server, worker and deployments as `make schedule` starts them, on a small project."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from postgres import postgres
+from schedules import Schedule
+from tiny import REPOSITORY
+
+from ldm.registry.versions import find
+from ldm.versioning.git import git
+
+pytestmark = pytest.mark.timeout(280)
+HOLD = """
+hold = pathlib.Path(os.environ["HOLD"], name)
+if hold.exists():
+    hold.write_text("here")
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def schedule(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Schedule]:
+    folder = tmp_path_factory.mktemp("schedule")
+    root = Path(shutil.copytree(template, folder / "project", symlinks=True))
+    stage = root / "stage.py"
+    text = stage.read_text().replace("for folder in (", f"{HOLD}for folder in (", 1)
+    stage.write_text(text.replace('"32x32x1, lanczos"', 'f"32x32x1, {knob}"'))  # models are not compared: they are no models
+    shutil.copytree(REPOSITORY / "infra", root / "infra")
+    (root / "data/raw/source/picture.txt").write_text("a picture")
+    (root / ".gitignore").write_text(
+        "/.ldm/\n/data/shards\n/models/\n/reports/*\n/aside.txt\n/after.txt\n/*.pid\n/seven.txt\n/mlruns/\n/mlflow.db*\n"
+    )
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "a project")
+    (folder / "hold").mkdir()
+    with postgres() as database:
+        made = Schedule(root, folder / "hold", PREFECT_SERVER_DATABASE_CONNECTION_URL=database.url("prefect", "asyncpg"))
+        made.command("flows.schedule", "start")
+        try:
+            yield made
+        finally:
+            made.command("flows.schedule", "stop")
+            assert made.processes() == {}
+
+
+def test_a_run_leaves_a_commit_and_the_next_one_has_nothing_to_do(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = schedule.state(schedule.run("nightly"), "Completed", "Failed", "Crashed")
+    assert first.name == "Completed", first.message
+    (branch,) = schedule.branches()
+    assert first.message.startswith(f"{branch}: ")
+    assert branch.startswith("runs/nightly/2")
+    changed = git(schedule.root, "diff", "--name-only", "HEAD", branch).splitlines()
+    assert {"dvc.lock", "reports/metrics.json", "reports/report.html"} <= set(changed)
+    assert git(schedule.root, "show", f"{branch}:reports/report.html") == "<p>fine</p>"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{schedule.root}/mlflow.db")
+    (version,) = find({})
+    assert (
+        version.tags["ldm.git_commit"] == git(schedule.root, "rev-parse", f"{branch}~1")
+        and version.tags["ldm.git_dirty"] == "false"
+    )
+    second = schedule.state(schedule.run("nightly"), "Nothing to do", "Completed", "Failed", "Crashed")
+    assert second.name == "Nothing to do" and branch in second.message
+    assert schedule.branches() == [branch] and len(find({})) == 1
+    assert git(schedule.root, "status", "--porcelain") == "" and not (schedule.root / "data/shards").exists()
+
+
+def test_a_run_works_with_the_commit_that_it_began_with_and_a_second_one_is_skipped(schedule: Schedule) -> None:
+    """The checkout changes in mid-run, and the deployment is started again."""
+    root, hold = schedule.root, schedule.held("train_unet")
+    (root / "knob.txt").write_text("before")
+    git(root, "commit", "-qam", "before")
+    run = schedule.run("rebuild")
+    schedule.wait(lambda: schedule.reached("train_unet"))
+    (root / "knob.txt").write_text("after")
+    git(root, "commit", "-qam", "after")
+    (root / "stage.py").write_text((root / "stage.py").read_text() + "\nraise SystemExit('not this')\n")
+    assert schedule.state(schedule.run("rebuild"), "Skipped", "Completed", "Failed", "Crashed").name == "Skipped"
+    hold.unlink()
+    (pid,) = (pid for pid, line in schedule.processes().items() if "stage.py train_unet" in line)
+    os.kill(pid, signal.SIGKILL)  # a retry finds nothing that holds it up
+    state = schedule.state(run, "Completed", "Failed", "Crashed")
+    assert state.name == "Completed", state.message
+    branch = next(name for name in schedule.branches() if name.startswith("runs/rebuild/"))
+    assert git(root, "show", f"{branch}:knob.txt") == "before" and "'before'" in git(
+        root, "show", f"{branch}:reports/metrics.json"
+    )
+    git(root, "checkout", "-q", "stage.py")
+
+
+@pytest.mark.parametrize("who", ["prefect.engine", "flows.owned", "flows.server"])
+def test_whoever_is_killed_the_run_ends_completed(who: str, schedule: Schedule) -> None:
+    """The flow's process, the worker, the server: in mid-stage."""
+    root, hold = schedule.root, schedule.held("evaluate")
+    (root / "knob.txt").write_text(who)
+    git(root, "commit", "-qam", who)
+    run = schedule.run("rebuild")
+    schedule.wait(lambda: schedule.reached("evaluate"))
+    victims = [pid for pid, line in schedule.processes().items() if who in line]
+    assert len(victims) == 1 and any("stage.py evaluate" in line for line in schedule.processes().values())
+    hold.unlink()
+    os.kill(victims[0], signal.SIGKILL)
+    if who == "flows.server":  # the stage went on
+        schedule.wait(lambda: any(who in line for pid, line in schedule.processes().items() if pid not in victims))
+        (stage,) = (pid for pid, line in schedule.processes().items() if "stage.py evaluate" in line)
+        os.kill(stage, signal.SIGKILL)
+    state = schedule.state(run, "Completed", "Failed")
+    assert state.name == "Completed", state.message
+    assert who in git(root, "show", f"{state.message.split(': ')[0]}:reports/metrics.json")
+
+
+def test_failures_and_news_are_sent_to_a_block_of_prefects(schedule: Schedule) -> None:
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+    received = list[dict[str, str]]()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with schedule.client():
+        url, texts = f"http://127.0.0.1:{server.server_port}", {"subject": "{{subject}}", "body": "{{body}}"}
+        CustomWebhookNotificationBlock(name="team", url=url, json_data=texts).save("team")
+    schedule.command("flows.schedule", "start", LDM_NOTIFY="custom-webhook/team")
+    for knob, name, expected in (
+        ("news", "Completed", "ldm.rejected: models:/ldm/"),
+        ("train_unet exit 2", "Failed", "rebuild: Failed: train_unet cannot"),
+    ):
+        (schedule.root / "knob.txt").write_text(knob)
+        git(schedule.root, "commit", "-qam", knob)
+        assert schedule.state(schedule.run("rebuild"), "Completed", "Failed", "Crashed").name == name
+        schedule.wait(
+            lambda expected=expected: any(f"{found['subject']}: {found['body']}".startswith(expected) for found in received), 30
+        )
+    server.shutdown()
+    with pytest.raises(AssertionError, match="no such block"):
+        schedule.command("flows.schedule", "start", LDM_NOTIFY="custom-webhook/nobody")
+
+
+def test_a_cancelled_run_ends_soon_and_leaves_no_process(schedule: Schedule) -> None:
+    from prefect.states import Cancelling
+
+    root, hold = schedule.root, schedule.held("shard")
+    (root / "knob.txt").write_text("cancelled")
+    git(root, "commit", "-qam", "cancelled")
+    run = schedule.run("on-demand", settings=["registry.level=0.01"])
+    schedule.wait(lambda: schedule.reached("shard"))
+    with schedule.client() as client:
+        client.set_flow_run_state(run, Cancelling())
+    assert schedule.state(run, "Cancelled", "Failed", "Crashed", seconds=30).name == "Cancelled"
+    schedule.wait(lambda: not any("stage.py" in line or "prefect.engine" in line for line in schedule.processes().values()), 30)
+    hold.unlink()
+    assert not any(name.startswith("runs/on-demand") for name in schedule.branches())
+
+
+def test_killed_with_9_the_keeper_leaves_nothing_and_started_again_the_run_goes_on(schedule: Schedule) -> None:
+    root, hold = schedule.root, schedule.held("train_unet")
+    (root / "knob.txt").write_text("reboot")
+    git(root, "commit", "-qam", "reboot")
+    run = schedule.run("rebuild")
+    schedule.wait(lambda: schedule.reached("train_unet"))
+    hold.unlink()
+    (keeper,) = (pid for pid, line in schedule.processes().items() if "flows.schedule keep" in line)
+    os.kill(keeper, signal.SIGKILL)
+    schedule.wait(lambda: not schedule.processes(), 60)
+    schedule.command("flows.schedule", "start")
+    state = schedule.state(run, "Completed", "Failed")
+    assert state.name == "Completed", state.message
