@@ -28,7 +28,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.states import Running
 
-from flows import journal
+from flows import last_run
 from ldm.base.errors import InputError
 from ldm.versioning.git import git
 from ldm.versioning.worktree import WORKTREES
@@ -63,7 +63,7 @@ class Settler:
         self._worktrees, self._within = root / WORKTREES, git(root, "rev-parse", "--show-prefix")
         self._dead: dict[UUID, float] = {}  # since when a run has been seen without a process
 
-    def look(self, client: SyncPrefectClient) -> None:
+    def settle(self, client: SyncPrefectClient) -> None:
         """Of runs that have started and of those that are about to; an older run of a deployment is not tried again."""
         alive, now, later, pool = _alive(), time.monotonic(), set[UUID | None](), WorkPoolFilterName(any_=[POOL])
         pending = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))
@@ -81,7 +81,7 @@ class Settler:
                         client.set_flow_run_state(run.id, Running(message="it is at work"), force=True)
                 elif run.deployment_id and now > self._dead.setdefault(run.id, now) + REPORT_SECONDS:
                     slot = client.read_deployment(run.deployment_id).name
-                    if state := journal.true_state(run, journal.read(self._worktrees / slot / self._within), tries):
+                    if state := last_run.true_state(run, last_run.read(self._worktrees / slot / self._within), tries):
                         client.set_flow_run_state(run.id, state, force=True)
                         print(f"{run.name}: {state.name}, {state.message}", flush=True)
 

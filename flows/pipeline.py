@@ -15,7 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows import STARTED, TARGET, journal
+from flows import STARTED, TARGET, last_run
 from flows.stages import PLAIN, Work, can_be_retried, run_stages
 from flows.summary import Summary, markdown, summarise
 from flows.supervise import StageFailed, Step
@@ -70,9 +70,9 @@ def pipeline(root: str = ".", inbox: str | None = None, away: list[str] | None =
     with opened(folder, away, data=not inbox) as away:
         steps, notes = [Step("start", "", time.monotonic() - STARTED)], list[tuple[str, str]]()
         if inbox:
-            take_in(folder, inbox, steps, notes)
+            ingest_batch(folder, inbox, steps, notes)
         summary = bring_up_to_date(folder, away, steps, notes)
-        journal.end(folder, Completed())  # if Prefect's server is gone by now, its own record never says so
+        last_run.end(folder, Completed())  # if Prefect's server is gone by now, its own record never says so
         if end:
             end(summary)
         return summary
@@ -90,20 +90,20 @@ def opened(folder: Path, away: list[str] | None, *, data: bool) -> Iterator[list
     tracking.use_default_store(folder)
     with alone(folder):
         with contextlib.suppress(Exception), get_client(sync_client=True) as client:  # a record, and no reason to stop
-            if journal.read(folder).get("flow_run") != flow_run.id and (told := journal.settle(folder, client)):
+            if last_run.read(folder).get("flow_run") != flow_run.id and (told := last_run.settle(folder, client)):
                 logger.warning("the run before this one, %s", told)
         if "MLflow" not in away:
             Records(folder / TRACKING).deliver()  # of runs while its server was away
             end_dead_runs(folder)
-        journal.begin(folder, flow_run.id)
+        last_run.begin(folder, flow_run.id)
         try:
             yield away
         except (InputError, StageFailed) as error:
-            journal.end(folder, Failed(message=str(error)))
+            last_run.end(folder, Failed(message=str(error)))
             raise
 
 
-def take_in(
+def ingest_batch(
     folder: Path, inbox: str, steps: list[Step], notes: list[tuple[str, str]], versioned: Callable[[str], object] | None = None
 ) -> ingestion.Ingested:
     """Ingest, and compare what came in with what the last model was trained on: a note for the summary."""

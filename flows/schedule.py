@@ -104,7 +104,7 @@ class Child:
         self.process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
 
-    def look(self) -> None:
+    def keep_alive(self) -> None:
         now = time.monotonic()
         if self.process and self.process.poll() is not None:
             self._ends = 1 if now - self._started > DELAYS[-1] else self._ends + 1
@@ -158,10 +158,10 @@ def keep(root: Path) -> None:
         write_text(root / STATE, json.dumps({"url": os.environ["PREFECT_API_URL"], "pid": str(os.getpid())}))
         while not stopped.wait(LOOK_SECONDS):
             for child in children:
-                child.look()
+                child.keep_alive()
             try:
                 with get_client(sync_client=True) as client:
-                    settler.look(client)
+                    settler.settle(client)
             except Exception as error:  # the server is away, or not yet back
                 if said != (said := reason(error)):
                     print(f"server: {said}", flush=True)

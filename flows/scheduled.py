@@ -13,8 +13,8 @@ from prefect import flow, get_run_logger
 from prefect.events import emit_event
 from prefect.states import Completed, Failed, State
 
-from flows import TARGET, journal, workspace
-from flows.pipeline import bring_up_to_date, opened, take_in
+from flows import TARGET, last_run, workspace
+from flows.pipeline import bring_up_to_date, ingest_batch, opened
 from flows.summary import Summary
 from flows.supervise import StageFailed, Step
 from ldm.base import clock
@@ -69,7 +69,7 @@ def scheduled(
         return Failed(message=str(error))
     except StageFailed as failure:
         return Failed(message=failure.said or f"{failure}; the next run goes on from its last checkpoint")
-    journal.end(folder, state)
+    last_run.end(folder, state)
     return state
 
 
@@ -80,7 +80,7 @@ def _take_collection(folder: Path, slot: str, inbox: str | None, quiet_days: int
         publish_collection(folder, pointer, f"{slot}: the collection")
 
     if inbox:
-        ingested = take_in(folder, inbox, steps, notes, publish)
+        ingested = ingest_batch(folder, inbox, steps, notes, publish)
         days = (clock.now().date() - ingested.newest).days if ingested.newest else 0
         if days and days % quiet_days == 0:
             _news("quiet", slot, f"no new images in {inbox} for {days} days. Is it still filled?")
@@ -102,7 +102,8 @@ def _run(
     if last and {node.name for node in (*stages, *others)} <= up_to_date(folder):
         return Completed(name="Nothing to do", message=f"no new images and no change since {last}")
     if warm:
-        change_settings(folder, [*_pins(folder), *settings])
+        _pin_champion(folder)
+        change_settings(folder, list(settings))
     publish_settings(folder, f"{slot}: settings of a run")
     summary = bring_up_to_date(folder, away, steps, notes)
     branch = publish_run(folder, slot, f"{clock.now():%Y-%m-%d}", RESULTS, _message(slot, summary))
@@ -110,19 +111,18 @@ def _run(
     return Completed(message=f"{branch}: {dict(summary.results)['gate']}")
 
 
-def _pins(folder: Path) -> list[str]:
-    """The settings with which a run keeps the champion's autoencoder and starts from its U-Net; none without a champion."""
+def _pin_champion(folder: Path) -> None:
+    """Let a run keep the champion's autoencoder and start from its U-Net; without a champion, nothing changes."""
     if (champion := versions.by_alias(load_settings(folder).registry.name, "champion")) is None:
-        return []
+        return
     from ldm.stages.pins import check_pins  # imports torch
 
-    pins = dict(zip(PINS, (champion.pinned, "0", champion.pinned), strict=True))
-    change_settings(folder, [f"{key}={value}" for key, value in pins.items()])
+    values = (champion.pinned, "0", champion.pinned)
+    change_settings(folder, [f"{key}={value}" for key, value in zip(PINS, values, strict=True)])
     try:
         check_pins(folder, load_settings(folder))
     except InputError as error:
         raise InputError(f"{error}; the deployment rebuild makes such a model, and then this one goes on from it") from None
-    return [f"{key}={value}" for key, value in pins.items()]
 
 
 def _message(slot: str, summary: Summary) -> str:

@@ -62,6 +62,7 @@ class Postgres:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[Postgres]:
+    assert PROGRAMS, "no PostgreSQL in /usr/lib/postgresql: `apt-get install postgresql`"
     folder = Path(tempfile.mkdtemp(prefix="ldm-postgres-", dir="/tmp"))  # its user may not enter pytest's folders
     cluster = Postgres(folder)
     try:

@@ -67,6 +67,11 @@ class Schedule:
             time.sleep(0.2)
         return found
 
+    def commit_knob(self, text: str) -> None:
+        """Change what the stages of tests/dvc_project.py read: all of them have to run."""
+        (self.root / "knob.txt").write_text(text)
+        git(self.root, "commit", "-qam", text)
+
     def held(self, stage: str) -> Path:
         """The file that holds up a stage, which says so in it."""
         (self.hold / stage).touch()

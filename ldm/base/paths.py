@@ -28,4 +28,5 @@ LATENT_STORE = ".ldm/store/latents"
 SHARD_CACHE = ".ldm/shards"  # of shards at a URL
 QUARANTINE = ".ldm/quarantine.csv"
 HOME = ".ldm/home"  # for libraries, where the user's own home cannot be written
+INGEST_LOCK = ".ldm/ingest.lock"
 TRACKING = ".ldm/tracking"  # what stages have recorded and the flow has still to deliver

@@ -1,6 +1,6 @@
 """Batches: the dated folders that ingest makes in the collection, each a table of captions and its images.
 
-Deleting an image is enough: whoever reads the collection passes over its row, and `forget` takes the row out. A batch appears
+Deleting an image is enough: who reads the collection passes over its row, and `forget` takes the row out. A batch appears
 and goes by one rename, and so does each version of its table, so a kill leaves the old or the new.
 """
 
@@ -20,6 +20,7 @@ import pandas as pd
 from ldm.base import clock
 from ldm.base.errors import InputError, disk_full
 from ldm.base.files import canonical_json, file_hash, locked
+from ldm.base.paths import INGEST_LOCK
 from ldm.config import load_settings
 from ldm.data.captions import normal, read_table
 from ldm.data.conventions import BATCH_TABLE, batch_date
@@ -38,7 +39,7 @@ def is_image(name: str) -> bool:
 @contextlib.contextmanager
 def changing(root: Path) -> Iterator[None]:
     """Let one process at a time change the batches: a second one waits. An `OSError` becomes an `InputError`."""
-    lock = root / ".ldm/ingest.lock"
+    lock = root / INGEST_LOCK
     try:
         lock.parent.mkdir(exist_ok=True)
         with locked(lock):

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from ldm.base import clock
 from ldm.base.errors import InputError
 from ldm.base.files import locked
-from ldm.base.paths import LATENT_STORE, LATENTS, SHARDS, SOURCE, WORK
+from ldm.base.paths import INGEST_LOCK, LATENT_STORE, LATENTS, SHARDS, SOURCE, WORK
 from ldm.base.sizes import bytes_of
 from ldm.collection.places import COLLECTION, LEFTOVER, PLACES
 from ldm.config import load_settings
@@ -61,7 +61,7 @@ def clear_data(root: Path, checkouts: list[Path], dry_run: bool) -> list[Row]:
     collection = PurePosixPath(os.path.relpath(root / load_settings(root).data.path, root))
     with contextlib.ExitStack() as stack:
         busy = {} if dry_run else _hold_idle(stack, checkouts)
-        ingest = root / ".ldm/ingest.lock"
+        ingest = root / INGEST_LOCK
         try:
             if ingest.exists():
                 stack.enter_context(locked(ingest, wait=False))

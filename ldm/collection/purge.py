@@ -22,7 +22,7 @@ import yaml
 from ldm.base.errors import InputError
 from ldm.base.files import content_hash, file_hash, locked
 from ldm.base.options import value_at
-from ldm.base.paths import LATENTS, SHARDS, SOURCE
+from ldm.base.paths import INGEST_LOCK, LATENTS, SHARDS, SOURCE
 from ldm.collection.leftovers import unnamed_latents
 from ldm.collection.places import LEFTOVER, PLACES, Place
 from ldm.collection.places import UNTOUCHED as UNTOUCHED
@@ -151,7 +151,7 @@ def purge(root: Path, image: str, *, remote: str | None = None, dry_run: bool = 
 @contextlib.contextmanager
 def _alone(root: Path, repo: Any) -> Iterator[None]:
     """While no stage and no ingest works here or in a worktree, all of which share the latents' store."""
-    ingest = root / ".ldm/ingest.lock"
+    ingest = root / INGEST_LOCK
     with contextlib.ExitStack() as stack:
         if ingest.exists():
             stack.enter_context(locked(ingest))

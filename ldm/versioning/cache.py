@@ -56,7 +56,7 @@ def expanded(cache: Path, needed: Collection[str]) -> set[str]:
 def unneeded(cache: Path, needed: Collection[str], is_old: Callable[[Path], bool]) -> tuple[dict[str, Path], list[Path]]:
     """Objects that are not needed, by md5, and entries of the run-cache (which stage made what) whose outs are not all there.
 
-    What is not old stays, and what it names, too: whoever needs it may not have written that down yet.
+    What is not old stays, and what it names, too: who needs it may not have written that down yet.
     """
     objects = {path.parent.name + path.name: path for path in sorted(cache.glob("files/md5/??/*"))}
     entries = {path: _outs(path) for path in sorted(cache.glob("runs/??/*/*"))}

@@ -71,7 +71,7 @@ class Node(NamedTuple):
     outs: tuple[str, ...]  # paths relative to the project's root
     upstream: frozenset[str] = frozenset()  # names of the stages whose outs it reads
     needs: frozenset[str] = frozenset()  # these and all that they need
-    meta: Mapping[str, Any] = MappingProxyType({})  # hints for whoever runs it: gpus, timeout (seconds), retries
+    meta: Mapping[str, Any] = MappingProxyType({})  # hints for the runner: gpus, timeout (seconds), retries
 
 
 def read_graph(root: Path) -> tuple[Node, ...]:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from ldm.base.errors import InputError
 from ldm.base.files import locked
-from ldm.base.paths import LATENT_STORE, SHARD_CACHE, TRACKING, WORK
+from ldm.base.paths import INGEST_LOCK, LATENT_STORE, SHARD_CACHE, TRACKING, WORK
 from ldm.versioning.branches import WORKTREES
 from ldm.versioning.git import COLLECTION, commit, commit_of, git, is_ancestor, newest_run
 from ldm.versioning.repository import open_repository
 
 SLOTS = ".ldm/slots"  # locked files, one a slot, and one for git
 SHARED = (WORK, LATENT_STORE, TRACKING, SHARD_CACHE)  # are the checkout's own; the lock of each training is in its folder
-INGEST = ".ldm/ingest.lock"
 CONFLICT = f"changed on the branch and by ingest; `git merge {COLLECTION}` in the checkout, and choose there"
 LINKS = "reflink,hardlink,copy"  # how DVC puts files there, where the user has not said it: a copy of all is never needed
 
@@ -41,7 +40,8 @@ def prepare(root: Path, slot: str, branch: str) -> Path:
     (root / SLOTS).mkdir(exist_ok=True)
     with locked(root / SLOTS / "lock"):  # two slots would register their worktrees in the same files of git
         git(root, "worktree", "prune")
-        if git(top, "rev-parse", "--show-toplevel", check=False) != str(top) if top.is_dir() else True:
+        is_worktree = top.is_dir() and git(top, "rev-parse", "--show-toplevel", check=False) == str(top)
+        if not is_worktree:
             shutil.rmtree(top, ignore_errors=True)
             git(root, "worktree", "add", "--quiet", "--force", "--detach", str(top), head)
         for lock in Path(git(top, "rev-parse", "--absolute-git-dir")).glob("*.lock"):
@@ -66,10 +66,10 @@ def _share(root: Path, folder: Path) -> None:
         local["cache"]["dir"] = cache
         if not kinds:
             local["cache"]["type"] = LINKS
-    (root / INGEST).touch()
+    (root / INGEST_LOCK).touch()
     for name in SHARED:
         (root / name).mkdir(parents=True, exist_ok=True)
-    for name in (*SHARED, INGEST):
+    for name in (*SHARED, INGEST_LOCK):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if not (folder / name).is_symlink():
             os.symlink(root / name, folder / name)

@@ -75,12 +75,10 @@ def test_a_run_leaves_a_commit_and_the_next_one_has_nothing_to_do(schedule: Sche
 def test_a_run_works_with_the_commit_that_it_began_with_and_a_second_one_is_skipped(schedule: Schedule) -> None:
     """The checkout changes in mid-run, and the deployment is started again."""
     root, hold = schedule.root, schedule.held("train_unet")
-    (root / "knob.txt").write_text("before")
-    git(root, "commit", "-qam", "before")
+    schedule.commit_knob("before")
     run = schedule.run("rebuild")
     schedule.wait(lambda: schedule.reached("train_unet"))
-    (root / "knob.txt").write_text("after")
-    git(root, "commit", "-qam", "after")
+    schedule.commit_knob("after")
     (root / "stage.py").write_text((root / "stage.py").read_text() + "\nraise SystemExit('not this')\n")
     assert schedule.state(schedule.run("rebuild"), "Skipped", "Completed", "Failed", "Crashed").name == "Skipped"
     hold.unlink()
@@ -99,8 +97,7 @@ def test_a_run_works_with_the_commit_that_it_began_with_and_a_second_one_is_skip
 def test_whoever_is_killed_the_run_ends_completed(who: str, schedule: Schedule) -> None:
     """The flow's process, the worker, the server: in mid-stage."""
     root, hold = schedule.root, schedule.held("evaluate")
-    (root / "knob.txt").write_text(who)
-    git(root, "commit", "-qam", who)
+    schedule.commit_knob(who)
     run = schedule.run("rebuild")
     schedule.wait(lambda: schedule.reached("evaluate"))
     victims = [pid for pid, line in schedule.processes().items() if who in line]
@@ -139,8 +136,7 @@ def test_failures_and_news_are_sent_to_a_block_of_prefects(schedule: Schedule) -
         ("news", "Completed", "ldm.rejected: models:/ldm/"),
         ("train_unet exit 2", "Failed", "rebuild: Failed: train_unet cannot"),
     ):
-        (schedule.root / "knob.txt").write_text(knob)
-        git(schedule.root, "commit", "-qam", knob)
+        schedule.commit_knob(knob)
         assert schedule.state(schedule.run("rebuild"), "Completed", "Failed", "Crashed").name == name
         schedule.wait(
             lambda expected=expected: any(f"{found['subject']}: {found['body']}".startswith(expected) for found in received), 30
@@ -153,9 +149,8 @@ def test_failures_and_news_are_sent_to_a_block_of_prefects(schedule: Schedule) -
 def test_a_cancelled_run_ends_soon_and_leaves_no_process(schedule: Schedule) -> None:
     from prefect.states import Cancelling
 
-    root, hold = schedule.root, schedule.held("shard")
-    (root / "knob.txt").write_text("cancelled")
-    git(root, "commit", "-qam", "cancelled")
+    hold = schedule.held("shard")
+    schedule.commit_knob("cancelled")
     run = schedule.run("on-demand", settings=["registry.level=0.01"])
     schedule.wait(lambda: schedule.reached("shard"))
     with schedule.client() as client:
@@ -167,9 +162,8 @@ def test_a_cancelled_run_ends_soon_and_leaves_no_process(schedule: Schedule) -> 
 
 
 def test_killed_with_9_the_keeper_leaves_nothing_and_started_again_the_run_goes_on(schedule: Schedule) -> None:
-    root, hold = schedule.root, schedule.held("train_unet")
-    (root / "knob.txt").write_text("reboot")
-    git(root, "commit", "-qam", "reboot")
+    hold = schedule.held("train_unet")
+    schedule.commit_knob("reboot")
     run = schedule.run("rebuild")
     schedule.wait(lambda: schedule.reached("train_unet"))
     hold.unlink()

@@ -1,7 +1,7 @@
 """What became of the last run in a folder, written there by the run itself.
 
 A server that was away, or whose worker died, still calls a run alive that is dead, or that has ended. Who holds the lock of the
-folder, or sees that there is no process, knows better; the journal says which of the two it is.
+folder, or sees that there is no process, knows better; this file says which of the two it is.
 """
 
 import contextlib
