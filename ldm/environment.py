@@ -12,9 +12,9 @@ from ldm.base.errors import InputError
 from ldm.base.paths import HOME
 from ldm.base.project import find_root
 
-QUIET = {  # nothing is reported to anybody
+QUIET = {  # nothing is reported to anybody, and no address printed among a stage's lines
     "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "true", "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PLACES = {  # where libraries write

@@ -89,5 +89,11 @@ class Schedule:
                     found[process.pid] = " ".join(process.cmdline())
         return found
 
+    def at_work(self, *words: str) -> list[int]:
+        """The Python processes whose command lines hold all of these words: without shells that only wait for one."""
+        found = {pid: line.split(" ") for pid, line in self.processes().items()}
+        lines = {pid: " ".join(rest) for pid, (program, *rest) in found.items() if Path(program).name.startswith("python")}
+        return sorted(pid for pid, line in lines.items() if all(word in line for word in words))
+
     def branches(self) -> list[str]:
         return git(self.root, "for-each-ref", "--format=%(refname:short)", "refs/heads/runs/").splitlines()

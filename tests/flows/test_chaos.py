@@ -8,17 +8,13 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_server import MlflowServer
 from postgres import Postgres, postgres
 from schedules import Schedule
 from tiny import TINY, clone, set_params
@@ -36,45 +32,6 @@ VICTIMS = {  # what their command lines hold
 Outcome = tuple[str, str, dict[str, dict[str, list[tuple[int, float]]]]]  # dvc.lock, metrics.json, history by stage and metric
 
 
-class Mlflow:
-    """`mlflow server` on PostgreSQL."""
-
-    def __init__(self, folder: Path, store: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        self.url, self._log = f"http://127.0.0.1:{port}", folder / "mlflow.log"
-        places = ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
-        self._command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            *places,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            port,
-            "--workers",
-            "1",
-        ]
-        self.start()
-
-    def start(self) -> None:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                return urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-            except OSError:
-                assert self._process.poll() is None and time.monotonic() < deadline, self._log.read_text()
-                time.sleep(0.1)
-
-    def kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
 class World:
     """The project on its schedule, and the servers around it."""
 
@@ -83,7 +40,7 @@ class World:
         set_params(self.root, TINY)
         git(self.root, "commit", "--quiet", "-am", "tiny")
         (folder / "hold").mkdir()
-        self.mlflow = Mlflow(folder, database.url("mlflow", "psycopg2"))
+        self.mlflow = MlflowServer(folder, database.url("mlflow", "psycopg2"))
         variables = {"MLFLOW_TRACKING_URI": self.mlflow.url, "LDM_PROCESSES": "2"}
         variables["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database.url("prefect", "asyncpg")
         self.schedule = Schedule(self.root, folder / "hold", **variables)
@@ -101,9 +58,8 @@ class World:
     def kill(self, victim: str, stage: str, rng: random.Random) -> None:
         """Kill it while the stage is at work, and bring back what nobody but an administrator starts again."""
         pattern = VICTIMS[victim].format(stage=stage)
-        found = [pid for pid, line in self.schedule.processes().items() if pattern in line]
-        at_work = [pid for pid, line in self.schedule.processes().items() if f"-m ldm.stages.{stage}" in line]
-        assert at_work, f"{stage} had ended"
+        found = self.schedule.at_work(pattern)
+        assert self.schedule.at_work(f"-m ldm.stages.{stage}"), f"{stage} had ended"
         if victim in ("MLflow", "PostgreSQL"):
             server: Any = self.mlflow if victim == "MLflow" else self.database
             server.kill()
@@ -170,7 +126,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(seed: int, world: World, undist
     stage = rng.choice(("train_vae", "train_unet")) if victim == "rank" else stage
     world.forget()
     run = world.schedule.run("rebuild")
-    world.schedule.wait(lambda: any(f"-m ldm.stages.{stage}" in line for line in world.schedule.processes().values()), 240)
+    world.schedule.wait(lambda: world.schedule.at_work(f"-m ldm.stages.{stage}"), 240)
     time.sleep(rng.uniform(0, 4))
     world.kill(victim, stage, rng)
     state = world.schedule.state(run, "Completed", "Failed", seconds=300)

@@ -82,7 +82,7 @@ def test_a_run_works_with_the_commit_that_it_began_with_and_a_second_one_is_skip
     (root / "stage.py").write_text((root / "stage.py").read_text() + "\nraise SystemExit('not this')\n")
     assert schedule.state(schedule.run("rebuild"), "Skipped", "Completed", "Failed", "Crashed").name == "Skipped"
     hold.unlink()
-    (pid,) = (pid for pid, line in schedule.processes().items() if "stage.py train_unet" in line)
+    (pid,) = schedule.at_work("stage.py train_unet")
     os.kill(pid, signal.SIGKILL)  # a retry finds nothing that holds it up
     state = schedule.state(run, "Completed", "Failed", "Crashed")
     assert state.name == "Completed", state.message
@@ -100,13 +100,13 @@ def test_whoever_is_killed_the_run_ends_completed(who: str, schedule: Schedule) 
     schedule.commit_knob(who)
     run = schedule.run("rebuild")
     schedule.wait(lambda: schedule.reached("evaluate"))
-    victims = [pid for pid, line in schedule.processes().items() if who in line]
-    assert len(victims) == 1 and any("stage.py evaluate" in line for line in schedule.processes().values())
+    (victim,) = schedule.at_work(who)
+    assert schedule.at_work("stage.py evaluate")
     hold.unlink()
-    os.kill(victims[0], signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     if who == "flows.server":  # the stage went on
-        schedule.wait(lambda: any(who in line for pid, line in schedule.processes().items() if pid not in victims))
-        (stage,) = (pid for pid, line in schedule.processes().items() if "stage.py evaluate" in line)
+        schedule.wait(lambda: schedule.at_work(who) not in ([], [victim]))
+        (stage,) = schedule.at_work("stage.py evaluate")
         os.kill(stage, signal.SIGKILL)
     state = schedule.state(run, "Completed", "Failed")
     assert state.name == "Completed", state.message
@@ -156,7 +156,7 @@ def test_a_cancelled_run_ends_soon_and_leaves_no_process(schedule: Schedule) -> 
     with schedule.client() as client:
         client.set_flow_run_state(run, Cancelling())
     assert schedule.state(run, "Cancelled", "Failed", "Crashed", seconds=30).name == "Cancelled"
-    schedule.wait(lambda: not any("stage.py" in line or "prefect.engine" in line for line in schedule.processes().values()), 30)
+    schedule.wait(lambda: not schedule.at_work("stage.py") + schedule.at_work("prefect.engine"), 30)
     hold.unlink()
     assert not any(name.startswith("runs/on-demand") for name in schedule.branches())
 
@@ -167,7 +167,7 @@ def test_killed_with_9_the_keeper_leaves_nothing_and_started_again_the_run_goes_
     run = schedule.run("rebuild")
     schedule.wait(lambda: schedule.reached("train_unet"))
     hold.unlink()
-    (keeper,) = (pid for pid, line in schedule.processes().items() if "flows.schedule keep" in line)
+    (keeper,) = schedule.at_work("flows.schedule keep")
     os.kill(keeper, signal.SIGKILL)
     schedule.wait(lambda: not schedule.processes(), 60)
     schedule.command("flows.schedule", "start")

@@ -1,23 +1,17 @@
 """A real MLflow server that does not answer for a while: no point is lost or doubled, and a run ends as its stage did."""
 
 import math
-import os
 import shutil
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mlflow_server import MlflowServer
 
 from ldm.registry import tracking
 from ldm.registry.lineage import pipeline_run
@@ -28,65 +22,20 @@ ROWS = 4  # of the curve
 EVENTS = ("pipeline opens", "stage opens", *(f"row {row}" for row in range(ROWS)), "stage ends", "pipeline ends")
 
 
-class Server:
-    """`mlflow server` on SQLite. `freeze` leaves requests unanswered, which are carried out later; `kill` ends it."""
-
-    def __init__(self, database: Path, folder: Path) -> None:
-        self.database = Path(shutil.copy(database, folder / "server.db"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        self.url = f"http://127.0.0.1:{port}"
-        places = ["--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", str(folder / "artifacts")]
-        self._command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            *places,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            port,
-            "--workers",
-            "1",
-        ]
-        self._log = folder / "server.log"
-        self.start()
-
-    def start(self) -> None:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                first = f"{self.url}/api/2.0/mlflow/experiments/search?max_results=1"  # it opens the database
-                urllib.request.urlopen(first, timeout=60).close()
-                return
-            except urllib.error.URLError:
-                assert self._process.poll() is None and time.monotonic() < deadline, self._log.read_text()
-                time.sleep(0.1)
-
-    def freeze(self) -> None:
-        os.killpg(self._process.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        os.killpg(self._process.pid, signal.SIGCONT)
-
-    def kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+@pytest.fixture(scope="module")
+def store(database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copy(database, tmp_path_factory.mktemp("server") / "server.db"))
 
 
 @pytest.fixture(scope="module")
-def server(database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(database, tmp_path_factory.mktemp("server"))
+def server(store: Path) -> Iterator[MlflowServer]:
+    made = MlflowServer(store.parent, f"sqlite:///{store}")
     yield made
     made.kill()
 
 
 @pytest.fixture(autouse=True)
-def impatient(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -134,7 +83,7 @@ def check(key: str, status: str) -> None:
 
 
 @pytest.mark.parametrize("away", [("pipeline opens", "row 1"), ("row 1", "stage ends"), ("stage ends", None)], ids=str)
-def test_a_silent_server_loses_and_doubles_nothing(server: Server, tmp_path: Path, away: tuple[str, str | None]) -> None:
+def test_a_silent_server_loses_and_doubles_nothing(server: MlflowServer, tmp_path: Path, away: tuple[str, str | None]) -> None:
     def at(event: str) -> None:
         if event == away[0]:
             server.freeze()
@@ -149,7 +98,7 @@ def test_a_silent_server_loses_and_doubles_nothing(server: Server, tmp_path: Pat
     check(key, "KILLED")
 
 
-def test_a_request_that_was_repeated_makes_one_run(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_was_repeated_makes_one_run(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow's client repeats a request that was not answered in time, and the server may carry out both."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
@@ -157,9 +106,9 @@ def test_a_request_that_was_repeated_makes_one_run(server: Server, tmp_path: Pat
     create, asked = type(client).create_run, list[str]()
 
     def slowly(*arguments: Any, **options: Any) -> Any:
-        store = sqlite3.connect(server.database, isolation_level=None, check_same_thread=False)
-        store.execute("BEGIN IMMEDIATE")  # the server waits for up to five seconds
-        threading.Timer(3, store.close).start()
+        other = sqlite3.connect(store, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")  # the server waits for up to five seconds
+        threading.Timer(3, other.close).start()
         made = create(*arguments, **options)
         asked.append(made.info.run_id)
         return made
@@ -179,7 +128,9 @@ def test_a_request_that_was_repeated_makes_one_run(server: Server, tmp_path: Pat
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(8))
-def test_a_server_that_is_killed_and_started_again_loses_and_doubles_nothing(server: Server, tmp_path: Path, seed: int) -> None:
+def test_a_server_that_is_killed_and_started_again_loses_and_doubles_nothing(
+    server: MlflowServer, tmp_path: Path, seed: int
+) -> None:
     """At seeded events, also in the middle of a delivery: a thread delivers meanwhile."""
     rng = np.random.default_rng(seed)
     killed, back = sorted(rng.choice(len(EVENTS) + 1, 2, replace=False))
