@@ -67,9 +67,9 @@ class Schedule:
             time.sleep(0.2)
         return found
 
-    def commit_knob(self, text: str) -> None:
-        """Change what the stages of tests/dvc_project.py read: all of them have to run."""
-        (self.root / "knob.txt").write_text(text)
+    def commit(self, name: str, text: str) -> None:
+        """Change what stages read: all of them knob.txt, `evaluate` also late.txt."""
+        (self.root / name).write_text(text)
         git(self.root, "commit", "-qam", text)
 
     def held(self, stage: str) -> Path:
@@ -77,8 +77,10 @@ class Schedule:
         (self.hold / stage).touch()
         return self.hold / stage
 
-    def reached(self, stage: str) -> bool:
-        return (self.hold / stage).read_text() == "here"
+    def reach(self, run: Any, stage: str) -> None:
+        """Wait until a run is at a stage that is held up."""
+        state = self.wait(lambda: (self.hold / stage).read_text() == "here" or self._state(run, ("Failed", "Crashed", "Skipped")))
+        assert state is True, f"{state.name}: {state.message}"
 
     def processes(self) -> dict[int, str]:
         """All that works for this project: by its environment."""

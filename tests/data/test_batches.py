@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import chisquare
+from tiny import with_soak
 
 from ldm.base.errors import InputError
 from ldm.base.randomness import seed_for
@@ -221,19 +222,12 @@ def expected(shards: Path, seed: int, shuffle: str, position: int) -> np.ndarray
     return (crop[:, ::-1] if mirrored else crop).transpose(2, 0, 1)
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    seed=SEEDS,
-    shuffle=st.sampled_from(["global", "shard"]),
-    ranks=st.integers(1, 3),
-    workers=st.integers(0, 2),
-    each=st.integers(1, 9),
-    kills=st.lists(st.integers(0, 12), max_size=2),
-)
-def test_batches_of_all_ranks_are_one_global_order_resumed_or_not(
-    shards: Path, seed: int, shuffle: str, ranks: int, workers: int, each: int, kills: list[int]
-) -> None:
+@pytest.mark.parametrize("case", with_soak(3, 15))
+def test_batches_of_all_ranks_are_one_global_order_resumed_or_not(case: int, shards: Path) -> None:
     """With real worker processes. A kill throws all loaders away and goes back to the last checkpoint, every 3 batches."""
+    rng = np.random.default_rng(case)
+    seed, shuffle, workers = int(rng.integers(2**31)), ("global", "shard")[case % 2], (1, 2, 0)[case % 3]
+    ranks, each, kills = int(rng.integers(1, 4)), int(rng.integers(1, 10)), rng.integers(0, 12, 2 - case % 3).tolist()
     reader, batch = open_shards(shards), ranks * each
     options = {"shuffle": shuffle, "flip": True, "workers": workers, "ranks": ranks}
 

@@ -32,7 +32,11 @@ def schedule(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     root = Path(shutil.copytree(template, folder / "project", symlinks=True))
     stage = root / "stage.py"
     text = stage.read_text().replace("for folder in (", f"{HOLD}for folder in (", 1)
-    stage.write_text(text.replace('"32x32x1, lanczos"', 'f"32x32x1, {knob}"'))  # models are not compared: they are no models
+    late = '"32x32x1, " + pathlib.Path("late.txt").read_text()'  # models are not compared: they are no models
+    stage.write_text(text.replace('"32x32x1, lanczos"', late))
+    graph, deps = root / "dvc.yaml", "deps: [models/ldm, data/shards"
+    graph.write_text(graph.read_text().replace(deps, f"{deps}, late.txt"))
+    (root / "late.txt").write_text("first")
     shutil.copytree(REPOSITORY / "infra", root / "infra")
     (root / "data/raw/source/picture.txt").write_text("a picture")
     (root / ".gitignore").write_text(
@@ -74,22 +78,21 @@ def test_a_run_leaves_a_commit_and_the_next_one_has_nothing_to_do(schedule: Sche
 
 def test_a_run_works_with_the_commit_that_it_began_with_and_a_second_one_is_skipped(schedule: Schedule) -> None:
     """The checkout changes in mid-run, and the deployment is started again."""
-    root, hold = schedule.root, schedule.held("train_unet")
-    schedule.commit_knob("before")
+    root, hold = schedule.root, schedule.held("evaluate")
+    schedule.commit("late.txt", "before")
     run = schedule.run("rebuild")
-    schedule.wait(lambda: schedule.reached("train_unet"))
-    schedule.commit_knob("after")
+    schedule.reach(run, "evaluate")
+    schedule.commit("late.txt", "after")
     (root / "stage.py").write_text((root / "stage.py").read_text() + "\nraise SystemExit('not this')\n")
     assert schedule.state(schedule.run("rebuild"), "Skipped", "Completed", "Failed", "Crashed").name == "Skipped"
     hold.unlink()
-    (pid,) = schedule.at_work("stage.py train_unet")
+    (pid,) = schedule.at_work("stage.py evaluate")
     os.kill(pid, signal.SIGKILL)  # a retry finds nothing that holds it up
     state = schedule.state(run, "Completed", "Failed", "Crashed")
     assert state.name == "Completed", state.message
     branch = next(name for name in schedule.branches() if name.startswith("runs/rebuild/"))
-    assert git(root, "show", f"{branch}:knob.txt") == "before" and "'before'" in git(
-        root, "show", f"{branch}:reports/metrics.json"
-    )
+    assert git(root, "show", f"{branch}:late.txt") == "before"
+    assert "32x32x1, before" in git(root, "show", f"{branch}:reports/metrics.json")
     git(root, "checkout", "-q", "stage.py")
 
 
@@ -97,9 +100,9 @@ def test_a_run_works_with_the_commit_that_it_began_with_and_a_second_one_is_skip
 def test_whoever_is_killed_the_run_ends_completed(who: str, schedule: Schedule) -> None:
     """The flow's process, the worker, the server: in mid-stage."""
     root, hold = schedule.root, schedule.held("evaluate")
-    schedule.commit_knob(who)
+    schedule.commit("late.txt", who)
     run = schedule.run("rebuild")
-    schedule.wait(lambda: schedule.reached("evaluate"))
+    schedule.reach(run, "evaluate")
     (victim,) = schedule.at_work(who)
     assert schedule.at_work("stage.py evaluate")
     hold.unlink()
@@ -113,14 +116,32 @@ def test_whoever_is_killed_the_run_ends_completed(who: str, schedule: Schedule) 
     assert who in git(root, "show", f"{state.message.split(': ')[0]}:reports/metrics.json")
 
 
-def test_failures_and_news_are_sent_to_a_block_of_prefects(schedule: Schedule) -> None:
+def test_a_cancelled_run_ends_soon_and_leaves_no_process(schedule: Schedule) -> None:
+    from prefect.states import Cancelling
+
+    hold = schedule.held("shard")
+    schedule.commit("knob.txt", "cancelled")
+    run = schedule.run("on-demand", settings=["registry.level=0.01"])
+    schedule.reach(run, "shard")
+    with schedule.client() as client:
+        client.set_flow_run_state(run, Cancelling())
+    assert schedule.state(run, "Cancelled", "Failed", "Crashed", seconds=30).name == "Cancelled"
+    schedule.wait(lambda: not schedule.at_work("stage.py") + schedule.at_work("prefect.engine"), 30)
+    hold.unlink()
+    assert not any(name.startswith("runs/on-demand") for name in schedule.branches())
+
+
+@pytest.fixture
+def received(schedule: Schedule) -> Iterator[list[str]]:
+    """What is sent to a block of Prefect's, custom-webhook/team."""
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
-    received = list[dict[str, str]]()
+    found = list[str]()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            found.append(f"{sent['subject']}: {sent['body']}")
             self.send_response(204)
             self.end_headers()
 
@@ -131,45 +152,26 @@ def test_failures_and_news_are_sent_to_a_block_of_prefects(schedule: Schedule) -
     with schedule.client():
         url, texts = f"http://127.0.0.1:{server.server_port}", {"subject": "{{subject}}", "body": "{{body}}"}
         CustomWebhookNotificationBlock(name="team", url=url, json_data=texts).save("team")
-    schedule.command("flows.schedule", "start", LDM_NOTIFY="custom-webhook/team")
-    for knob, name, expected in (
-        ("news", "Completed", "ldm.rejected: models:/ldm/"),
-        ("train_unet exit 2", "Failed", "rebuild: Failed: train_unet cannot"),
-    ):
-        schedule.commit_knob(knob)
-        assert schedule.state(schedule.run("rebuild"), "Completed", "Failed", "Crashed").name == name
-        schedule.wait(
-            lambda expected=expected: any(f"{found['subject']}: {found['body']}".startswith(expected) for found in received), 30
-        )
+    yield found
     server.shutdown()
-    with pytest.raises(AssertionError, match="no such block"):
-        schedule.command("flows.schedule", "start", LDM_NOTIFY="custom-webhook/nobody")
 
 
-def test_a_cancelled_run_ends_soon_and_leaves_no_process(schedule: Schedule) -> None:
-    from prefect.states import Cancelling
-
-    hold = schedule.held("shard")
-    schedule.commit_knob("cancelled")
-    run = schedule.run("on-demand", settings=["registry.level=0.01"])
-    schedule.wait(lambda: schedule.reached("shard"))
-    with schedule.client() as client:
-        client.set_flow_run_state(run, Cancelling())
-    assert schedule.state(run, "Cancelled", "Failed", "Crashed", seconds=30).name == "Cancelled"
-    schedule.wait(lambda: not schedule.at_work("stage.py") + schedule.at_work("prefect.engine"), 30)
-    hold.unlink()
-    assert not any(name.startswith("runs/on-demand") for name in schedule.branches())
-
-
-def test_killed_with_9_the_keeper_leaves_nothing_and_started_again_the_run_goes_on(schedule: Schedule) -> None:
-    hold = schedule.held("train_unet")
-    schedule.commit_knob("reboot")
+def test_after_the_keepers_death_the_run_goes_on_and_news_and_failures_are_sent(schedule: Schedule, received: list[str]) -> None:
+    """The keeper is killed in mid-stage, leaves nothing, and is started again with a block of Prefect's to notify."""
+    hold = schedule.held("evaluate")
+    schedule.commit("late.txt", "reboot")
     run = schedule.run("rebuild")
-    schedule.wait(lambda: schedule.reached("train_unet"))
+    schedule.reach(run, "evaluate")
     hold.unlink()
     (keeper,) = schedule.at_work("flows.schedule keep")
     os.kill(keeper, signal.SIGKILL)
     schedule.wait(lambda: not schedule.processes(), 60)
-    schedule.command("flows.schedule", "start")
+    schedule.command("flows.schedule", "start", LDM_NOTIFY="custom-webhook/team")
+    with pytest.raises(AssertionError, match="no such block"):
+        schedule.command("flows.schedule", "start", LDM_NOTIFY="custom-webhook/nobody")
     state = schedule.state(run, "Completed", "Failed")
     assert state.name == "Completed", state.message
+    schedule.wait(lambda: any(text.startswith("ldm.rejected: models:/ldm/") for text in received), 30)
+    schedule.commit("knob.txt", "shard exit 2")
+    assert schedule.state(schedule.run("rebuild"), "Completed", "Failed", "Crashed").name == "Failed"
+    schedule.wait(lambda: any(text.startswith("rebuild: Failed: shard cannot") for text in received), 30)

@@ -255,7 +255,7 @@ def test_so_do_two_processes_of_which_one_is_killed(name, seed, pairs, tmp_path)
     assert resumed(tmp_path / "killed", stage, kept, **extra) == contents(pairs(name), stage)
 
 
-@pytest.mark.parametrize("how", ["signal", "owner", "kill"])
+@pytest.mark.parametrize("how", ["signal", *(pytest.param(how, marks=pytest.mark.soak) for how in ("owner", "kill"))])
 def test_all_ranks_stop_at_the_same_checkpoint_and_go_on_from_it(how, pairs, tmp_path):
     """When the process that started them is signalled, when its owner closes the pipe, and when it is killed with 9."""
     owned = {"LDM_OWNER_PIPE": "1"} if how == "owner" else {}

@@ -348,7 +348,9 @@ def start(folder: Path, pause: float, optimizer: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgld"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param("adamw", marks=pytest.mark.soak), "sgld"]
+)  # stages are killed with the former
 @pytest.mark.parametrize("seed", with_soak(1, 10))
 def test_a_killed_and_resumed_process_ends_in_the_same_bytes(seed: int, optimizer: str, tmp_path: Path) -> None:
     straight = start(tmp_path / "straight", 0.0, optimizer)
