@@ -1,5 +1,6 @@
 """Batches of images in an order that is a function of (seed, epoch, position): training can resume at any position."""
 
+import copy
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -128,7 +129,9 @@ class Batches(Dataset[torch.Tensor | InputError]):
             spans = ((start, share) for start in itertools.count(position + self.rank * share, batch_size))
             generator = torch.Generator()  # else the loader would draw a seed for its workers from the global state
             options: dict[str, Any] = {"num_workers": self.workers, "prefetch_factor": AHEAD if self.workers else None}
-            self._stream = iter(DataLoader(self, None, sampler=spans, generator=generator, **options))
+            # of a copy without a stream: in a cycle of references, the collector ends the loader's queues before its workers, which
+            # then do not hear that they should end, and 5 s are waited for each
+            self._stream = iter(DataLoader(copy.copy(self), None, sampler=spans, generator=generator, **options))
         batch = next(self._stream)
         self._next = None if isinstance(batch, InputError) else (position + batch_size, batch_size)
         if isinstance(batch, InputError):

@@ -1,5 +1,6 @@
 """The data order against a second implementation, and its promises as properties over sizes, ranks and kill points."""
 
+import gc
 import math
 import os
 import subprocess
@@ -9,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import chisquare
-from tiny import with_soak
 
 from ldm.base.errors import InputError
 from ldm.base.randomness import seed_for
@@ -222,12 +223,19 @@ def expected(shards: Path, seed: int, shuffle: str, position: int) -> np.ndarray
     return (crop[:, ::-1] if mirrored else crop).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("case", with_soak(3, 15))
-def test_batches_of_all_ranks_are_one_global_order_resumed_or_not(case: int, shards: Path) -> None:
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=SEEDS,
+    shuffle=st.sampled_from(["global", "shard"]),
+    ranks=st.integers(1, 3),
+    workers=st.integers(0, 2),
+    each=st.integers(1, 9),
+    kills=st.lists(st.integers(0, 12), max_size=2),
+)
+def test_batches_of_all_ranks_are_one_global_order_resumed_or_not(
+    shards: Path, seed: int, shuffle: str, ranks: int, workers: int, each: int, kills: list[int]
+) -> None:
     """With real worker processes. A kill throws all loaders away and goes back to the last checkpoint, every 3 batches."""
-    rng = np.random.default_rng(case)
-    seed, shuffle, workers = int(rng.integers(2**31)), ("global", "shard")[case % 2], (1, 2, 0)[case % 3]
-    ranks, each, kills = int(rng.integers(1, 4)), int(rng.integers(1, 10)), rng.integers(0, 12, 2 - case % 3).tolist()
     reader, batch = open_shards(shards), ranks * each
     options = {"shuffle": shuffle, "flip": True, "workers": workers, "ranks": ranks}
 
@@ -284,6 +292,19 @@ def test_loading_leaves_the_global_random_state_alone(shards: Path) -> None:
     before = torch.random.get_rng_state()
     Batches(open_shards(shards), 0, workers=1).at(0, 4)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_workers_end_when_nobody_has_their_batches_any_more(shards: Path) -> None:
+    """At once: a collector that found them later would leave them no queue to hear of it, and wait 5 s for each."""
+    gc.disable()
+    try:
+        batches, before = Batches(open_shards(shards), 0, workers=2), set(psutil.Process().children())
+        batches.at(0, 4)
+        assert len(set(psutil.Process().children()) - before) == 2
+        del batches
+        assert set(psutil.Process().children()) <= before
+    finally:
+        gc.enable()
 
 
 def test_workers_end_with_their_owner(shards: Path) -> None:
