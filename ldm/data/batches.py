@@ -129,8 +129,8 @@ class Batches(Dataset[torch.Tensor | InputError]):
             spans = ((start, share) for start in itertools.count(position + self.rank * share, batch_size))
             generator = torch.Generator()  # else the loader would draw a seed for its workers from the global state
             options: dict[str, Any] = {"num_workers": self.workers, "prefetch_factor": AHEAD if self.workers else None}
-            # of a copy without a stream: in a cycle of references, the collector ends the loader's queues before its workers, which
-            # then do not hear that they should end, and 5 s are waited for each
+            # of a copy without a stream: in a cycle of references, the collector ends the loader's queues before its workers,
+            # which then do not hear that they should end, and 5 s are waited for each
             self._stream = iter(DataLoader(copy.copy(self), None, sampler=spans, generator=generator, **options))
         batch = next(self._stream)
         self._next = None if isinstance(batch, InputError) else (position + batch_size, batch_size)
