@@ -16,6 +16,7 @@ from ldm.base.project import find_root
 START_SECONDS = 120
 PORT = 4200  # of the pages, unless `LDM_PREFECT_PORT` names another
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"  # if it is not set: the project's own
+LEASES = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"  # if it is not set: see `flows.leases`
 TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}  # no pages, no scheduler: as Prefect's own
 
 
@@ -40,7 +41,10 @@ class Server:
 def environment(url: str) -> dict[str, str]:
     """Of a server with pages: its own address, and the project's database unless another one is set."""
     (database := find_root() / ".ldm/prefect.db").parent.mkdir(exist_ok=True)
-    return {"PREFECT_UI_API_URL": url, DATABASE: os.environ.get(DATABASE) or f"sqlite+aiosqlite:///{database}"}
+    return {
+        "PREFECT_UI_API_URL": url, DATABASE: os.environ.get(DATABASE) or f"sqlite+aiosqlite:///{database}",
+        LEASES: os.environ.get(LEASES, "flows.leases"),
+    }  # fmt: skip
 
 
 def start(port: int | None = None) -> Server:

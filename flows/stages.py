@@ -1,12 +1,8 @@
 """The stages of dvc.yaml as Prefect's tasks: each after those that it depends on, independent ones at once."""
 
-import contextlib
 import contextvars
 import logging
-import os
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -16,10 +12,9 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
-from flows import supervise
+from flows import gpus, supervise
 from flows.supervise import StageFailed, Step
 from ldm.base.errors import InputError, env_count, env_positive
-from ldm.base.files import locked
 from ldm.registry import versions
 from ldm.registry.tracking import Records
 from ldm.stages.stage import BUSY
@@ -29,9 +24,7 @@ from ldm.versioning.reproduce import up_to_date
 WORDS = {"cached": "nothing to do", "restored": "brought back from DVC's cache"}  # for stages that were not executed
 PLAIN = {"plain": True}  # marks log lines that `flows.run` shows as they are
 AT_ONCE = 4  # stages
-TURN_SECONDS = 1.0  # between looks at a GPU that another run has
 BUSY_SECONDS = 10.0  # between looks at a training that another run does
-NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
@@ -90,7 +83,7 @@ def run_stage(work: Work, node: Node, fresh: bool) -> Step:
         if line.startswith("error: "):
             errors.append(line.removeprefix("error: "))
 
-    with gpus(node.meta, work.stopped, tell) as devices:
+    with gpus.take(node.meta, work.stopped, tell) as devices:
         while True:
             try:
                 env |= devices
@@ -137,38 +130,3 @@ def run_stages(stages: tuple[Node, ...], work: Work) -> list[Step]:
     if failure:
         raise failure
     return [steps[stage.name] for stage in stages]
-
-
-@contextlib.contextmanager
-def gpus(meta: Mapping[str, Any], stopped: threading.Event, waiting: Callable[[str], object]) -> Iterator[dict[str, str]]:
-    """Hold as many of this machine's GPUs as a stage's `meta` in dvc.yaml names (`ranks`: as many as `LDM_PROCESSES`).
-
-    Runs take turns by locked files, which die with their holder. `LDM_GPUS` is the number of GPUs that runs may have. Yields
-    the variables that show the stage its GPUs.
-    """
-    device, chosen = os.environ.get("LDM_DEVICE", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = chosen.split(",") if chosen else [str(number) for number in range(len(list(NVIDIA.glob("*"))))]
-    if "LDM_GPUS" in os.environ:
-        every = [*every, *map(str, range(len(every), env_count("LDM_GPUS", 0)))][: env_count("LDM_GPUS", 0)]
-    if number := device.partition(":")[2]:  # the user has chosen one, and how it is called
-        every = [number]
-    wanted = meta.get("gpus", 0)
-    needed = 0 if device == "cpu" else min(len(every), env_count("LDM_PROCESSES", 1) if wanted == "ranks" else int(wanted))
-    folder, said = Path(tempfile.gettempdir(), f"ldm-gpus-{os.getuid()}"), False
-    folder.mkdir(exist_ok=True)
-    while True:
-        with contextlib.ExitStack() as held:
-            ours = list[str]()
-            for name in every:
-                with contextlib.suppress(BlockingIOError):
-                    if len(ours) < needed:
-                        held.enter_context(locked(folder / name, wait=False))
-                        ours.append(name)
-            if len(ours) == needed:
-                yield {"CUDA_VISIBLE_DEVICES": ",".join(ours)} if ours and not number else {}
-                return
-        if not said:
-            waiting(f"waits for a GPU that another run has: {needed} of {len(every)} are needed")
-            said = True
-        if stopped.wait(TURN_SECONDS):
-            raise InputError("stopped while it waited for a GPU")
