@@ -21,7 +21,7 @@ from ldm.base import clock
 from ldm.base.errors import InputError
 from ldm.base.options import value_at
 from ldm.base.paths import DECISION, METRICS, REPORT, SAMPLES
-from ldm.collection import batches, retention
+from ldm.collection import batches, deletions, retention
 from ldm.collection.ingest import version
 from ldm.config import change_settings, load_settings
 from ldm.data.captions import NOT_INGESTED
@@ -153,14 +153,24 @@ def _news(what: str, slot: str, message: str) -> None:
 
 
 @flow(name="ldm-collect", flow_run_name=_run_name)
-def collect(keep: int = 30) -> State[Any]:
-    """Remove what accumulates (`ldm gc`): all that neither versions with an alias nor the last `keep` runs need."""
+def collect(keep: int = 30, purge_days: float = deletions.DAYS) -> State[Any]:
+    """Purge images that were deleted from the collection at least `purge_days` days ago, and remove what accumulates (`ldm gc`):
+    all that neither versions with an alias nor the last `keep` runs need.
+    """
     if busy := os.environ.get(workspace.BUSY):
         return Completed(name="Skipped", message=busy)
+    root, logger = Path.cwd(), get_run_logger()
     try:
-        table = retention.collect_garbage(Path.cwd(), keep)
+        deleted = deletions.purge_deleted(root, purge_days)
+        table = retention.collect_garbage(root, keep, days=purge_days, listings=deleted.listings)
     except InputError as error:
         return Failed(message=str(error))
-    for row in retention.summary(table):
-        get_run_logger().info("%s", "  ".join(row.values()))
-    return Completed(message=f"{len(table)} removed, {table['bytes'].sum() / 1e6:,.1f} MB")
+    for line in (*deleted.lines(), *("  ".join(row.values()) for row in retention.summary(table))):
+        logger.info("%s", line)
+    said = f"{len(deleted.digests)} deleted images purged; {len(table)} removed, {table['bytes'].sum() / 1e6:,.1f} MB"
+    if not deleted.left:
+        return Completed(message=said)
+    listed = "; ".join(f"{name}: {why}" for name, why in list(deleted.left.items())[:LISTED])
+    left = f"of deleted images, {len(deleted.left)} could not be purged and are tried again next time ({listed})"
+    _news("left", workspace.COLLECT, left)
+    return Completed(message=f"{said}; {left}")

@@ -6,7 +6,7 @@ Names go first and bytes last: a call that is killed leaves nothing broken, and 
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ldm.base import clock
 from ldm.base.errors import InputError
 from ldm.base.files import locked
 from ldm.base.sizes import bytes_of
+from ldm.collection.deletions import DAYS, recent_listings
 from ldm.collection.leftovers import DAY, LEFT, Row, clear_data, clear_work, clear_worktrees, is_older
 from ldm.config import load_settings
 from ldm.registry import tracking
@@ -33,12 +34,15 @@ WEEK = timedelta(days=7)
 COLUMNS = ["kind", "name", "bytes", "why"]
 
 
-def collect_garbage(root: Path, keep: int = KEEP, *, dry_run: bool = False) -> pd.DataFrame:
+def collect_garbage(
+    root: Path, keep: int = KEEP, *, days: float = DAYS, listings: Collection[str] = frozenset(), dry_run: bool = False
+) -> pd.DataFrame:  # fmt: skip
     """Remove what neither versions with an alias nor the last `keep` versions and runs need; README.md says what that is.
 
-    Returns what went, or would go in a dry run: kind, name, bytes, why. Rows of the kind "left" are what stays though it might
-    go, such as what a stage works on. Waits for another call. Raises `InputError` in a worktree, and if MLflow's store does not
-    answer or is not that of the runs.
+    In DVC's cache stays what the collection had in the last `days` days, and what its `listings`, which are md5, name. Returns
+    what went, or would go in a dry run: kind, name, bytes, why. Rows of the kind "left" are what stays though it might go, such
+    as what a stage works on. Waits for another call. Raises `InputError` in a worktree, and if MLflow's store does not answer or
+    is not that of the runs.
     """
     root = root.resolve()
     tracking.use_default_store(root)
@@ -57,7 +61,8 @@ def collect_garbage(root: Path, keep: int = KEEP, *, dry_run: bool = False) -> p
                     one.mark()
                 for branch in gone:
                     branches.delete(root, branch)
-            rows += _clear_cache(root, checkouts, staying, gone, dry_run)
+            listed = recent_listings(root, days).union(listings)
+            rows += _clear_cache(root, checkouts, staying, gone, listed, dry_run)
             rows += clear_data(root, checkouts, dry_run)
             rows += clear_work(root, checkouts, dry_run)
             rows += clear_worktrees(root, dry_run)
@@ -135,9 +140,9 @@ def _disposals(
 
 
 def _clear_cache(
-    root: Path, checkouts: list[Path], staying: list[Version], gone: list[RunBranch], dry_run: bool
+    root: Path, checkouts: list[Path], staying: list[Version], gone: list[RunBranch], listed: set[str], dry_run: bool
 ) -> list[Row]:  # fmt: skip
-    """Remove objects of DVC's cache that no checkout, commit or version that stays names, and that are a week old."""
+    """Remove objects of DVC's cache that are a week old and that neither `listed` nor anything else that stays names."""
     with open_repository(root) as repo:
         place = cache.local_cache(repo)
     if not place.resolve().is_relative_to(root):
@@ -146,7 +151,7 @@ def _clear_cache(
     if unknown := ", ".join(uri for uri, text in locks.items() if text is None):
         return [(LEFT, "DVC's cache", 0, f"{unknown} has no dvc.lock to tell what it needs; restore its files, or delete it")]
     texts = branches.texts_at(root, branches.commits_to_keep(root, gone), cache.names_objects)
-    named = cache.named([*texts, *filter(None, locks.values())]) | cache.named_now(checkouts)
+    named = cache.named([*texts, *filter(None, locks.values())]) | cache.named_now(checkouts) | listed
     needed = cache.expanded(place, named)
     objects, entries = cache.unneeded(place, needed, lambda path: is_older(path, WEEK))
     with contextlib.ExitStack() as stack:

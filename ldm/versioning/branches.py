@@ -1,7 +1,8 @@
 """Git of a project: its checkouts, the branches that scheduled runs leave, and what files hold at some commits."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,13 +78,42 @@ def texts_at(root: Path, commits: Collection[str], wanted: Callable[[str], bool]
             facts, _, path = entry.partition("\t")
             if wanted(path):
                 blobs.add(facts.split()[2])
-    rest = output(root, "cat-file", "--batch", given="".join(f"{blob}\n" for blob in blobs).encode())
-    texts = set()
+    return _read(root, blobs)
+
+
+def contents_at(root: Path, commits: Iterable[str], path: str) -> set[str]:
+    """What a file, whose path is relative to `root`, holds at these commits; those that lack it count for nothing."""
+    return _read(root, [f"{commit}:./{path}" for commit in commits])
+
+
+def commits_of(root: Path, name: str, path: str) -> list[str]:
+    """Every commit of a branch's history that has changed a file."""
+    return output(root, "rev-list", "--full-history", name, "--", path).decode().split()
+
+
+def current_since(root: Path, name: str, when: datetime) -> set[str]:
+    """The commits that a branch may have named at some time since `when`: all that are younger, and the first older ones."""
+    dates, parents = dict[str, float](), dict[str, list[str]]()
+    for line in output(root, "log", "--format=%H %ct %P", name).decode().splitlines():
+        commit, date, *parents[commit] = line.split()
+        dates[commit] = float(date)
+    found, waiting = set[str](), [*parents][:1]
+    for commit in waiting:  # it grows
+        if commit not in found:
+            found.add(commit)
+            waiting += parents[commit] if dates[commit] >= when.timestamp() else []
+    return found
+
+
+def _read(root: Path, names: Collection[str]) -> set[str]:
+    """The texts of blobs, each by its hash or as COMMIT:PATH."""
+    rest, texts = output(root, "cat-file", "--batch", given="".join(f"{name}\n" for name in names).encode()), set[str]()
     while rest:
         header, _, rest = rest.partition(b"\n")
-        size = int(header.split()[2])
-        texts.add(rest[:size].decode(errors="replace"))
-        rest = rest[size + 1 :]
+        if not header.endswith(b" missing"):
+            size = int(header.split()[2])
+            texts.add(rest[:size].decode(errors="replace"))
+            rest = rest[size + 1 :]
     return texts
 
 

@@ -22,6 +22,11 @@ def local_cache(repo: Any) -> Path:
     return Path(repo.cache.legacy.path)
 
 
+def path_of(cache: Path, md5: str) -> Path:
+    """Where the cache has an object, or would have it."""
+    return cache / "files/md5" / md5[:2] / md5[2:]
+
+
 def names_objects(path: str) -> bool:
     """Whether the file of this path names objects."""
     return path == "dvc.lock" or path.endswith(("/dvc.lock", ".dvc"))
@@ -49,7 +54,7 @@ def expanded(cache: Path, needed: Collection[str]) -> set[str]:
     for md5 in needed:
         if md5.endswith(".dir"):
             with contextlib.suppress(OSError, ValueError):  # it is not here, or damaged
-                found |= {entry["md5"] for entry in json.loads((cache / "files/md5" / md5[:2] / md5[2:]).read_bytes())}
+                found |= {entry["md5"] for entry in json.loads(path_of(cache, md5).read_bytes())}
     return found
 
 

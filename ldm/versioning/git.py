@@ -2,9 +2,11 @@
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
+from ldm.base import clock
 from ldm.base.errors import InputError
 
 QUIET = ("-c", "core.hooksPath=/dev/null", "-c", "advice.detachedHead=false", "-c", "core.quotePath=false")
@@ -13,10 +15,13 @@ COLLECTION = "runs/collection"  # branch whose commits have the pointer of the c
 RUNS = "refs/heads/runs"  # below it a branch for each finished run: runs/SLOT/DATE
 
 
-def output(root: Path, *arguments: str, given: bytes | None = None, check: bool = True) -> bytes:
+def output(
+    root: Path, *arguments: str, given: bytes | None = None, check: bool = True, env: Mapping[str, str] = MappingProxyType({})
+) -> bytes:  # fmt: skip
     """What a git command prints, which reads `given`; `InputError` if it fails, or nothing if `check` is false."""
     try:
-        done = subprocess.run(["git", *QUIET, *arguments], cwd=root, input=given or b"", capture_output=True)
+        command = ["git", *QUIET, *arguments]
+        done = subprocess.run(command, cwd=root, input=given or b"", capture_output=True, env={**os.environ, **env})
     except FileNotFoundError:
         raise InputError("git is not installed, and a scheduled run works in a git worktree; install git") from None
     if done.returncode and check:
@@ -54,7 +59,9 @@ def commit(root: Path, message: str, parents: Sequence[str], paths: Sequence[str
         if not git(root, "config", "user.email", check=False):
             for what, value in NOBODY.items():
                 os.environ.setdefault(f"GIT_{role}_{what}", value)
-    made = git(root, "commit-tree", tree, *(f"-p{parent}" for parent in parents), "-m", message)
+    dates = {f"GIT_{role}_DATE": f"@{clock.now().timestamp():.0f} +0000" for role in ("AUTHOR", "COMMITTER")}
+    told = [f"-p{parent}" for parent in parents]
+    made = output(root, "commit-tree", tree, *told, "-m", message, env=dates).decode().strip()
     git(root, "reset", "--quiet", "--soft", made)
     return made
 

@@ -15,35 +15,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import yaml
 from dvc.repo import Repo
 from dvc_data.hashfile.db import HashFileDB
 from dvc_objects.fs import MemoryFileSystem
 from kills import run_until_killed
 from PIL import Image
+from purges import DATA, MINE, everything, in_split, noise, objects, register, run_night, write_collection
 from tiny import TINY, clone, set_params, with_soak
-from torch import Tensor
 from typer.testing import CliRunner
 
 from ldm.base.errors import InputError
+from ldm.base.files import locked
 from ldm.cli import app
 from ldm.collection.leftovers import unnamed_latents
 from ldm.collection.purge import TAG, purge
 from ldm.config import load_settings
 from ldm.data.images import to_png
-from ldm.data.latents import write_latents
-from ldm.data.reader import open_shards
-from ldm.data.shards import split_of, write_shards
+from ldm.data.shards import write_shards
 from ldm.registry import registration
 from ldm.registry.versions import find, kept, lookup
 from ldm.stages import code
-
-MINE = "data/raw/mine"
-DATA = {
-    "path": MINE, "image_size": 8, "channels": 1, "resize_filter": "box", "val_fraction": 0.2, "test_fraction": 0.2,
-    "shard_size": 5, "max_bad_fraction": 0.1,
-}  # fmt: skip
+from ldm.versioning.git import git
 
 
 @dataclass(frozen=True)
@@ -57,64 +50,6 @@ class Removed:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.blob).hexdigest()
-
-
-def noise(seed: int, side: int, form: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side), dtype=np.uint8)).save(buffer, form)
-    return buffer.getvalue()
-
-
-def in_split(split: str, side: int, form: str) -> bytes:
-    """An image whose hash puts it there."""
-    blobs = (noise(seed, side, form) for seed in range(1000, 2000))
-    return next(blob for blob in blobs if split_of(hashlib.sha256(blob).hexdigest(), 0.2, 0.2) == split)
-
-
-def write_collection(root: Path, images: dict[str, bytes]) -> None:
-    shutil.rmtree(root / MINE, ignore_errors=True)
-    for name, content in images.items():
-        (root / MINE / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / MINE / name).write_bytes(content)
-    pd.DataFrame({"file_name": sorted(images), "text": "noise"}).to_csv(root / MINE / "metadata.csv", index=False)
-
-
-def embed(texts: list[str]) -> tuple[Tensor, Tensor]:
-    return torch.ones(len(texts), 2, 3), torch.ones(len(texts), 2, dtype=torch.bool)
-
-
-def run_night(root: Path, autoencoder: str = "a") -> None:
-    """What the stages `shard` and `cache_latents` do, committed and pushed by DVC."""
-
-    def encode(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-        x = torch.from_numpy(pixels.astype(np.float32))[:, :, ::2, ::2] / ord(autoencoder)
-        return x, x - 1
-
-    data = load_settings(root).data.model_dump(exclude={"path", "source"})
-    write_shards(root / MINE, root / "data/shards", **data)
-    readers = {split: open_shards(root / "data/shards", split) for split in ("train", "val")}
-    identity, store = {"autoencoder": autoencoder * 64}, root / ".ldm/store/latents"
-    write_latents(readers, root / "data/latents", encode, embed, identity, lambda done: None, store=store, code="c")
-    (root / "models/autoencoder").mkdir(parents=True, exist_ok=True)
-    (root / "models/autoencoder/config.json").write_text(autoencoder)
-    code.run(root)
-    with contextlib.chdir(root), Repo(".") as repo:
-        repo.add([MINE])
-        repo.commit("shard", force=True)
-        repo.commit("cache_latents", force=True)
-        repo.push()
-
-
-def register(root: Path, number: int) -> None:
-    """A version with this night's dvc.lock."""
-    (root / "models/ldm").mkdir(parents=True, exist_ok=True)
-    (root / "reports").mkdir(exist_ok=True)
-    sampling = load_settings(root).sampling.model_dump()
-    (root / "models/ldm/model.json").write_text(json.dumps({"sampling": sampling, "number": number}))
-    (root / "reports/bounds.csv").write_text("key,nats\na,-1.5\n")
-    (root / "reports/metrics.json").write_text(json.dumps({"bits_per_dim": 3.0, "image": "8x8x1, box", "test_images": 1}))
-    (root / "reports/report.html").write_text("<p>report</p>")
-    assert registration.register(root).version == number
 
 
 @dataclass(frozen=True)
@@ -184,17 +119,6 @@ def folder(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for content in history.latents[history.train.name]:
         (folder / f"project/.ldm/store/latents/key-{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
     return folder
-
-
-def objects(folder: Path) -> list[Path]:
-    """Every object of cache and remote."""
-    return [path for place in ("project/.dvc/cache", "remote") for path in (folder / place).rglob("*") if path.is_file()]
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    """Every file in which data may be, by its path."""
-    paths = [*objects(folder), *(path for place in (".ldm", "data") for path in (folder / "project" / place).rglob("*"))]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
 
 
 def traces(files: dict[str, bytes], image: Removed, latents: set[bytes]) -> set[str]:
@@ -421,31 +345,97 @@ def test_nothing_is_deleted_while_a_stage_runs(history: History, folder: Path) -
     assert len(purge(Path("."), history.train.name, dry_run=True).copies)
 
 
-def test_what_a_worktree_holds_is_refused_and_its_latents_stay(history: History, folder: Path) -> None:
-    """A schedule that has not run since; another that holds other latents of the store, which all checkouts share."""
-    image, root = history.train, folder / "project"
-    worktree, store = root / ".ldm/worktrees/nightly", root / ".ldm/store/latents"
-    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(worktree)], cwd=root, check=True)
-    lock = kept(lookup("models:/ldm/3"), "dvc.lock")
-    assert lock
-    (worktree / "dvc.lock").write_text(lock)
-    before = objects(folder)
-    with pytest.raises(InputError, match=r"still in what .*/\.ldm/worktrees/nightly names; its next scheduled run takes it out"):
-        purge(Path("."), image.name)
-    assert objects(folder) == before
-    (worktree / "dvc.lock").write_text(kept(lookup("models:/ldm/4"), "dvc.lock") or "")
+@pytest.mark.parametrize(
+    ("place", "busy", "says"),
+    [
+        (".ldm/worktrees/nightly", True, "a run of nightly is at work; purge when it has ended"),
+        ("../mine", False, r"take it out there, or `git worktree remove --force .*/mine`"),
+    ],
+    ids=["of a run", "of the user"],
+)
+def test_what_a_worktree_holds_is_refused(place: str, busy: bool, says: str, history: History, folder: Path) -> None:
+    worktree = add_worktree(folder / "project", place, version=3)
+    before, slot = everything(folder), folder / "project/.ldm/slots/nightly.lock"
+    slot.parent.mkdir()
+    refused = pytest.raises(InputError, match=f"still in what {worktree.resolve()} names; {says}")
+    with locked(slot) if busy else contextlib.nullcontext(), refused:
+        purge(Path("."), history.train.name)
+    assert before.items() <= everything(folder).items()
+
+
+@pytest.mark.parametrize("holds", ["dvc.lock", "shard", "latents", "original"])
+def test_a_worktree_that_holds_it_goes_while_no_run_is_at_work(holds: str, history: History, folder: Path) -> None:
+    """A schedule that has not run since, or whose last run failed. What it shares with the checkout stays."""
+    image, root, before = history.train, folder / "project", everything(folder)
+    worktree = add_worktree(root, ".ldm/worktrees/nightly", version=3 if holds == "dvc.lock" else 4)
+    (root / ".ldm/work").mkdir()
+    (root / ".ldm/work/state").write_text("a training")
+    (worktree / ".ldm").mkdir()
+    (worktree / ".ldm/work").symlink_to(root / ".ldm/work")
+    found = {path: path.read_bytes() for path in objects(folder)}
+    shard = next(path for path, content in found.items() if image.stored in content and tarfile.is_tarfile(path))
+    (worktree / "data/shards").mkdir(parents=True)
+    (worktree / "data/latents").mkdir()
+    if holds == "shard":
+        os.link(shard, worktree / "data/shards/train-monday-00000.tar")
+    if holds == "latents":
+        digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+        (worktree / "data/latents/manifest.json").write_text(json.dumps({"files": [{"sha256": "0", "shard_sha256": digest}]}))
+    if holds == "original":
+        (worktree / MINE).mkdir(parents=True)
+        (worktree / MINE / "renamed.png").write_bytes(image.blob)
+    assert purge(root, image.name, dry_run=True).notes[0].startswith(f"{worktree}: held it") and worktree.exists()
+    purge(root, image.name)
+    assert not worktree.exists() and "nightly" not in git(root, "worktree", "list")
+    after = everything(folder)
+    assert after["project/.ldm/work/state"] == b"a training"
+    assert before.keys() - after.keys() == traces(before, image, history.latents[image.name])
+
+
+def test_latents_that_a_worktree_names_stay(history: History, folder: Path) -> None:
+    """All checkouts share their store."""
+    root = folder / "project"
+    worktree, store = add_worktree(root, ".ldm/worktrees/nightly", version=4), root / ".ldm/store/latents"
     (store / "key-other.safetensors").write_bytes(b"of an image that stays")
     (worktree / "data/latents").mkdir(parents=True)
-    (worktree / "data/latents/manifest.json").write_text(json.dumps({"files": [{"sha256": "other"}]}))
+    (worktree / "data/latents/manifest.json").write_text(json.dumps({"files": [{"sha256": "other", "shard_sha256": ""}]}))
     stage = {"pid": os.getppid(), "cmd": "dvc repro"}
     (worktree / ".dvc/tmp").mkdir(exist_ok=True)
     (worktree / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(worktree / "data/latents"): stage}}))
     with pytest.raises(InputError, match="a stage works here"):
-        purge(Path("."), image.name)
+        purge(root, history.train.name)
     (worktree / ".dvc/tmp/rwlock").unlink()
-    purge(Path("."), image.name)
+    purge(root, history.train.name)
     current = json.loads((root / "data/latents/manifest.json").read_text())["files"]
     assert {path.stem.rpartition("-")[2] for path in store.iterdir()} == {"other", *(file["sha256"] for file in current)}
+
+
+def test_what_the_branch_of_the_collection_names_is_refused(history: History, folder: Path) -> None:
+    """The deletion was not committed: the next scheduled run would look for the image."""
+    pointer = f"{MINE}.dvc"
+    now = Path(pointer).read_text()
+    (Path(MINE) / history.train.name).write_bytes(history.train.blob)
+    with Repo(".") as repo:
+        repo.add([MINE])
+    git(Path("."), "add", "--force", pointer)
+    git(Path("."), "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "with it")
+    git(Path("."), "branch", "runs/collection")
+    (Path(MINE) / history.train.name).unlink()
+    Path(pointer).write_text(now)
+    before = everything(folder)
+    with pytest.raises(InputError, match="still in the branch runs/collection; commit its deletion, and run a deployment"):
+        purge(Path("."), history.train.name)
+    assert everything(folder) == before
+
+
+def add_worktree(root: Path, place: str, version: int) -> Path:
+    """A worktree with the dvc.lock of a version: 3 is of a run with the images, 4 of one without."""
+    worktree = root / place
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(worktree)], cwd=root, check=True)
+    lock = kept(lookup(f"models:/ldm/{version}"), "dvc.lock")
+    assert lock
+    (worktree / "dvc.lock").write_text(lock)
+    return worktree
 
 
 def test_what_was_never_there_is_said(folder: Path) -> None:
