@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from flows.supervise import StageFailed
+from ldm.base.errors import InputError
 from ldm.base.files import write_text
 
 if TYPE_CHECKING:
@@ -26,6 +28,15 @@ def begin(folder: Path, flow_run: str | None) -> None:
 
 def end(folder: Path, state: "State[Any]") -> None:
     _write(folder, read(folder) | {"type": state.type.value, "name": state.name, "message": state.message})
+
+
+def failed(error: InputError | StageFailed) -> "State[Any]":
+    """A state, not an exception, whose traceback would hide the one line that says what to do."""
+    from prefect.states import Failed
+
+    if isinstance(error, StageFailed):
+        return Failed(message=error.said or f"{error}; the next run goes on from its last checkpoint")
+    return Failed(message=str(error))
 
 
 def read(folder: Path) -> dict[str, Any]:

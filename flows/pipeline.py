@@ -13,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 
 from flows import STARTED, TARGET, last_run
 from flows.stages import PLAIN, Work, can_be_retried, run_stages
@@ -99,7 +99,7 @@ def opened(folder: Path, away: list[str] | None, *, data: bool) -> Iterator[list
         try:
             yield away
         except (InputError, StageFailed) as error:
-            last_run.end(folder, Failed(message=str(error)))
+            last_run.end(folder, last_run.failed(error))
             raise
 
 

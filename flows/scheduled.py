@@ -65,10 +65,8 @@ def scheduled(
         with opened(folder, None, data=False) as away:
             _take_collection(folder, slot, ingest, quiet_days, steps, notes)
             state = _run(folder, slot, away, start == "champion", settings, steps, notes)
-    except InputError as error:  # a state, not an exception, whose traceback would hide the one line that says what to do
-        return Failed(message=str(error))
-    except StageFailed as failure:
-        return Failed(message=failure.said or f"{failure}; the next run goes on from its last checkpoint")
+    except (InputError, StageFailed) as error:
+        return last_run.failed(error)
     last_run.end(folder, state)
     return state
 
@@ -164,7 +162,7 @@ def collect(keep: int = 30, purge_days: float = deletions.DAYS) -> State[Any]:
         deleted = deletions.purge_deleted(root, purge_days)
         table = retention.collect_garbage(root, keep, days=purge_days, listings=deleted.listings)
     except InputError as error:
-        return Failed(message=str(error))
+        return last_run.failed(error)
     for line in (*deleted.lines(), *("  ".join(row.values()) for row in retention.summary(table))):
         logger.info("%s", line)
     said = f"{len(deleted.digests)} deleted images purged; {len(table)} removed, {table['bytes'].sum() / 1e6:,.1f} MB"

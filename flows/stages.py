@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import FailedRun
 from prefect.tasks import exponential_backoff
 
 from flows import gpus, supervise
@@ -28,13 +29,13 @@ BUSY_SECONDS = 10.0  # between looks at a training that another run does
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """What a stage or an input error says is all that there is to say: no traceback in Prefect's logs."""
-    if record.exc_info and isinstance(record.exc_info[1], InputError | StageFailed):
+    """What a stage, an input error or a failed run says is all that there is to say: no traceback in Prefect's logs."""
+    if record.exc_info and isinstance(record.exc_info[1], InputError | StageFailed | FailedRun):
         record.exc_info = None
     return True
 
 
-for name in ("prefect.task_runs", "prefect.flow_runs"):
+for name in ("prefect.task_runs", "prefect.flow_runs", "prefect.engine"):
     logging.getLogger(name).addFilter(_in_one_line)
 
 
