@@ -81,8 +81,9 @@ def run_stage(
             [sys.executable, "-m", "ldm.versioning.reproduce", stage], stdin=PIPE, stdout=PIPE, stderr=STDOUT,
             cwd=root, env={**os.environ, **env, **ours}, pass_fds=[fd], start_new_session=True,
         ))  # fmt: skip
-        stack.callback(_stop, child.pid)
-        for line in _lines(child.stdout.fileno()):
+        lines = _lines(child.stdout.fileno())
+        stack.callback(_end, child.pid, lines, on_line)
+        for line in lines:
             spent = time.monotonic() - start
             if spent > timeout:
                 raise StageFailed(stage, -signal.SIGTERM, spent, f"stage {stage} took more than {timeout:g} s")
@@ -141,6 +142,18 @@ def _running(session: int, descendants: bool = False) -> set[psutil.Process]:
             if os.getsid(process.pid) == session and _runs(process):
                 found |= {process, *(process.children(recursive=True) if descendants else ())}
     return found
+
+
+def _end(session: int, lines: Iterator[str | None], on_line: Callable[[str], object]) -> None:
+    """Stop what still runs, and pass on what it says meanwhile, such as the checkpoint that it has reached."""
+    stopping = threading.Thread(target=_stop, args=(session,))
+    stopping.start()
+    for line in lines:
+        if line is not None:
+            on_line(line)
+        elif not stopping.is_alive():
+            break
+    stopping.join()
 
 
 def _stop(session: int) -> None:

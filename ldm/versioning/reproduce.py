@@ -59,5 +59,7 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:  # before the command, or after it
+        sys.exit(128 + signal.SIGINT)
     os.write(int(os.environ["LDM_RESULT_FD"]), f"{outcome} {code}".encode())
     sys.exit(code % 256)

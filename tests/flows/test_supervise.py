@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,34 @@ def test_a_stage_that_takes_too_long_is_ended(inherited: Any, project: Path, gon
     assert not failure.value.bad_input
     pid = project / "shard.pid"
     assert not pid.exists() or gone(int(pid.read_text()), 0)  # a slow machine may not have come that far
+    run_stage_again(project)
+
+
+LAST_WORDS = """
+import signal, sys
+def end(*_):
+    print("x" * 200_000)
+    print("at a checkpoint")
+    sys.exit(130)
+signal.signal(signal.SIGINT, end)
+"""
+
+
+def test_the_last_words_of_a_stage_that_is_stopped_arrive(project: Path) -> None:
+    """Also if they are more than a pipe holds: nobody else reads them, and it could not go on to its end."""
+    (project / "stage.py").write_text(LAST_WORDS + (project / "stage.py").read_text())
+    (project / "knob.txt").write_text("shard sleep")
+    lines, stopped = list[str](), threading.Event()
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        stopped.set()
+
+    start = time.monotonic()
+    with pytest.raises(StageFailed, match="stopped"):
+        run_stage(project, "shard", on_line=tell, stopped=stopped)
+    assert [len(line) for line in lines[1:-1]] == [200_000] and lines[-1] == "at a checkpoint"
+    assert time.monotonic() - start < supervise.GRACE[0][1]
     run_stage_again(project)
 
 
