@@ -83,6 +83,7 @@ class Settler:
                     slot = client.read_deployment(run.deployment_id).name
                     if state := last_run.true_state(run, last_run.read(self._worktrees / slot / self._within), tries):
                         client.set_flow_run_state(run.id, state, force=True)
+                        del self._dead[run.id]  # started again, it has as long once more until it has a process
                         print(f"{run.name}: {state.name}, {state.message}", flush=True)
 
 
