@@ -47,8 +47,8 @@ $(VENV)/.run $(VENV)/.test: pyproject.toml infra/constraints.txt | $(BIN)/python
 run: $(VENV)/.run     ## images to a registered champion, once, here
 	ldm run
 
-test: $(VENV)/.test   ## everything but the long loops, on two processes
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
+test: $(VENV)/.test   ## everything but the long loops, in three processes, as many of them wait
+	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not soak"
 
 soak: $(VENV)/.test   ## the long loops
 	python -m pytest -m soak

@@ -19,7 +19,7 @@ LONG = ("test_end_to_end.py", "test_extensions.py", "test_resume.py", "test_samp
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: two processes that take one file after the other then end together.
+    """The longest files first: processes that take one file after the other then end together.
 
     Prefect's stay behind tests/data: children that are forked by a process which has used Prefect end with exit code 1.
     """
