@@ -1,6 +1,7 @@
 """A schedule as `make schedule` starts it, for tests: asked for runs, watched, and looked through for what is left."""
 
 import contextlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -71,6 +72,15 @@ class Schedule:
         """Change what stages read: all of them knob.txt, `evaluate` also late.txt."""
         (self.root / name).write_text(text)
         git(self.root, "commit", "-qam", text)
+
+    def forget(self) -> None:
+        """As if nothing had ever run here: every stage runs again."""
+        for branch in self.branches():
+            git(self.root, "branch", "-D", branch)
+        shutil.rmtree(self.root / ".ldm/worktrees", ignore_errors=True)
+        git(self.root, "worktree", "prune")
+        for place in (".ldm/work", ".ldm/store", ".dvc/cache"):
+            shutil.rmtree(self.root / place, ignore_errors=True)
 
     def held(self, stage: str) -> Path:
         """The file that holds up a stage, which says so in it."""

@@ -6,7 +6,6 @@ The whole pipeline at a tiny size, two ranks a training, Prefect and MLflow on P
 import fcntl
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -45,15 +44,6 @@ class World:
         variables["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database.url("prefect", "asyncpg")
         self.schedule = Schedule(self.root, folder / "hold", **variables)
         self.schedule.command("flows.schedule", "start")
-
-    def forget(self) -> None:
-        """As if nothing had ever run here: every stage trains again."""
-        for branch in self.schedule.branches():
-            git(self.root, "branch", "-D", branch)
-        shutil.rmtree(self.root / ".ldm/worktrees", ignore_errors=True)
-        git(self.root, "worktree", "prune")
-        for place in (".ldm/work", ".ldm/store", ".dvc/cache"):
-            shutil.rmtree(self.root / place, ignore_errors=True)
 
     def kill(self, victim: str, stage: str, rng: random.Random) -> None:
         """Kill it while the stage is at work, and bring back what nobody but an administrator starts again."""
@@ -124,7 +114,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(seed: int, world: World, undist
     rng = random.Random(seed)
     victim, stage = list(VICTIMS)[seed % len(VICTIMS)], rng.choice(STAGES)
     stage = rng.choice(("train_vae", "train_unet")) if victim == "rank" else stage
-    world.forget()
+    world.schedule.forget()
     run = world.schedule.run("rebuild")
     world.schedule.wait(lambda: world.schedule.at_work(f"-m ldm.stages.{stage}"), 240)
     time.sleep(rng.uniform(0, 4))
