@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
 from ldm.base import clock
@@ -32,7 +32,7 @@ def is_older(path: Path, age: timedelta) -> bool:
             newest = max(
                 (Path(folder, name).lstat().st_ctime for folder, _, names in os.walk(path) for name in names), default=newest
             )
-        return clock.now() - datetime.fromtimestamp(newest, UTC) > age
+        return clock.now() - clock.at(newest) > age
     except FileNotFoundError:
         return False
 

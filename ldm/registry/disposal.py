@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ldm.base import clock
 from ldm.base.errors import reason
 from ldm.base.sizes import bytes_of
 from ldm.registry import locations
@@ -95,7 +96,7 @@ class Store:
             Disposal("model", model.model_id, self._size(model.artifact_location), why,
                      partial(self._mark_model, model), partial(self._erase_model, model))
             for model in models
-            if model.model_id not in registered and model.creation_timestamp < 1000 * before.timestamp()
+            if model.model_id not in registered and clock.at(model.creation_timestamp / 1000) < before
         ]  # fmt: skip
 
     def runs(self, name: str, keep: int, makers: Collection[str | None], why: str) -> list[Disposal]:

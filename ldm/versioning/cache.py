@@ -74,7 +74,7 @@ def unneeded(cache: Path, needed: Collection[str], is_old: Callable[[Path], bool
 
 def take_out(cache: Path, objects: dict[str, Path], entries: Iterable[Path]) -> None:
     """Remove objects from the cache, quickly: `delete_removed` deletes their bytes."""
-    (cache / REMOVED).mkdir(exist_ok=True)
+    (cache / REMOVED).mkdir(parents=True, exist_ok=True)  # without a first run, there is no cache
     for entry in entries:
         entry.unlink(missing_ok=True)
     for md5, path in sorted(objects.items(), key=lambda item: not item[0].endswith(".dir")):  # no folder without its files
