@@ -28,7 +28,8 @@ LIBRARIES = (
     "torch", "pandas", "pyarrow.pandas_compat", "PIL.ImageCms", "PIL.JpegImagePlugin", "safetensors.torch", "matplotlib.pyplot",
     "transformers.models.bert.modeling_bert", "dvc.cli", "dvc.commands.add", "dvc.repo.plots", "dvc.repo.artifacts",
     "dvc.repo.stage", "dvc.data_cloud", "dvc.cachemgr", "dvc.rwlock", "dvc.scm", "scmrepo.git", "dulwich.worktree",
-    "dulwich.ignore", "networkx", "graphviz", "alembic.command", "mlflow.pyfunc", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "dulwich.ignore", "networkx", "graphviz", "alembic.command", "mlflow.pyfunc", "mlflow.tracking",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
     "mlflow.store.model_registry.sqlalchemy_workspace_store", "prefect.flow_engine", "prefect.task_engine", "prefect.events",
     "prefect.artifacts", "prefect.utilities.visualization", "anyio._backends._asyncio", "psutil",
 )  # fmt: skip

@@ -71,10 +71,13 @@ def _purge_deleted(root: Path, days: float) -> Outcome:
         older = _older(root, place, recent)
         names = {md5: name for files in older.values() for name, md5 in files.items() if is_image(name) and md5 not in kept}
         here = {md5 for md5 in names if cache.path_of(place, md5).exists()}
-        there, silent = _in_remote(repo, names.keys() - here)
+        there, silent = _in_remote(repo, names.keys() - here) if names else (set[str](), "")
     outcome = Outcome(left={"the remote": silent} if silent else {})
     if found := sorted(here | there):
         try:
+            if not place.resolve().is_relative_to(root):
+                by_hand = "`ldm data purge` does it by hand"
+                raise InputError(f"DVC's cache lies outside of the project, in {place}, where others may use it; {by_hand}")
             outcome.purged = purge(root, *found, spared=kept)
             outcome.left |= {names[md5]: why for md5, why in outcome.purged.refused.items()}
         except InputError as error:
@@ -127,8 +130,6 @@ def _in_remote(repo: Any, files: Collection[str]) -> tuple[set[str], str]:
     """Those that the default remote has, and why it does not answer."""
     from dvc.config import NoRemoteError
 
-    if not files:
-        return set(), ""
     try:
         store = repo.cloud.get_remote_odb(None)
         with contextlib.suppress(FileNotFoundError):  # nothing was pushed yet

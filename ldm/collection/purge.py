@@ -128,19 +128,19 @@ def _alone(root: Path, repo: Any, stack: contextlib.ExitStack) -> dict[Path, con
 def _refuse(root: Path, objects: Objects, traces: Traces, holders: Holders) -> str:
     """Refuse images that are held, or of which nothing is left; returns the sha256 of other files of their names."""
     collection, unclear = root / load_settings(root).data.path, set[str]()
-    left = [path for path in _found(root, LEFTOVER, Place.files) if path.is_file()]
+    stored = {digest for kind in (traces.images, traces.shards) for digests in kind.values() for digest in digests}
+    known = stored if traces.wanted <= stored else stored | _left(root)
     for image, digests in traces.digests.items():
-        originals, shards = traces.of(image, traces.images), traces.of(image, traces.shards)
-        others = {md5 for path, md5 in objects.files if path == image} - originals - holders.current if is_name(image) else set()
-        hashes = sorted(map(objects.sha256, others))
+        others = {md5 for path, md5 in objects.files if path == image} if is_name(image) else set()
+        hashes = sorted(map(objects.sha256, others - traces.images.keys() - holders.current))
         if is_name(image) and (collection / image).exists():
             traces.refused[image] = f"still there, in {collection}; {holders.advice}"
         elif why := next((holders.refused[digest] for digest in sorted(digests) if digest in holders.refused), None):
             traces.refused[image] = why
-        elif hashes and not (shards or originals):
-            known = f"files of that name have sha256 {', '.join(hashes)}"
-            traces.refused[image] = f"in no shard; {known}: purge by the one that is meant"
-        elif not (shards or originals or any(_is_left(path, digests) for path in left)):
+        elif hashes and stored.isdisjoint(digests):
+            there_are = f"files of that name have sha256 {', '.join(hashes)}"
+            traces.refused[image] = f"in no shard; {there_are}: purge by the one that is meant"
+        elif known.isdisjoint(digests):
             nothing = f"nothing, or nothing left, of it in DVC's {' or '.join(objects.stores)}"
             traces.refused[image] = f"{nothing}; a name is the whole path within data.path, as in data/shards"
         else:
@@ -203,9 +203,12 @@ def _found(root: Path, kind: str, of: Callable[[Place, Path, PurePosixPath], lis
     return [path for place in PLACES if place.holds == kind for path in of(place, root, collection)]
 
 
-def _is_left(path: Path, digests: set[str]) -> bool:
-    """Whether a leftover is one of the images, or a shard that holds one."""
-    return not digests.isdisjoint({file_hash(path)[:DIGEST], *images_of(path)})
+def _left(root: Path) -> set[str]:
+    """The digests of leftovers, and of images in shards among them."""
+    found = set[str]()
+    for path in filter(Path.is_file, _found(root, LEFTOVER, Place.files)):
+        found |= {file_hash(path)[:DIGEST], *images_of(path)}
+    return found
 
 
 def _versions(root: Path, objects: Objects, traces: Traces, tag: bool) -> pd.DataFrame:

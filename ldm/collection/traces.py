@@ -29,9 +29,6 @@ class Traces:
         """The digests of what is not refused."""
         return {digest for image, digests in self.digests.items() if image not in self.refused for digest in digests}
 
-    def of(self, image: str, kind: Kind) -> set[str]:
-        return {md5 for md5, digests in kind.items() if digests & self.digests[image]}
-
 
 def is_name(image: str) -> bool:
     """Whether an image is called by its name, not by a hash."""

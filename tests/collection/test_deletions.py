@@ -150,9 +150,11 @@ def test_what_a_remote_has_goes_once_it_answers(folder: Path) -> None:
     Path(".dvc/config").write_text(config.replace("../../remote", "http://127.0.0.1:9/remote"))
     outcome = purge_deleted(Path("."), 7)
     assert len(outcome.digests) == len(GONE) and "remote does not answer" in outcome.purged.notes[0]  # type: ignore[union-attr]
-    again = purge_deleted(Path("."), 7)
-    assert again.purged is None and again.left["the remote"].startswith("does not answer (")
-    collect_garbage(Path("."), keep=1, listings=again.listings)
+    for _ in range(2):
+        assert outcome.left["the remote"].startswith("does not answer (")
+        collect_garbage(Path("."), keep=1, listings=outcome.listings)
+        outcome = purge_deleted(Path("."), 7)
+        assert outcome.purged is None
     Path(".dvc/config").write_text(config)
     assert left(folder, GONE) == {*GONE}
     assert purge_deleted(Path("."), 7).left == {}
@@ -194,6 +196,16 @@ def test_what_is_held_is_named_and_goes_the_next_time(held: Any, folder: Path) -
     collect_garbage(root, keep=1, listings=outcome.listings)
     assert purge_deleted(root, 7).left == {}
     assert left(folder, GONE) == set() and not (root / ".ldm/worktrees/rebuild").exists()
+
+
+def test_a_cache_that_others_may_use_is_left(folder: Path) -> None:
+    shutil.move(".dvc/cache", folder / "cache")
+    with Repo(".") as repo, repo.config.edit("local") as local:
+        local["cache"]["dir"] = str(folder / "cache")
+    before = {path: path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file()}
+    outcome = purge_deleted(Path("."), 7)
+    assert outcome.purged is None and outcome.left.keys() >= {"monday/deleted.png"}
+    assert {path: path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file()} == before
 
 
 def test_a_worktree_in_which_no_run_is_at_work_goes_with_it(folder: Path) -> None:

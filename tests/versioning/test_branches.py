@@ -1,13 +1,26 @@
 """Which commits stay, and what files hold there, in a real repository."""
 
+import random
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from ldm.base import clock
 from ldm.base.errors import InputError
-from ldm.versioning.branches import commits_to_keep, delete, find_checkouts, run_branches, stray_worktrees, texts_at
+from ldm.versioning.branches import (
+    commits_to_keep,
+    contents_at,
+    current_since,
+    delete,
+    find_checkouts,
+    run_branches,
+    stray_worktrees,
+    texts_at,
+)
 from ldm.versioning.cache import named, named_now, names_objects
+from ldm.versioning.git import commit as make_commit
 
 RUNS = ("2026-01-09", "2026-01-10", "2026-01-10-2", "2026-01-10-10")  # oldest first
 
@@ -114,3 +127,33 @@ def test_an_md5_is_found_however_it_is_written(form: str, repository: Path) -> N
     (repository / "data/raw").mkdir(parents=True)
     (repository / "data/raw/mine.dvc").write_text(f"outs:\n- {text}\n")
     assert len(named_now([repository])) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_branch_named_lately_is_found_through_merges(seed: int, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `prepare` and ingest move runs/collection: on from itself, from a merge with main, or from main that has merged it."""
+    rng, first, named_on, texts = random.Random(seed), datetime(2026, 1, 1, tzinfo=UTC), list[str](), dict[str, str]()
+
+    def make(text: str, parents: list[str]) -> str:
+        (repository / "data.dvc").write_text(text)
+        made = make_commit(repository, text, parents, ["data.dvc"])
+        texts[made] = text
+        return made
+
+    main = tip = git(repository, "rev-parse", "HEAD")
+    for day in range(12):
+        monkeypatch.setattr(clock, "now", lambda day=day: first + timedelta(days=day))
+        how = rng.choice(["nothing", "on main", "ingest", "ingest after a merge", "main merges"])
+        if how == "on main":
+            main = make(f"main {day}", [main])
+        elif how == "main merges":
+            main = make(f"merged {day}", [main, tip])
+            tip = make(f"collection {day}", [main])
+        elif how != "nothing":
+            tip = make(f"collection {day}", [main, tip] if "merge" in how else [tip])
+        named_on.append(tip)
+    git(repository, "branch", "runs/collection", tip)
+    for day in range(12):
+        found = current_since(repository, "runs/collection", first + timedelta(days=day, hours=1))
+        assert found & set(named_on) == set(named_on[day:])
+    assert contents_at(repository, [*named_on, "0" * 40], "data.dvc") == {texts[one] for one in named_on if one in texts}
