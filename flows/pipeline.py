@@ -114,7 +114,10 @@ def ingest_batch(
     return ingested
 
 
-def bring_up_to_date(folder: Path, away: list[str], steps: list[Step], notes: list[tuple[str, str]]) -> Summary:
+def bring_up_to_date(
+    folder: Path, away: list[str], steps: list[Step], notes: list[tuple[str, str]],
+    before_registry: Callable[[], object] = lambda: None,
+) -> Summary:  # fmt: skip
     """Run the stages that are out of date, then register their model and let the gate decide."""
     settings, records = load_settings(folder), Records(folder / TRACKING, away="MLflow" in away)
     check_data(folder, settings.data.path)
@@ -127,6 +130,7 @@ def bring_up_to_date(folder: Path, away: list[str], steps: list[Step], notes: li
         steps += run_stages(stages, work)
         if not nothing_to_run:
             lineage.log_results(run, folder)
+        before_registry()
         (folder / TRACKING).mkdir(parents=True, exist_ok=True)
         with locked(folder / TRACKING / "registry.lock"):  # which all worktrees share: two runs would replace one champion
             try:

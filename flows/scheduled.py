@@ -20,7 +20,6 @@ from flows.supervise import StageFailed, Step
 from ldm.base import clock
 from ldm.base.errors import InputError
 from ldm.base.options import value_at
-from ldm.base.paths import DECISION, METRICS, REPORT, SAMPLES
 from ldm.collection import batches, deletions, retention
 from ldm.collection.ingest import version
 from ldm.config import change_settings, load_settings
@@ -29,12 +28,11 @@ from ldm.registry import versions
 from ldm.versioning.git import git, newest_run
 from ldm.versioning.repository import around, read_graph
 from ldm.versioning.reproduce import up_to_date
-from ldm.versioning.worktree import publish_collection, publish_run, publish_settings
+from ldm.versioning.worktree import publish_collection, publish_run, publish_settings, push
 
 Notes = list[tuple[str, str]]  # for the summary
 LISTED = 3  # names in a message
 PINS = ("autoencoder.pretrained", "train_vae.images", "train_unet.init")  # settings of a run that starts from the champion
-RESULTS = ("dvc.lock", "params.yaml", METRICS, SAMPLES, REPORT, DECISION)  # of a run, in its commit
 
 
 def _run_name() -> str:
@@ -103,10 +101,16 @@ def _run(
         _pin_champion(folder)
         change_settings(folder, list(settings))
     publish_settings(folder, f"{slot}: settings of a run")
-    summary = bring_up_to_date(folder, away, steps, notes)
-    branch = publish_run(folder, slot, f"{clock.now():%Y-%m-%d}", RESULTS, _message(slot, summary))
+    # what fails between the promotion and the branch would let the next run start from the new champion, on the same images
+    summary = bring_up_to_date(folder, away, steps, notes, before_registry=lambda: push(folder))
+    branch = publish_run(folder, slot, f"{clock.now():%Y-%m-%d}", _message(slot, summary))
     _tell(slot, summary)
-    return Completed(message=f"{branch}: {dict(summary.results)['gate']}")
+    message = f"{branch}: {dict(summary.results)['gate']}"
+    try:
+        push(folder)  # what stages after the gate have made
+    except InputError as error:
+        return Completed(message=f"{message}; {error}")
+    return Completed(message=message)
 
 
 def _pin_champion(folder: Path) -> None:

@@ -40,6 +40,15 @@ def commit_of(root: Path, name: str) -> str | None:
     return git(root, "rev-parse", "--quiet", "--verify", f"{name}^{{commit}}", check=False) or None
 
 
+def move_branch(root: Path, name: str, to: str, old: str | None) -> bool:
+    """Let a branch be the commit `to` if it is still `old` (None: if there is no such branch); whether it was."""
+    try:
+        git(root, "update-ref", f"refs/heads/{name}", to, old or "0" * len(to))
+    except InputError:
+        return False
+    return True
+
+
 def is_ancestor(root: Path, commit: str, of: str) -> bool:
     return git(root, "merge-base", commit, of, check=False) == commit
 

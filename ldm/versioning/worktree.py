@@ -10,16 +10,22 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ldm.base.errors import InputError
+import psutil
+
+from ldm.base import clock
+from ldm.base.errors import InputError, reason
 from ldm.base.files import locked
-from ldm.base.paths import INGEST_LOCK, LATENT_STORE, SHARD_CACHE, TRACKING, WORK
+from ldm.base.paths import DECISION, INGEST_LOCK, LATENT_STORE, METRICS, REPORT, SAMPLES, SHARD_CACHE, TRACKING, WORK
+from ldm.config import load_settings
 from ldm.versioning.branches import WORKTREES
-from ldm.versioning.git import COLLECTION, commit, commit_of, git, is_ancestor, newest_run
+from ldm.versioning.git import COLLECTION, RUNS, commit, commit_of, git, is_ancestor, move_branch, newest_run
 from ldm.versioning.repository import open_repository
 
 SLOTS = ".ldm/slots"  # locked files, one a slot, and one for git
 SHARED = (WORK, LATENT_STORE, TRACKING, SHARD_CACHE)  # are the checkout's own; the lock of each training is in its folder
 CONFLICT = f"changed on the branch and by ingest; `git merge {COLLECTION}` in the checkout, and choose there"
+RESULTS = ("dvc.lock", METRICS, SAMPLES, REPORT, DECISION)  # of a run, in its commit
+LOCK_SECONDS = 60.0  # after which git, which moves a branch within milliseconds, was killed
 LINKS = "reflink,hardlink,copy"  # how DVC puts files there, where the user has not said it: a copy of all is never needed
 
 
@@ -44,16 +50,34 @@ def prepare(root: Path, slot: str, branch: str) -> Path:
         if not is_worktree:
             shutil.rmtree(top, ignore_errors=True)
             git(root, "worktree", "add", "--quiet", "--force", "--detach", str(top), head)
-        for lock in Path(git(top, "rev-parse", "--absolute-git-dir")).glob("*.lock"):
-            lock.unlink()  # of a git that was killed: nobody else works here
+        _unlock(top, folder)
         git(top, "checkout", "--quiet", "--force", "--detach", head)
         git(top, "clean", "--quiet", "--force", "-d")
     _share(root, folder)
-    _take_collection(root, folder, head)
+    _take_collection(folder)
     if last := newest_run(root, slot):
-        changed = git(folder, "diff", "--name-only", "--relative", f"{last}~1", last).splitlines()
-        git(folder, "restore", f"--source={last}", "--worktree", "--", *(name for name in changed if name != "params.yaml"))
+        results = git(folder, "ls-tree", "-r", "--name-only", last, "--", *RESULTS).splitlines()
+        if results:
+            git(folder, "restore", f"--source={last}", "--worktree", "--", *results)
     return folder
+
+
+def _unlock(top: Path, folder: Path) -> None:
+    """Remove the locks of programs that were killed: of git, and of DVC, whose process number may be another's by now."""
+    for lock in Path(git(top, "rev-parse", "--absolute-git-dir")).glob("*.lock"):
+        lock.unlink()  # nobody else works here
+    for lock in Path(git(top, "rev-parse", "--path-format=absolute", "--git-common-dir"), RUNS).rglob("*.lock"):
+        if clock.now().timestamp() - lock.stat().st_mtime > LOCK_SECONDS:
+            lock.unlink()
+    if not any(Path(place).is_relative_to(top) for place in _working_folders()):
+        (folder / ".dvc/tmp/rwlock").unlink(missing_ok=True)
+
+
+def _working_folders() -> Iterator[str]:
+    """Of all processes of this user, of which a stage may have outlived its run by seconds."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            yield process.cwd()
 
 
 def _share(root: Path, folder: Path) -> None:
@@ -75,24 +99,44 @@ def _share(root: Path, folder: Path) -> None:
             os.symlink(root / name, folder / name)
 
 
-def _take_collection(root: Path, folder: Path, head: str) -> None:
-    """Put the newest collection beside the code and settings of `head`, and its files in place."""
-    line = commit_of(root, COLLECTION)
-    if line and is_ancestor(folder, head, line):
-        git(folder, "checkout", "--quiet", "--force", "--detach", line)
-    elif line and not is_ancestor(folder, line, head):  # else it was merged into the branch, which may have changed it since
-        base = git(folder, "merge-base", head, line)
-        changed = git(folder, "diff", "--name-only", "--relative", base, line).splitlines()
-        for name in changed:
-            _merge(folder, name, base, line)
-        made = commit(folder, "Collection: with the changes of the branch", [head, line], changed)
-        git(folder, "update-ref", f"refs/heads/{COLLECTION}", made, line)
+def _take_collection(folder: Path) -> None:
+    """Put the newest collection beside the code and settings of HEAD, and its files in place.
+
+    Of the branch `runs/collection`, only the pointer of the collection and the .gitignore beside it count: the rest of it is what
+    the branch once was.
+    """
+    while line := commit_of(folder, COLLECTION):
+        if not is_ancestor(folder, line, "HEAD"):
+            _merge_line(folder, line, _pointer_paths(folder))
+        if move_branch(folder, COLLECTION, git(folder, "rev-parse", "HEAD"), line):  # it always has the newest collection
+            break
     with open_repository(folder) as repo:
         if pointers := [stage.path for stage in repo.index.stages if not stage.cmd]:
             with contextlib.suppress(Exception):  # not in the cache
                 repo.checkout(pointers, force=True)
                 return
             repo.pull(pointers, force=True)
+
+
+def _pointer_paths(folder: Path) -> list[str]:
+    """The collection's pointer, which DVC makes, and what keeps git off its files."""
+    path = Path(load_settings(folder).data.path)
+    return [f"{path}.dvc", str(path.parent / ".gitignore")]
+
+
+def _merge_line(folder: Path, line: str, paths: list[str]) -> None:
+    """Merge what `line`, a commit of the branch `runs/collection`, has done to the collection, and commit that."""
+    head = git(folder, "rev-parse", "HEAD")
+    if not (base := git(folder, "merge-base", head, line, check=False)):
+        raise InputError(
+            f"{COLLECTION}: has no commit in common with the branch; merge it there, or delete it and what it ingested"
+        )
+    for name in git(folder, "diff", "--name-only", "--relative", base, line, "--", *paths).splitlines():
+        _merge(folder, name, base, line)
+    made = commit(folder, "Collection: with the changes of the branch", [head, line], paths)
+    trees = {git(folder, "rev-parse", f"{one}^{{tree}}") for one in (made, line)}
+    if len(trees) == 1 and is_ancestor(folder, head, line):
+        git(folder, "reset", "--quiet", "--soft", line)  # the branch has nothing new
 
 
 def _merge(folder: Path, name: str, base: str, line: str) -> None:
@@ -134,12 +178,23 @@ def _beside(path: Path, text: str) -> Iterator[Path]:
 
 
 def publish_collection(folder: Path, pointer: str, message: str) -> None:
-    """Commit the pointer of a collection that has changed in the worktree, on the branch `runs/collection`; pushed data first."""
+    """Commit the pointer of a collection that has changed in the worktree, on the branch `runs/collection`; pushed data first.
+
+    What another run has published there meanwhile is merged, and its files are put in place.
+    """
+    paths, head = [pointer, str(Path(pointer).parent / ".gitignore")], git(folder, "rev-parse", "HEAD")
     push(folder, pointer)
-    ignores = Path(pointer).parent / ".gitignore"
-    head = git(folder, "rev-parse", "HEAD")
-    if (made := commit(folder, message, [head], [pointer, str(ignores)])) != head:
-        git(folder, "update-ref", f"refs/heads/{COLLECTION}", made)
+    if commit(folder, message, [head], paths) == head:
+        return
+    while True:
+        line = commit_of(folder, COLLECTION)
+        if line and not is_ancestor(folder, line, "HEAD"):
+            _merge_line(folder, line, paths)
+            with open_repository(folder) as repo:
+                repo.checkout([str(folder / pointer)], force=True)
+            push(folder, pointer)
+        if move_branch(folder, COLLECTION, git(folder, "rev-parse", "HEAD"), line):
+            return
 
 
 def push(folder: Path, *targets: str) -> None:
@@ -147,15 +202,21 @@ def push(folder: Path, *targets: str) -> None:
     from dvc.config import NoRemoteError
 
     with open_repository(folder) as repo, contextlib.suppress(NoRemoteError):
-        repo.cloud.get_remote_odb(None)
-        repo.push(targets=list(targets) or None)
+        try:
+            repo.cloud.get_remote_odb(None)
+            repo.push(targets=[str(folder / target) for target in targets] or None)
+        except NoRemoteError:
+            raise
+        except Exception as error:  # each kind of storage has its own
+            raise InputError(
+                f"`dvc push` failed ({reason(error)}); mend the remote, and the next run goes on from here"
+            ) from None
 
 
-def publish_run(folder: Path, slot: str, day: str, paths: tuple[str, ...], message: str) -> str:
+def publish_run(folder: Path, slot: str, day: str, message: str) -> str:
     """Commit the results of a run that is done on a new branch runs/SLOT/DAY (DAY-2, …); returns its name."""
-    push(folder)
-    commit(folder, message, [git(folder, "rev-parse", "HEAD")], paths)
-    taken = git(folder, "for-each-ref", "--format=%(refname:short)", f"refs/heads/runs/{slot}/").splitlines()
+    commit(folder, message, [git(folder, "rev-parse", "HEAD")], RESULTS)
+    taken = git(folder, "for-each-ref", "--format=%(refname:short)", f"{RUNS}/{slot}/").splitlines()
     names = itertools.chain([f"runs/{slot}/{day}"], (f"runs/{slot}/{day}-{number}" for number in itertools.count(2)))
     name = next(name for name in names if name not in taken)
     git(folder, "branch", name, "HEAD")

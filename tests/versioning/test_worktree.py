@@ -1,5 +1,7 @@
 """The worktrees of scheduled runs: what is in them, whatever checkout and branch runs/collection have seen of each other."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import REPOSITORY
+from tiny import REPOSITORY, set_params
 
 from ldm.base.errors import InputError
 from ldm.versioning.git import COLLECTION, commit_of, git, is_ancestor, newest_run
@@ -35,6 +37,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in "ab":
         (root / MINE / name).write_text(name)
     shutil.copy(REPOSITORY / "params.yaml", root)
+    set_params(root, {"data": {"path": MINE}})
     (root / "dvc.yaml").write_text("stages: {}\n")
     (root / ".gitignore").write_text("/.ldm/\n")
     add(root, "start")
@@ -122,6 +125,44 @@ def test_the_collection_has_what_came_and_lacks_what_was_deleted(
     assert git(root, "status", "--porcelain") == ""
 
 
+@pytest.mark.parametrize(
+    "undo", [("reset", "--quiet", "--hard", "HEAD~1"), ("commit", "--quiet", "--amend", "--allow-empty", "-am", "good")]
+)
+def test_code_is_the_branchs_also_after_a_commit_was_taken_back(undo: tuple[str, ...], root: Path) -> None:
+    """The branch runs/collection still descends from it."""
+    (root / "code.py").write_text("good")
+    add(root, "good")
+    (root / "code.py").write_text("bad")
+    add(root, "bad")
+    ingested(prepare(root, "nightly", "main"), "new")
+    (root / "code.py").write_text("good")
+    git(root, *undo)
+    for _ in range(2):
+        folder = prepare(root, "nightly", "main")
+        assert (folder / "code.py").read_text() == "good" and files(folder / MINE) == {"a", "b", "new"}
+        git(root, "commit", "--quiet", "--allow-empty", "-m", "next")
+
+
+def test_two_runs_that_ingest_at_once_both_have_what_came(root: Path) -> None:
+    one, other = (prepare(root, slot, "main") for slot in ("nightly", "rebuild"))
+    ingested(one, "new")
+    ingested(other, "newer")
+    assert files(other / MINE) == {"a", "b", "new", "newer"}
+    assert files(prepare(root, "on-demand", "main") / MINE) == {"a", "b", "new", "newer"}
+
+
+def test_locks_of_programs_that_were_killed_are_removed(root: Path) -> None:
+    """Of DVC, whose process number may be another process's by now; of git, also where it moves branches."""
+    folder = prepare(root, "nightly", "main")
+    busy = {"write": {str(folder / MINE): {"pid": os.getpid(), "cmd": "dvc repro"}}}
+    (folder / ".dvc/tmp/rwlock").write_text(json.dumps(busy))
+    (lock := root / ".git/refs/heads/runs/collection.lock").parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    ingested(prepare(root, "nightly", "main"), "new")
+    assert not lock.exists()
+
+
 def test_a_file_that_both_have_changed_is_refused_by_name(root: Path) -> None:
     folder = prepare(root, "nightly", "main")
     ingested(folder, "a")  # whose content is the same
@@ -139,7 +180,7 @@ def test_a_finished_run_is_a_branch_of_its_own_and_the_next_one_starts_with_its_
         folder = prepare(root, "nightly", "main")
         assert (folder / "dvc.lock").exists() == bool(number)
         (folder / "dvc.lock").write_text(f"schema: '2.0'\n# {number}\n")
-        assert publish_run(folder, "nightly", "2026-11-26", ("dvc.lock", "params.yaml", "missing"), "a run") == name
+        assert publish_run(folder, "nightly", "2026-11-26", "a run") == name
         assert newest_run(root, "nightly") == name and git(root, "show", f"{name}:dvc.lock").endswith(str(number))
     assert newest_run(root, "rebuild") is None and commit_of(root, COLLECTION) is None
 
