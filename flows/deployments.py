@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -28,14 +30,13 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.states import Running
 
-from flows import last_run
+from flows import last_run, workspace
+from flows.workspace import FILE
 from ldm.base.errors import InputError
+from ldm.base.files import content_hash
 from ldm.versioning.git import git
 from ldm.versioning.worktree import WORKTREES
 
-FILE = "infra/prefect.yaml"
-POOL = "ldm"  # named there
-POOL_ONLY: dict[str, str | list[str]] = {"prefect.resource.role": "work-pool", "prefect.resource.name": POOL}
 TRIES = 3  # times that a run which died is started
 REPORT_SECONDS = 8.0  # in which a worker that lives reports, twice, that a run has died, over whatever was said before
 RECENT = 20  # runs that are looked at
@@ -47,8 +48,9 @@ ENDS = {f"prefect.flow-run.{name}" for name in (*NAMES, "AwaitingRetry", "Nothin
 def apply(root: Path, branch: str, client: SyncPrefectClient) -> None:
     """Create or change all of it; what is as it should be stays."""
     with contextlib.suppress(ObjectAlreadyExists):  # or the worker makes it
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-    env = {**os.environ, "LDM_ROOT": str(root), "LDM_PYTHON": sys.executable, "LDM_BRANCH": branch}
+        client.create_work_pool(WorkPoolCreate(name=pool(root), type="process"))
+    words = {"LDM_PYTHON": shlex.quote(sys.executable), "LDM_BRANCH": shlex.quote(branch)}  # of a command
+    env = {**os.environ, **words, "LDM_ROOT": str(root), "LDM_POOL": pool(root)}
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", FILE]
     done = subprocess.run(command, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -56,16 +58,22 @@ def apply(root: Path, branch: str, client: SyncPrefectClient) -> None:
     _automate(client)
 
 
+def pool(root: Path) -> str:
+    """The work pool of a project on this machine: a team's server has others', whose processes cannot be seen from here."""
+    return f"{workspace.flow_name()}-{platform.node()}-{content_hash(str(root).encode())[:6]}"
+
+
 class Settler:
     """Tells the server which runs of this machine's pool have no process any more, and has them tried again."""
 
     def __init__(self, root: Path) -> None:
+        self._pool = pool(root)
         self._worktrees, self._within = root / WORKTREES, git(root, "rev-parse", "--show-prefix")
         self._dead: dict[UUID, float] = {}  # since when a run has been seen without a process
 
     def settle(self, client: SyncPrefectClient) -> None:
         """Of runs that have started and of those that are about to; an older run of a deployment is not tried again."""
-        alive, now, later, pool = _alive(), time.monotonic(), set[UUID | None](), WorkPoolFilterName(any_=[POOL])
+        alive, now, later, pool = _alive(), time.monotonic(), set[UUID | None](), WorkPoolFilterName(any_=[self._pool])
         pending = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))
         started = FlowRunFilterStartTime(is_null_=False)
         for wanted in (FlowRunFilter(state=pending), FlowRunFilter(start_time=started)):
@@ -105,16 +113,24 @@ def _automate(client: SyncPrefectClient) -> None:
         client.create_automation(automation)
 
 
+def _ours() -> dict[str, str | list[str]]:
+    """Events of this project's flows, and of no others on the server."""
+    name = workspace.flow_name()
+    return {"prefect.resource.role": "flow", "prefect.resource.name": [name, f"{name}-collect"]}
+
+
 def _crash() -> AutomationCore:
     """A run whose process, machine or container is gone is Crashed, also if nobody is left to say so."""
     heartbeat = "prefect.flow-run.heartbeat"
     silence = EventTrigger(
-        after={heartbeat}, expect={heartbeat, *ENDS}, match={"prefect.resource.id": "prefect.flow-run.*"},
+        after={heartbeat}, expect={heartbeat, *ENDS}, match={"prefect.resource.id": "prefect.flow-run.*"}, match_related=_ours(),
         for_each={"prefect.resource.id"}, posture=Posture.Proactive, threshold=1, within=timedelta(seconds=3 * HEARTBEAT_SECONDS),
     )  # fmt: skip
     said = "no sign of life for 90 s: its process, machine or container is gone"
     crash = ChangeFlowRunState(name=None, state=StateType.CRASHED, message=said, force=False)
-    return AutomationCore(name="ldm: a run without a sign of life has crashed", trigger=silence, actions=[crash])
+    return AutomationCore(
+        name=f"{workspace.flow_name()}: a run without a sign of life has crashed", trigger=silence, actions=[crash]
+    )
 
 
 def _notify(client: SyncPrefectClient, name: str) -> Iterator[AutomationCore]:
@@ -126,7 +142,7 @@ def _notify(client: SyncPrefectClient, name: str) -> Iterator[AutomationCore]:
         raise InputError(f"LDM_NOTIFY names {name!r}, and Prefect has no such block; create it on its page Blocks") from None
     subject, body = "{{ deployment.name }}: {{ flow_run.state.name }}", "{{ flow_run.state.message }} {{ flow_run|ui_url }}"
     for what, events, related, texts in (
-        ("failures", {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}, POOL_ONLY, (subject, body)),
+        ("failures", {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}, _ours(), (subject, body)),
         ("news", {"ldm.*"}, {}, ("{{ event.event }}", "{{ event.payload.message }}")),
     ):
         trigger = EventTrigger(
@@ -134,4 +150,4 @@ def _notify(client: SyncPrefectClient, name: str) -> Iterator[AutomationCore]:
             within=timedelta(0),
         )  # fmt: skip
         send = SendNotification(block_document_id=block, subject=texts[0], body=texts[1])
-        yield AutomationCore(name=f"ldm: {what} to {name}", trigger=trigger, actions=[send])
+        yield AutomationCore(name=f"{workspace.flow_name()}: {what} to {name}", trigger=trigger, actions=[send])

@@ -41,7 +41,9 @@ def take(meta: Mapping[str, Any], stopped: threading.Event, waiting: Callable[[s
     the variables that show the stage its GPUs. Slots of the team's limit come last: who holds one is at work.
     """
     device, chosen = os.environ.get("LDM_DEVICE", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = chosen.split(",") if chosen else [str(number) for number in range(len(list(NVIDIA.glob("*"))))]
+    every = [str(number) for number in range(len(list(NVIDIA.glob("*"))))]
+    if chosen is not None:  # perhaps none
+        every = [name for name in chosen.split(",") if name]
     if "LDM_GPUS" in os.environ:
         every = [*every, *map(str, range(len(every), env_count("LDM_GPUS", 0)))][: env_count("LDM_GPUS", 0)]
     if number := device.partition(":")[2]:  # the user has chosen one, and how it is called
@@ -60,7 +62,8 @@ def take(meta: Mapping[str, Any], stopped: threading.Event, waiting: Callable[[s
                         ours.append(name)
             if len(ours) == needed:
                 with _team_slots(needed, stopped, waiting):
-                    yield {"CUDA_VISIBLE_DEVICES": ",".join(ours)} if ours and not number else {}
+                    limited = ours or (wanted and "LDM_GPUS" in os.environ)
+                    yield {"CUDA_VISIBLE_DEVICES": ",".join(ours)} if limited and not number else {}
                 return
         if not said:
             waiting(f"waits for a GPU that another run has: {needed} of {len(every)} are needed")

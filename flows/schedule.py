@@ -157,19 +157,22 @@ def keep(root: Path) -> None:
         settler, said = Settler(root), ""
         write_text(root / STATE, json.dumps({"url": os.environ["PREFECT_API_URL"], "pid": str(os.getpid())}))
         while not stopped.wait(LOOK_SECONDS):
-            for child in children:
-                child.keep_alive()
-            try:
-                with get_client(sync_client=True) as client:
-                    settler.settle(client)
-            except Exception as error:  # the server is away, or not yet back
-                if said != (said := reason(error)):
-                    print(f"server: {said}", flush=True)
-            _shorten(root / LOG)
+            with contextlib.suppress(OSError):  # a disk is full, or somebody has deleted the log
+                for child in children:
+                    child.keep_alive()
+                _shorten(root / LOG)
+                try:
+                    with get_client(sync_client=True) as client:
+                        settler.settle(client)
+                except Exception as error:  # the server is away, or not yet back
+                    if said != (said := reason(error)):
+                        print(f"server: {said}", flush=True)
 
 
 def _worker(root: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "flows.owned", "prefect", "worker", "start", "--pool", "ldm", "--type", "process"]
+    from flows.deployments import pool  # imports Prefect
+
+    command = [sys.executable, "-m", "flows.owned", "prefect", "worker", "start", "--pool", pool(root), "--type", "process"]
     return subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, start_new_session=True)
 
 

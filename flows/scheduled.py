@@ -6,12 +6,13 @@ It works in the worktree that `flows.workspace`, its command, has prepared, and 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from prefect import flow, get_run_logger
 from prefect.events import emit_event
 from prefect.states import Completed, Failed, State
+from pydantic import Field
 
 from flows import TARGET, last_run, workspace
 from flows.pipeline import bring_up_to_date, ingest_batch, opened
@@ -39,18 +40,18 @@ def _run_name() -> str:
     return f"{os.environ.get('PREFECT__DEPLOYMENT_NAME', 'ldm')} {clock.now():%Y-%m-%d %H:%M}"
 
 
-@flow(name="ldm", flow_run_name=_run_name)
+@flow(name=workspace.flow_name(), flow_run_name=_run_name)
 def scheduled(
     start: Literal["nothing", "champion"] = "nothing",
     ingest: str | None = None,
     settings: Sequence[str] = (),
-    quiet_days: int = 14,
+    quiet_days: Annotated[int, Field(gt=0)] = 14,
 ) -> State[Any]:
     """One run of a deployment.
 
     `start`: train everything from nothing, or keep the champion's autoencoder and go on from its U-Net. `ingest`: a folder whose
-    new images are taken in first. `settings`: changes of params.yaml, as `ldm run --set` takes them. `quiet_days`: after so many
-    days without new images, that is reported.
+    new images are taken in first; a relative one is below the project's. `settings`: changes of params.yaml, as `ldm run --set`
+    takes them. `quiet_days`: after so many days without new images, that is reported.
     """
     if busy := os.environ.get(workspace.BUSY):
         return Completed(name="Skipped", message=busy)
@@ -76,6 +77,7 @@ def _take_collection(folder: Path, slot: str, inbox: str | None, quiet_days: int
         publish_collection(folder, pointer, f"{slot}: the collection")
 
     if inbox:
+        inbox = str(Path(os.environ[workspace.ROOT], inbox).expanduser())
         ingested = ingest_batch(folder, inbox, steps, notes, publish)
         days = (clock.now().date() - ingested.newest).days if ingested.newest else 0
         if days and days % quiet_days == 0:
@@ -154,13 +156,15 @@ def _news(what: str, slot: str, message: str) -> None:
     emit_event(f"ldm.{what}", {"prefect.resource.id": f"ldm.{slot}"}, payload={"message": message})
 
 
-@flow(name="ldm-collect", flow_run_name=_run_name)
+@flow(name=f"{workspace.flow_name()}-collect", flow_run_name=_run_name)
 def collect(keep: int = 30, purge_days: float = deletions.DAYS) -> State[Any]:
     """Purge images that were deleted from the collection at least `purge_days` days ago, and remove what accumulates (`ldm gc`):
     all that neither versions with an alias nor the last `keep` runs need.
     """
     if busy := os.environ.get(workspace.BUSY):
         return Completed(name="Skipped", message=busy)
+    if refusal := os.environ.get(workspace.REFUSED):
+        return Failed(message=refusal)
     root, logger = Path.cwd(), get_run_logger()
     try:
         deleted = deletions.purge_deleted(root, purge_days)

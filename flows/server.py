@@ -17,6 +17,7 @@ START_SECONDS = 120
 PORT = 4200  # of the pages, unless `LDM_PREFECT_PORT` names another
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"  # if it is not set: the project's own
 LEASES = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"  # if it is not set: see `flows.leases`
+ORIGINS = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"  # whose pages may ask it for runs: by default any page in the user's browser
 VACUUM = "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"  # removes events after 7 days, runs with their logs after 90
 TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}  # no pages, no scheduler: as Prefect's own
 
@@ -43,6 +44,7 @@ def environment(url: str) -> dict[str, str]:
     """Of a server with pages: its own address; and unless they are set, what it keeps in the project, and for how long."""
     (database := find_root() / ".ldm/prefect.db").parent.mkdir(exist_ok=True)
     defaults = {DATABASE: f"sqlite+aiosqlite:///{database}", LEASES: "flows.leases", VACUUM: "events,flow_runs"}
+    defaults[ORIGINS] = url.removesuffix("/api")
     return {"PREFECT_UI_API_URL": url} | {name: os.environ.get(name) or value for name, value in defaults.items()}
 
 

@@ -7,6 +7,7 @@ is held until the process ends, however it ends: who may work is decided by that
 import argparse
 import fcntl
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,10 +16,13 @@ from pathlib import Path
 
 from ldm.base.errors import InputError, reason
 from ldm.base.project import find_root
+from ldm.config import load_settings
 from ldm.registry.tracking import use_default_store
 from ldm.versioning.worktree import SLOTS, prepare
 
-REFUSED, BUSY, PARENT = "LDM_SLOT_REFUSED", "LDM_SLOT_BUSY", "LDM_WORKER_PID"  # tell the flow
+REFUSED, BUSY, PARENT, ROOT = "LDM_SLOT_REFUSED", "LDM_SLOT_BUSY", "LDM_WORKER_PID", "LDM_ROOT"  # tell the flow
+SLOT = re.compile(r"\w[\w.-]*")  # a folder, and a part of a branch's name
+FILE = "infra/prefect.yaml"
 COLLECT = "collect"  # the deployment, and flow, that works on the whole project and in no worktree
 PATIENCE = 5.0  # seconds to wait for a slot whose lock is held, perhaps only to look at what died there
 LOOK_SECONDS = 1.0  # between looks at the worker
@@ -29,8 +33,11 @@ def main() -> None:
     parser.add_argument("--branch", required=True)
     options = parser.parse_args()
     root, slot = find_root(), os.environ["PREFECT__DEPLOYMENT_NAME"]
+    os.environ[ROOT] = str(root)
     use_default_store(root)
     try:
+        if not SLOT.fullmatch(slot) or slot.endswith((".", ".lock")):
+            raise InputError(f"{FILE}: the deployment {slot!r} names a folder and a branch; use letters, digits, - and _")
         if not _take(root / SLOTS, slot):
             os.environ[BUSY] = f"the run of {slot} before this one is still at work"
         elif slot != COLLECT:
@@ -43,6 +50,14 @@ def main() -> None:
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # seconds; see `flows.deployments`
     os.environ["PREFECT__FLOW_ENTRYPOINT"] = f"flows.scheduled.{COLLECT if slot == COLLECT else 'scheduled'}"
     os.execv(sys.executable, [sys.executable, "-m", "prefect.engine"])
+
+
+def flow_name() -> str:
+    """Of the project's flow on a server that several projects may share: the name under which it registers its models."""
+    try:
+        return load_settings(find_root()).registry.name
+    except InputError:  # is reported by the run
+        return "ldm"
 
 
 def follow_worker() -> None:

@@ -83,7 +83,16 @@ def test_every_option_of_the_flow_is_named_in_a_readme():
 def test_environment_variables_are_the_ones_that_the_code_reads():
     sources = "\n".join(path.read_text() for room in ("ldm", "flows") for path in (REPOSITORY / room).rglob("*.py"))
     read = set(re.findall(r"\"(LDM_[A-Z_]+)\"", sources))
-    internal = {"LDM_OWNER_PIPE", "LDM_PARENT_RUN", "LDM_RECORDS", "LDM_RESULT_FD", "LDM_BRANCH", "LDM_PYTHON", "LDM_ROOT"}
+    internal = {
+        "LDM_OWNER_PIPE",
+        "LDM_PARENT_RUN",
+        "LDM_RECORDS",
+        "LDM_RESULT_FD",
+        "LDM_BRANCH",
+        "LDM_PYTHON",
+        "LDM_ROOT",
+        "LDM_POOL",
+    }
     internal |= {"LDM_SLOT_BUSY", "LDM_SLOT_REFUSED", "LDM_WORKER_PID"}  # between our own processes
     assert set(re.findall(r"LDM_[A-Z_]+", TEXT)) == read - internal
 

@@ -280,6 +280,7 @@ class Records:
         """`away`: MLflow does not answer, which the caller has said already."""
         self.folder = folder.resolve()  # worktrees share it by a link
         self._runs: dict[Path, MlflowRun] = {}
+        self._refused: set[str] = set()  # keys, or names of files without one
         self._wait_until = time.monotonic() + RETRY_SECONDS if away else 0.0
         self._warn = WarnOnce(f"records stay in {folder} until a later run delivers them")
         self._warn.warned = away
@@ -308,14 +309,16 @@ class Records:
             return
         failed: list[str | None] = []  # keys
         with locked(self.folder.with_name(f"{self.folder.name}.lock")):  # other flows may deliver the same files
-            for path in sorted(self.folder.glob("*.jsonl")):
-                recorded = read(path)
+            records = [(path, read(path)) for path in sorted(self.folder.glob("*.jsonl"))]
+            # what was refused before comes last, and does not hold up others for ever
+            for path, recorded in sorted(records, key=lambda one: (one[1].key or one[0].stem) in self._refused):
                 if recorded.key and recorded.key in failed:
                     continue  # in order, or parts of one training would become two runs
                 try:
                     self._deliver(path, recorded)
                 except Exception as error:  # tracking never fails the work
                     self._warn(f"{path} cannot be delivered ({error!s:.200})")
+                    self._refused.add(recorded.key or path.stem)
                     failed.append(recorded.key)
                 if len(failed) == 2:  # the server fails, not one file
                     self._wait_until = time.monotonic() + RETRY_SECONDS

@@ -11,7 +11,7 @@ from ldm.base.errors import InputError
 
 QUIET = ("-c", "core.hooksPath=/dev/null", "-c", "advice.detachedHead=false", "-c", "core.quotePath=false")
 NOBODY = {"NAME": "ldm-pipeline", "EMAIL": "ldm-pipeline@localhost"}  # writes commits where git knows no user
-COLLECTION = "runs/collection"  # branch whose commits have the pointer of the collection after each ingest
+COLLECTION = "runs/collection"  # branch whose commits have the pointer of the collection that the last scheduled run took
 RUNS = "refs/heads/runs"  # below it a branch for each finished run: runs/SLOT/DATE
 
 

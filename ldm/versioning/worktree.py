@@ -105,10 +105,14 @@ def _take_collection(folder: Path) -> None:
     Of the branch `runs/collection`, only the pointer of the collection and the .gitignore beside it count: the rest of it is what
     the branch once was.
     """
-    while line := commit_of(folder, COLLECTION):
-        if not is_ancestor(folder, line, "HEAD"):
-            _merge_line(folder, line, _pointer_paths(folder))
-        if move_branch(folder, COLLECTION, git(folder, "rev-parse", "HEAD"), line):  # it always has the newest collection
+    paths = _pointer_paths(folder)
+    while True:
+        line = commit_of(folder, COLLECTION)
+        if line and not is_ancestor(folder, line, "HEAD"):
+            _merge_line(folder, line, paths)
+        if not (line or git(folder, "ls-files", "--", *paths[:1])):
+            break  # DVC does not version the collection
+        if move_branch(folder, COLLECTION, git(folder, "rev-parse", "HEAD"), line):  # which always names what the last run took
             break
     with open_repository(folder) as repo:
         if pointers := [stage.path for stage in repo.index.stages if not stage.cmd]:

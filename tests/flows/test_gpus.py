@@ -46,7 +46,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"gpus": 1}, {"LDM_DEVICE": "cpu"}, {}),
         ({"gpus": 1}, {"LDM_DEVICE": "cuda:1"}, {}),
         ({"gpus": 1}, {"CUDA_VISIBLE_DEVICES": "1"}, {"CUDA_VISIBLE_DEVICES": "1"}),
-        ({"gpus": 1}, {"LDM_GPUS": "0"}, {}),
+        ({"gpus": 1}, {"CUDA_VISIBLE_DEVICES": ""}, {}),
+        ({"gpus": 1}, {"LDM_GPUS": "0"}, {"CUDA_VISIBLE_DEVICES": ""}),
         ({"gpus": 4}, {"LDM_GPUS": "1"}, {"CUDA_VISIBLE_DEVICES": "0"}),
     ],
 )  # fmt: skip
