@@ -1,12 +1,11 @@
 """Who may use GPUs: runs take turns at a machine's, by locked files, and machines at a team's, by a limit on Prefect's server.
 
 A team that wants the latter creates the limit: `prefect gcl create ldm-gpu --limit 4`. A holder renews its lease; if it dies, its
-slots are free after `LEASE_SECONDS`. The limit only shares out: a server that does not answer keeps no training from its work.
+slots are free after `LEASE_SECONDS`. The limit only shares out: a server that does not answer for as long stops no training.
 """
 
 import contextlib
 import contextvars
-import math
 import os
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from ldm.base.errors import InputError, env_count
+from ldm.base.errors import InputError, env_count, reason
 from ldm.base.files import locked
 
 LIMIT = "ldm-gpu"
@@ -98,8 +97,8 @@ def _team_slots(needed: int, stopped: threading.Event, waiting: Callable[[str], 
 
 
 def _lease(needed: int, stopped: threading.Event, waiting: Callable[[str], object]) -> UUID | None:
-    """Wait for slots; None if there is no limit, or no server that answers."""
-    answered = -math.inf  # when the server last said that others hold the slots
+    """Wait for slots; None if there is no limit, or no server that answers. One that is busy, or starts again, will."""
+    answered, said = time.monotonic(), False
     while True:
         try:
             with _client() as client:
@@ -110,10 +109,11 @@ def _lease(needed: int, stopped: threading.Event, waiting: Callable[[str], objec
             return None
         except Exception as error:
             if isinstance(error, HTTPStatusError) and error.response.status_code in TAKEN:
-                if answered < 0:
+                if not said:
                     waiting(f"waits for the GPUs that other runs have: `prefect gcl inspect {LIMIT}` shows the team's limit")
-                answered = time.monotonic()
+                answered, said = time.monotonic(), True
             elif time.monotonic() > answered + LEASE_SECONDS:
+                waiting(f"goes on without asking for the limit {LIMIT}: Prefect's server does not answer ({reason(error)})")
                 return None
         if stopped.wait(TURN_SECONDS):
             raise InputError("stopped while it waited for a GPU")

@@ -182,6 +182,7 @@ def test_a_stage_that_needs_more_than_the_limit_takes_all_of_it_and_a_limit_of_n
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(300)
 def test_a_server_that_goes_away_stops_nobody_and_comes_back_with_what_it_knew(team: Team) -> None:
     with team.machine("a") as first:
         assert says(first) == HAS_IT
@@ -196,10 +197,10 @@ def test_a_server_that_goes_away_stops_nobody_and_comes_back_with_what_it_knew(t
             team.kill()
             release(second)
     with team.machine("c") as third:  # nobody can be asked
+        assert says(third).startswith("goes on without")
         assert says(third) == HAS_IT
         release(third)
     team.start()
-    assert slots_taken() == 1  # until the lease of the second ends
 
 
 @pytest.mark.soak
