@@ -216,9 +216,10 @@ def test_a_worktree_in_which_no_run_is_at_work_goes_with_it(folder: Path) -> Non
     assert not (root / ".ldm/worktrees/rebuild").exists() and left(folder, GONE) == set()
 
 
-def test_without_the_branch_of_ingest_the_branch_that_is_checked_out_counts(folder: Path) -> None:
-    git(Path("."), "branch", "-D", "runs/collection")
-    purge_deleted(Path("."), 7)
+@pytest.mark.parametrize("branch", ["", "HEAD~2"], ids=["missing", "merged"])
+def test_the_branch_that_is_checked_out_counts_if_it_has_all_that_ingest_made(branch: str, folder: Path) -> None:
+    git(Path("."), "branch", *(["--force", "runs/collection", branch] if branch else ["-D", "runs/collection"]))
+    assert purge_deleted(Path("."), 7).left == {}
     assert left(folder, GONE) == set() and left(folder, LATE) == {*LATE}
 
 

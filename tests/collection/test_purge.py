@@ -410,7 +410,7 @@ def test_latents_that_a_worktree_names_stay(history: History, folder: Path) -> N
     assert {path.stem.rpartition("-")[2] for path in store.iterdir()} == {"other", *(file["sha256"] for file in current)}
 
 
-def test_what_the_branch_of_the_collection_names_is_refused(history: History, folder: Path) -> None:
+def test_what_scheduled_runs_would_take_is_refused(history: History, folder: Path) -> None:
     """The deletion was not committed: the next scheduled run would look for the image."""
     pointer = f"{MINE}.dvc"
     now = Path(pointer).read_text()
@@ -423,7 +423,7 @@ def test_what_the_branch_of_the_collection_names_is_refused(history: History, fo
     (Path(MINE) / history.train.name).unlink()
     Path(pointer).write_text(now)
     before = everything(folder)
-    with pytest.raises(InputError, match="still in the branch runs/collection; commit its deletion, and run a deployment"):
+    with pytest.raises(InputError, match="still in the collection of scheduled runs; commit its deletion, and run a deployment"):
         purge(Path("."), history.train.name)
     assert everything(folder) == before
 
