@@ -69,7 +69,8 @@ def collect_garbage(
             if not dry_run:
                 for one in disposals:
                     one.erase()
-                git(root, "-c", "gc.autoDetach=false", "-c", "maintenance.autoDetach=false", "gc", "--auto", "--quiet")
+                when = () if gone else ("--auto",)  # git alone would keep what the branches had until it is thousands of files
+                git(root, "-c", "gc.autoDetach=false", "-c", "maintenance.autoDetach=false", "gc", "--quiet", *when)
         except OSError as error:
             raise InputError(f"{root}: {error}; mend that, and run `ldm gc` again") from None
     rows += [(LEFT, name, 0, why) for name, why in dict.fromkeys(store.left if store else ())]
