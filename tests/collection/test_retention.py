@@ -269,6 +269,17 @@ def test_what_is_a_week_old_or_in_a_run_that_stays_is_kept(root: Path, monkeypat
     assert len(collect_garbage(root, NIGHTS)) == 0
 
 
+def test_what_only_deleted_branches_had_goes_from_git_after_two_weeks(root: Path) -> None:
+    """Git by itself would wait for thousands of files."""
+    commits = {day: git(root, "rev-parse", f"runs/nightly/2026-01-{day}") for day in ("01", "04")}
+    git(root, "reflog", "expire", "--expire=now", "--all")
+    for path in (root / ".git/objects").rglob("*"):
+        os.utime(path, (time.time() - 15 * 24 * 3600,) * 2)
+    collect_garbage(root, 1)
+    found = {day: subprocess.run(["git", "cat-file", "-e", commit], cwd=root).returncode for day, commit in commits.items()}
+    assert found["01"] == 0 != found["04"]
+
+
 @pytest.mark.parametrize("place", ["outs in a worktree, uncommitted", "a .dvc file, uncommitted", "another model's version"])
 def test_what_is_named_anywhere_stays(place: str, root: Path) -> None:
     """Commits that name it are in tests/versioning/test_branches.py."""

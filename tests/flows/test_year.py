@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import sqlite3
@@ -21,12 +22,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from dvc.repo import Repo
 from forks import Forks
 from inboxes import drop, listed
+from matplotlib.figure import Figure
 from PIL import Image
 from tiny import clone, environment, set_params
 from year import Calendar
@@ -55,9 +58,10 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 STORES = {  # what is measured; a file with several names counts for the first
     "DVC's cache": [".dvc/cache"], "MLflow": ["mlruns", "mlflow.db"], "Prefect": [".ldm/prefect.db"], "git": [".git"],
-    "latents, checkpoints, worktrees": [".ldm"], "checkout": ["."],
+    "latents, checkpoints, worktrees": [".ldm"], "checkout": ["."], "DVC's index": ["../dvc"],
 }  # fmt: skip
 EDITS = ("delete", "replace", "rename", "copy", "delete a batch", "mistake", "revert")
+WEEK = 7 * 24 * 3600
 AGED = {"flow_run": "end_time", "events": "occurred", "event_resources": "occurred"}  # by which Prefect's server removes rows
 
 
@@ -87,7 +91,8 @@ def plan() -> dict[int, list[str]]:
             found.setdefault(night + 3, []).append("revert")
         if month == 3:
             found.setdefault(night + 7 + (-night - 1) % 7, []).append("reboot in collect")  # the first Sunday after a week
-    found.setdefault(200, []).append("on demand")
+    for night in (200, 290):  # between the two, what its worktree holds was deleted
+        found.setdefault(night, []).append("on demand")
     return found
 
 
@@ -96,11 +101,13 @@ class Year:
         self.folder, self.root, self.inbox = folder, clone(folder / "project"), folder / "inbox"
         self.calendar = Calendar(folder / "calendar.json")
         self.rng, self.seed, self.happened = random.Random(7), 0, Counter[str]()
-        self.deleted: dict[bytes, datetime] = {}  # content -> when
+        self.images: set[bytes] = set()  # that the collection has to have at the end
+        self.deleted: dict[bytes, datetime] = {}  # when
         self.disk: list[dict[str, int]] = []  # after each collection of garbage
         self.mistake = ""
         self.inbox.mkdir()
         set_params(self.root, SETTINGS)
+        git(self.root, "config", "gc.cruftPacks", "false")  # their ages are in a format of git's own
         git(self.root, "config", "user.name", "somebody")
         git(self.root, "config", "user.email", "somebody@localhost")
         self.calendar.begin(FIRST - timedelta(hours=12))
@@ -149,6 +156,7 @@ class Year:
     def arrive(self, count: int) -> None:
         for _ in range(count):
             self.seed += 1
+            self.images.add(picture(self.seed))
             drop(self.inbox / f"{self.seed:03d}.png", picture(self.seed))
             drop(self.inbox / f"{self.seed:03d}.txt", f"noise {self.seed % 3}")
 
@@ -186,6 +194,7 @@ class Year:
         if what == "replace":
             self.seed += 1
             one.write_bytes(picture(self.seed))
+            self.images.add(picture(self.seed))
         with Repo(str(self.root)) as repo:
             repo.add([MINE])
         self.commit(f"{what}: {name}")
@@ -194,6 +203,7 @@ class Year:
     def delete(self, image: Path, forever: bool) -> None:
         if forever:
             self.deleted[image.read_bytes()] = clock.now()
+            self.images.remove(image.read_bytes())
         image.unlink()
 
     # runs
@@ -247,13 +257,19 @@ class Year:
                         found[store] += facts.st_size
         images = sum(path.stat().st_size for path in (self.root / ".ldm/worktrees/nightly" / MINE).rglob("*") if path.is_file())
         self.disk.append(found | {"images": images})
+        (self.folder / "disk.json").write_text(json.dumps(self.disk))
 
-    def age_prefect(self) -> None:
-        """Its server removes what is old by its own clock: a week is over."""
+    def age(self) -> None:
+        """What Prefect's server and git judge by the system's clock becomes a week older."""
         with sqlite3.connect(self.root / ".ldm/prefect.db", timeout=60) as database:
             for table, column in AGED.items():
                 database.execute(f"UPDATE {table} SET {column} = strftime('%Y-%m-%d %H:%M:%f', {column}, '-7 days')")
         database.close()
+        for path in (self.root / ".git").rglob("logs/**/*"):
+            if path.is_file():
+                path.write_text(re.sub(r"> (\d+) ", lambda time: f"> {int(time[1]) - WEEK} ", path.read_text()))
+        for path in (self.root / ".git/objects").rglob("*"):
+            os.utime(path, (path.stat().st_mtime - WEEK,) * 2)
 
     def traces(self, contents: list[bytes]) -> list[str]:
         """Files with the bytes, the pixels or the hash of an image, also inside of tars."""
@@ -336,13 +352,38 @@ def live(year: Year, events: dict[int, list[str]], nights: int) -> None:
                 assert "could not be purged" not in said
                 due = [blob for blob, when in year.deleted.items() if when < day - timedelta(days=GRACE)]
                 assert year.traces(due) == []
-            year.age_prefect()
+            year.age()
             year.measure()
         print(f"{night} {time.monotonic() - began:.1f} s", flush=True)
 
 
 def check(year: Year, events: dict[int, list[str]]) -> None:
-    print(git(year.root, "log", "--graph", "--format=%ad %d %s", "--date=short", "--glob=heads/runs/*", "--first-parent"))
-    print(json.dumps(year.disk))
-    print(year.happened)
-    print(len(find({})), "versions")
+    planned = Counter(what for today in events.values() for what in today)
+    assert {what: year.happened[what] for what in planned} == planned
+    print(year.happened, f"{len(find({}))} versions", sep="\n")
+    print(git(year.root, "log", "--graph", "--format=%ad%d %s", "--date=short", "--glob=heads/runs/*"))
+
+    assert len(year.deleted) >= 10 and year.traces(list(year.deleted)) == []
+    collection = year.root / ".ldm/worktrees/nightly" / MINE
+    assert {path.read_bytes() for path in collection.rglob("*.png")} == year.images
+    kept = [name for name in git(year.root, "for-each-ref", "--format=%(refname:lstrip=3)").splitlines() if "nightly/" in name]
+    assert KEEP <= len(kept) <= KEEP + 2  # those of champion and previous
+    assert len(find({})) <= KEEP + 2
+
+    draw(year.disk, Path(os.environ.get("YEAR_SVG", year.folder / "year.svg")))
+    stored = [sum(week[store] for store in STORES) for week in year.disk]
+    half, grown = len(stored) // 2, year.disk[-1]["images"] / year.disk[len(stored) // 2]["images"]
+    assert max(stored[half:]) <= max(stored[half - 10 : half]) * grown
+
+
+def draw(disk: list[dict[str, int]], path: Path) -> None:
+    """Bytes of each store after each collection of garbage."""
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "year", "font.size": 9}
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.add_subplot()
+    weeks = range(1, len(disk) + 1)
+    axes.stackplot(weeks, *([week[store] / 1e6 for week in disk] for store in STORES), labels=STORES)
+    axes.plot(weeks, [100 * week["images"] / 1e6 for week in disk], "k--", linewidth=1, label="100 x the collection")
+    axes.set(xlabel="weeks", ylabel="MB", xlim=(1, len(disk)))
+    axes.legend(*map(reversed, axes.get_legend_handles_labels()), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, metadata={"Date": None})
