@@ -24,7 +24,7 @@ REFUSED, BUSY, PARENT, ROOT = "LDM_SLOT_REFUSED", "LDM_SLOT_BUSY", "LDM_WORKER_P
 SLOT = re.compile(r"\w[\w.-]*")  # a folder, and a part of a branch's name
 FILE = "infra/prefect.yaml"
 COLLECT = "collect"  # the deployment, and flow, that works on the whole project and in no worktree
-PATIENCE = 5.0  # seconds to wait for a slot whose lock is held, perhaps only to look at what died there
+PATIENCE = 15.0  # seconds to wait for a slot whose lock is held, perhaps by a run that is done and whose process still ends
 LOOK_SECONDS = 1.0  # between looks at the worker
 
 
