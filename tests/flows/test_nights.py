@@ -205,30 +205,36 @@ def alone(pair: Schedule) -> Outcome:
     return found
 
 
-@pytest.mark.parametrize("gpus", ["", "1"])
+@pytest.mark.parametrize("turns", ["", "a machine's GPU", "a team's limit"])
 def test_two_deployments_at_once_do_what_each_does_alone(
-    gpus: str, pair: Schedule, alone: Outcome, monkeypatch: pytest.MonkeyPatch
+    turns: str, pair: Schedule, alone: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
     from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    from flows.gpus import LIMIT
 
     assert alone["rebuild"] != alone["on-demand"]
     root = pair.root
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
     pair.forget()
     before = {run.info.run_id for stage in GPU_STAGES for run in stage_runs(stage)}
-    (root / ".ldm/schedule.log").unlink()
-    pair.command("flows.schedule", "start", **({"LDM_GPUS": gpus} if gpus else {}))
+    (schedule_log := root / ".ldm/schedule.log").unlink()
+    pair.command("flows.schedule", "start", **({"LDM_GPUS": "1" if "machine" in turns else "2"} if turns else {}))
+    if "limit" in turns:
+        with pair.client() as client:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
     runs = {deployment: pair.run(deployment, settings=settings) for deployment, settings in DEPLOYMENTS.items()}
     assert finish(pair, runs) == alone
     for deployment in DEPLOYMENTS:
         assert not list((root / ".ldm/worktrees" / deployment / ".dvc").glob("cache/**/*"))  # they share the checkout's
     with pair.client() as client:
         logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=list(runs.values()))), limit=200)
-    lines = [log.message for log in logs] + (root / ".ldm/schedule.log").read_text().splitlines()
+    lines = [log.message for log in logs] + [line for line in schedule_log.read_text().splitlines() if " run '" in line]
     assert len(logs) > 20 and [line for line in lines if LOCKED.search(line)] == []
     stages = [run.info for stage in GPU_STAGES for run in stage_runs(stage) if run.info.run_id not in before]
     assert len(stages) == 2 * len(GPU_STAGES)
     times = sorted((run.start_time, run.end_time) for run in stages)
     overlapping = [later for earlier, later in itertools.pairwise(times) if later[0] < earlier[1]]
-    assert not overlapping if gpus else overlapping
+    assert not overlapping if turns else overlapping
     pair.command("flows.schedule", "stop")
