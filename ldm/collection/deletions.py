@@ -23,6 +23,7 @@ from ldm.registry import tracking
 from ldm.registry import versions as registry
 from ldm.registry.disposal import has_store
 from ldm.versioning import branches, cache
+from ldm.versioning.git import COLLECTION, commit_of
 from ldm.versioning.repository import open_repository
 
 DAYS = 7  # in which a deletion can be taken back
@@ -50,7 +51,7 @@ class Outcome:
 def purge_deleted(root: Path, days: float = DAYS) -> Outcome:
     """Purge every image that something that is still here lists, and that was not in the collection in the last `days` days.
 
-    The collection is that of scheduled runs (`branches.collection_tip`).
+    The collection is that on the branch runs/collection, or without scheduled runs on the branch that is checked out.
     """
     root = root.resolve()
     tracking.use_default_store(root)
@@ -88,7 +89,7 @@ def _purge_deleted(root: Path, days: float) -> Outcome:
 
 def recent_listings(root: Path, days: float = DAYS) -> set[str]:
     """The md5 of each version of the collection that was current in the last days; none if DVC does not version it."""
-    pointer, tip = _pointer(root), branches.collection_tip(root)
+    pointer, tip = _pointer(root), _tip(root)
     if not tip or not branches.contents_at(root, [tip], pointer):
         return set()
     since = branches.current_since(root, tip, clock.now() - timedelta(days=days))
@@ -99,10 +100,14 @@ def _pointer(root: Path) -> str:
     return f"{load_settings(root).data.path}.dvc"
 
 
+def _tip(root: Path) -> str | None:
+    return commit_of(root, COLLECTION) or commit_of(root, "HEAD")
+
+
 def _older(root: Path, place: Path, recent: set[str]) -> Listings:
-    """Earlier versions of the collection that git's history, branches or registered models name, if that is still here."""
-    pointer, tip = _pointer(root), branches.collection_tip(root)
-    commits = {*branches.commits_of(root, str(tip), pointer), *branches.commits_to_keep(root, ())}
+    """Earlier versions of the collection that git's history, runs or registered models name, if that is still here."""
+    pointer, tip = _pointer(root), _tip(root)
+    commits = {*branches.commits_of(root, str(tip), pointer), *(branch.commit for branch in branches.run_branches(root))}
     listings = cache.named(branches.contents_at(root, commits, pointer))
     for version in registry.find({}, load_settings(root).registry.name) if has_store() else ():
         lock = yaml.safe_load(registry.kept(version, "dvc.lock") or "") or {}

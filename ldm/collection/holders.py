@@ -15,7 +15,7 @@ from ldm.base.paths import LATENTS, SHARDS
 from ldm.collection.objects import DIGEST, Objects, images_of
 from ldm.collection.traces import Traces
 from ldm.data.folders import walk
-from ldm.versioning.branches import WORKTREES, collection_tip, contents_at, find_checkouts
+from ldm.versioning.branches import WORKTREES, contents_at, find_checkouts
 from ldm.versioning.cache import named, named_now
 from ldm.versioning.git import COLLECTION, commit_of, git
 from ldm.versioning.worktree import SLOTS
@@ -41,13 +41,12 @@ def find_holders(
     named_here = _outs(root, repo, objects)
     holders.current |= named_here.keys()
     holders.refuse(_held(root, collection, objects, traces, named_here), again)
-    others = find_checkouts(root)[1:]
-    if (others or commit_of(root, COLLECTION)) and (tip := collection_tip(root)):  # there are scheduled runs
+    if tip := commit_of(root, COLLECTION):
         pointers = contents_at(root, [tip], f"{collection}.dvc")
         listed = _expanded(objects, named(pointers), "the collection of scheduled runs")
         holders.current |= listed.keys()
         holders.refuse(_digests(traces, listed), "commit its deletion, and run a deployment, which takes it out")
-    for checkout in others:
+    for checkout in find_checkouts(root)[1:]:
         named_there = _expanded(objects, named_now([checkout]), f"what {checkout} names")
         held = _held(checkout, collection, objects, traces, named_there)
         slot = checkout.relative_to(root / WORKTREES).parts[0] if checkout.is_relative_to(root / WORKTREES) else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldm.base.errors import InputError
-from ldm.versioning.git import COLLECTION, commit_of, is_ancestor, output
+from ldm.versioning.git import output
 
 WORKTREES = ".ldm/worktrees"  # of scheduled runs, one for each slot
 RUN = re.compile(r"runs/([^/]+)/(\d{4}-\d\d-\d\d)(?:-(\d+))?")  # runs/SLOT/DAY, then runs/SLOT/DAY-2, …
@@ -84,12 +84,6 @@ def texts_at(root: Path, commits: Collection[str], wanted: Callable[[str], bool]
 def contents_at(root: Path, commits: Iterable[str], path: str) -> set[str]:
     """What a file, whose path is relative to `root`, holds at these commits; those that lack it count for nothing."""
     return _read(root, [f"{commit}:./{path}" for commit in commits])
-
-
-def collection_tip(root: Path) -> str | None:
-    """The commit whose collection the next scheduled run takes: HEAD if that has all that ingest made, else ingest's."""
-    line, head = commit_of(root, COLLECTION), commit_of(root, "HEAD")
-    return head if line is None or (head and is_ancestor(root, line, head)) else line
 
 
 def commits_of(root: Path, name: str, path: str) -> list[str]:

@@ -148,6 +148,8 @@ def _merge(folder: Path, name: str, base: str, line: str) -> None:
     texts = {commit: git(folder, "show", f"{commit}:./{name}", check=False) for commit in (base, line)}
     path = folder / name
     ours = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if ours == texts[line]:
+        return
     if ours == texts[base]:
         path.write_text(f"{texts[line]}\n", encoding="utf-8")
     elif path.suffix == ".dvc" and ours and texts[base]:
@@ -157,7 +159,7 @@ def _merge(folder: Path, name: str, base: str, line: str) -> None:
             raise InputError(f"{name}: {CONFLICT} ({error})") from None
     elif path.name == ".gitignore":
         path.write_text("\n".join(dict.fromkeys([*ours.splitlines(), *texts[line].splitlines()])) + "\n", encoding="utf-8")
-    elif ours != texts[line]:
+    else:
         raise InputError(f"{name}: {CONFLICT}")
 
 

@@ -216,11 +216,18 @@ def test_a_worktree_in_which_no_run_is_at_work_goes_with_it(folder: Path) -> Non
     assert not (root / ".ldm/worktrees/rebuild").exists() and left(folder, GONE) == set()
 
 
-@pytest.mark.parametrize("branch", ["", "HEAD~2"], ids=["missing", "merged"])
-def test_the_branch_that_is_checked_out_counts_if_it_has_all_that_ingest_made(branch: str, folder: Path) -> None:
-    git(Path("."), "branch", *(["--force", "runs/collection", branch] if branch else ["-D", "runs/collection"]))
+def test_without_scheduled_runs_the_branch_that_is_checked_out_counts(folder: Path) -> None:
+    git(Path("."), "branch", "-D", "runs/collection")
     assert purge_deleted(Path("."), 7).left == {}
     assert left(folder, GONE) == set() and left(folder, LATE) == {*LATE}
+
+
+def test_a_branch_that_no_run_works_on_does_not_count(folder: Path) -> None:
+    """Its owner has deleted images there, and runs still take them."""
+    git(Path("."), "branch", "--force", "runs/collection", "HEAD~2")
+    before = {path: path.read_bytes() for path in objects(folder)}
+    assert purge_deleted(Path("."), 7) == deletions.Outcome()
+    assert {path: path.read_bytes() for path in objects(folder)} == before
 
 
 def test_while_it_is_unknown_what_the_collection_had_nothing_goes(folder: Path) -> None:

@@ -96,6 +96,11 @@ def delete_a(root: Path) -> None:
     add(root, "without a")
 
 
+def amend(root: Path) -> None:
+    prepare(root, "nightly", "main")
+    git(root, "commit", "--quiet", "--amend", "-m", "in other words")
+
+
 def merge(root: Path) -> None:
     git(root, "merge", "--quiet", "--no-edit", COLLECTION)
     dvc(root, "checkout")
@@ -109,6 +114,7 @@ def merge(root: Path) -> None:
         ((merge, delete_a), {"b", "new"}),
         ((merge, delete_a, lambda root: ingested(prepare(root, "nightly", "main"), "newer")), {"b", "new", "newer"}),
         ((lambda root: git(root, "commit", "--quiet", "--allow-empty", "-m", "code"),), {"a", "b", "new"}),
+        ((merge, delete_a, amend), {"b", "new"}),
     ],
 )  # fmt: skip
 def test_the_collection_has_what_came_and_lacks_what_was_deleted(
@@ -122,6 +128,7 @@ def test_the_collection_has_what_came_and_lacks_what_was_deleted(
         assert files(folder / MINE) == expected
         assert is_ancestor(folder, str(commit_of(root, "main")), "HEAD")  # its code and settings
         assert git(folder, "status", "--porcelain") == ""
+        assert git(root, "rev-parse", f"{COLLECTION}:{POINTER}") == git(folder, "rev-parse", f"HEAD:{POINTER}")
     assert git(root, "status", "--porcelain") == ""
 
 
@@ -163,6 +170,14 @@ def test_locks_of_programs_that_were_killed_are_removed(root: Path) -> None:
     assert not lock.exists()
 
 
+def test_without_ingest_its_branch_has_what_the_last_run_took(root: Path) -> None:
+    for change in (lambda root: None, delete_a):
+        change(root)
+        assert commit_of(root, COLLECTION) != (main := commit_of(root, "main"))
+        prepare(root, "nightly", "main")
+        assert git(root, "diff", "--name-only", COLLECTION, str(main)) == ""
+
+
 def test_a_file_that_both_have_changed_is_refused_by_name(root: Path) -> None:
     folder = prepare(root, "nightly", "main")
     ingested(folder, "a")  # whose content is the same
@@ -182,7 +197,7 @@ def test_a_finished_run_is_a_branch_of_its_own_and_the_next_one_starts_with_its_
         (folder / "dvc.lock").write_text(f"schema: '2.0'\n# {number}\n")
         assert publish_run(folder, "nightly", "2026-11-26", "a run") == name
         assert newest_run(root, "nightly") == name and git(root, "show", f"{name}:dvc.lock").endswith(str(number))
-    assert newest_run(root, "rebuild") is None and commit_of(root, COLLECTION) is None
+    assert newest_run(root, "rebuild") is None
 
 
 def test_an_ingest_that_dies_before_its_commit_loses_nothing(root: Path, tmp_path: Path) -> None:
