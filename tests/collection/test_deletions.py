@@ -226,7 +226,7 @@ def test_a_branch_that_no_run_works_on_does_not_count(folder: Path) -> None:
     """Its owner has deleted images there, and runs still take them."""
     git(Path("."), "branch", "--force", "runs/collection", "HEAD~2")
     before = {path: path.read_bytes() for path in objects(folder)}
-    assert purge_deleted(Path("."), 7) == deletions.Outcome()
+    assert purge_deleted(Path("."), 7).purged is None
     assert {path: path.read_bytes() for path in objects(folder)} == before
 
 
