@@ -157,9 +157,9 @@ def _news(what: str, slot: str, message: str) -> None:
 
 
 @flow(name=f"{workspace.flow_name()}-collect", flow_run_name=_run_name)
-def collect(keep: int = 30, purge_days: float = deletions.DAYS) -> State[Any]:
+def collect(keep: int = 30, purge_days: float = deletions.DAYS, purge_share: float = deletions.SHARE) -> State[Any]:
     """Purge images that were deleted from the collection at least `purge_days` days ago, and remove what accumulates (`ldm gc`):
-    all that neither versions with an alias nor the last `keep` runs need.
+    all that neither versions with an alias nor the last `keep` runs need. No image goes if that is more than a `purge_share`.
     """
     if busy := os.environ.get(workspace.BUSY):
         return Completed(name="Skipped", message=busy)
@@ -167,7 +167,7 @@ def collect(keep: int = 30, purge_days: float = deletions.DAYS) -> State[Any]:
         return Failed(message=refusal)
     root, logger = Path.cwd(), get_run_logger()
     try:
-        deleted = deletions.purge_deleted(root, purge_days)
+        deleted = deletions.purge_deleted(root, purge_days, purge_share)
         table = retention.collect_garbage(root, keep, days=purge_days, listings=deleted.listings)
     except InputError as error:
         return last_run.failed(error)

@@ -12,21 +12,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldm.base import clock
 from ldm.base.errors import InputError, reason
 from ldm.collection.batches import is_image
 from ldm.collection.purge import Purged, purge
 from ldm.config import load_settings
 from ldm.registry import tracking
-from ldm.registry import versions as registry
-from ldm.registry.disposal import has_store
 from ldm.versioning import branches, cache
 from ldm.versioning.git import COLLECTION, commit_of
 from ldm.versioning.repository import open_repository
 
 DAYS = 7  # in which a deletion can be taken back
+SHARE = 0.5  # of the collection, which is purged at once
 Listings = dict[str, dict[str, str]]  # for each version of the collection, by its md5: the md5 of each file by its name
 
 
@@ -48,26 +45,31 @@ class Outcome:
         return [*found, *(f"left: {name}: {why}" for name, why in self.left.items())]
 
 
-def purge_deleted(root: Path, days: float = DAYS) -> Outcome:
-    """Purge every image that something that is still here lists, and that was not in the collection in the last `days` days.
+def purge_deleted(root: Path, days: float = DAYS, share: float = SHARE) -> Outcome:
+    """Purge every image that the collection once had, and did not have in the last `days` days.
 
-    The collection is that on the branch runs/collection, or without scheduled runs on the branch that is checked out.
+    The collection is that on the branch runs/collection, or without scheduled runs on the branch that is checked out. What other
+    branches, tags and stashes have that were not merged there was not deleted, and stays. Nothing goes if more than a `share` of
+    the collection would: a folder that was not there was perhaps versioned so.
     """
     root = root.resolve()
     tracking.use_default_store(root)
     try:
-        return _purge_deleted(root, days)
+        return _purge_deleted(root, days, share)
     except InputError as error:
         return Outcome(left={"the collection": str(error)})
 
 
-def _purge_deleted(root: Path, days: float) -> Outcome:
+def _purge_deleted(root: Path, days: float, share: float) -> Outcome:
     recent = recent_listings(root, days)
     if not recent:
         return Outcome()
+    spared = cache.named(branches.contents_at(root, branches.unmerged(root, str(_tip(root))), _pointer(root)))
     with open_repository(root) as repo:
         place = cache.local_cache(repo)
-        kept = {md5 for listing in recent for md5 in _files(place, listing).values()}
+        now = {md5: name for listing in recent for name, md5 in _files(place, listing).items()}
+        elsewhere = [_files(place, listing) for listing in spared if cache.path_of(place, listing).exists()]
+        kept = now.keys() | {md5 for files in elsewhere for md5 in files.values()}
         older = _older(root, place, recent)
         names = {md5: name for files in older.values() for name, md5 in files.items() if is_image(name) and md5 not in kept}
         here = {md5 for md5 in names if cache.path_of(place, md5).exists()}
@@ -78,6 +80,10 @@ def _purge_deleted(root: Path, days: float) -> Outcome:
             if not place.resolve().is_relative_to(root):
                 by_hand = "`ldm data purge` does it by hand"
                 raise InputError(f"DVC's cache lies outside of the project, in {place}, where others may use it; {by_hand}")
+            if len(found) > share * (total := len(found) + sum(map(is_image, now.values()))):
+                raise InputError(
+                    f"deleted are {len(found)} of {total} images; if that is right, run `collect` with `purge_share: 1`"
+                )
             outcome.purged = purge(root, *found, spared=kept)
             outcome.left |= {names[md5]: why for md5, why in outcome.purged.refused.items()}
         except InputError as error:
@@ -105,14 +111,9 @@ def _tip(root: Path) -> str | None:
 
 
 def _older(root: Path, place: Path, recent: set[str]) -> Listings:
-    """Earlier versions of the collection that git's history, runs or registered models name, if that is still here."""
-    pointer, tip = _pointer(root), _tip(root)
-    commits = {*branches.commits_of(root, str(tip), pointer), *(branch.commit for branch in branches.run_branches(root))}
-    listings = cache.named(branches.contents_at(root, commits, pointer))
-    for version in registry.find({}, load_settings(root).registry.name) if has_store() else ():
-        lock = yaml.safe_load(registry.kept(version, "dvc.lock") or "") or {}
-        read = [dependency for stage in lock.get("stages", {}).values() for dependency in stage.get("deps", [])]
-        listings |= {one["md5"] for one in read if f"{one['path']}.dvc" == pointer and "md5" in one}
+    """Earlier versions of the collection, of its own history, if they are still here."""
+    pointer = _pointer(root)
+    listings = cache.named(branches.contents_at(root, branches.commits_of(root, str(_tip(root)), pointer), pointer))
     return {md5: _files(place, md5) for md5 in listings - recent if cache.path_of(place, md5).exists()}
 
 

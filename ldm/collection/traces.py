@@ -63,14 +63,13 @@ def find_traces(objects: Objects, images: Collection[str]) -> Traces:
 
 
 def captions(objects: Objects, names: set[str]) -> set[str]:
-    """The md5 of files whose names are those of images but for the suffix: captions in files of their own."""
-    stems = {name.rpartition(".")[0] for name in names}
+    """The md5 of files beside images of these names that are called like them but for the suffix: captions in own files."""
     found = set()
-    for path, md5 in objects.files:
-        stem, _, suffix = path.rpartition(".")
-        if f".{suffix.lower()}" not in SUFFIXES and not stems.isdisjoint(_ends(stem)):
-            found.add(md5)
-    return found
+    for folder in objects.folders:
+        others = {path for path in folder if PurePosixPath(path).suffix.lower() not in SUFFIXES}
+        stems = {path.rpartition(".")[0] for path in folder.keys() - others if not names.isdisjoint(_ends(path))}
+        found |= {folder[path] for path in others if path.rpartition(".")[0] in stems}
+    return found & objects.places.keys()
 
 
 def _candidates(objects: Objects, names: set[str], everything: bool) -> set[str]:

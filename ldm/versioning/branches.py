@@ -65,9 +65,22 @@ def commits_to_keep(root: Path, going: Collection[RunBranch]) -> set[str]:
     for commit, kind, name in (line.split(" ", 2) for line in lines):
         if kind.endswith("commit") and name not in without and not name.startswith(("refs/remotes/", "refs/prefetch/")):
             kept.add(commit)
+    for entry in output(root, "log", "--walk-reflogs", "--format=%H %P", "refs/stash", check=False).decode().splitlines():
+        kept |= {*entry.split()}  # also of older stashes; parents have what was staged, and what was untracked
     heads = output(root, "worktree", "list", "--porcelain").decode().splitlines()
     heads = [line.removeprefix("HEAD ") for line in heads if line.startswith("HEAD ")]
     return kept | {head for head in heads if head.strip("0")}  # zeros: a branch without a commit
+
+
+def unmerged(root: Path, tip: str) -> set[str]:
+    """What branches, tags and stashes name that are not in the history of `tip`; branches of runs are no source of anything."""
+    lines = output(root, "for-each-ref", "--format=%(objectname) %(refname)", f"--no-merged={tip}").decode().splitlines()
+    refs = [line.split(" ", 1) for line in lines]
+    return {commit for commit, name in refs if name.startswith(("refs/heads/", "refs/tags/", "refs/stash")) and not is_run(name)}
+
+
+def is_run(ref: str) -> bool:
+    return bool(RUN.fullmatch(ref.removeprefix("refs/heads/")))
 
 
 def texts_at(root: Path, commits: Collection[str], wanted: Callable[[str], bool]) -> set[str]:

@@ -115,6 +115,53 @@ def test_what_was_deleted_goes_from_everywhere_after_some_days(
     assert purge_deleted(Path("."), days) == deletions.Outcome()
 
 
+def commit_all(message: str) -> None:
+    git(Path("."), "add", "--force", f"{MINE}.dvc")
+    git(Path("."), "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", message)
+
+
+@pytest.mark.parametrize("where", ["a branch", "a tag", "a stash", "the branch of ingest, deleted"])
+def test_what_was_never_merged_was_not_deleted(where: str, folder: Path) -> None:
+    """Nobody deleted it: the collection that counts has just not seen it."""
+    root, other = Path("."), {"wednesday/new.png": noise(70, 8, "PNG")}
+    git(root, "branch", "main-now")
+    git(root, "checkout", "--quiet", "-b", "other")
+    write_collection(root, IMAGES | SECOND | other)
+    if where == "a stash":
+        for number in range(2):  # the older one, too
+            git(root, "stash", "--quiet")
+            (root / "params.yaml").write_text((root / "params.yaml").read_text() + f"# {number}\n")
+    else:
+        commit_all("new")
+    git(root, "checkout", "--quiet", "--force", "main-now")
+    if where != "a branch":
+        git(root, "tag", "new", "other")
+        git(root, "branch", "-D", "other")
+    if where == "the branch of ingest, deleted":
+        git(root, "branch", "--force", "runs/nightly/2026-01-01", "new")
+        git(root, "tag", "-d", "new")
+        git(root, "branch", "-D", "runs/collection")
+    with Repo(".") as repo:
+        repo.checkout([f"{MINE}.dvc"], force=True)
+    assert purge_deleted(root, 0, share=1).purged is not None  # of GONE and LATE
+    assert left(folder, GONE | LATE) == set() and left(folder, other) == {*other}
+
+
+def test_most_of_the_collection_is_not_purged_unless_that_is_meant(folder: Path) -> None:
+    """It may be that only the newest files were in the folder when it was versioned."""
+    few = dict([*IMAGES.items()][:3])
+    shutil.rmtree(MINE)
+    write_collection(Path("."), few)
+    commit_all("only these")
+    git(Path("."), "branch", "--force", "runs/collection")
+    run_night(Path("."))
+    outcome = purge_deleted(Path("."), 0)
+    assert outcome.purged is None and all(why.endswith("take the deletion back") for why in outcome.left.values())
+    assert left(folder, IMAGES) == {*IMAGES}
+    assert purge_deleted(Path("."), 0, share=1).left == {}
+    assert left(folder, IMAGES) == {*few}
+
+
 def test_until_then_a_deletion_can_be_taken_back_also_after_a_garbage_collection(folder: Path) -> None:
     """It comes with the listing of that day, which no branch names any more."""
     listing = git(Path("."), "show", f"HEAD~1:{MINE}.dvc")

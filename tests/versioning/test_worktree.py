@@ -163,7 +163,7 @@ def test_locks_of_programs_that_were_killed_are_removed(root: Path) -> None:
     folder = prepare(root, "nightly", "main")
     busy = {"write": {str(folder / MINE): {"pid": os.getpid(), "cmd": "dvc repro"}}}
     (folder / ".dvc/tmp/rwlock").write_text(json.dumps(busy))
-    (lock := root / ".git/refs/heads/runs/collection.lock").parent.mkdir(parents=True)
+    (lock := root / ".git/refs/heads/runs/collection.lock").parent.mkdir(parents=True, exist_ok=True)
     lock.touch()
     os.utime(lock, (0, 0))
     ingested(prepare(root, "nightly", "main"), "new")
