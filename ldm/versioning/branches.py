@@ -66,7 +66,8 @@ def commits_to_keep(root: Path, going: Collection[RunBranch]) -> set[str]:
         if kind.endswith("commit") and name not in without and not name.startswith(("refs/remotes/", "refs/prefetch/")):
             kept.add(commit)
     for entry in output(root, "log", "--walk-reflogs", "--format=%H %P", "refs/stash", check=False).decode().splitlines():
-        kept |= {*entry.split()}  # also of older stashes; parents have what was staged, and what was untracked
+        stash, _, *others = entry.split()  # the first parent is what was checked out; others were staged, or untracked
+        kept |= {stash, *others}
     heads = output(root, "worktree", "list", "--porcelain").decode().splitlines()
     heads = [line.removeprefix("HEAD ") for line in heads if line.startswith("HEAD ")]
     return kept | {head for head in heads if head.strip("0")}  # zeros: a branch without a commit

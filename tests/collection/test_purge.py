@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from ldm.base.files import locked
 from ldm.cli import app
 from ldm.collection.leftovers import unnamed_latents
 from ldm.collection.purge import TAG, purge
+from ldm.collection.traces import captions
 from ldm.config import load_settings
 from ldm.data.images import to_png
 from ldm.data.shards import write_shards
@@ -529,3 +531,11 @@ def test_killed_and_purged_again_by_the_same_name(seed: int, history: History, f
     assert before.keys() - after.keys() == expected and all(before[name] == content for name, content in after.items())
     assert tags() == {4: None, 3: image.sha256[:16], 2: image.sha256[:16], 1: None}
     check_workspace()
+
+
+def test_captions_are_files_beside_an_image_and_not_what_is_called_like_one_elsewhere() -> None:
+    names = ("config.png", "config.txt", "config.jpg", "a/config.png", "a/config.txt", "b/config.txt", "other.txt")
+    collection, model = {name: f"md5 of {name}" for name in names}, {"config.json": "json", "weights": "weights"}
+    objects: Any = SimpleNamespace(folders=[collection, model], places=dict.fromkeys([*collection.values(), *model.values()]))
+    assert captions(objects, {"config.png"}) == {"md5 of config.txt", "md5 of a/config.txt"}
+    assert captions(objects, {"a/config.png"}) == {"md5 of a/config.txt"}

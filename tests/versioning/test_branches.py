@@ -86,13 +86,18 @@ def test_commits_that_anything_of_the_user_names_stay(repository: Path) -> None:
     git(repository, "update-ref", "refs/remotes/origin/main", commit(repository, "a branch elsewhere"))
     git(repository, "worktree", "add", "--quiet", "--detach", str(repository / "worktree"), commit(repository, "a worktree"))
     git(repository, "tag", "key", git(repository, "hash-object", "-w", "dvc.lock"))  # of a file
-    (repository / "dvc.lock").write_text("a stash")
-    git(repository, "stash")
+    for text in ("an older stash", "a stash"):
+        (repository / "dvc.lock").write_text(text)
+        git(repository, "stash")
+    (repository / "sub").mkdir()
+    (repository / "sub/dvc.lock").write_text("untracked in a stash")
+    git(repository, "stash", "--include-untracked")
     git(repository, "checkout", "--quiet", commit(repository, "here"))
     going = [branch for branch in run_branches(repository) if branch.name.endswith("01")]
     texts = texts_at(repository, commits_to_keep(repository, going), names_objects)
     assert texts == {
         "a branch", "a tag", "an annotated tag", "an experiment of DVC", "a run that stays", "a worktree", "a stash", "here",
+        "an older stash", "untracked in a stash",
     }  # fmt: skip
 
 
