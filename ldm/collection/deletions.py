@@ -19,7 +19,7 @@ from ldm.collection.purge import Purged, purge
 from ldm.config import load_settings
 from ldm.registry import tracking
 from ldm.versioning import branches, cache
-from ldm.versioning.git import COLLECTION, commit_of
+from ldm.versioning.git import COLLECTION, commit_of, git
 from ldm.versioning.repository import open_repository
 
 DAYS = 7  # in which a deletion can be taken back
@@ -100,6 +100,12 @@ def recent_listings(root: Path, days: float = DAYS) -> set[str]:
         return set()
     since = branches.current_since(root, tip, clock.now() - timedelta(days=days))
     return cache.named(branches.contents_at(root, since, pointer))
+
+
+def common_listing(root: Path) -> set[str]:
+    """The md5 of what the collection was where the branch that is checked out and runs/collection parted: to merge takes that."""
+    base = git(root, "merge-base", "HEAD", COLLECTION, check=False)
+    return cache.named(branches.contents_at(root, [base] if base else [], _pointer(root)))
 
 
 def _pointer(root: Path) -> str:

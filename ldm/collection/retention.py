@@ -17,7 +17,7 @@ from ldm.base import clock
 from ldm.base.errors import InputError
 from ldm.base.files import locked
 from ldm.base.sizes import bytes_of
-from ldm.collection.deletions import DAYS, recent_listings
+from ldm.collection.deletions import DAYS, common_listing, recent_listings
 from ldm.collection.leftovers import DAY, LEFT, Row, clear_data, clear_work, clear_worktrees, is_older
 from ldm.config import load_settings
 from ldm.registry import tracking
@@ -61,7 +61,7 @@ def collect_garbage(
                     one.mark()
                 for branch in gone:
                     branches.delete(root, branch)
-            listed = recent_listings(root, days).union(listings)
+            listed = recent_listings(root, days).union(common_listing(root), listings)
             rows += _clear_cache(root, checkouts, staying, gone, listed, dry_run)
             rows += clear_data(root, checkouts, dry_run)
             rows += clear_work(root, checkouts, dry_run)

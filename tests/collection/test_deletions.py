@@ -24,6 +24,7 @@ from ldm.collection.deletions import purge_deleted
 from ldm.collection.purge import TAG
 from ldm.collection.retention import collect_garbage
 from ldm.registry.versions import find
+from ldm.versioning.cache import path_of
 from ldm.versioning.git import git
 
 NOW = datetime.now(UTC) + timedelta(days=8)  # what the fixture writes is more than a week old
@@ -184,6 +185,22 @@ def test_until_then_a_deletion_can_be_taken_back_also_after_a_garbage_collection
     assert left(folder, LATE) == {"monday/late.png"}  # the checkout's own file
     Path(MINE, "monday/late.png").unlink()
     assert left(folder, LATE) == set()
+
+
+def test_what_a_merge_of_the_branches_needs_is_kept(folder: Path) -> None:
+    """The user changes the collection without having merged what came, and a run merges both only after `ldm gc`."""
+    git(Path("."), "checkout", "--quiet", "--detach", "HEAD~2")
+    base = path_of(Path(".dvc/cache"), git(Path("."), "show", f"HEAD:{MINE}.dvc").partition("md5: ")[2].split()[0])
+    Path(MINE, "monday/00.png").unlink()
+    with Repo(".") as repo:
+        repo.add([MINE])
+    git(Path("."), "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--all", "--message", "without one")
+    git(Path("."), "branch", "-D", f"runs/nightly/{NOW - timedelta(days=20):%Y-%m-%d}")
+    collect_garbage(Path("."), keep=1, days=0)
+    assert base.is_file()
+    git(Path("."), "checkout", "--quiet", "runs/collection")
+    collect_garbage(Path("."), keep=1, days=0)
+    assert not base.is_file()
 
 
 @pytest.mark.parametrize("seed", with_soak(1, 8))
