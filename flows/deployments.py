@@ -13,6 +13,7 @@ from pathlib import Path
 from uuid import UUID
 
 import psutil
+import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
@@ -47,6 +48,7 @@ ENDS = {f"prefect.flow-run.{name}" for name in (*NAMES, "AwaitingRetry", "Nothin
 
 def apply(root: Path, branch: str, client: SyncPrefectClient) -> None:
     """Create or change all of it; what is as it should be stays."""
+    _check(root)
     with contextlib.suppress(ObjectAlreadyExists):  # or the worker makes it
         client.create_work_pool(WorkPoolCreate(name=pool(root), type="process"))
     words = {"LDM_PYTHON": shlex.quote(sys.executable), "LDM_BRANCH": shlex.quote(branch)}  # of a command
@@ -56,6 +58,22 @@ def apply(root: Path, branch: str, client: SyncPrefectClient) -> None:
     if done.returncode:
         raise InputError(f"{root / FILE}: Prefect refuses it ({(done.stderr or done.stdout).strip().splitlines()[-1]}); mend it")
     _automate(client)
+
+
+def _check(root: Path) -> None:
+    """What Prefect would not say in one line, or only when a run starts."""
+    from flows import scheduled  # imports all that a run needs
+
+    try:
+        for each in yaml.safe_load((root / FILE).read_text(encoding="utf-8"))["deployments"]:
+            module, _, name = str(each["entrypoint"]).rpartition(".")
+            if module == scheduled.__name__ and (flow := getattr(scheduled, name, None)):
+                known = {*flow.parameters.properties}
+                if unknown := sorted({*each.get("parameters", {})} - known):
+                    there = ", ".join(sorted(known))
+                    raise InputError(f"{root / FILE}: {each['name']}: no parameter {unknown[0]!r}; there are {there}")
+    except (yaml.YAMLError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{root / FILE}: cannot be read ({' '.join(str(error).split())}); mend it") from None
 
 
 def pool(root: Path) -> str:
@@ -105,11 +123,12 @@ def _alive() -> set[str]:
 
 
 def _automate(client: SyncPrefectClient) -> None:
-    """Automations by name: those that are there from before are made anew."""
+    """The project's automations, which are known by their names, are made anew."""
     wanted = [_crash(), *(made for name in os.environ.get("LDM_NOTIFY", "").split() for made in _notify(client, name))]
-    for automation in wanted:
-        for known in client.read_automations_by_name(automation.name):
+    for known in client.read_automations():
+        if known.name.startswith(f"{workspace.flow_name()}: "):
             client.delete_automation(known.id)
+    for automation in wanted:
         client.create_automation(automation)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from flows import server
+from flows.workspace import FILE
 from ldm import doctor
 from ldm.base.errors import InputError, env_count, reason
 from ldm.base.files import locked, write_text
@@ -52,10 +53,10 @@ def start(root: Path) -> None:
         raise InputError(f"{root}: no branch is checked out, from which scheduled runs take code and settings; `git switch main`")
     for warning in doctor.before_run(root, data=False):
         if warning.subject == "Prefect":  # without it there is no schedule
-            raise InputError(warning.text)
+            raise InputError(f"{warning.text}; or unset PREFECT_API_URL, and a server is started here")
         print(f"warning: {warning.text}", file=sys.stderr, flush=True)
-    if changed := git(root, "status", "--porcelain", "--untracked-files=no"):
-        names = ", ".join(line[3:] for line in changed.splitlines()[:3])
+    if changed := git(root, "diff", "--name-only", "--relative", "HEAD", "--", f":!{FILE}"):
+        names = ", ".join(changed.splitlines()[:3])
         print(f"warning: {names}: changed since the last commit, from which scheduled runs take everything", file=sys.stderr)
     if not running(root):
         (root / LOG).parent.mkdir(exist_ok=True)
@@ -78,6 +79,7 @@ def start(root: Path) -> None:
         apply(root, branch, client)
     url = running(root)["url"].removesuffix("/api")
     print(f"scheduled: {url}/deployments shows what runs when, {url}/runs what ran; `make unschedule` ends it")
+    print(f"for Prefect's own commands: export PREFECT_API_URL={url}/api")
 
 
 def stop(root: Path) -> None:

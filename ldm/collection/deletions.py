@@ -76,14 +76,14 @@ def _purge_deleted(root: Path, days: float, share: float) -> Outcome:
         there, silent = _in_remote(repo, names.keys() - here) if names else (set[str](), "")
     outcome = Outcome(left={"the remote": silent} if silent else {})
     if found := sorted(here | there):
+        total = len(found) + sum(map(is_image, now.values()))
         try:
             if not place.resolve().is_relative_to(root):
                 by_hand = "`ldm data purge` does it by hand"
                 raise InputError(f"DVC's cache lies outside of the project, in {place}, where others may use it; {by_hand}")
-            if len(found) > share * (total := len(found) + sum(map(is_image, now.values()))):
-                raise InputError(
-                    f"deleted are {len(found)} of {total} images; if that is right, run `collect` with `purge_share: 1`"
-                )
+            if len(found) > share * total:
+                meant = "if that is meant, run `collect` with `purge_share: 1`; else take the deletion back"
+                raise InputError(f"{len(found)} of {total} images were deleted; {meant}")
             outcome.purged = purge(root, *found, spared=kept)
             outcome.left |= {names[md5]: why for md5, why in outcome.purged.refused.items()}
         except InputError as error:

@@ -146,7 +146,7 @@ def _merge_line(folder: Path, line: str, paths: list[str]) -> None:
 def _merge(folder: Path, name: str, base: str, line: str) -> None:
     """Merge one file that the branch `runs/collection` has changed into the worktree; a pointer as DVC does."""
     texts = {commit: git(folder, "show", f"{commit}:./{name}", check=False) for commit in (base, line)}
-    path = folder / name
+    (path := folder / name).parent.mkdir(parents=True, exist_ok=True)
     ours = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     if ours == texts[line]:
         return

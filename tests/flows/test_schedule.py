@@ -116,6 +116,23 @@ def test_whoever_is_killed_the_run_ends_completed(who: str, schedule: Schedule) 
     assert who in git(root, "show", f"{state.message.split(': ')[0]}:reports/metrics.json")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("quiet_days: 14}", "quiet_day: 14}", "nightly: no parameter 'quiet_day'; there are ingest, quiet_days, settings, start"),
+        ("parameters: {start: nothing, settings: []}", "parameters: {start: nothing", "cannot be read"),
+        ('cron: "0 3 * * *"', 'cron: "0 3 * *"', "Prefect refuses it"),
+    ],
+)
+def test_a_mistake_in_the_deployments_is_one_line(old: str, new: str, message: str, schedule: Schedule) -> None:
+    path = schedule.root / "infra/prefect.yaml"
+    text = path.read_text()
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(AssertionError, match=rf"error: .*infra/prefect\.yaml: {message}"):
+        schedule.command("flows.schedule", "start")
+    path.write_text(text)
+
+
 def test_a_cancelled_run_ends_soon_and_leaves_no_process(schedule: Schedule) -> None:
     from prefect.states import Cancelling
 

@@ -150,6 +150,17 @@ def test_code_is_the_branchs_also_after_a_commit_was_taken_back(undo: tuple[str,
         git(root, "commit", "--quiet", "--allow-empty", "-m", "next")
 
 
+def test_a_collection_that_only_ingest_has_made_is_in_every_worktree(root: Path) -> None:
+    """Also in a new one, after something else was committed on the branch."""
+    git(root, "rm", "--quiet", POINTER)
+    git(root, "commit", "--quiet", "-m", "no collection yet")
+    folder = prepare(root, "nightly", "main")
+    (folder / MINE).mkdir(parents=True)
+    ingested(folder, "new")
+    git(root, "commit", "--quiet", "--allow-empty", "-m", "code")
+    assert files(prepare(root, "rebuild", "main") / MINE) == {"new"}
+
+
 def test_two_runs_that_ingest_at_once_both_have_what_came(root: Path) -> None:
     one, other = (prepare(root, slot, "main") for slot in ("nightly", "rebuild"))
     ingested(one, "new")
