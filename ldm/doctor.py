@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 from ldm.base import paths
-from ldm.base.errors import InputError, env_count, env_positive, env_switch, reason
+from ldm.base.errors import InputError, disk_full, env_count, env_positive, env_switch, reason
 from ldm.config import Settings, load_settings
 from ldm.environment import writable
 from ldm.registry import locations, tracking, versions
@@ -94,7 +94,8 @@ def examine(root: Path, *, device: bool = True, data: bool = True) -> Iterator[F
         except OSError as error:
             yield Finding("fault", subject, f"{error.filename or subject}: {reason(error)}; no run can do without it")
         except Exception as error:  # libraries raise anything for damaged files; the other checks go on
-            yield Finding("fault", subject, f"cannot be checked ({type(error).__name__}: {reason(error)}); mend that first")
+            said = f"{subject} cannot be checked ({type(error).__name__}: {reason(error)}); mend that first"
+            yield Finding("fault", subject, str(disk_full(error, root) or said))
 
 
 def before_run(root: Path, *, data: bool = True) -> list[Finding]:

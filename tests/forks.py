@@ -1,8 +1,7 @@
 """Python processes without the time of imports: a server that has imported libraries forks for each `python -m MODULE`.
 
 `Forks(folder).python` is a program to be called as Python is: what `-m` names runs in a process of its own, with the caller's
-working directory, environment, standard streams and `LDM_RESULT_FD`; no file of it becomes longer than `FORKS_FILE_BYTES`. It
-dies with its caller.
+working directory, environment, standard streams and `LDM_RESULT_FD`. It dies with its caller.
 """
 
 import array
@@ -11,7 +10,6 @@ import contextlib
 import importlib
 import json
 import os
-import resource
 import runpy
 import select
 import signal
@@ -122,8 +120,6 @@ def fork(caller: socket.socket) -> int:
         if len(files) > 3:
             variables["LDM_RESULT_FD"] = str(files[3])
         os.chdir(folder)
-        if most := variables.get("FORKS_FILE_BYTES"):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(most), int(most)))
         os.environ.clear()
         os.environ.update(variables)
         sys.executable = f"{Path(sys.argv[1]).parent}/bin/python"

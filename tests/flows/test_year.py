@@ -43,7 +43,7 @@ from ldm.versioning.git import git
 from ldm.versioning.worktree import prepare
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
-MINE, KEEP, GRACE, FIRST = "data/raw/mine", 10, 7, datetime(2026, 1, 5, 3, tzinfo=UTC)  # a Monday
+MINE, KEEP, GRACE, FIRST = "data/raw/mine", 5, 7, datetime(2026, 1, 5, 3, tzinfo=UTC)  # a Monday
 SETTINGS: dict[str, Any] = {
     "data": {"path": MINE, "image_size": 8, "resize_filter": "box", "val_fraction": 0.2, "test_fraction": 0.2, "shard_size": 16,
              "max_bad_fraction": 0.1},
@@ -323,9 +323,9 @@ def live(year: Year, events: dict[int, list[str]], nights: int) -> None:
         if "reboot in training" in today:
             year.reboot("nightly", **nightly)
         elif "full disk" in today:
-            os.environ["FORKS_FILE_BYTES"] = "20000"
-            assert "full" in year.run("nightly", "Failed", **nightly)
-            del os.environ["FORKS_FILE_BYTES"]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("YEAR_FREE_BYTES", "100")
+                assert "make room for" in year.run("nightly", "Failed", **nightly)
         else:
             year.run("nightly", "Completed" if changed else "Nothing to do", **nightly)
             changed = False
