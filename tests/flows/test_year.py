@@ -60,7 +60,7 @@ STORES = {  # what is measured; a file with several names counts for the first
     "DVC's cache": [".dvc/cache"], "MLflow": ["mlruns", "mlflow.db"], "Prefect": [".ldm/prefect.db"], "git": [".git"],
     "latents, checkpoints, worktrees": [".ldm"], "checkout": ["."], "DVC's index": ["../dvc"],
 }  # fmt: skip
-EDITS = ("delete", "replace", "rename", "copy", "delete a batch", "mistake", "revert")
+EDITS = ("delete", "replace", "rename", "copy", "delete a batch", "mistake")
 WEEK = 7 * 24 * 3600
 AGED = {"flow_run": "end_time", "events": "occurred", "event_resources": "occurred"}  # by which Prefect's server removes rows
 
@@ -88,7 +88,7 @@ def plan() -> dict[int, list[str]]:
         night = 30 * month + rng.randrange(10)
         found.setdefault(night, []).append(what)
         if what == "mistake":
-            found.setdefault(night + 3, []).append("revert")
+            found.setdefault(night + 3, []).append("take back")
         if month == 3:
             found.setdefault(night + 7 + (-night - 1) % 7, []).append("reboot in collect")  # the first Sunday after a week
     for night in (200, 290):  # between the two, what its worktree holds was deleted
@@ -104,7 +104,7 @@ class Year:
         self.images: set[bytes] = set()  # that the collection has to have at the end
         self.deleted: dict[bytes, datetime] = {}  # when
         self.disk: list[dict[str, int]] = []  # after each collection of garbage
-        self.mistake = ""
+        self.mistake = ("", Path())
         self.inbox.mkdir()
         set_params(self.root, SETTINGS)
         git(self.root, "config", "gc.cruftPacks", "false")  # their ages are in a format of git's own
@@ -173,11 +173,6 @@ class Year:
         batches = sorted({path.parent for path in (self.root / MINE).glob("*/*.png")})
         one = self.rng.choice(sorted(self.rng.choice(batches[1:] or batches).glob("*.png")))
         table, name = one.parent / BATCH_TABLE, one.relative_to(self.root / MINE)
-        if what == "revert":
-            self.git("revert", "--no-edit", self.mistake)
-            with Repo(str(self.root)) as repo:
-                repo.checkout([f"{MINE}.dvc"], force=True)
-            return
         if what == "delete a batch":
             for path in one.parent.iterdir():
                 self.delete(path, forever=path.suffix == ".png")
@@ -198,7 +193,26 @@ class Year:
         with Repo(str(self.root)) as repo:
             repo.add([MINE])
         self.commit(f"{what}: {name}")
-        self.mistake = git(self.root, "rev-parse", "HEAD") if what == "mistake" else self.mistake
+        self.mistake = (git(self.root, "rev-parse", "HEAD~1"), name) if what == "mistake" else self.mistake
+
+    def take_back(self) -> None:
+        """Bring an image back that was deleted by mistake, as ldm/collection/README.md says."""
+        commit, name = self.mistake
+        get = [
+            str(self.forks.python),
+            "-m",
+            "dvc",
+            "get",
+            ".",
+            f"{MINE}/{name}",
+            "--rev",
+            commit,
+            "-o",
+            str(self.inbox / name.name),
+        ]
+        subprocess.run(get, cwd=self.root, check=True, capture_output=True)
+        drop(self.inbox / name.name, (self.inbox / name.name).read_bytes())
+        drop(self.inbox / f"{name.stem}.txt", "noise")
 
     def delete(self, image: Path, forever: bool) -> None:
         if forever:
@@ -314,9 +328,11 @@ def live(year: Year, events: dict[int, list[str]], nights: int) -> None:
                 year.arrive(4)
             elif what == "damaged images":
                 year.arrive_damaged()
+            elif what == "take back":
+                year.take_back()
             elif what in EDITS:
                 year.edit(what)
-            if what in ("images", *EDITS):
+            if what in ("images", "take back", *EDITS):
                 changed = others = True
         year.calendar.begin(day)
         nightly = {"start": "champion", "ingest": str(year.inbox)}
