@@ -63,7 +63,7 @@ def purge(
 
     An image is called by its `file_name` in the collection, which means all contents that a shard held under that name; by the
     sha256 of its file, which means all its names; or by the md5 of its file, as DVC does. `remote` is a DVC remote, else the
-    default one; a remote that does not answer is left out, with a note. Objects whose md5 is in `spared` stay. Model versions
+    default one; a remote that does not answer is left out, with a note. Captions whose md5 is in `spared` stay. Model versions
     that saw an image get a tag (`TAG`) first. An image that the collection, or what the pipeline made of it, still holds is
     refused; `InputError` if that is so for each.
     """

@@ -17,12 +17,18 @@ class Traces:
     """Of the images that are asked for."""
 
     digests: dict[str, set[str]]  # of each image, whatever it is called
-    names: set[str]  # under which shards or folders hold them
+    named: Kind  # as the others, by a name under which shards or folders hold images
     images: Kind = field(default_factory=dict)
     shards: Kind = field(default_factory=dict)
     latents: Kind = field(default_factory=dict)
     shard_hashes: Kind = field(default_factory=dict)  # as `shards`, by sha256
     refused: dict[str, str] = field(default_factory=dict)  # image -> why nothing of it is deleted
+
+    @property
+    def names(self) -> set[str]:
+        """Of what is not refused."""
+        wanted = self.wanted
+        return {name for name, digests in self.named.items() if digests & wanted}
 
     @property
     def wanted(self) -> set[str]:
@@ -44,14 +50,14 @@ def find_traces(objects: Objects, images: Collection[str]) -> Traces:
     files = {image for image in images if len(image) == 32 and not is_name(image) and image in objects.places}
     digests = {image: named[image] if is_name(image) else {image[:DIGEST]} for image in images}
     digests |= {md5: {objects.sha256(md5)[:DIGEST]} for md5 in files}
-    traces = Traces(digests, {path for path, md5 in objects.files if md5 in files})
+    traces = Traces(digests, {path: set(digests[md5]) for path, md5 in objects.files if md5 in files})
     wanted = traces.wanted
     for md5, digest, name in samples:
         if digest in wanted:
             traces.shards.setdefault(md5, set()).add(digest)
-            traces.names.add(name)
+            traces.named.setdefault(name, set()).add(digest)
     unnamed = wanted - {digest for _, digest, _ in samples} - {digest for md5 in files for digest in digests[md5]}
-    for md5 in files | _candidates(objects, traces.names, everything=bool(unnamed)):
+    for md5 in files | _candidates(objects, set(traces.named), everything=bool(unnamed)):
         if found := objects.digests(md5) & wanted:
             traces.images[md5] = found
     traces.shard_hashes = {objects.sha256(md5): found for md5, found in traces.shards.items()}
