@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from ldm.stages.stage import BAD_INPUT
+from ldm.versioning.repository import forget
 
 GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # seconds to end after each signal
 POLL = 0.2  # seconds between looks at the clock
@@ -82,6 +83,7 @@ def run_stage(
             cwd=root, env={**os.environ, **env, **ours}, pass_fds=[fd], start_new_session=True,
         ))  # fmt: skip
         lines = _lines(child.stdout.fileno())
+        stack.callback(_forget, root, child)
         stack.callback(_end, child.pid, lines, on_line)
         for line in lines:
             spent = time.monotonic() - start
@@ -154,6 +156,12 @@ def _end(session: int, lines: Iterator[str | None], on_line: Callable[[str], obj
         elif not stopping.is_alive():
             break
     stopping.join()
+
+
+def _forget(root: Path, child: "subprocess.Popen[bytes]") -> None:
+    """A process that was killed has left what DVC wrote down of it; one that ended by itself has not."""
+    if child.wait() < 0:
+        forget(root, child.pid)
 
 
 def _stop(session: int) -> None:

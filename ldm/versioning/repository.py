@@ -35,19 +35,42 @@ def open_repository(root: Path, wait: bool = False) -> Iterator[Any]:
 def held(repo: Any, *paths: Path, reading: bool = False) -> Iterator[None]:
     """Let no stage start meanwhile. `InputError` if one that writes `paths` is running or, unless `reading`, one that reads."""
     from dvc.lock import LockError
-    from dvc.rwlock import RWLOCK_FILE, rwlock
+    from dvc.rwlock import rwlock
 
-    files, record = [str(path) for path in paths], Path(repo.tmp_dir, RWLOCK_FILE)
+    files = [str(path) for path in paths]
     try:
         with repo.lock:
-            if record.is_file() and not record.stat().st_size:
-                record.unlink()  # DVC was killed between creating and writing it, and cannot read an empty one
+            _remove_empty(repo)
             read, written = (files, []) if reading else ([], files)
             with rwlock(repo.tmp_dir, repo.fs, "ldm", read, written, repo.config["core"]["hardlink_lock"]):
                 yield
     except LockError as error:
         reason = " ".join(str(error).split()).partition(" If there are no processes")[0]
         raise InputError(f"a stage works here, or DVC itself: {reason}; try again when it has ended") from None
+
+
+def _remove_empty(repo: Any) -> None:
+    """DVC was killed between creating and writing its record of readers and writers, and cannot read an empty one."""
+    from dvc.rwlock import RWLOCK_FILE
+
+    record = Path(repo.tmp_dir, RWLOCK_FILE)
+    if record.is_file() and not record.stat().st_size:
+        record.unlink()
+
+
+def forget(root: Path, pid: int) -> None:
+    """Take a killed process out of DVC's record of readers and writers: its number may soon be that of one that lives."""
+    from dvc.rwlock import _edit_rwlock
+
+    with open_repository(root) as repo:
+        _remove_empty(repo)
+        with _edit_rwlock(repo.tmp_dir, repo.fs, repo.config["core"]["hardlink_lock"]) as record:
+            for path in [path for path, writer in record["write"].items() if writer["pid"] == pid]:
+                del record["write"][path]
+            for path, readers in list(record["read"].items()):
+                record["read"][path] = [reader for reader in readers if reader["pid"] != pid]
+                if not record["read"][path]:
+                    del record["read"][path]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A stage as a child process: its lines and code arrive, and nothing of it is left, whoever dies."""
 
+import json
 import os
 import signal
 import subprocess
@@ -120,6 +121,7 @@ def test_a_deaf_stage_is_killed(project: Path, gone: Callable[[int], bool], monk
         run_stage(project, "shard", timeout=3)
     for pid in (project / "shard.pid", project / "other.pid"):  # the other one has a session of its own, as ranks have
         assert not pid.exists() or gone(int(pid.read_text()), 0)  # a slow machine may not have come that far
+    assert json.loads((project / ".dvc/tmp/rwlock").read_text()) == {"read": {}, "write": {}}  # of DVC, which was killed too
 
 
 def test_one_that_starts_while_the_others_are_told_to_end_is_told_too() -> None:
