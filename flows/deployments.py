@@ -25,11 +25,13 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.states import Running
+from pydantic import ValidationError
 
 from flows import last_run, workspace
 from flows.workspace import FILE
@@ -72,6 +74,12 @@ def _check(root: Path) -> None:
                 if unknown := sorted({*each.get("parameters", {})} - known):
                     there = ", ".join(sorted(known))
                     raise InputError(f"{root / FILE}: {each['name']}: no parameter {unknown[0]!r}; there are {there}")
+            for schedule in each.get("schedules", []):
+                if "cron" in schedule and "{{" not in str(schedule):  # which Prefect would fill in
+                    CronSchedule(cron=schedule["cron"], timezone=schedule.get("timezone"))
+    except ValidationError as error:
+        found = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"{root / FILE}: {each['name']}: {found}; minute, hour, day, month, weekday, as '0 3 * * *'") from None
     except (yaml.YAMLError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{root / FILE}: cannot be read ({' '.join(str(error).split())}); mend it") from None
 

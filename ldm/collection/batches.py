@@ -55,11 +55,18 @@ def newest(collection: Path) -> date | None:
     return max(filter(None, map(batch_date, names)), default=None)
 
 
-def free_name(collection: Path) -> Path:
-    """The folder of the next batch: today's date in UTC, with a number from the day's second on."""
-    day = f"{clock.now():%Y-%m-%d}"
+def free_name(root: Path, collection: Path) -> Path:
+    """The folder of the next batch: today's date in UTC, with a number from the day's second on.
+
+    The checkout and all worktrees of scheduled runs share the lock's file, which has the names of the day: what two of them take
+    in on one day is merged, and must not have one name.
+    """
+    day, record = f"{clock.now():%Y-%m-%d}", root / INGEST_LOCK
+    given = [name for name in record.read_text(encoding="utf-8").split() if name.startswith(day)]
     names = itertools.chain([day], (f"{day}-{number}" for number in itertools.count(2)))
-    return next(path for path in map(collection.joinpath, names) if not path.exists())
+    path = next(path for path in map(collection.joinpath, names) if not path.exists() and path.name not in given)
+    record.write_text("\n".join([*given, path.name]), encoding="utf-8")
+    return path
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

@@ -52,7 +52,7 @@ class Ingested:
     left: dict[str, str]  # file name -> reason: what stays in the inbox
     news: dict[str, str]  # of `left`, what the last ingest did not say
     forgotten: tuple[str, ...]  # file names of deleted images, whose rows were taken out of their batches
-    pointer: str | None  # the collection's .dvc file, relative to the project; None if there is no collection yet
+    pointer: str | None  # the collection's .dvc file, relative to the project, if somebody has to commit it
     newest: date | None  # day of the newest batch
 
     def lines(self) -> list[str]:
@@ -105,7 +105,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE, versioned: Callab
             try:
                 if taken := _take(found, inbox, collection, data, Path(repo.cache.local.path), waiting(settle)):
                     with held(repo, collection):  # a running stage would record the batch as read though it has not seen it
-                        batch = batches.free_name(collection)
+                        batch = batches.free_name(root, collection)
                         os.rename(collection / PARTIAL, batch)
                     batches.sync(collection)
                     done.append(batch)
@@ -115,6 +115,7 @@ def ingest(root: Path, inbox: Path, *, settle: float = SETTLE, versioned: Callab
         pointer = version(root, collection) if made and collection.is_dir() else None
         if pointer and versioned:
             versioned(pointer)
+            pointer = None
         for one in done:
             batches.clear(one)
         left = remaining(inbox, found.left)

@@ -178,7 +178,7 @@ def test_a_second_day_changes_no_shard_of_the_first(
 ) -> None:
     monkeypatch.setattr(module, "version", lambda root, collection: None)
     days = iter(["2025-01-31", "2025-02-01"])
-    monkeypatch.setattr(batches, "free_name", lambda collection: collection / next(days))
+    monkeypatch.setattr(batches, "free_name", lambda root, collection: collection / next(days))
     drop_many(inbox, 0, 40)
     ingest(root, inbox)
     write_shards(root / MINE, tmp_path / "before", **SHARDS)
@@ -195,7 +195,8 @@ def test_batches_of_a_day_are_numbered(wanted: str, found: int, tmp_path: Path, 
     monkeypatch.setattr(clock, "now", lambda: datetime(2025, 1, 31, 23, 59, tzinfo=UTC))
     for name in ("2025-01-31", "2025-01-31-2")[:found]:
         (tmp_path / name).mkdir()
-    assert batches.free_name(tmp_path).name == wanted
+    with batches.changing(tmp_path):
+        assert batches.free_name(tmp_path, tmp_path).name == wanted
 
 
 # kills

@@ -121,7 +121,8 @@ def test_whoever_is_killed_the_run_ends_completed(who: str, schedule: Schedule) 
     [
         ("quiet_days: 14}", "quiet_day: 14}", "nightly: no parameter 'quiet_day'; there are ingest, quiet_days, settings, start"),
         ("parameters: {start: nothing, settings: []}", "parameters: {start: nothing", "cannot be read"),
-        ('cron: "0 3 * * *"', 'cron: "0 3 * *"', "Prefect refuses it"),
+        ('cron: "0 3 * * *"', 'cron: "0 3 * *"', "nightly: Invalid cron string: .0 3 \\* \\*."),
+        ("work_pool: *machine", "work_pool: {name: ldm-none}", "Prefect refuses it"),
     ],
 )
 def test_a_mistake_in_the_deployments_is_one_line(old: str, new: str, message: str, schedule: Schedule) -> None:

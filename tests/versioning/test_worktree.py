@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from inboxes import blob, drop
 from tiny import REPOSITORY, set_params
 
 from ldm.base.errors import InputError
+from ldm.collection.ingest import Ingested, ingest
 from ldm.versioning.git import COLLECTION, commit_of, git, is_ancestor, newest_run
 from ldm.versioning.worktree import WORKTREES, prepare, publish_collection, publish_run
 
@@ -211,29 +213,46 @@ def test_a_finished_run_is_a_branch_of_its_own_and_the_next_one_starts_with_its_
     assert newest_run(root, "rebuild") is None
 
 
-def test_an_ingest_that_dies_before_its_commit_loses_nothing(root: Path, tmp_path: Path) -> None:
-    from inboxes import blob, drop
-
-    from ldm.collection.ingest import ingest
-
+@pytest.fixture
+def uncaptioned(root: Path) -> Path:
+    """The repository, whose collection is empty and takes images without captions."""
     params = (root / "params.yaml").read_text().replace("path: data/raw/source", f"path: {MINE}")
     (root / "params.yaml").write_text(params.replace("captions: auto", "captions: none"))
     for name in "ab":
         (root / MINE / name).unlink()
     add(root, "settings")
+    return root
+
+
+def take(folder: Path, inbox: Path, seed: int, versioned: Callable[[str], object]) -> Ingested:
+    inbox.mkdir(exist_ok=True)
+    drop(inbox / f"{seed}.png", blob(seed))
+    return ingest(folder, inbox, versioned=versioned)
+
+
+def test_an_ingest_that_dies_before_its_commit_loses_nothing(uncaptioned: Path, tmp_path: Path) -> None:
     inbox = tmp_path / "inbox"
-    inbox.mkdir()
-    drop(inbox / "one.png", blob(0))
-    folder = prepare(root, "nightly", "main")
+    folder = prepare(uncaptioned, "nightly", "main")
 
     def die(pointer: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest(folder, inbox, versioned=die)
-    assert (inbox / "one.png").is_file()
-    folder = prepare(root, "nightly", "main")  # which undoes the batch
+        take(folder, inbox, 0, die)
+    assert (inbox / "0.png").is_file()
+    folder = prepare(uncaptioned, "nightly", "main")  # which undoes the batch
     done = ingest(folder, inbox, versioned=lambda pointer: publish_collection(folder, pointer, "new"))
-    assert done.moved == ("one.png",) and not (inbox / "one.png").exists()
-    kept = [f"{MINE}/{name}" for name in files(prepare(root, "rebuild", "main") / MINE) if name.endswith("one.png")]
-    assert kept == [f"{done.batch}/one.png"]
+    assert done.moved == ("0.png",) and not (inbox / "0.png").exists()
+    kept = [f"{MINE}/{name}" for name in files(prepare(uncaptioned, "rebuild", "main") / MINE) if name.endswith("0.png")]
+    assert kept == [f"{done.batch}/0.png"]
+
+
+def test_what_is_ingested_by_hand_and_by_two_runs_on_one_day_is_all_there(uncaptioned: Path, tmp_path: Path) -> None:
+    folders = [prepare(uncaptioned, slot, "main") for slot in ("nightly", "rebuild")]
+    for seed, folder in enumerate(folders):
+        take(folder, tmp_path / str(seed), seed, lambda pointer, folder=folder: publish_collection(folder, pointer, "new"))
+    take(uncaptioned, tmp_path / "by hand", 2, lambda pointer: git(uncaptioned, "add", pointer))
+    git(uncaptioned, "commit", "--quiet", "-m", "by hand")
+    there = prepare(uncaptioned, "nightly", "main") / MINE
+    assert {path.name: path.read_bytes() for path in there.rglob("*.png")} == {f"{seed}.png": blob(seed) for seed in range(3)}
+    assert len({path.parent for path in there.rglob("*.png")}) == 3
