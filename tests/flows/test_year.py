@@ -117,7 +117,7 @@ class Year:
             YEAR=str(folder / "calendar.json"), PYTHONPATH=str(Path(__file__).parents[1]), PREFECT_HOME=str(folder / "prefect"),
             MLFLOW_TRACKING_URI=f"sqlite:///{self.root}/mlflow.db", DVC_NO_ANALYTICS="1", GIT_CONFIG_GLOBAL="/dev/null",
             PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS="2", PREFECT_SERVER_ANALYTICS_ENABLED="false",
-            DVC_SITE_CACHE_DIR=str(folder / "dvc"),
+            DVC_SITE_CACHE_DIR=str(folder / "dvc"), LDM_ROOT=str(self.root),
         )  # fmt: skip
         for name in os.environ.keys() - variables.keys():
             patch.delenv(name)
@@ -198,18 +198,8 @@ class Year:
     def take_back(self) -> None:
         """Bring an image back that was deleted by mistake, as ldm/collection/README.md says."""
         commit, name = self.mistake
-        get = [
-            str(self.forks.python),
-            "-m",
-            "dvc",
-            "get",
-            ".",
-            f"{MINE}/{name}",
-            "--rev",
-            commit,
-            "-o",
-            str(self.inbox / name.name),
-        ]
+        to = str(self.inbox / name.name)
+        get = [str(self.forks.python), "-m", "dvc", "get", ".", f"{MINE}/{name}", "--rev", commit, "-o", to]
         subprocess.run(get, cwd=self.root, check=True, capture_output=True)
         drop(self.inbox / name.name, (self.inbox / name.name).read_bytes())
         drop(self.inbox / f"{name.stem}.txt", "noise")
