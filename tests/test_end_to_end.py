@@ -26,6 +26,11 @@ from ldm.stages.stage import NAMES
 from ldm.versioning.repository import open_repository
 
 STAGES = NAMES[:-1]  # the last is optional
+ALL_STAGES = f"""
+import importlib, pathlib
+for name in {STAGES}:
+    importlib.import_module(f"ldm.stages.{{name}}").run(pathlib.Path.cwd())
+"""
 UNREACHABLE = "http://127.0.0.1:9"  # the discard port: nothing answers there
 
 
@@ -81,10 +86,8 @@ def test_the_stages_alone_make_the_same_files_elsewhere(ran, tmp_path, shell):
     root = clone(tmp_path / "somewhere/else")
     set_params(root, TINY)
     absent = {"PYTHONPATH": str(tmp_path / "absent"), "MLFLOW_TRACKING_URI": UNREACHABLE}
-    for stage in STAGES:
-        result = shell(root, "python", "-m", f"ldm.stages.{stage}", **absent)
-        printed = succeed(result) + result.stderr
-        assert stage == "code" or "goes on without tracking" in printed
+    result = shell(root, "python", "-c", ALL_STAGES, **absent)
+    assert (succeed(result) + result.stderr).count("goes on without tracking") == len(STAGES) - 1  # `code` tracks nothing
     for name in ("reports/metrics.json", "reports/samples.png", "reports/report.html"):
         assert (root / name).read_bytes() == (ran / name).read_bytes(), name
     succeed(shell(root, "dvc", "commit", "--force"))  # every file's hash, as a run by DVC records it
