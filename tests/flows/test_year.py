@@ -389,7 +389,8 @@ def draw(disk: list[dict[str, int]], path: Path) -> None:
     axes = figure.add_subplot()
     weeks = range(1, len(disk) + 1)
     axes.stackplot(weeks, *([week[store] / 1e6 for week in disk] for store in STORES), labels=STORES)
-    axes.plot(weeks, [100 * week["images"] / 1e6 for week in disk], "k--", linewidth=1, label="100 x the collection")
+    times = 1000 * round(sum(disk[-1][store] for store in STORES) / disk[-1]["images"] / 1000)  # as high at the end
+    axes.plot(weeks, [times * week["images"] / 1e6 for week in disk], "k--", linewidth=1, label=f"the collection, x {times:,}")
     axes.set(xlabel="weeks", ylabel="MB", xlim=(1, len(disk)))
     axes.legend(*map(reversed, axes.get_legend_handles_labels()), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, metadata={"Date": None})
