@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from ldm.base.errors import InputError
 from ldm.stages.stage import BAD_INPUT
 from ldm.versioning.repository import forget
 
@@ -161,7 +162,8 @@ def _end(session: int, lines: Iterator[str | None], on_line: Callable[[str], obj
 def _forget(root: Path, child: "subprocess.Popen[bytes]") -> None:
     """A process that was killed has left what DVC wrote down of it; one that ended by itself has not."""
     if child.wait() < 0:
-        forget(root, child.pid)
+        with contextlib.suppress(InputError):  # a record that cannot be read: the next stage says so
+            forget(root, child.pid)
 
 
 def _stop(session: int) -> None:
