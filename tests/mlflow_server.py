@@ -23,8 +23,9 @@ class MlflowServer:
         self.start()
 
     def start(self) -> None:
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of GenAI's: more processes
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True, env=env)
         deadline = time.monotonic() + 120
         first = f"{self.url}/api/2.0/mlflow/experiments/search?max_results=1"  # it opens the store
         while True:
