@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import psutil
@@ -64,24 +65,30 @@ def apply(root: Path, branch: str, client: SyncPrefectClient) -> None:
 
 def _check(root: Path) -> None:
     """What Prefect would not say in one line, or only when a run starts."""
-    from flows import scheduled  # imports all that a run needs
-
     try:
         for each in yaml.safe_load((root / FILE).read_text(encoding="utf-8"))["deployments"]:
-            module, _, name = str(each["entrypoint"]).rpartition(".")
-            if module == scheduled.__name__ and (flow := getattr(scheduled, name, None)):
-                known = {*flow.parameters.properties}
-                if unknown := sorted({*each.get("parameters", {})} - known):
-                    there = ", ".join(sorted(known))
-                    raise InputError(f"{root / FILE}: {each['name']}: no parameter {unknown[0]!r}; there are {there}")
-            for schedule in each.get("schedules", []):
-                if "cron" in schedule and "{{" not in str(schedule):  # which Prefect would fill in
-                    CronSchedule(cron=schedule["cron"], timezone=schedule.get("timezone"))
-    except ValidationError as error:
-        found = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"{root / FILE}: {each['name']}: {found}; minute, hour, day, month, weekday, as '0 3 * * *'") from None
+            if mistake := _mistake(each):
+                raise InputError(f"{root / FILE}: {each['name']}: {mistake}")
     except (yaml.YAMLError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{root / FILE}: cannot be read ({' '.join(str(error).split())}); mend it") from None
+
+
+def _mistake(deployment: dict[str, Any]) -> str:
+    """What is wrong with one; nothing if all is well."""
+    from flows import scheduled  # imports all that a run needs
+
+    module, _, name = str(deployment["entrypoint"]).rpartition(".")
+    flow = getattr(scheduled, name, None) if module == scheduled.__name__ else None
+    if flow and (unknown := sorted({*deployment.get("parameters", {})} - {*flow.parameters.properties})):
+        return f"no parameter {unknown[0]!r}; there are {', '.join(sorted(flow.parameters.properties))}"
+    try:
+        for schedule in deployment.get("schedules", []):
+            if "cron" in schedule and "{{" not in str(schedule):  # which Prefect would fill in
+                CronSchedule(cron=schedule["cron"], timezone=schedule.get("timezone"))
+    except ValidationError as error:
+        found = error.errors()[0]["msg"].removeprefix("Value error, ")
+        return f"{found}; minute, hour, day, month, weekday, as '0 3 * * *'"
+    return ""
 
 
 def pool(root: Path) -> str:

@@ -43,8 +43,9 @@ class Server:
 def environment(url: str) -> dict[str, str]:
     """Of a server with pages: its own address; and unless they are set, what it keeps in the project, and for how long."""
     (database := find_root() / ".ldm/prefect.db").parent.mkdir(exist_ok=True)
+    pages = url.removesuffix("/api")
     defaults = {DATABASE: f"sqlite+aiosqlite:///{database}", LEASES: "flows.leases", VACUUM: "events,flow_runs"}
-    defaults |= {ORIGINS: url.removesuffix("/api"), "PREFECT_UI_URL": url.removesuffix("/api")}  # the latter: in notifications
+    defaults |= {ORIGINS: pages, "PREFECT_UI_URL": pages}  # the latter: in notifications
     return {"PREFECT_UI_API_URL": url} | {name: os.environ.get(name) or value for name, value in defaults.items()}
 
 

@@ -65,12 +65,9 @@ def forget(root: Path, pid: int) -> None:
     with open_repository(root) as repo:
         _remove_empty(repo)
         with _edit_rwlock(repo.tmp_dir, repo.fs, repo.config["core"]["hardlink_lock"]) as record:
-            for path in [path for path, writer in record["write"].items() if writer["pid"] == pid]:
-                del record["write"][path]
-            for path, readers in list(record["read"].items()):
-                record["read"][path] = [reader for reader in readers if reader["pid"] != pid]
-                if not record["read"][path]:
-                    del record["read"][path]
+            others = {path: [one for one in readers if one["pid"] != pid] for path, readers in record["read"].items()}
+            record["read"] = {path: readers for path, readers in others.items() if readers}
+            record["write"] = {path: writer for path, writer in record["write"].items() if writer["pid"] != pid}
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ The whole pipeline at a tiny size, two ranks a training, Prefect and MLflow on P
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import random
@@ -20,6 +19,7 @@ from postgres import Postgres, postgres
 from schedules import Schedule
 from tiny import TINY, clone, set_params
 
+from ldm.base.files import locked
 from ldm.registry.tracking import experiment_id, mlflow_client
 from ldm.versioning.git import git
 
@@ -85,14 +85,15 @@ class World:
         self.schedule.wait(lambda: not [line for line in self.schedule.processes().values() if any(map(line.count, workers))], 20)
         client = mlflow_client()
         assert not client.search_runs([experiment_id(client)], "attributes.status = 'RUNNING'")
-        self.schedule.wait(lambda: _free(self.root / ".ldm/slots/rebuild.lock"), 5)  # the kernel frees memory before files
+        lock = self.root / ".ldm/slots/rebuild.lock"
+        assert lock.is_file()
+        self.schedule.wait(lambda: _free(lock), 5)  # the kernel frees memory before files
         record = self.root / ".ldm/worktrees/rebuild/.dvc/tmp/rwlock"
         assert not any(json.loads(record.read_text() or "{}").values())
 
 
 def _free(path: Path) -> bool:
-    with path.open() as lock, contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(BlockingIOError), locked(path, wait=False):
         return True
     return False
 

@@ -369,7 +369,7 @@ def check(year: Year, events: dict[int, list[str]]) -> None:
     print(year.happened, f"{len(find({}))} versions", sep="\n")
     print(git(year.root, "log", "--graph", "--format=%ad%d %s", "--date=short", "--glob=heads/runs/*"))
 
-    assert len(year.deleted) >= 8 and year.traces(list(year.deleted)) == []
+    assert len(year.deleted) == 8 and year.traces(list(year.deleted)) == []
     collection = year.root / ".ldm/worktrees/nightly" / MINE
     assert {path.read_bytes() for path in collection.rglob("*.png")} == year.images
     kept = [name for name in git(year.root, "for-each-ref", "--format=%(refname:lstrip=3)").splitlines() if "nightly/" in name]
