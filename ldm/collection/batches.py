@@ -22,9 +22,10 @@ from ldm.base.errors import InputError, disk_full
 from ldm.base.files import canonical_json, file_hash, locked
 from ldm.base.paths import INGEST_LOCK
 from ldm.config import load_settings
-from ldm.data.captions import normal, read_table
+from ldm.data.caption_columns import FURTHER, captions_in
 from ldm.data.conventions import BATCH_TABLE, batch_date
 from ldm.data.images import SUFFIXES, UNREAD
+from ldm.data.tables import normal, read_table
 from ldm.versioning.repository import open_repository
 
 PARTIAL = ".ingest.partial"  # in the collection; DVC (.dvcignore) and `read_folder` ignore it
@@ -70,7 +71,11 @@ def free_name(root: Path, collection: Path) -> Path:
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write the captions of a batch so that `read_table` reads the same."""
+    """Write the captions of a batch so that `read_table` reads the same: further captions of an image as `caption_2`, …"""
+    captions = captions_in(table)
+    table = table.drop(columns=FURTHER, errors="ignore")
+    for number in range(1, max(map(len, captions), default=0)):
+        table[f"caption_{number + 1}"] = [texts[number] if number < len(texts) else "" for texts in captions]
     # Quote everything: csv leaves a lone carriage return bare, which readers take for the end of a row.
     table.to_csv(path, index=False, quoting=csv.QUOTE_ALL, errors="backslashreplace")
     sync(path)

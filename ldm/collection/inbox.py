@@ -14,21 +14,12 @@ from typing import Any
 from ldm.base.errors import InputError
 from ldm.base.files import content_hash
 from ldm.collection.batches import is_image
-from ldm.data.captions import (
-    EXTENSIONS,
-    MAX_TEXT,
-    NOT_INGESTED,
-    TEXTS,
-    beside,
-    caption_of,
-    check_tables,
-    is_table,
-    normal,
-    read_table,
-)
+from ldm.data.caption_columns import FURTHER, all_captions, is_for_captions, merged
+from ldm.data.captions import EXTENSIONS, NOT_INGESTED, TEXTS, beside, caption_of
 from ldm.data.conventions import Convention
 from ldm.data.folders import Place, left_behind, unread
 from ldm.data.images import UNREAD, UnreadableImage
+from ldm.data.tables import MAX_TEXT, check_tables, is_table, normal, read_table
 
 # Why a file stays, beside what decoding an image and reading a caption say:
 UNCAPTIONED = "without a caption (a row of the table, or a .txt beside it)"
@@ -123,20 +114,19 @@ def _described(inbox: Path, name: str, listed: list[Row], files: list[str], conv
     if convention == "none":
         row: Row = {"text": ""}
     elif listed and not (convention == "text files" and any(_extension(file) in TEXTS for file in files)):
-        row = listed[0]
-        if any((other["text"], other.get("label")) != (row["text"], row.get("label")) for other in listed):
-            raise InputError("has two captions in the table; keep one")
+        row = merged(listed, name)
     elif texts := beside([name], files).get(name):
         try:
             blobs = {extension: _start(inbox / file) for extension, file in texts.items()}
         except OSError as error:
             raise InputError(f"its caption cannot be read: {error.strerror}") from None
         found = caption_of(blobs, name.rpartition(".")[0], convention)
-        row = {key: found[key] for key in ("text", "label") if key in found}
+        row = {key: found[key] for key in ("text", FURTHER, "label") if key in found}
         if not str(row.get("label", "")).strip():
             row.pop("label", None)  # tables hold no blank labels
         # a JSON that says more than the row stays
-        read = {texts[part]: content_hash(blobs[part]) for part in blobs if part != "json" or found.keys() <= {"text", "label"}}
+        said_all = found.keys() <= {"text", FURTHER, "label"}
+        read = {texts[part]: content_hash(blobs[part]) for part in blobs if part != "json" or said_all}
     else:
         raise InputError(UNCAPTIONED)
     return _writable(row | {"file_name": name}), read
@@ -151,8 +141,9 @@ def _start(path: Path) -> bytes:
 def _writable(row: Row) -> Row:
     """A row whose table can be read again, without columns that have no name; raises `InputError`."""
     named = [(name, value) for column, value in row.items() if (name := column.strip())]
-    texts = [text for name, value in named for text in (name, str(value))]
-    if len(dict(named)) < len(named) or not all(_is_text(text) and len(text) <= MAX_TEXT for text in texts):
+    renamed = [column for column in row if column != column.strip() and is_for_captions(column.strip())]
+    texts = [text for name, value in named if name != FURTHER for text in (name, str(value))] + all_captions(row)
+    if renamed or len(dict(named)) < len(named) or not all(_is_text(text) and len(text) <= MAX_TEXT for text in texts):
         raise InputError(UNWRITABLE)
     return dict(named)
 

@@ -151,7 +151,7 @@ def _take(found: Inbox, inbox: Path, collection: Path, data: Data, store: Path, 
     left, partial = found.left, collection / PARTIAL
     rows = found.rows if labelled is None else _alike(found.rows, labelled, left)
     new, copies = _hashed(inbox, list(rows), sizes, left)
-    recipe = Preprocessing(**data.model_dump(include={field.name for field in fields(Preprocessing)}))
+    recipe = Preprocessing(**data.model_dump(include={field.name for field in fields(Preprocessing)} - {"shapes"}))
 
     def check(name: str) -> None:
         blob = _unchanged(inbox / name, new[name].sha256, changed)

@@ -1,20 +1,19 @@
 """Captions of images, from tables, files beside the images or the names of folders. README.md has the conventions."""
 
-import csv
-import io
 import json
 import re
-import unicodedata
 from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from ldm.base.errors import InputError
+from ldm.data.caption_columns import FURTHER, MAIN, is_for_captions, take_captions, to_columns
 from ldm.data.conventions import BATCH_TABLE, Convention, batch_date
+from ldm.data.tables import MAX_TEXT, check_tables, described, encoding, is_table, merge_rows, normal, plain, read_table
 
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # in upper or lower case
 TEXTS = ("txt", "caption")  # extensions of a caption alone
 EXTENSIONS = (*TEXTS, "json", "cls")  # of files that belong to the image of their name
 PROMPTS = "prompts.csv"
@@ -26,7 +25,6 @@ ORIGINS = {
     "none": "nowhere (data.captions: none)",
 }
 ORIGIN = "\0origin"  # a column, while captions are collected
-MAX_TEXT = 2**20  # bytes of a caption or of an image's JSON
 # What looks like captions, by its suffix, unless it is about the collection:
 TEXTUAL = {".txt", ".caption", ".captions", ".cap", ".tags", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xlsx",
            ".xls", ".ods", ".xml", ".yaml", ".yml"}  # fmt: skip
@@ -38,21 +36,15 @@ ADVICE = "a metadata.csv (file_name,text), a .txt file beside each image, or a s
 
 
 class Captions(NamedTuple):
-    """A row of `table` for each image, by file name: `file_name`, `text`, maybe `label`, the further columns of tables."""
+    """A row of `table` for each image, by file name: `file_name`, `text`, maybe `label`, the further columns of tables.
+
+    `text` is the first caption; `captions` is a list of all where there are several, and NaN elsewhere.
+    """
 
     table: pd.DataFrame
-    origins: list[str]  # of each caption: table, file, folder name or none
+    origins: list[str]  # of the captions of each image: table, file, folder name or none
     files: set[str]  # that were read
     deleted: int = 0  # rows of batches whose images are gone
-
-
-def is_table(name: str) -> bool:
-    return PurePosixPath(name).name.lower() in TABLES
-
-
-def normal(name: str) -> str:
-    """A file name without "./" and with composed letters: macOS decomposes them, tables rarely do."""
-    return unicodedata.normalize("NFC", str(PurePosixPath(name)))
 
 
 def read_captions(
@@ -100,43 +92,6 @@ def read_captions(
     return Captions(table, table.pop(ORIGIN).tolist(), used, deleted)
 
 
-def check_tables(folder: Path, tables: list[str]) -> None:
-    """Raise `InputError` if two of the caption tables, relative to `folder`, are in one folder."""
-    by_place: dict[str, str] = {}
-    for name in sorted(tables):
-        if (other := by_place.setdefault(str(PurePosixPath(name).parent), name)) != name:
-            raise InputError(f"{folder / name}: there is a {PurePosixPath(other).name} beside it; keep one of the two")
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A table of captions: strings `file_name` and `text`, labels as text, further columns; raises `InputError`."""
-    rows, places = list[dict[str, Any]](), list[str]()
-    try:
-        for where, row in _rows(path):
-            row = _described(row)
-            if "text" not in row and "caption" in row:
-                row["text"] = row.pop("caption")
-            for column in ("file_name", "text"):
-                if column not in row:
-                    found = ", ".join(map(str, row)) or "none"
-                    raise InputError(f"{path}: {where}: column {column!r} is missing; found {found}")
-            if not (isinstance(row["file_name"], str) and isinstance(row["text"], str)):
-                what = f"{row['file_name']!r} and {row['text']!r}"
-                raise InputError(f"{path}: {where}: file_name and text must be strings, found {what}")
-            rows.append(row)
-            places.append(where)
-    except (ValueError, OSError, RecursionError, csv.Error) as error:
-        advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise InputError(f"{path}: not readable as a table: {error}{advice}") from None
-    table = pd.DataFrame(rows, columns=None if rows else ["file_name", "text"], dtype=object)
-    if "label" in table:
-        missing = table.label.isna() | (table.label.astype(str).str.strip() == "")
-        if missing.any():
-            raise InputError(f"{path}: {places[int(missing.argmax())]} has no label; give every image one, or drop the column")
-        table["label"] = table.label.astype(str)
-    return table
-
-
 def beside(
     images: Collection[str], files: Collection[str], extensions: Collection[str] = EXTENSIONS
 ) -> dict[str, dict[str, str]]:
@@ -153,28 +108,38 @@ def beside(
 
 
 def caption_of(blobs: Mapping[str, bytes], where: str, convention: Convention = "auto") -> dict[str, Any]:
-    """`text`, maybe `label`, and the further keys of the JSON, of the files of one image by extension; raises `InputError`."""
+    """`text`, maybe `captions` and `label`, and the further keys of the JSON, of the files of one image by extension.
+
+    Raises `InputError`. Of several places that say one caption each, all must say the same; lists of captions are added to it.
+    """
     texts = {part: decode(blob, f"{where}.{part}") for part, blob in blobs.items()}
     columns = _object(texts["json"], where) if "json" in texts else {}
     columns.pop("file_name", None)
-    given: dict[str, Any] = {f".{part}": texts[part] for part in TEXTS if part in texts}
-    in_json = {f"{key} of .json": columns.pop(key, None) for key in ("text", "caption")}
     label = texts.get("cls", columns.pop("label", None))
+    given = {f".{part}": [texts[part]] for part in TEXTS if part in texts}
+    further = list[str]()
+    if convention == "text files" and given:
+        given = dict([next(iter(given.items()))])
+    elif convention != "none":
+        in_json, further = take_captions(columns, MAIN, f"{where}.json")
+        given |= {f"{column} of .json": list(map(plain, found)) for column, found in in_json.items() if found}
+    columns = {column: value for column, value in columns.items() if not is_for_captions(column)}
     if convention == "none":
         return {"text": "", **columns}
-    if convention != "text files" or not given:
-        given |= {name: _plain(text) if isinstance(text, str) else text for name, text in in_json.items() if text is not None}
-    if not given and label is None:
+    _check_agreement(given, where)
+    captions = [*chain(*given.values()), *map(plain, further)]
+    if not captions and label is None:
         name = PurePosixPath(where).name
         raise InputError(f"{where}: has no caption; add {name}.txt, or say in data.captions where captions come from")
-    (source, text), *rest = given.items() or [("label", str(label))]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: has the caption {text!r}, which is no text")
-    other = next((name for name, value in rest if value != text), None)
-    if other and convention != "text files":
+    return to_columns(captions or [str(label)]) | ({} if label is None else {"label": str(label)}) | columns
+
+
+def _check_agreement(given: Mapping[str, list[str]], where: str) -> None:
+    single = {source: texts[0] for source, texts in given.items() if len(texts) == 1}
+    differ = [source for source, text in single.items() if text != next(iter(single.values()))]
+    if differ:
         advice = "keep one, or set data.captions: text files to use the text"
-        raise InputError(f"{where}: {source} and {other} differ; {advice}")
-    return {"text": text, **({} if label is None else {"label": str(label)}), **columns}
+        raise InputError(f"{where}: {next(iter(single))} and {differ[0]} differ; {advice}")
 
 
 def decode(blob: bytes, where: str) -> str:
@@ -182,89 +147,12 @@ def decode(blob: bytes, where: str) -> str:
     if len(blob) > MAX_TEXT:
         raise InputError(f"{where}: has {len(blob):,} bytes; at most {MAX_TEXT:,} are read")
     try:
-        text = blob.decode(_encoding(blob))
+        text = blob.decode(encoding(blob))
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text ({error}); save it as UTF-8") from None
     if "\0" in text:
         raise InputError(f"{where}: holds NUL characters, as UTF-16 without a mark does; save it as UTF-8")
-    return _plain(text)
-
-
-def _plain(text: str) -> str:
-    """With plain newlines, and without blanks around it."""
-    return io.StringIO(text, newline=None).read().strip()
-
-
-def _encoding(start: bytes) -> str:
-    return "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table, each with its place in the file."""
-    if path.suffix.lower() == ".parquet":
-        from pyarrow import parquet
-
-        try:
-            rows = parquet.read_table(path).to_pylist()
-        except Exception as error:  # a damaged file raises anything: OverflowError, NotImplementedError, …
-            raise ValueError(" ".join(str(error).split())) from None
-        for number, row in enumerate(rows, start=1):
-            yield f"row {number}", json.loads(json.dumps(row, default=_as_text))
-        return
-    with path.open("rb") as file:
-        start = file.read(2**12)
-    if b"\0" in start and _encoding(start) == "utf-8-sig":
-        raise ValueError("it holds NUL characters, as UTF-16 without a mark does")
-    with path.open(encoding=_encoding(start), newline="" if path.suffix.lower() == ".csv" else None) as text:
-        yield from _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
-
-
-def _as_text(value: Any) -> str:
-    """Dates and decimals of a parquet table as text; bytes may be pixels."""
-    if isinstance(value, bytes):
-        raise ValueError("a column holds bytes; leave it out")
-    return str(value)
-
-
-def _csv_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
-    first = file.readline()
-    file.seek(0)
-    # spreadsheets of many languages write semicolons
-    separator = next((mark for mark in ",;\t" if "file_name" in (name.strip(' "\r\n') for name in first.split(mark))), ",")
-    csv.field_size_limit(MAX_TEXT)
-    reader = csv.reader(file, delimiter=separator, strict=True)
-    header = [name.strip() for name in next(reader, [])]
-    while header and not header[-1]:  # spreadsheets write empty columns, too
-        header.pop()
-    if len(set(header)) < len(header) or "file_name" not in header or not {"text", "caption"} & set(header):
-        found = ", ".join(header) or "nothing"
-        raise ValueError(f"its first row must name the columns, file_name and text among them, each once; found {found}")
-    try:
-        for fields in filter(None, reader):
-            if not any(fields[len(header) :]):
-                del fields[len(header) :]
-            if len(fields) != len(header):
-                found = f"line {reader.line_num} has {len(fields)} fields, the first row {len(header)}"
-                many = len(fields) > len(header)
-                advice = "put captions that hold commas in double quotes" if many else "give every image its caption"
-                raise ValueError(f"{found}: {advice}")
-            yield f"line {reader.line_num}", dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        advice = "" if "limit" in str(error) else '; within a quoted caption, write "" for a quote'
-        raise ValueError(f"line {reader.line_num}: {error}{advice}") from None
-
-
-def _json_rows(file: io.TextIOBase) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no character
-            except ValueError as error:
-                raise ValueError(f"line {number} is no JSON ({error}): write one object a line, without commas between") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} holds {type(row).__name__}: write one object a line")
-            yield f"line {number}", row
+    return plain(text)
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
@@ -276,12 +164,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: its name or JSON is damaged: {error}") from None
     if not isinstance(columns, dict):
         raise InputError(f"{where}.json holds {type(columns).__name__}, expected an object")
-    return _described(columns)
-
-
-def _described(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of an image without its EXIF, which has places and names."""
-    return {str(key): value for key, value in columns.items() if str(key).lower() != "exif"}
+    return described(columns)
 
 
 def _from_tables(
@@ -303,9 +186,7 @@ def _from_tables(
         forms = {normal(image): image for image in mine}
         names = [n if n in mine or normal(n) in forms else n.replace("\\", "/") for n in part.file_name]  # as Windows writes them
         part["file_name"] = [n if n in mine else forms.get(normal(n), normal(n)) for n in names]
-        if part.file_name.duplicated().any():
-            twice = part.file_name[part.file_name.duplicated()].iloc[0]
-            raise InputError(f"{folder / name}: {twice!r} has more than one row; keep one caption an image")
+        part = merge_rows(part, str(folder / name))
         part = part.loc[[normal(prefix + image) not in without for image in part.file_name]].assign(**{ORIGIN: "table"})
         if name == prefix + BATCH_TABLE and batch_date(prefix.removesuffix("/")):
             here = [prefix + image in known or prefix + image in others for image in part.file_name]
@@ -344,7 +225,7 @@ def _from_files(folder: Path, image: str, files: Mapping[str, str] | None, conve
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; make it readable") from None
     found = caption_of(blobs, str(folder / stem), convention)
-    return {"file_name": image, **{key: found[key] for key in ("text", "label") if key in found}}
+    return {"file_name": image, **{key: found[key] for key in ("text", FURTHER, "label") if key in found}}
 
 
 def _without_files(folder: Path, images: list[str], convention: Convention) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import json
 import os
 import resource
 import shutil
@@ -25,6 +26,7 @@ from ldm.collection import ingest as module
 from ldm.collection.inbox import NO_FILE, UNCAPTIONED, UNUSED, UNWRITABLE, read_inbox, remaining
 from ldm.collection.ingest import KNOWN, LABELLED, REASONS, Ingested, ingest
 from ldm.config import load_settings
+from ldm.data.caption_columns import all_captions, captions_in
 from ldm.data.captions import NOT_INGESTED
 from ldm.data.folders import read_folder
 from ldm.data.shards import write_shards
@@ -144,13 +146,9 @@ def no_text(inbox: Path) -> None:
 
 LONG = "x" * (2**20 + 1)
 STAYS = {
-    "two captions": (
-        table("file_name,text\na.png,x\n./a.png,y\ngood.png,g\n"),
-        {"a.png": "has two captions in the table; keep one"},
-    ),
     "two labels": (
         table("file_name,text,label\na.png,x,1\na.png,x,2\ngood.png,g,1\n"),
-        {"a.png": "has two captions in the table; keep one"},
+        {"a.png": "a.png: has the labels '1' and '2' in rows of one image; keep one label"},
     ),
     "two tables": (
         all_of(table("file_name,text\na.png,x\n"), table("{}", "metadata.jsonl")),
@@ -207,7 +205,7 @@ def test_what_cannot_be_taken_stays_and_the_rest_moves(case: str, inbox: Path) -
         assert left == why
 
 
-@pytest.mark.parametrize("case", ["two captions", "no parquet", "names that are no text", "a label"])
+@pytest.mark.parametrize("case", ["two labels", "no parquet", "names that are no text", "a label"])
 def test_and_the_collection_can_be_read(case: str, root: Path, inbox: Path) -> None:
     (root / MINE).mkdir(parents=True)
     drop(root / MINE / "old.png", blob(9))
@@ -270,8 +268,9 @@ def test_originals_that_cannot_be_removed_stay_as_known(root: Path, inbox: Path)
     assert as_another_user(lambda: read_and_take(root, inbox)) == [[], {"000.png": KNOWN, "001.png": KNOWN}]
 
 
-NAMES = st.sampled_from(["", " ", "n", "n ", "text ", "caption", "exif", '"', "a\rb"]) | st.text(max_size=4)
-VALUES = st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=8), st.lists(st.integers()))
+CAPTIONS = ["caption", "text ", "captions", "captions ", "caption_1", "text_2", " text_2"]
+NAMES = st.sampled_from(["", " ", "n", "n ", "exif", '"', "a\rb", *CAPTIONS]) | st.text(max_size=4)
+VALUES = st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=8), st.lists(st.text(max_size=4)))
 COLUMNS = st.dictionaries(NAMES, VALUES, max_size=4)
 
 
@@ -291,9 +290,54 @@ def test_any_row_that_is_taken_can_be_read_again(tmp_path_factory: Any, rows: li
         module.batches.write_table(batch / "metadata.csv", module._table(list(found.rows.values())))
         for name in {path.name for path in batch.glob("*.png")} - found.rows.keys():
             (batch / name).unlink()
-        assert dict(read_folder(batch).table[["file_name", "text"]].itertuples(index=False)) == {
-            name: row["text"] for name, row in found.rows.items()
-        }
+        table = read_folder(batch).table
+        again = dict(zip(table.file_name, captions_in(table), strict=True))
+        assert again == {name: all_captions(row) for name, row in found.rows.items()}
+
+
+SEVERAL = {
+    "list.png": ["one", 'two, "quoted"', "three\nlines"],
+    "single.png": ["alone"],
+    "rows.png": ["first row", "second row"],
+    "beside.png": ["of .txt", "of .json"],
+}
+
+
+def all_of_mine(root: Path, batch: str | None) -> dict[str, list[str]]:
+    table = read_folder(root / MINE).table
+    return {n.removeprefix(f"{batch}/"): texts for n, texts in zip(table.file_name, captions_in(table), strict=True)}
+
+
+def test_several_captions_survive_ingest_and_deletions(root: Path, inbox: Path, tmp_path: Path) -> None:
+    """Also where the batch is ingested again, elsewhere."""
+    for number, name in enumerate(SEVERAL):
+        drop(inbox / name, blob(number))
+    rows = [{"file_name": name, "text": SEVERAL[name], "label": "x", "n": 7} for name in ("list.png", "single.png")]
+    rows += [{"file_name": "rows.png", "text": text, "label": "x", "n": 7} for text in SEVERAL["rows.png"]]
+    drop(inbox / "metadata.jsonl", "\n".join(json.dumps(row) for row in rows))
+    drop(inbox / "beside.txt", "of .txt")
+    drop(inbox / "beside.json", json.dumps({"captions": ["of .json"], "label": "x"}))
+    done = ingest(root, inbox)
+    assert not done.left and list(contents(inbox)) == ["metadata.jsonl"] and done.batch
+    batch = root / done.batch
+    assert all_of_mine(root, batch.name) == SEVERAL and set(read_folder(root / MINE).table.label) == {"x"}
+
+    (tmp_path / "again").mkdir()
+    for name, content in contents(batch).items():
+        drop(tmp_path / "again" / name, content)
+    elsewhere = Path(shutil.copytree(root, tmp_path / "elsewhere", symlinks=True))
+    shutil.rmtree(elsewhere / MINE)
+    again = ingest(elsewhere, tmp_path / "again")
+    assert len(again.moved) == 4 and again.batch
+    assert all_of_mine(elsewhere, Path(again.batch).name) == SEVERAL
+
+    (batch / "list.png").unlink()
+    drop(inbox / "metadata.jsonl", json.dumps({"file_name": "new.png", "text": ["a", "b"], "label": "y"}))
+    drop(inbox / "new.png", blob(9))
+    second = ingest(root, inbox)
+    assert second.forgotten == (f"{batch.name}/list.png",) and second.moved == ("new.png",) and second.batch
+    kept = {name: texts for name, texts in SEVERAL.items() if name != "list.png"}
+    assert all_of_mine(root, batch.name) == kept | {f"{Path(second.batch).name}/new.png": ["a", "b"]}
 
 
 @pytest.mark.parametrize("label", ["", " \n", None])

@@ -105,7 +105,10 @@ COMPLAINTS = {
     ),
     "image not there": (table_of("file_name,text\na.png,x\nb.png,y\nc.png,z\n"), ["metadata.csv", "names 1 images", "'c.png'"]),
     "image without row": (table_of("file_name,text\na.png,x\n"), ["metadata.csv", "no row for 1 images", "'b.png'"]),
-    "two rows": (table_of("file_name,text\na.png,x\nb.png,y\na.png,z\n"), ["metadata.csv", "'a.png'", "more than one row"]),
+    "two labels": (
+        table_of("file_name,text,label\na.png,x,1\nb.png,y,1\na.png,z,2\n"),
+        ["metadata.csv", "'a.png'", "the labels '1' and '2' in rows of one image"],
+    ),
     "unquoted commas": (
         table_of("file_name,text\na.png,x,y\nb.png,x,z\n"),
         ["metadata.csv", "line 2 has 3 fields", "double quotes"],
@@ -121,11 +124,11 @@ COMPLAINTS = {
     ),
     "null caption": (
         table_of('{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": null}\n', "metadata.jsonl"),
-        ["metadata.jsonl", "line 2", "'b.png'", "strings"],
+        ["metadata.jsonl", "line 2", "'b.png' has no caption"],
     ),
     "number as caption": (
         table_of('{"file_name": "a.png", "text": 1}\n{"file_name": "b.png", "text": 2}\n', "metadata.jsonl"),
-        ["metadata.jsonl", "line 1", "'a.png' and 1"],
+        ["metadata.jsonl", "line 1", "'a.png': text is 1; a caption is a string"],
     ),
     "sidecar missing": (sidecar_missing, ["b.png", "no b.txt is beside it"]),
     "sidecar not UTF-8": (sidecar_latin1, ["a.txt", "UTF-8"]),

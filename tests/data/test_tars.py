@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "compressed": (compressed, "not a readable plain tar"),
     "no caption": (plain(PICTURE), "bad.tar/a: has no caption; add a.txt"),
     "two captions": (plain(PICTURE, ("a.txt", b"x"), ("a.json", b'{"caption": "y"}')), r"a: \.txt and caption of \.json differ"),
-    "caption is a number": (plain(PICTURE, ("a.json", b'{"text": 1}')), "a: has the caption 1"),
+    "caption is a number": (plain(PICTURE, ("a.json", b'{"text": 1}')), r"a\.json: text is 1; a caption is a string"),
     "no JSON": (plain(PICTURE, ("a.json", b"{")), "bad.tar/a: its name or JSON is damaged"),
     "JSON list": (plain(PICTURE, ("a.json", b"[1]")), "a.json holds list"),
     "caption not UTF-8": (plain(PICTURE, ("a.txt", b"\xff")), "a.txt: not UTF-8"),

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ldm.base.errors import InputError
 from ldm.base.files import replacing
+from ldm.data.caption_columns import FURTHER, MAIN, NUMBERED, is_for_captions
 from ldm.data.sources.source import Source
 
 HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?@(?P<commit>[0-9a-f]{40})")
@@ -28,8 +29,9 @@ class HuggingFace(Source):
     def write(self, root: Path, out: Path) -> int:
         """Write each split as `SPLIT/00000000.SUFFIX`, with the images' own bytes, and captions as `metadata.jsonl`.
 
-        The table has `file_name`, `text` (the first of several captions), `label` if one column holds classes, and every other
-        scalar. A row without an image becomes an empty file, which the `shard` stage quarantines; one without text is refused.
+        The table has `file_name`, `text` (a list of several captions), `captions` and numbered captions where the data set has
+        them, `label` if one column holds classes, and every other scalar. A row without an image becomes an empty file, which the
+        `shard` stage quarantines; one without text is refused.
         """
         where = f"data.source.dataset {self.dataset!r}"
         splits, local = _load(self.dataset, root, where)
@@ -95,24 +97,26 @@ def _columns(features: dict[str, Any], where: str) -> tuple[str, dict[str, str]]
         raise InputError(f"{where}: expected one column of images, found {len(images)} among its columns {found}")
     label = classes[0] if len(classes) == 1 else None
     texts = [name for name, type_ in types.items() if type_.removeprefix("list of ") in STRINGS]
-    caption = next((name for name in ("text", "caption") if name in texts), texts[0] if len(texts) == 1 else label)
-    if caption is None:
+    further = {name: name for name in texts if name == FURTHER or NUMBERED.fullmatch(name)}
+    otherwise = None if further else texts[0] if len(texts) == 1 else label
+    caption = next((name for name in MAIN if name in texts), otherwise)
+    if caption is None and not further:
         expected = "expected text or caption, or a single one of strings or of classes, among its columns"
         raise InputError(f"{where}: which column holds the captions? {expected} {found}")
-    columns = {"text": caption} | ({"label": label} if label else {})
-    for name in types:
-        if name not in (caption, label) and (types[name] in (*STRINGS, "bool", "ClassLabel") or NUMBER.fullmatch(types[name])):
+    columns = ({"text": caption} if caption else {}) | further | ({"label": label} if label else {})
+    for name, kind in types.items():
+        if name not in columns.values() and (kind in (*STRINGS, "bool", "ClassLabel") or NUMBER.fullmatch(kind)):
             free = name
-            while free in ("file_name", *columns):
+            while free == "file_name" or free in columns or (is_for_captions(free) and name not in texts):
                 free = f"source_{free}"
             columns[free] = name
     return images[0], columns
 
 
 def _value(value: Any, feature: Any) -> Any:
-    """A value for `metadata.jsonl`: the first of several captions, the name of a class, None for what is hidden or missing."""
+    """A value for `metadata.jsonl`: captions, the name of a class, None for what is hidden or missing."""
     if isinstance(value, list):
-        value = value[0] if value else None
+        return [text for text in value if text is not None] or None
     if value is not None and hasattr(feature, "int2str"):  # hidden classes are -1
         return None if value < 0 else feature.int2str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN or infinity

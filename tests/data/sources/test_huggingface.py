@@ -71,7 +71,7 @@ def test_a_data_set_keeps_bytes_captions_labels_and_scalars(tmp_path):
         kind = list(SUFFIXES)[int(row["file_name"][3:-4]) % len(SUFFIXES)] if blob not in (b"", b"no image") else "PNG"
         assert line == {
             "file_name": f"{split}/{number:08d}.{SUFFIXES[kind]}",
-            "text": row["caption"][0],
+            "text": row["caption"],
             "label": ("cat", "dog")[row["kind"]],
             "source_file_name": row["file_name"],
             "width": row["width"],
@@ -93,7 +93,8 @@ def test_a_data_set_keeps_bytes_captions_labels_and_scalars(tmp_path):
     counts = {split: stop - start for split, (start, stop) in index["splits"].items()}
     assert sum(counts.values()) == 80 - 6  # no image, an empty file and none that anyone knows, in both splits
     captions = open_shards(tmp_path / "shards", "train").captions
-    assert set(captions.text) <= {line["text"] for line in written} and set(captions.label) == {"cat", "dog"}
+    assert set(captions.text) <= {line["text"][0] for line in written} and captions.captions.str[1].eq("second caption").all()
+    assert set(captions.label) == {"cat", "dog"}
 
 
 def test_an_image_folder(tmp_path):
@@ -139,6 +140,12 @@ CHOICES = {
     ),
     "two columns of classes": ({"text": STRING, "k": NAMES, "l": NAMES}, {"text": "text 0", "k": "cat", "l": "cat"}),
     "a label that is no class": ({"text": STRING, "label": Value("int8")}, {"text": "text 0", "label": 0}),
+    "numbered captions": (
+        {"caption_0": STRING, "caption_1": STRING, "kind": NAMES},
+        {"caption_0": "caption_0 0", "caption_1": "caption_1 0", "label": "cat"},
+    ),
+    "captions beside text": ({"captions": STRING, "text": STRING}, {"text": "text 0", "captions": "captions 0"}),
+    "a number of captions": ({"captions": Value("int8"), "title": STRING}, {"text": "title 0", "source_captions": 0}),
     "text that is no string": ({"text": Value("int8"), "caption": STRING}, {"text": "caption 0", "source_text": 0}),
 }
 
