@@ -55,7 +55,7 @@ class Choice(Section):
 
 
 class OneOf:
-    """`sampler: Annotated[Sampler, OneOf()]` takes any choice below `Sampler`, told apart by `kind`."""
+    """`sampler: Annotated[Sampler, OneOf()]` takes any choice below `Sampler`, told apart by `kind`; NAME is {kind: NAME}."""
 
     def __get_pydantic_core_schema__(self, base: type[Choice], handler: Any) -> core_schema.CoreSchema:
         def choose(values: Any) -> Any:
@@ -63,6 +63,8 @@ class OneOf:
                 return values
             known = kinds(base)
             names = list(known)
+            if isinstance(values, str):
+                values = {"kind": values}
             if not isinstance(values, dict) or ("kind" not in values and len(known) > 1):
                 raise PydanticCustomError("no_kind", f"write {{kind: NAME}} and its options; known are {', '.join(names)}")
             kind = values.get("kind", names[0])
@@ -182,7 +184,10 @@ def assigned(values: Any, assignments: Iterable[str]) -> Any:
         section = values
         for part in path:
             try:
-                section = section[int(part)] if isinstance(section, list) and part.isdecimal() else section.setdefault(part, {})
+                place = int(part) if isinstance(section, list) and part.isdecimal() else part
+                inner = section[place] if isinstance(place, int) else section.get(place, {})
+                section[place] = {"kind": inner} if isinstance(inner, str) else inner  # a name is short for its kind
+                section = section[place]
             except (IndexError, AttributeError):
                 raise InputError(f"--set {assignment}: there is no {part} in {key}") from None
         if not isinstance(section, dict):

@@ -1,4 +1,4 @@
-"""Image files, the preprocessing that makes them squares of one size, and arrays of their pixels."""
+"""Image files, the preprocessing that gives them a shape that models see, and arrays of their pixels."""
 
 import contextlib
 import functools
@@ -13,6 +13,8 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from ldm.data.shapes import Shape, as_text, cropped, nearest
+
 SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"}
 UNREAD = {  # images that we cannot read
     ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf",
@@ -23,8 +25,11 @@ FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for 1 and 3 channels
 MAX_PIXELS = 89_478_485  # Pillow warns beyond this
 ORIENTATION = 0x0112  # EXIF tag
+TURNED = range(5, 9)  # its values that exchange width and height
+ORIENTING = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # what of a PNG may hold it, before its pixels or after
 JPEG = b"\xff\xd8"  # first bytes of a file
 PROFILE = "profile"  # in the `info` of an image that was converted to sRGB: the name of its colour profile
+CROPPED = "cropped"  # in the `info` of an image that `Preprocessing.read` made: the share of the file's pixels that it lost
 SAME = 1  # level of 256 by which colours of a profile may differ from sRGB's and still count as these
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our own limit raises an error instead
@@ -39,43 +44,68 @@ class UnreadableImage(Exception):
 class Preprocessing:
     """How an image file becomes a stored image; part of the identity of shards, latents and models."""
 
-    image_size: int  # pixels, the side of the square that models see
+    image_size: int  # pixels, the side of the square that models see, or of one with the area of the other shapes
     channels: int  # 1 greyscale, 3 RGB
     resize_filter: str = "lanczos"  # a key of FILTERS
     fit: str = "cover"  # cover: crop at the centre; contain: pad with the background; stretch
     background: str = "#ffffff"  # behind transparency and padding
-    margin: int = 0  # pixels stored beyond image_size, for random crops
+    margin: int = 0  # pixels stored beyond the shape, for random crops
+    shapes: tuple[Shape, ...] = ()  # that models see, (height, width), if not the square alone; from JSON, lists
+
+    def __post_init__(self) -> None:
+        shapes = tuple((height, width) for height, width in self.shapes)
+        object.__setattr__(self, "shapes", () if shapes == ((self.image_size, self.image_size),) else shapes)
 
     @property
-    def side(self) -> int:
-        """The side of stored images in pixels."""
-        return self.image_size + self.margin
+    def all_shapes(self) -> tuple[Shape, ...]:
+        """The shapes that models see, (height, width)."""
+        return self.shapes or ((self.image_size, self.image_size),)
+
+    def shape_of(self, width: int, height: int) -> Shape:
+        """The shape that an upright image of this size gets: of the nearest aspect ratio."""
+        return nearest(self.all_shapes, width, height)
+
+    def shape_in(self, blob: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> Shape:
+        """The shape that an image file gets. It is opened only if there are several; raises `UnreadableImage`."""
+        return self.shape_of(*upright_size(blob, min_side, max_pixels)) if self.shapes else self.all_shapes[0]
+
+    def stored(self, shape: Shape) -> Shape:
+        """Height and width of stored images of a shape, in pixels."""
+        return shape[0] + self.margin, shape[1] + self.margin
 
     @property
     def described(self) -> str:
         """Size and filter in a few words, such as `32x32x1, lanczos`; results are comparable only if these are equal."""
-        words = [f"{self.image_size}x{self.image_size}x{self.channels}", self.resize_filter]
-        words += [self.fit] * (self.fit != "cover") + [f"of {self.side}x{self.side}"] * (self.margin > 0)
+        size = f"{self.image_size}x{self.image_size}x{self.channels}"
+        if self.shapes:
+            size += f" in {len(self.shapes)} buckets {as_text(self.shapes[0])} to {as_text(self.shapes[-1])}"
+        words = [size, self.resize_filter] + [self.fit] * (self.fit != "cover")
+        if self.margin:
+            side = self.image_size + self.margin
+            words.append(f"margin {self.margin}" if self.shapes else f"of {side}x{side}")
         return ", ".join(words + [f"on {self.background}"] * (self.background != "#ffffff"))
 
     def read(self, blob: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """Decode an image file and make it a stored image; raises `UnreadableImage`."""
+        """Decode an image file and make it a stored image; raises `UnreadableImage`. Its `info` has `PROFILE` and `CROPPED`."""
         image = decode(blob, channels=self.channels, background=self.background, min_side=min_side, max_pixels=max_pixels)
-        stored = fit_square(image, self.side, self.resize_filter, self.fit, self.background)
-        stored.info = image.info
+        height, width = self.stored(self.shape_of(*image.size))
+        stored = fit_to(image, (width, height), self.resize_filter, self.fit, self.background)
+        lost = cropped((height, width), *image.size) if self.fit == "cover" else 0.0
+        stored.info = image.info | {CROPPED: lost}
         return stored
 
     def as_seen(self, blob: bytes) -> np.ndarray:
-        """An image file as a model sees it, uint8 (C, S, S): the centre of the stored image; raises `UnreadableImage`."""
-        start, end = self.margin // 2, self.margin // 2 + self.image_size
-        return to_array(self.read(blob))[:, start:end, start:end]
+        """An image file as a model sees it, uint8 (C, H, W): the centre of the stored image; raises `UnreadableImage`."""
+        stored, start = to_array(self.read(blob)), self.margin // 2
+        _, height, width = stored.shape
+        return stored[:, start : start + height - self.margin, start : start + width - self.margin]
 
     def is_stored(self, blob: bytes) -> bool:
         """Whether a file is a JPEG whose picture needs no change: that is stored as it is, without loss."""
         if not blob.startswith(JPEG):
             return False
         with Image.open(io.BytesIO(blob), formats=("JPEG",)) as image:
-            fits = image.mode == MODES[self.channels] and image.size == (self.side, self.side)
+            fits = image.mode == MODES[self.channels] and image.size[::-1] == self.stored(self.shape_of(*image.size))
             upright = image.getexif().get(ORIENTATION, 1) == 1
             return fits and upright and not _conversion(image.info.get("icc_profile"), image.mode)
 
@@ -87,14 +117,7 @@ def decode(
 
     Upright, its first frame, in sRGB, on `background`. Its `info` has the name of a profile that was converted (`PROFILE`).
     """
-    if not blob:
-        raise UnreadableImage("the file is empty")
-    with _reasons(), Image.open(io.BytesIO(blob), formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels {max_pixels}")
-        if min(width, height) < min_side:
-            raise UnreadableImage(f"{width} x {height} pixels, smaller than data.min_side {min_side}")
+    with _opened(blob, min_side, max_pixels) as image:
         upright = _with_8_bits(ImageOps.exif_transpose(image))
         alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
         colours, profile = _in_srgb(upright, image.info.get("icc_profile"))
@@ -105,6 +128,30 @@ def decode(
         decoded = colours.convert(MODES[channels])
         decoded.info = {PROFILE: profile} if profile else {}  # without EXIF and the like, which a PNG would carry on
         return decoded
+
+
+def upright_size(blob: bytes, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of what `decode` would return, by the file's header; raises `UnreadableImage`."""
+    with _opened(blob, min_side, max_pixels) as image:
+        width, height = image.size  # of a TIFF, Pillow has turned them already
+        if image.format == "PNG" and not any(name in blob for name in ORIENTING):  # Pillow would decode the pixels to find none
+            return width, height
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in TURNED
+        return (height, width) if turned else (width, height)
+
+
+@contextlib.contextmanager
+def _opened(blob: bytes, min_side: int, max_pixels: int) -> Iterator[Image.Image]:
+    """An image of a size within bounds, its pixels not decoded yet; what goes wrong within is an `UnreadableImage`."""
+    if not blob:
+        raise UnreadableImage("the file is empty")
+    with _reasons(), Image.open(io.BytesIO(blob), formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels {max_pixels}")
+        if min(width, height) < min_side:
+            raise UnreadableImage(f"{width} x {height} pixels, smaller than data.min_side {min_side}")
+        yield image
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
@@ -161,14 +208,14 @@ def _conversion(profile: bytes | None, mode: str) -> tuple[Callable[[Image.Image
     return (lambda grey: grey.point(table)) if mode == "L" else transform.apply, name
 
 
-def decode_stored(blob: bytes, preprocessing: Preprocessing) -> np.ndarray:
-    """Pixels of a stored image, uint8 (H, W, C); raises `UnreadableImage` if `preprocessing` does not store such images."""
+def decode_stored(blob: bytes, preprocessing: Preprocessing, shape: Shape) -> np.ndarray:
+    """Pixels of a stored image of a shape, uint8 (H, W, C); raises `UnreadableImage` if it is none of `preprocessing`."""
     with _reasons():
-        side, mode = preprocessing.side, MODES[preprocessing.channels]
+        (height, width), mode = preprocessing.stored(shape), MODES[preprocessing.channels]
         image = (JpegImageFile if blob.startswith(JPEG) else PngImageFile)(io.BytesIO(blob))  # no other format is stored
-        if image.mode != mode or image.size != (side, side):
-            raise ValueError(f"{image.mode} of {image.width} x {image.height} pixels, expected {mode} of {side} x {side}")
-        return np.frombuffer(image.tobytes(), dtype=np.uint8).reshape(side, side, preprocessing.channels)
+        if image.mode != mode or image.size != (width, height):
+            raise ValueError(f"{image.mode} of {image.width} x {image.height} pixels, expected {mode} of {width} x {height}")
+        return np.frombuffer(image.tobytes(), dtype=np.uint8).reshape(height, width, preprocessing.channels)
 
 
 @contextlib.contextmanager
@@ -185,13 +232,15 @@ def _reasons() -> Iterator[None]:
         raise UnreadableImage(f"{type(error).__name__}: {reason}") from None
 
 
-def fit_square(image: Image.Image, size: int, resize_filter: str, fit: str = "cover", background: str = "#ffffff") -> Image.Image:
-    """Make `image` a square of `size` pixels: `cover` crops at the centre, `contain` pads, `stretch` distorts."""
+def fit_to(
+    image: Image.Image, size: tuple[int, int], resize_filter: str, fit: str = "cover", background: str = "#ffffff"
+) -> Image.Image:
+    """Give `image` a size (width, height): `cover` crops at the centre, `contain` pads, `stretch` distorts."""
     if fit == "cover":
-        return ImageOps.fit(image, (size, size), method=FILTERS[resize_filter])
+        return ImageOps.fit(image, size, method=FILTERS[resize_filter])
     if fit == "contain":
-        return ImageOps.pad(image, (size, size), FILTERS[resize_filter], ImageColor.getcolor(background, image.mode))
-    return image.resize((size, size), FILTERS[resize_filter])
+        return ImageOps.pad(image, size, FILTERS[resize_filter], ImageColor.getcolor(background, image.mode))
+    return image.resize(size, FILTERS[resize_filter])
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -4,6 +4,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from PIL import Image
 from ldm.base.errors import InputError
 from ldm.base.files import file_hash
 from ldm.data.batches import order
+from ldm.data.caption_columns import FURTHER, captions_in
 from ldm.data.captions import ORIGINS
 from ldm.data.conventions import Convention
 from ldm.data.folders import Place
-from ldm.data.images import MAX_PIXELS, PROFILE, UnreadableImage, decode, fit_square, from_array, to_array
+from ldm.data.images import MAX_PIXELS, PROFILE, UnreadableImage, decode, fit_to, from_array, to_array
 from ldm.data.parallel import IMAGES_PER_WORKER, default_workers, mapped
 from ldm.data.reader import PARTS, SPLITS, ShardReader, open_shards
 from ldm.data.shards import read_collection
@@ -74,7 +76,7 @@ def _check_split(reader: ShardReader, folder: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What was found. `images`: `file_name`, `text`, maybe `label`, `width`, `height`, `bytes`, `split` of shards."""
+    """What was found. `images`: `file_name`, `text`, maybe `captions` and `label`, `width`, `height`, `bytes`, maybe `split`."""
 
     images: pd.DataFrame
     unreadable: pd.DataFrame  # file_name, reason
@@ -93,14 +95,19 @@ class Inventory:
             if counts:
                 lines.append((name, ", ".join(f"{count:,} {what}" for what, count in counts.items())))
         if len(images):
-            spreads = images[["width", "height", "bytes"]].assign(captions=images.text.str.len()).quantile([0, 0.5, 1])
+            captions = captions_in(images)
+            texts, several = pd.Series([*chain(*captions)], dtype=str), sum(len(found) > 1 for found in captions)
+            spreads = images[["width", "height", "bytes"]].quantile([0, 0.5, 1])
+            spreads["captions"] = texts.str.len().quantile([0, 0.5, 1])
             spread = {str(name): f"{low:,.0f} to {high:,.0f}, median {mid:,.0f}" for name, (low, mid, high) in spreads.items()}
-            empty = (images.text.str.strip() == "").sum()
             origins = ", ".join(f"{count:,} from {ORIGINS[origin]}" for origin, count in self.origins.items())
-            spread["captions"] = (
-                f"{origins}; {images.text.nunique():,} distinct, {empty:,} empty; {spread['captions']} characters"
-            )
+            numbers = f"{texts.nunique():,} distinct, {(texts.str.strip() == '').sum():,} empty"
+            numbers += f"; {several:,} images have several" if several else ""
+            spread["captions"] = f"{origins}; {numbers}; {spread['captions']} characters"
             lines += spread.items()
+        if "split" in images:  # in shards, few sizes
+            sizes = Counter(zip(images.width, images.height, strict=True))
+            lines.append(("shapes", ", ".join(f"{n:,} of {width}x{height}" for (width, height), n in sorted(sizes.items()))))
         if len(images) and "label" in images:
             labels = images.label.value_counts()
             listed = [f"{label} {count:,}" for label, count in labels.head(MOST_FREQUENT).items()]
@@ -124,7 +131,7 @@ def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS, ca
         found = list(looks)
     bad = {name: str(error) for name, error in zip(table.file_name, found, strict=True) if isinstance(error, UnreadableImage)}
     readable = np.flatnonzero(~table.file_name.isin(bad))
-    images = table.iloc[readable].filter(["file_name", "text", "label"])  # others may have the names of these columns
+    images = table.iloc[readable].filter(["file_name", "text", FURTHER, "label"])  # others may have the names of these columns
     seen = pd.DataFrame([found[i] for i in readable], images.index, ["width", "height", "bytes", PROFILE])
     converted = Counter(seen.pop(PROFILE).dropna())
     unreadable = pd.DataFrame([*collection.refused.items(), *bad.items()], columns=["file_name", "reason"])
@@ -136,8 +143,7 @@ def inspect(folder: Path, *, min_side: int = 1, max_pixels: int = MAX_PIXELS, ca
 
 def _inspect_shards(folder: Path) -> Inventory:
     readers = [open_shards(folder, split) for split in SPLITS]
-    side = readers[0].preprocessing.side
-    parts = [r.captions.assign(width=side, height=side, bytes=r.offsets[:, 2], split=r.split) for r in readers]
+    parts = [_stored_images(reader) for reader in readers]
     places = [(reader, i) for reader in readers for i in range(len(reader))]
     drawn = [places[i] for i in order(0, len(places), 0, min(SHEET, len(places)))]
     quarantined = pd.read_csv(folder / "quarantine.csv", dtype=str, keep_default_na=False)
@@ -146,5 +152,13 @@ def _inspect_shards(folder: Path) -> Inventory:
     return Inventory(pd.concat(parts, ignore_index=True), quarantined, origins, index.get("converted", {}), {}, sheet)
 
 
+def _stored_images(reader: ShardReader) -> pd.DataFrame:
+    """The part of `Inventory.images` that is of one split."""
+    images = reader.captions.assign(width=0, height=0, bytes=reader.offsets[:, 2], split=reader.split)
+    for shape, positions in reader.shapes.items():
+        images.loc[positions, ["height", "width"]] = reader.preprocessing.stored(shape)
+    return images
+
+
 def _sheet(images: Iterable[Image.Image]) -> np.ndarray:
-    return np.array([to_array(fit_square(image.convert("RGB"), TILE, "lanczos", "contain")) for image in images])
+    return np.array([to_array(fit_to(image.convert("RGB"), (TILE, TILE), "lanczos", "contain")) for image in images])

@@ -18,8 +18,9 @@ from ldm.base.files import canonical_json, content_hash
 from ldm.base.paths import SHARD_CACHE, SHARDS
 from ldm.data.images import Preprocessing, UnreadableImage, decode_stored
 from ldm.data.remote import ShardCache, is_url
+from ldm.data.shapes import Shape, as_text
 
-VERSION = 2  # of index.json
+VERSION = 3  # of index.json
 SPLITS = ("train", "val", "test")
 PARTS = ("image", "txt", "json")  # columns of offsets.npy: shard number, then offset and size of each part
 OPEN_FILES = 64  # shards on this disk that are open at once
@@ -40,11 +41,11 @@ class ShardReader:
     """Random access to the samples of one split: `len(reader)`, `reader[i]`. Safe to use in a forked process.
 
     `place` is a folder, or a URL whose shards come through `cache`, a bounded folder on this disk. `offsets` are the split's
-    rows of offsets.npy, int64 (N, 7): shard number, then offset and size of each of `PARTS`.
+    rows of offsets.npy, int64 (N, 7): shard number, then offset and size of each of `PARTS`; of a subset only `rows` of them.
     """
 
-    def __init__(self, place: Path | str, split: str, cache: ShardCache | None = None):
-        self.place, self.split, self._cache = place, split, cache
+    def __init__(self, place: Path | str, split: str, cache: ShardCache | None = None, rows: np.ndarray | None = None):
+        self.place, self.split, self._cache, self._rows = place, split, cache, rows
         self._files: dict[int, IO[bytes]] = {}  # by shard number, in the order of opening
         where = f"{place}/index.json"
         try:
@@ -64,6 +65,11 @@ class ShardReader:
             self.offsets = self._read_offsets()[start:stop]
             if len(self) != stop - start:
                 raise InputError(f"{place}/offsets.npy: {len(self)} rows of {split}, {stop - start} expected; {AGAIN}")
+            if rows is not None:
+                self.offsets = np.array(self.offsets[rows])
+            self._shard_shapes = [(height, width) for height, width in (shard["shape"] for shard in self.index["shards"])]
+            if unknown := set(self._shard_shapes) - set(self.preprocessing.all_shapes):
+                raise ValueError(f"a shard of shape {list(unknown.pop())}, which its preprocessing does not have")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{where}: damaged ({type(error).__name__}: {error}); {AGAIN}") from None
 
@@ -76,19 +82,54 @@ class ShardReader:
         return Sample(key, self.images([position])[0], text, meta)
 
     def images(self, positions: Sequence[int] | np.ndarray, crops: np.ndarray | None = None) -> np.ndarray:
-        """Decoded pixels, uint8 (N, C, H, W), cropped at the centre or by `crops` (N, 3): first row, first column, mirrored."""
-        p = self.preprocessing
-        images = np.empty((len(positions), p.image_size, p.image_size, p.channels), dtype=np.uint8)
-        for i, (shard, offset, size, *_) in enumerate(self.offsets[np.asarray(positions, dtype=np.int64)].tolist()):
+        """Decoded pixels, uint8 (N, C, H, W), cropped at the centre or by `crops` (N, 3): first row, first column, mirrored.
+
+        A `ValueError` if they are not all of one shape.
+        """
+        p, rows = self.preprocessing, self.offsets[np.asarray(positions, dtype=np.int64)].tolist()
+        height, width = shape = self._shape_of_all([shard for shard, *_ in rows])
+        images = np.empty((len(rows), height, width, p.channels), dtype=np.uint8)
+        for i, (shard, offset, size, *_) in enumerate(rows):
             try:
-                image = decode_stored(self._read(shard, offset, size), p)
+                image = decode_stored(self._read(shard, offset, size), p, shape)
             except UnreadableImage as error:
                 where = f"{self.place}/{self.index['shards'][shard]['name']}: sample {self._key(shard, offset)}"
                 raise InputError(f"{where} is damaged ({error}); {AGAIN}") from None
             top, left, mirrored = (p.margin // 2, p.margin // 2, 0) if crops is None else crops[i]
-            image = image[top : top + p.image_size, left : left + p.image_size]
+            image = image[top : top + height, left : left + width]
             images[i] = image[:, ::-1] if mirrored else image
         return images.transpose(0, 3, 1, 2)  # a view: pixels lie as decoders write them and as convolutions like them
+
+    def _shape_of_all(self, shards: list[int]) -> Shape:
+        """The one shape of these shards' samples; of none, the first that there is."""
+        shapes = sorted({self._shard_shapes[shard] for shard in shards}) or list(self.preprocessing.all_shapes[:1])
+        if len(shapes) > 1:
+            raise ValueError(f"images of {' and '.join(map(as_text, shapes))}: read those of one shape at a time (`shapes`)")
+        return shapes[0]
+
+    def shape_of(self, position: int) -> Shape:
+        """The shape (height, width) of a sample's image."""
+        return self._shard_shapes[int(self.offsets[position, 0])]
+
+    @cached_property
+    def shapes(self) -> dict[Shape, np.ndarray]:
+        """The shapes (height, width) of this split, in order, each with the positions of its samples, ascending."""
+        found: dict[Shape, list[np.ndarray]] = {}
+        for shard, positions in self.shard_positions():
+            found.setdefault(tuple(shard["shape"]), []).append(np.arange(positions.start, positions.stop))
+        return {shape: np.concatenate(found[shape]) for shape in sorted(found)}
+
+    def subset(self, positions: Sequence[int] | np.ndarray) -> "ShardReader":
+        """A reader of the samples at these positions alone, in ascending order. Its `digest` is that of all shards."""
+        chosen = np.unique(np.asarray(positions, dtype=np.int64))
+        return ShardReader(self.place, self.split, self._cache, chosen if self._rows is None else self._rows[chosen])
+
+    def first_by_hash(self, count: int) -> "ShardReader":
+        """At most `count` samples, those whose keys are the smallest: a choice by content that stays, as a split grows."""
+        if count >= len(self):
+            return self
+        keys = [self._key(shard, offset) for shard, offset in self.offsets[:, :2].tolist()]
+        return self.subset(sorted(range(len(keys)), key=keys.__getitem__)[:count])
 
     @property
     def digest(self) -> str:
@@ -117,7 +158,7 @@ class ShardReader:
     def captions_of(self, positions: range) -> pd.DataFrame:
         """The rows of `captions` at these positions."""
         rows = []
-        for key, text, meta in map(self._caption, self.offsets[positions.start : positions.stop].tolist()):
+        for key, text, meta in map(self._caption, self.offsets[positions.start : positions.stop : positions.step].tolist()):
             sample = {"key": key, "text": text}
             rows.append(sample | meta | sample)  # a column `key` of the caption table does not replace the sample's
         return pd.DataFrame(rows)
@@ -162,7 +203,7 @@ class ShardReader:
             raise InputError(f"{self.place}/{name}: not found, though index.json lists it; {AGAIN}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.place, self.split, self._cache)
+        return ShardReader, (self.place, self.split, self._cache, self._rows)
 
 
 def open_shards(

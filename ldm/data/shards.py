@@ -19,13 +19,26 @@ from PIL import Image
 
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, content_hash, file_hash, replacing
+from ldm.base.options import chosen
+from ldm.data.caption_columns import all_captions, captions_in
 from ldm.data.captions import PROMPTS
 from ldm.data.conventions import Convention
 from ldm.data.folders import Collection, Place, read_folder, walk
-from ldm.data.images import MAX_PIXELS, PROFILE, SUFFIXES, Preprocessing, UnreadableImage, decode_stored, to_array, to_png
+from ldm.data.images import (
+    CROPPED,
+    MAX_PIXELS,
+    PROFILE,
+    SUFFIXES,
+    Preprocessing,
+    UnreadableImage,
+    decode_stored,
+    to_array,
+    to_png,
+)
 from ldm.data.jpeg import bare
 from ldm.data.parallel import IMAGES_PER_WORKER, mapped
 from ldm.data.reader import SPLITS, VERSION
+from ldm.data.shapes import Shape, Shapes, Square, as_text
 from ldm.data.tars import read_tars
 
 SIDE = 16  # of a thumbnail, in pixels
@@ -46,10 +59,13 @@ class _Image:
     digest: str  # content hash of its file
     split: str
     top: str  # the top-level folder: a shard holds images of one, so a new folder changes no other shard
+    shape: Shape  # that models see: a shard holds images of one
     origin: str  # of its caption
-    profile: str = ""  # the colour profile that was converted to sRGB, once it is written
-    thumbnail: bytes = b""  # once it is written
-    offsets: tuple[int, ...] = ()  # its row of offsets.npy, once it is written
+    # once it is written:
+    profile: str = ""  # the colour profile that was converted to sRGB
+    cropped: float = 0.0  # the share of its pixels that fell outside
+    thumbnail: bytes = b""
+    offsets: tuple[int, ...] = ()  # its row of offsets.npy
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
@@ -73,33 +89,31 @@ def read_collection(folder: Path, captions: Convention = "auto") -> Collection:
 def write_shards(
     folder: Path, out: Path, *, val_fraction: float, test_fraction: float, shard_size: int, max_bad_fraction: float,
     min_side: int = 1, max_pixels: int = MAX_PIXELS, captions: Convention = "auto", report: Path | None = None, workers: int = 1,
+    shapes: dict[str, Any] | None = None, check_captions: Callable[[list[str]], object] = lambda captions: None,
     progress: Progress = lambda what, done, total: None, **preprocessing: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the images of `folder` (see `read_collection`) as shards to `out`, all or nothing, and return the index.
 
     To what is returned, `ignored` adds what was passed over, which is no part of the shards.
-    `preprocessing` has the fields of `images.Preprocessing`. Raises `InputError` for bad folders, captions and splits, and if
-    more than `max_bad_fraction` of the images are unreadable, which then are listed in the file `report`.
+    `preprocessing` has the fields of `images.Preprocessing`, `shapes` a choice of `Shapes` as settings have it, or squares.
+    `check_captions` gets all captions before anything is written, and may refuse them. Raises `InputError` for bad folders,
+    captions and splits, and if more than `max_bad_fraction` of the images are unreadable, which then are listed in `report`.
     """
     collection = read_collection(folder, captions)
     prompts = _find_prompts(folder, collection.table)
-    recipe, bad = Preprocessing(**preprocessing), dict(collection.refused)  # bad: file name -> reason
+    check_captions([*chain(*captions_in(collection.table))])
+    shapes_seen = chosen(Shapes, shapes or Square().model_dump()).shapes(preprocessing["image_size"])
+    recipe, bad = Preprocessing(**preprocessing, shapes=shapes_seen), dict(collection.refused)  # bad: file name -> reason
     places = collection.places
     found, workers = len(places) + len(bad), min(workers, len(places) // IMAGES_PER_WORKER)
 
-    def encode(image: _Image) -> tuple[dict[str, bytes], bytes, str]:
-        """The image's parts by suffix, in the order of `reader.PARTS`, its thumbnail, and the profile that was converted."""
-        blob = image.place.read()
-        if content_hash(blob) != image.digest:
-            raise InputError(f"{image.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
-        pixels = recipe.read(blob, min_side=min_side, max_pixels=max_pixels)
-        return _stored(blob, pixels, recipe) | _texts(image.row), thumbnail(pixels), pixels.info.get(PROFILE, "")
-
+    bounds: dict[str, Any] = {"recipe": recipe, "min_side": min_side, "max_pixels": max_pixels}
+    look, encode = functools.partial(_look, **bounds), functools.partial(_encode, **bounds)
     with replacing(out) as partial:
-        with mapped(lambda place: content_hash(place.read()), places, workers, functools.partial(progress, "hash")) as hashes:
-            images = _hashed(collection, hashes, bad, val_fraction, test_fraction)
+        with mapped(look, places, workers, functools.partial(progress, "hash")) as looks:
+            images = _hashed(collection, looks, bad, val_fraction, test_fraction)
         with mapped(encode, images, workers, functools.partial(progress, "write")) as encoded:
-            shards, written = _write_tars(partial, images, encoded, shard_size, bad)
+            shards, written = _write_tars(partial, images, encoded, shard_size, bad, len(recipe.all_shapes) > 1)
         quarantined = pd.DataFrame(sorted(bad.items()), columns=["file_name", "reason"])
         if len(bad) > max_bad_fraction * found:
             if report:
@@ -119,40 +133,66 @@ def write_shards(
         quarantined.to_csv(partial / "quarantine.csv", index=False, errors="backslashreplace")
         facts = {"preprocessing": asdict(recipe), "found": found, "quarantined": len(bad), "captions": _captions(written)}
         facts["converted"] = _counted(image.profile for image in written if image.profile)
+        facts["cropped"] = _cropped(written)
         return _write_index(partial, shards, written, facts) | {"ignored": collection.ignored}
 
 
+def _look(place: Place, recipe: Preprocessing, **bounds: int) -> tuple[str, Shape]:
+    """Hash and shape of an image file."""
+    blob = place.read()
+    return content_hash(blob), recipe.shape_in(blob, **bounds)
+
+
+def _encode(image: _Image, recipe: Preprocessing, **bounds: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The image's parts by suffix, in the order of `reader.PARTS`, and what `_Image` says of it once it is written."""
+    blob = image.place.read()
+    if content_hash(blob) != image.digest:
+        raise InputError(f"{image.place.path}: changed while it was read; run the `shard` stage when nothing writes there")
+    pixels = recipe.read(blob, **bounds)
+    facts = {"thumbnail": thumbnail(pixels), "profile": pixels.info.get(PROFILE, ""), "cropped": pixels.info[CROPPED]}
+    return _stored(blob, pixels, recipe, image.shape) | _texts(image.row), facts
+
+
+def _cropped(images: list[_Image]) -> dict[str, float]:
+    """The share of an image's pixels that fell outside."""
+    shares = np.array([image.cropped for image in images])
+    return {"mean": round(float(shares.mean()), 6), "largest": round(float(shares.max()), 6)}
+
+
 def _captions(images: list[_Image]) -> dict[str, Any]:
-    """How many captions came from where, how many are empty, and how many differ."""
-    texts = [image.row["text"] for image in images]
-    empty = sum(not text.strip() for text in texts)
-    return {"origins": _counted(image.origin for image in images), "empty": empty, "distinct": len(set(texts))}
+    """How many images have captions from where, how many have several, how many captions are empty, and how many differ."""
+    texts = [all_captions(image.row) for image in images]
+    several, distinct = sum(len(captions) > 1 for captions in texts), set(chain(*texts))
+    empty = sum(not text.strip() for text in chain(*texts))
+    origins = _counted(image.origin for image in images)
+    return {"origins": origins, "several": several, "empty": empty, "distinct": len(distinct)}
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def _hashed(collection: Collection, hashes: Iterator[Any], bad: dict[str, str], val: float, test: float) -> list[_Image]:
+def _hashed(collection: Collection, looks: Iterator[Any], bad: dict[str, str], val: float, test: float) -> list[_Image]:
     """The images, those of one shard side by side. Unreadable files go to `bad`."""
     images = []
     rows = collection.table.to_dict("records")
-    for row, origin, place, digest in zip(rows, collection.origins, collection.places, hashes, strict=True):
+    for row, origin, place, found in zip(rows, collection.origins, collection.places, looks, strict=True):
         name = row["file_name"]
-        if isinstance(digest, UnreadableImage):
-            bad[name] = str(digest)
+        if isinstance(found, UnreadableImage):
+            bad[name] = str(found)
         else:
-            top = name.split("/")[0] if "/" in name else ""
-            images.append(_Image({str(k): v for k, v in row.items()}, place, digest, split_of(digest, val, test), top, origin))
-    return sorted(images, key=lambda image: (SPLITS.index(image.split), image.top))
+            (digest, shape), top = found, name.split("/")[0] if "/" in name else ""
+            values, split = {str(k): v for k, v in row.items()}, split_of(digest, val, test)
+            images.append(_Image(values, place, digest, split, top, shape, origin))
+    return sorted(images, key=lambda image: (SPLITS.index(image.split), image.top, image.shape))
 
 
-def _stored(blob: bytes, pixels: Image.Image, recipe: Preprocessing) -> dict[str, bytes]:
+def _stored(blob: bytes, pixels: Image.Image, recipe: Preprocessing, shape: Shape) -> dict[str, bytes]:
     """What is stored of an image file by suffix: a JPEG whose picture needs no change without loss, else a PNG."""
     if recipe.is_stored(blob):
         with contextlib.suppress(UnreadableImage):
             stripped = bare(blob)
-            if np.array_equal(decode_stored(stripped, recipe), to_array(pixels).transpose(1, 2, 0)):
+            if np.array_equal(decode_stored(stripped, recipe, shape), to_array(pixels).transpose(1, 2, 0)):
                 return {"jpg": stripped}
     return {"png": to_png(pixels)}
 
@@ -168,24 +208,27 @@ def _texts(row: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _write_tars(
-    out: Path, images: list[_Image], encoded: Iterator[Any], shard_size: int, bad: dict[str, str]
+    out: Path, images: list[_Image], encoded: Iterator[Any], shard_size: int, bad: dict[str, str], shaped: bool
 ) -> tuple[list[dict[str, Any]], list[_Image]]:
-    """Write shards; return their entries in the index, and the images in them. Unreadable images go to `bad`."""
+    """Write shards; return their entries in the index, and the images in them. Unreadable images go to `bad`.
+
+    If `shaped`, there are several shapes, and the shards' names have them.
+    """
     import webdataset  # only to write: a machine that trains on shards need not have it
 
     shards: list[dict[str, Any]] = []
     written: list[_Image] = []
-    for (split, top), group in groupby(images, lambda image: (image.split, image.top)):
-        members = list(group)
+    for (split, top, shape), group in groupby(images, lambda image: (image.split, image.top, image.shape)):
+        members, prefix = list(group), f"{split}-{_plain(top)}{f'{as_text(shape)}-' if shaped else ''}"
         for number, start in enumerate(range(0, len(members), shard_size)):
-            path = out / f"{split}-{_plain(top)}{number:05d}.tar"
+            path = out / f"{prefix}{number:05d}.tar"
             before, position = len(written), 0
             with webdataset.TarWriter(str(path), user="", group="", mtime=0, encoder=False) as tar:
                 for image, found in zip(members[start : start + shard_size], encoded, strict=False):
                     if isinstance(found, UnreadableImage):
                         bad[image.row["file_name"]] = str(found)
                         continue
-                    parts, preview, profile = found
+                    parts, facts = found
                     name = content_hash(image.row["file_name"].encode(errors="backslashreplace"))
                     tar.write({"__key__": image.digest[:16] + name[:8], **parts})  # equal files may have several names
                     places = {}
@@ -193,10 +236,10 @@ def _write_tars(
                         places[part] = position + tarfile.BLOCKSIZE, len(blob)
                         position += tarfile.BLOCKSIZE * (1 + -(-len(blob) // tarfile.BLOCKSIZE))
                     offsets = len(shards), *chain(*(places[part] for part in parts))
-                    written.append(replace(image, thumbnail=preview, profile=profile, offsets=offsets))
+                    written.append(replace(image, offsets=offsets, **facts))
             if count := len(written) - before:
                 identity = {"sha256": file_hash(path), "bytes": path.stat().st_size}
-                shards.append({"name": path.name, "split": split, "count": count, **identity})
+                shards.append({"name": path.name, "split": split, "shape": list(shape), "count": count, **identity})
             else:
                 path.unlink()
     return shards, written
@@ -226,8 +269,9 @@ def _write_index(out: Path, shards: list[dict[str, Any]], images: list[_Image], 
             p.name: {"sha256": file_hash(p), "bytes": p.stat().st_size} for p in sorted(out.iterdir()) if p.suffix != ".tar"
         },
     }
-    (out / "index.json").write_text(canonical_json(index), encoding="utf-8")
-    return index
+    text = canonical_json(index)
+    (out / "index.json").write_text(text, encoding="utf-8")
+    return json.loads(text)
 
 
 def _duplicates(images: list[_Image]) -> pd.DataFrame:

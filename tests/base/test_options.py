@@ -108,7 +108,10 @@ def test_a_choice_is_of_the_class_that_its_kind_names() -> None:
         (["inner.shape.kind=triangle"], "inner.shape.kind: found 'triangle'; known are 'square', 'circle', 'ellipse'"),
         (["inner.shape.kind=[circle]"], "inner.shape.kind: found ['circle']; known are 'square', 'circle', 'ellipse'"),
         (["inner.shape={side: 2}"], "inner.shape: found {'side': 2}; write {kind: NAME} and its options"),
-        (["inner.shape=square"], "inner.shape: found 'square'; write {kind: NAME} and its options"),
+        (["inner.shape=cube"], "inner.shape.kind: found 'cube'; known are 'square', 'circle', 'ellipse'"),
+        (["inner.shape=circle"], "missing key inner.shape.radius"),
+        (["inner.shape=[square]"], "inner.shape: found ['square']; write {kind: NAME} and its options"),
+        (["label.of.a=1"], "unknown key label"),
         (["inner.shape.radius=1"], "unknown key inner.shape.radius: known here: kind, colour, side"),
         (["inner.shape.sides=1"], "unknown key inner.shape.sides: did you mean inner.shape.side?"),
         (["inner.shape.side=0"], "inner.shape.side: found 0; Input should be greater than 0"),
@@ -188,6 +191,14 @@ def test_assignments_that_lead_nowhere(assignment: str, message: str) -> None:
         assigned({**VALUES, "shapes": [{"kind": "square"}]}, [assignment])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_alone_is_a_kind_without_options() -> None:
+    named = Outer.model_validate({"seed": 0, "inner": {"shape": "square"}, "shapes": ["square", "square"], "alone": "only"})
+    assert named == Outer(seed=0, inner=Inner(shape=Square()), shapes=(Square(), Square()), alone=Only())
+    found = assigned({"a": {"b": "x"}, "list": ["x", {"kind": "y"}]}, ["a.b.size=2", "list.0.size=3"])
+    assert found == {"a": {"b": {"kind": "x", "size": 2}}, "list": [{"kind": "x", "size": 3}, {"kind": "y"}]}
+    assert assigned({"a": "x"}, ["a.kind=y"]) == {"a": {"kind": "y"}} and assigned({"a": {"kind": "x"}}, ["a=y"]) == {"a": "y"}
 
 
 def test_another_kind_clears_the_choices_below_it_before_they_are_made() -> None:

@@ -1,11 +1,13 @@
 """The data order against a second implementation, and its promises as properties over sizes, ranks and kill points."""
 
 import gc
+import itertools
 import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,9 @@ from scipy.stats import chisquare
 
 from ldm.base.errors import InputError
 from ldm.base.randomness import seed_for
-from ldm.data.batches import ROUNDS, Batches, crops, order, order_by_shard, permute
-from ldm.data.reader import open_shards
+from ldm.data.batches import ROUNDS, Batches, Order, crops, order, order_by_shard, permute
+from ldm.data.reader import ShardReader, open_shards
+from ldm.data.shapes import Buckets, Square
 from ldm.data.shards import write_shards
 
 SIZES = st.one_of(st.integers(1, 40), st.integers(1, 3000), st.sampled_from([63, 64, 65, 255, 256, 257, 1023, 1024, 1025]))
@@ -177,6 +180,100 @@ def test_shard_by_shard_mixes_within_a_window_and_between_epochs() -> None:
     assert len(set(first_window)) == 4 and (np.diff(first_window) != 0).mean() > 0.6  # shards alternate
 
 
+# several shapes
+
+GROUPS = st.lists(st.integers(1, 40), min_size=1, max_size=5)
+
+
+def groups_of(sizes: list[int], seed: int) -> list[np.ndarray]:
+    """Samples 0 to sum(sizes) - 1, dealt out to groups."""
+    dealt = np.random.default_rng(seed).permutation(sum(sizes))
+    return [np.sort(part) for part in np.split(dealt, np.cumsum(sizes)[:-1])]
+
+
+def steps(
+    seed: int, groups: list[np.ndarray], batch: int, epoch_of: Callable[[int, int], list[int]]
+) -> Iterator[tuple[int, int, list[int]]]:
+    """A second implementation: epoch, group and batch of every step, one after another, by streams that are read to and fro."""
+
+    def stream(group: int) -> Iterator[int]:
+        for epoch in itertools.count():
+            yield from (int(groups[group][place]) for place in epoch_of(group, epoch))
+
+    streams, taken = [stream(group) for group in range(len(groups))], [0] * len(groups)
+    for epoch in itertools.count():
+        labels = []
+        for group, samples in enumerate(groups):
+            while taken[group] * batch < (epoch + 1) * len(samples):
+                taken[group] += 1
+                labels.append(group)
+        key = seed_for(seed, "shapes", epoch)
+        for place in range(len(labels)):
+            group = labels[permute_one(place, len(labels), key)]
+            yield epoch, group, list(itertools.islice(streams[group], batch))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=GROUPS, seed=SEEDS, batch=st.integers(1, 24), count=st.integers(1, 60), resumed=st.lists(st.integers(0, 59)))
+def test_several_shapes_equal_a_second_implementation(
+    sizes: list[int], seed: int, batch: int, count: int, resumed: list[int]
+) -> None:
+    """Wherever a training is resumed, in whatever sequence: each position is asked for on its own."""
+    groups = groups_of(sizes, seed)
+    slow = steps(seed, groups, batch, lambda group, epoch: order(seed, sizes[group], epoch * sizes[group], sizes[group]).tolist())
+    expected = [samples for _, _, samples in itertools.islice(slow, count)]
+    if len(sizes) == 1:
+        assert list(itertools.chain(*expected)) == order(seed, sizes[0], 0, count * batch).tolist()
+    for step in (*range(count), *(step for step in resumed if step < count)):
+        assert Order(seed, groups).at(step * batch, batch).tolist() == expected[step]
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=GROUPS, seed=SEEDS, batch=st.integers(1, 24), epochs=st.integers(1, 5))
+def test_several_shapes_how_often_an_image_is_seen(sizes: list[int], seed: int, batch: int, epochs: int) -> None:
+    groups = groups_of(sizes, seed)
+    shape_of = np.empty(sum(sizes), dtype=int)
+    for number, group in enumerate(groups):
+        shape_of[group] = number
+    taken, streams = Order(seed, groups), [list[int]() for _ in groups]
+    for step in range(sum(-(-epochs * size // batch) for size in sizes)):
+        samples = taken.at(step * batch, batch)
+        assert samples.dtype == np.int64 and samples.shape == (batch,)
+        (number,) = set(shape_of[samples].tolist())  # one shape a step
+        streams[number] += samples.tolist()
+    for group, stream in zip(groups, streams, strict=True):
+        size = len(group)
+        for start in range(0, len(stream) - size + 1, size):
+            assert np.array_equal(np.sort(stream[start : start + size]), group)  # once in each epoch of its stream
+        seen = np.bincount(stream, minlength=sum(sizes))[group]
+        assert seen.min() >= epochs and seen.max() <= -(-(epochs * size + batch - 1) // size)
+
+
+def test_several_shapes_are_mixed_within_an_epoch() -> None:
+    taken, groups = Order(0, groups_of([3000, 1000], 0)), groups_of([3000, 1000], 0)
+    turns = np.array([taken.at(position, 10)[0] in groups[1] for position in range(0, 8000, 10)]).reshape(2, 400)
+    assert (turns.sum(axis=1) == 100).all() and (turns[0] != turns[1]).sum() > 50
+    halves = turns.reshape(4, 200).sum(axis=1)
+    assert (np.abs(halves - 50) < 25).all()  # hypergeometric, with a standard deviation of 4.3
+
+
+def test_several_shapes_have_whole_batches() -> None:
+    with pytest.raises(ValueError, match="position 12 is within a batch of 8"):
+        Order(0, groups_of([5, 6], 0)).at(12, 8)
+    assert Order(0, groups_of([11], 0)).at(12, 8).tolist() == order(0, 11, 12, 8).tolist()
+
+
+def test_several_shapes_cost_little_at_any_position() -> None:
+    sizes = [6_000_000, 3_000_000, 999_999, 1]
+    taken = Order(0, [np.arange(size) for size in sizes])
+    position = 7 * 10**7 // 2048 * 2048
+    taken.at(position, 2048)
+    begin = time.perf_counter()
+    for step in range(100):
+        taken.at(position + step * 2048, 2048)
+    assert (time.perf_counter() - begin) / 100 < 0.05
+
+
 # crops and flips
 
 
@@ -192,35 +289,53 @@ def test_crops_and_flips_are_a_function_of_position_and_uniform() -> None:
 # batches of images
 
 
-SIDE, MARGIN, COUNT = 6, 2, 60
+SIDE, MARGIN, COUNT = 8, 2, 60
+SHAPES = {"square": Square(), "buckets": Buckets(step=4, max_aspect=3)}
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, random = tmp_path_factory.mktemp("batches"), np.random.default_rng(0)
+@pytest.fixture(scope="module", params=SHAPES)
+def shards(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Noise, of each shape and `MARGIN` pixels more."""
+    folder, random, shapes = tmp_path_factory.mktemp("batches"), np.random.default_rng(0), SHAPES[request.param].shapes(SIDE)
     (folder / "source").mkdir()
     rows = []
     for number in range(COUNT):
-        side = SIDE + MARGIN
-        Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"source/{number:03d}.png")
+        height, width = (side + MARGIN for side in shapes[number % len(shapes)])
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"source/{number:03d}.png")
         rows.append({"file_name": f"{number:03d}.png", "text": "x"})
     pd.DataFrame(rows).to_csv(folder / "source/metadata.csv", index=False)
-    write_shards(
+    index = write_shards(
         folder / "source", folder / "shards", image_size=SIDE, margin=MARGIN, channels=3, resize_filter="box",
-        val_fraction=0.1, test_fraction=0.1, shard_size=7, max_bad_fraction=0,
+        shapes=SHAPES[request.param].model_dump(), val_fraction=0.1, test_fraction=0.1, shard_size=7, max_bad_fraction=0,
     )  # fmt: skip
+    assert index["cropped"] == {"mean": 0, "largest": 0} and tuple(open_shards(folder / "shards").shapes) == shapes
     return folder / "shards"
 
 
-def expected(shards: Path, seed: int, shuffle: str, position: int) -> np.ndarray:
-    """The image at a global position, from the source file: the reader, the crops and the order are each applied by hand."""
+def in_order(reader: ShardReader, seed: int, shuffle: str, batch: int) -> Iterator[int]:
+    """The training samples one after another, by the second implementation."""
+    groups = list(reader.shapes.values())
+    counts = [tuple(len(part) for _, part in reader.shard_positions() if part.start in group) for group in groups]
+
+    def epoch_of(group: int, epoch: int) -> list[int]:
+        size = len(groups[group])
+        if shuffle == "shard":
+            return order_by_shard(seed, counts[group], epoch * size, size).tolist()
+        return order(seed, size, epoch * size, size).tolist()
+
+    for _, _, samples in steps(seed, groups, batch, epoch_of):
+        yield from samples
+
+
+def expected(shards: Path, seed: int, shuffle: str, batch: int, count: int) -> Iterator[np.ndarray]:
+    """The images at the first positions, from the source files: the reader, the crops and the order are each applied by hand."""
     reader = open_shards(shards)
-    counts = tuple(len(positions) for _, positions in reader.shard_positions())
-    one = order(seed, len(reader), position, 1) if shuffle == "global" else order_by_shard(seed, counts, position, 1)
-    top, left, mirrored = crops(seed, position, 1, MARGIN, True)[0]
-    source = np.asarray(Image.open(shards.parent / "source" / reader[int(one[0])].meta["file_name"]))
-    crop = source[top : top + SIDE, left : left + SIDE]
-    return (crop[:, ::-1] if mirrored else crop).transpose(2, 0, 1)
+    for position, number in enumerate(itertools.islice(in_order(reader, seed, shuffle, batch), count)):
+        top, left, mirrored = crops(seed, position, 1, MARGIN, True)[0]
+        source = np.asarray(Image.open(shards.parent / "source" / reader[number].meta["file_name"]))
+        height, width = (side - MARGIN for side in source.shape[:2])
+        crop = source[top : top + height, left : left + width]
+        yield (crop[:, ::-1] if mirrored else crop).transpose(2, 0, 1)
 
 
 @settings(max_examples=12, deadline=None)
@@ -250,20 +365,20 @@ def test_batches_of_all_ranks_are_one_global_order_resumed_or_not(
             pending.pop(0)
             number = number // 3 * 3
             consumed, running = consumed[: number * batch], loaders()
-        for one in running:
-            consumed += list(one.at(number * batch, batch).numpy())
+        parts = [one.at(number * batch, batch).numpy() for one in running]
+        assert len({part.shape for part in parts}) == 1 and len(parts[0]) == each  # one shape on all ranks
+        consumed += itertools.chain(*parts)
         number += 1
     assert len(consumed) == batches * batch
-    for position, image in enumerate(consumed):
-        assert np.array_equal(image, expected(shards, seed, shuffle, position))
+    for image, wanted in zip(consumed, expected(shards, seed, shuffle, batch, len(consumed)), strict=True):
+        assert np.array_equal(image, wanted)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_position_may_follow_any_other(shards: Path, workers: int) -> None:
-    batches = Batches(open_shards(shards), 5, flip=True, workers=workers)
+    batches, wanted = Batches(open_shards(shards), 5, flip=True, workers=workers), [*expected(shards, 5, "global", 8, 816)]
     for position in (0, 8, 16, 8, 800, 808, 0):
-        for offset, image in enumerate(batches.at(position, 8)):
-            assert np.array_equal(image.numpy(), expected(shards, 5, "global", position + offset))
+        assert np.array_equal(batches.at(position, 8).numpy(), np.stack(wanted[position : position + 8]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -278,7 +393,7 @@ def test_a_damaged_sample_is_named_from_whichever_process(shards: Path, workers:
         file.seek(image + 20)
         file.write(bytes(size - 20))
     batches = Batches(open_shards(copy), 0, workers=workers)
-    where = int(np.flatnonzero(order(0, len(reader), 0, len(reader)) == 3)[0])
+    where = next(position for position, number in enumerate(in_order(reader, 0, "global", 4)) if number == 3)
     sound = where // 4 * 4
     for position in range(0, sound, 4):
         batches.at(position, 4)

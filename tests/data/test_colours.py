@@ -13,7 +13,7 @@ from icc import coded, grey_profile, in_srgb, linear, profile
 from image_folders import OPTIONS, SIZE
 from PIL import Image, ImageCms
 
-from ldm.data.images import PROFILE, Preprocessing, decode, to_array
+from ldm.data.images import CROPPED, PROFILE, Preprocessing, decode, to_array
 from ldm.data.jpeg import bare
 from ldm.data.reader import SPLITS, open_shards
 from ldm.data.shards import write_shards
@@ -192,4 +192,4 @@ def test_files_are_drawn_as_they_are_stored(tmp_path: Path) -> None:
     prepared = Preprocessing(image_size=8, channels=3)
     blob = encoded(colours(24), icc_profile=profile("Display P3"))
     assert np.array_equal(prepared.as_seen(blob), to_array(prepared.read(blob)))
-    assert json.dumps(prepared.read(blob).info) == json.dumps({PROFILE: "Display P3"})
+    assert json.dumps(prepared.read(blob).info) == json.dumps({PROFILE: "Display P3", CROPPED: 0.0})

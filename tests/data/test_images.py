@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ldm.data import images
-from ldm.data.images import Preprocessing, UnreadableImage, decode, decode_stored, fit_square, from_array, to_array, to_png
+from ldm.data.images import Preprocessing, UnreadableImage, decode, decode_stored, fit_to, from_array, to_array, to_png
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -98,9 +98,9 @@ def test_exif_orientation_is_undone(orientation: int) -> None:
 def test_box_filter_averages_the_centre_square() -> None:
     pixels = noise(32, 48)
     blocks = pixels[:, 8:40].astype(np.float64).reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
-    found = to_array(fit_square(Image.fromarray(pixels), 8, "box")).transpose(1, 2, 0)
+    found = to_array(fit_to(Image.fromarray(pixels), (8, 8), "box")).transpose(1, 2, 0)
     assert np.abs(found - blocks).max() <= 1.01  # rounded once in each direction
-    tall = to_array(fit_square(Image.fromarray(pixels.transpose(1, 0, 2)), 8, "box"))
+    tall = to_array(fit_to(Image.fromarray(pixels.transpose(1, 0, 2)), (8, 8), "box"))
     assert np.abs(tall.transpose(2, 1, 0) - blocks).max() <= 1.01
 
 
@@ -118,14 +118,14 @@ def test_lanczos_is_antialiased_lanczos(side: int, size: int) -> None:
     smooth = np.cumsum(np.cumsum(noise(side, side, 1).astype(np.float64) - 127.5, axis=0), axis=1)
     pixels = np.round(20 + 215 * (smooth - smooth.min()) / np.ptp(smooth)).astype(np.uint8)
     expected = lanczos(lanczos(pixels.astype(np.float64), size).T, size).T
-    found = to_array(fit_square(Image.fromarray(pixels), size, "lanczos"))[0]
+    found = to_array(fit_to(Image.fromarray(pixels), (size, size), "lanczos"))[0]
     assert np.abs(found - expected).max() <= 1.5
 
 
 @pytest.mark.parametrize("resize_filter", images.FILTERS)
 def test_an_image_of_the_right_size_is_left_as_it_is(resize_filter: str) -> None:
     pixels = noise(8, 8)
-    assert np.array_equal(to_array(fit_square(Image.fromarray(pixels), 8, resize_filter)), pixels.transpose(2, 0, 1))
+    assert np.array_equal(to_array(fit_to(Image.fromarray(pixels), (8, 8), resize_filter)), pixels.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -184,11 +184,11 @@ def test_mutated_files_are_read_or_refused_never_more() -> None:
 def test_contain_pads_with_the_background_and_stretch_distorts() -> None:
     pixels = noise(8, 16)
     image = Image.fromarray(pixels)
-    padded = to_array(fit_square(image, 16, "box", "contain", "#102030")).transpose(1, 2, 0)
+    padded = to_array(fit_to(image, (16, 16), "box", "contain", "#102030")).transpose(1, 2, 0)
     assert np.array_equal(padded[4:12], pixels) and (padded[[0, 3, 12, 15]] == [0x10, 0x20, 0x30]).all()
-    grey = to_array(fit_square(image.convert("L"), 16, "box", "contain", "#ffffff"))[0]
+    grey = to_array(fit_to(image.convert("L"), (16, 16), "box", "contain", "#ffffff"))[0]
     assert (grey[:4] == 255).all()
-    wide = to_array(fit_square(image, 8, "box", "stretch")).transpose(1, 2, 0)
+    wide = to_array(fit_to(image, (8, 8), "box", "stretch")).transpose(1, 2, 0)
     assert np.abs(wide - pixels.reshape(8, 8, 2, 3).mean(axis=2)).max() <= 1
 
 
@@ -240,10 +240,10 @@ def test_a_jpeg_is_kept_as_it_is_only_if_nothing_would_change(
     assert preprocessing.is_stored(blob) == kept
     if kept:
         pixels = to_array(preprocessing.read(blob)).transpose(1, 2, 0)
-        assert np.array_equal(decode_stored(blob, preprocessing), pixels)
+        assert np.array_equal(decode_stored(blob, preprocessing, (12, 12)), pixels)
     assert not preprocessing.is_stored(encoded(noise(16, 16)))
 
 
 def test_a_stored_image_of_another_shape_is_refused() -> None:
     with pytest.raises(UnreadableImage, match="RGB of 8 x 9 pixels, expected RGB of 8 x 8"):
-        decode_stored(encoded(noise(9, 8)), Preprocessing(image_size=8, channels=3))
+        decode_stored(encoded(noise(9, 8)), Preprocessing(image_size=8, channels=3), (8, 8))
