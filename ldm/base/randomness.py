@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,6 +18,17 @@ def seed_for(*parts: str | int) -> int:
 def generator(*parts: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh torch generator for a position (see `seed_for`)."""
     return torch.Generator(device).manual_seed(seed_for(*parts))
+
+
+def fill_rows(out: Tensor, numbers: Iterable[int], *position: str | int) -> Tensor:
+    """Fill each row of `out` with N(0, 1) for (position, its number), whatever other rows there are; returns `out`.
+
+    A GPU draws other values than a CPU.
+    """
+    rng = torch.Generator(out.device)
+    for row, number in zip(out, numbers, strict=True):
+        row.normal_(generator=rng.manual_seed(seed_for(*position, number)))
+    return out
 
 
 CHUNK = 1 << 16  # draws from one generator: few enough to stay in a core's cache, enough to hide how long one takes to seed

@@ -145,10 +145,6 @@ class Autoencoder(Pretrained):
         """Shape (C, H/f, W/f) of the latents of images of this size."""
         return self.latent_channels, height // self.factor, width // self.factor
 
-    def latent_noise(self, x: Tensor, rng: torch.Generator, count: int | None = None) -> Tensor:
-        """Standard normal noise for the latents of `count` images (default: all) of the size of x (B, C, H, W)."""
-        return torch.randn(count or len(x), *self.latent_shape(*x.shape[2:]), generator=rng).to(x)
-
 
 class AutoencoderKL(Autoencoder):
     """With a Gaussian posterior, which a KL term keeps near N(0, 1) (Rombach et al. 2022, section 3.1)."""

@@ -30,11 +30,18 @@ class VaeObjective:
     The KL term is weighted by beta (Higgins et al. 2017; 1 is the bound itself), which rises linearly from 0 over
     `beta_warmup_images` (Bowman et al. 2016), and each channel of an image costs `free_bits` nats at least: Kingma et al. 2016,
     but for each image, not for a batch's mean, so that a batch may be divided. The metrics are of the bound itself.
+
+    `values` is the mean number of values of a training image: with it, images of all shapes count alike in nats, as in the bound
+    of all data. Without it, they count alike per value.
     """
 
-    def __init__(self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, regulariser: Regulariser):
+    def __init__(
+        self, autoencoder: Autoencoder, likelihood: Likelihood, batches: Batches, regulariser: Regulariser,
+        values: float | None = None,
+    ):  # fmt: skip
         self.module = torch.nn.ModuleDict({"autoencoder": autoencoder, "likelihood": likelihood})
         self.autoencoder, self.likelihood, self.batches, self.regulariser = autoencoder, likelihood, batches, regulariser
+        self._values = values
         self._held: tuple[int, Tensor] | None = None  # the batch that is being divided
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -53,18 +60,20 @@ class VaeObjective:
 
     def loss(self, images_seen: int, batch_size: int, rng: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         from ldm.base.pixels import to_float
+        from ldm.base.randomness import fill_rows
         from ldm.nets.autoencoder import VQModel
 
         pixels = self.batch(images_seen, batch_size)["images"]
         first = self.batches.rank * len(pixels)
         x = to_float(pixels[part.start - first : part.stop - first].to(next(self.module.parameters()).device))
-        noise = self.autoencoder.latent_noise(x, rng, batch_size)[part]
         posterior = self.autoencoder.encode(x)
         if isinstance(self.autoencoder, VQModel):
             quantized = self.autoencoder.quantize(posterior.mean)
             output = self.autoencoder.decoder(self.autoencoder.post_quant_conv(quantized.latents))
             metrics = {"commitment": (rate := quantized.commitment.mean())}
         else:
+            numbers = range(images_seen + part.start, images_seen + part.stop)
+            noise = fill_rows(torch.empty_like(posterior.mean), numbers, self.batches.seed, "noise")
             output = self.autoencoder.decode(posterior.sample(noise))
             kl, options = posterior.kl(), self.regulariser  # (B, c, h, w)
             assert isinstance(options, Kl)
@@ -75,7 +84,7 @@ class VaeObjective:
         negative = -self.likelihood.log_prob(x, output).mean()
         metrics["distortion_nats"] = negative * x[0].numel()
         distortion, more = self._distortion(x, output, negative, images_seen)
-        return distortion + rate, metrics | more
+        return (distortion + rate) * (x[0].numel() / self._values if self._values else 1.0), metrics | more
 
     def _distortion(self, x: Tensor, output: Tensor, negative: Tensor, seen: int) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised beside the rate, given the negative log-likelihood in nats per value; and further metrics."""
@@ -135,7 +144,7 @@ class VaeChoice(Choice):
         """Raise a `ValueError` if its files are not there, or it needs another likelihood."""
 
     def build(self, elbo: VaeObjective, root: Path, seed: int, image: tuple[int, int, int]) -> VaeObjective:
-        """From the plain objective. `seed` initialises further networks; `image` is the shape (C, H, W) of an image."""
+        """From the plain objective. `seed` initialises further networks; `image`: the smallest image's shape (C, H, W)."""
         return elbo
 
 
@@ -175,7 +184,7 @@ class LdmChoice(VaeChoice):
                 with torch.no_grad():
                     network(x)
             except RuntimeError as error:
-                reason = f"too deep for images of {image[-1]} pixels (data.image_size)"
+                reason = f"too deep for images of {image[2]} x {image[1]} pixels (data.image_size, data.shapes)"
                 raise InputError(f"train_vae.objective.{name}: {reason}") from error
         device = next(elbo.autoencoder.parameters()).device
         placed = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

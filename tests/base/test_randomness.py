@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from ldm.base.randomness import CHUNK, fill_normal
+from ldm.base.randomness import CHUNK, fill_normal, fill_rows, generator
 
 SIZE = 5 * CHUNK + 3
 
@@ -66,3 +66,17 @@ def test_positions_and_chunks_are_independent():
 
 def test_a_standard_deviation_of_0():
     assert not drawn(1, std=0.0).any()
+
+
+def test_rows_are_those_of_their_numbers_however_they_are_shared():
+    whole = fill_rows(torch.empty(40, 3, 5), range(100, 140), 7, "noise")
+    for i in (0, 13, 39):
+        assert torch.equal(whole[i], torch.randn(3, 5, generator=generator(7, "noise", 100 + i)))
+    parts = [fill_rows(torch.empty(len(part), 3, 5), part, 7, "noise") for part in (range(100, 117), [117], range(118, 140))]
+    assert torch.equal(torch.cat(parts), whole)
+    chosen = [139, 100, 120]
+    assert torch.equal(fill_rows(torch.empty(3, 3, 5), chosen, 7, "noise"), whole[[number - 100 for number in chosen]])
+    assert not torch.equal(fill_rows(torch.empty(40, 3, 5), range(100, 140), 7, "other"), whole)
+    values = fill_rows(torch.empty(2000, 50), range(2000), 7, "noise")
+    assert kstest(values.flatten().numpy(), "norm").pvalue > 0.01
+    assert abs(float(torch.corrcoef(values[:, :2].T)[0, 1])) < 0.1 and abs(float((values[:-1] * values[1:]).mean())) < 0.02

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ldm.base.errors import InputError
-from ldm.nets.text import encoder as encoding
 from ldm.nets.text import minilm as shipped
-from ldm.nets.text.encoder import TextEncoder, trim
+from ldm.nets.text.encoder import TextEncoder
 from ldm.nets.text.minilm import MiniLM
 from ldm.nets.text.transformer import Transformer
 
@@ -78,14 +77,17 @@ def load(folder: Path, max_tokens: int = 12, sha256: str | None = None) -> TextE
 @torch.inference_mode()
 def assert_equal_to(encoder: TextEncoder, model, tokenizer, max_tokens: int) -> None:
     """Each text by itself, without padding, through transformers."""
-    text, mask = encoder(TEXTS)
-    assert text.shape == (len(TEXTS), max_tokens, encoder.width)
+    text, mask = encoder([*TEXTS, TEXTS[0]])
+    assert torch.equal(text[-1], text[0]) and torch.equal(mask[-1], mask[0])
+    longest = max(len(tokenizer(sentence, truncation=True, max_length=max_tokens)["input_ids"]) for sentence in TEXTS)
+    assert text.shape == (len(TEXTS) + 1, longest, encoder.width)
+    text, mask = text[:-1], mask[:-1]
     assert text.dtype == torch.float32
     assert mask.dtype == torch.bool
     for sentence, found, admitted in zip(TEXTS, text, mask, strict=True):
         tokens = tokenizer(sentence, truncation=True, max_length=max_tokens, return_tensors="pt")
         expected = model(**tokens).last_hidden_state[0]
-        assert admitted.tolist() == [True] * len(expected) + [False] * (max_tokens - len(expected))
+        assert admitted.tolist() == [True] * len(expected) + [False] * (longest - len(expected))
         torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
         assert (found[len(expected) :] == 0).all()
 
@@ -112,16 +114,17 @@ ODD = [
 @torch.no_grad()
 def test_minilm_is_transformers_own_bit_for_bit(max_tokens):
     options, rng = MiniLM(max_tokens=max_tokens), random.Random(0)
-    folder, ours, width = options.load()
-    theirs = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="right")
+    ours = options.load(torch.device("cpu"))
+    theirs = transformers.AutoModel.from_pretrained(ours.folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ours.folder, padding_side="right")
     drawn = ["".join(chr(rng.randrange(32, 0xD800)) for _ in range(rng.randrange(40))) for _ in range(40)]
     for texts in ([TEXTS[0]], ["word " * 700], [*TEXTS, *ODD], drawn):  # padded alone, not padded, mixed
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
-        vectors, mask = ours(texts)
-        assert torch.equal(mask, tokens["attention_mask"].bool())
+        lengths = tokens["attention_mask"].sum(1).tolist()
+        assert ours.tokenize(texts) == [ids[:n] for ids, n in zip(tokens["input_ids"].tolist(), lengths, strict=True)]
+        vectors = ours.embed(tokens["input_ids"], tokens["attention_mask"].bool())
         assert torch.equal(vectors, theirs(**tokens).last_hidden_state)
-    assert width == theirs.config.hidden_size
+    assert ours.width == theirs.config.hidden_size
 
 
 def test_minilm_has_the_hash_that_registered_models_name(minilm):
@@ -179,12 +182,15 @@ def test_texts_start_at_the_first_position_whatever_the_tokenizer_prefers(tmp_pa
 
 
 def test_batches_do_not_matter(bert, monkeypatch):
-    encoder = load(bert)
-    whole, mask = encoder(TEXTS)
-    monkeypatch.setattr(encoding, "BATCH", 3)
-    parts, masks = encoder(TEXTS)
-    torch.testing.assert_close(whole, parts)
-    assert torch.equal(mask, masks)
+    """Texts of up to 8 and 16 tokens are padded apart; here all alone, in twos, or as many as there are."""
+    texts = [*TEXTS, *(" ".join([word] * count) for count in (1, 5, 6, 7, 9) for word in WORDS[4:9])]
+    whole, mask = load(bert)(texts)
+    for limit in ("1e-9", "2e-5"):
+        monkeypatch.setenv("LDM_MEMORY_GB", limit)
+        parts, masks = load(bert)(texts)
+        torch.testing.assert_close(whole, parts)
+        assert torch.equal(mask, masks)
+    assert len({int(row.sum()) for row in mask}) > 5
 
 
 def test_embeddings_are_ordinary_tensors(bert):
@@ -193,15 +199,6 @@ def test_embeddings_are_ordinary_tensors(bert):
     linear = torch.nn.Linear(8, 1)
     linear(text).sum().backward()
     assert linear.weight.grad is not None
-
-
-def test_trim_drops_what_no_text_uses(bert):
-    text, mask = load(bert)(["a seven", "a handwritten seven"])
-    short, short_mask = trim(text, mask)
-    assert short.shape == (2, 5, 8)  # three words between [CLS] and [SEP]
-    assert torch.equal(short, text[:, :5])
-    assert torch.equal(short_mask, mask[:, :5])
-    assert text[:, 5:].abs().sum() == 0
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "clip", "clip text", "t5", "t5 encoder"])
@@ -226,7 +223,7 @@ def test_an_encoder_reads_as_many_tokens_as_it_has_positions(kind, tmp_path):
 def test_tokens_are_counted_before_anything_is_cut(kind, bert):
     options = MiniLM(max_tokens=3) if kind == "minilm" else Transformer(model=str(bert), max_tokens=3)
     count, most = options.counter()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.load()[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.load(torch.device("cpu")).folder)
     texts = [*TEXTS, *ODD, "a seven " * 20]
     assert count(texts) == [len(tokenizer(text, truncation=False)["input_ids"]) for text in texts]
     assert most == (512 if kind == "minilm" else 16) and max(count(texts)) > most

