@@ -5,7 +5,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -100,11 +100,14 @@ def sample(
     first: Annotated[int, typer.Option(min=0, help="Number of the first image: each depends on seed and number only.")] = 0,
     negative: Annotated[str, typer.Option(help="A prompt that guidance leads away from.")] = "",
     guide: Annotated[str | None, typer.Option(help="A weaker model of the same latents that guidance leads away from.")] = None,
+    size: shared.ImageSize = None,
     assignments: Set = None,
 ) -> None:
     """Draw images for prompts. What is not set is the model's own default."""
+    from ldm.data.shapes import from_text
     from ldm.diffusion.options import check_guided
 
+    shape = from_text(size) if size else None
     with shared.found_model(model) as (folder, recipe), shared.found_model(guide) if guide else nullcontext() as other:
         options = shared.sampling(recipe, assignments)
         check_guided(recipe, options, negative, other[1] if other else None)
@@ -112,7 +115,8 @@ def sample(
     prompts = [text for text in prompt for _ in range(n)]
     typer.echo(f"drawing {shared.counted(len(prompts))} …", err=True)
     with shared.warnings_as_lines():
-        images = loaded.sample(prompts, negative=negative, guide=weaker, seed=seed, first=first, **options.model_dump())
+        drawn: dict[str, Any] = {"negative": negative, "guide": weaker, "size": shape, "seed": seed, "first": first}
+        images = loaded.sample(prompts, **drawn, **options.model_dump())
     write_images(images, out, prompt if len(prompt) > 1 else None, first=first)
 
 

@@ -16,6 +16,7 @@ from ldm.base.files import write_text
 from ldm.base.options import Count, Fraction, OneOf, Positive, Rate, Section, Weights, assigned, explained, value_at
 from ldm.base.project import find_root as find_root
 from ldm.data.conventions import Convention
+from ldm.data.shapes import Shapes, Square
 from ldm.data.sources.source import Source
 from ldm.diffusion.options import Diffusion, Sampling
 from ldm.evaluation.features import LARGEST_SIDE
@@ -35,10 +36,11 @@ class Data(Section):
     source: Annotated[Source, OneOf()]  # what the `source` stage writes to data/raw/source
     path: Annotated[str, Field(min_length=1)]  # folder of images with captions, relative to the project root or absolute
     captions: Convention = "auto"  # where captions come from
-    image_size: Positive  # pixels, the side of the square that models see
-    margin: Count  # pixels stored beyond image_size, for the autoencoder's random crops
+    image_size: Positive  # pixels, the side of the square that models see, or of one with the area of the other shapes
+    shapes: Annotated[Shapes, OneOf()] = Square()  # of images that models see
+    margin: Count  # pixels stored beyond the shape, for the autoencoder's random crops
     channels: Literal[1, 3]  # greyscale or RGB
-    fit: Literal["cover", "contain", "stretch"]  # how an image becomes square
+    fit: Literal["cover", "contain", "stretch"]  # how an image gets its shape
     resize_filter: Literal["lanczos", "bicubic", "bilinear", "box"]
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]  # behind transparency, and beside a contained image
     min_side: Positive  # pixels; smaller images are quarantined
@@ -85,9 +87,12 @@ class Autoencoder(Section):
 
 class CacheLatents(Section):
     flip: bool  # training images are encoded a second time, mirrored
+    shorten: bool  # the start of a long caption is a further caption of its image
+    shuffle_tags: Count  # further captions of each that lists tags: so many other orders of these
 
 
 class Evaluate(Section):
+    test_images: Annotated[int, Field(ge=2)]  # measured at most, those with the smallest hashes of their files
     samples: Annotated[int, Field(ge=2)]  # images drawn for the captions of the data
     unseen_samples: Positive  # images drawn for the prompts of prompts.csv
     bound_levels: Positive  # noise levels a test image, for the diffusion term of the bound
@@ -142,12 +147,26 @@ class Settings(Section):
     registry: Registry
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> "Settings":
+    def _networks_take_every_shape(self) -> "Settings":
         size, factor = self.data.image_size, self.autoencoder.factor
         if size % factor:
             raise ValueError(f"data.image_size {size} is not a multiple of the autoencoder's factor {factor}")
         self.backbone.check(size // factor)
-        values = self.data.channels * min(size, LARGEST_SIDE) ** 2  # of an image, as features see it
+        for side in sorted({side for shape in self.data.shapes.shapes(size) for side in shape}):
+            found = f"data.shapes has images of side {side}"
+            if side % factor:
+                advice = f"set data.shapes.step to a multiple of {factor}"
+                raise ValueError(f"{found}, no multiple of the autoencoder's factor {factor}; {advice}")
+            try:
+                self.backbone.check(side // factor)
+            except ValueError as error:
+                raise ValueError(f"{found}, but {error}; set data.shapes.step to a larger divisor of data.image_size") from None
+        return self
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Settings":
+        shapes = self.data.shapes.shapes(self.data.image_size)
+        values = self.data.channels * min(LARGEST_SIDE, *(min(shape) for shape in shapes)) ** 2  # of an image, as features see it
         for number, metric in enumerate(self.evaluate.metrics):
             try:
                 metric.check_settings(self.evaluate.samples, values)
@@ -161,6 +180,8 @@ class Settings(Section):
             raise ValueError("optimizer sgld needs objective elbo, and regulariser kl: beta 1, beta_warmup_images 0, free_bits 0")
         if self.sample_posterior and not isinstance(regulariser, Kl):
             raise ValueError("sample_posterior needs autoencoder.regulariser kl; leave the list empty with another one")
+        if self.sample_posterior and len(shapes) > 1:
+            raise ValueError("sample_posterior needs images of one shape; leave the list empty, or set data.shapes: square")
         if len(set(self.sample_posterior)) < len(self.sample_posterior):
             raise ValueError(f"sample_posterior is {list(self.sample_posterior)}; name a sampler once")
         return self

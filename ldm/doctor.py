@@ -42,6 +42,7 @@ VARIABLES: dict[str, Callable[[str], Any]] = {
     "LDM_GRADIENT_CHECKPOINTING": env_switch,
     "LDM_SHARD_MODEL": env_switch,
     "LDM_SHARD_CACHE_GB": lambda name: env_positive(name, "gigabytes"),
+    "LDM_MEMORY_GB": lambda name: env_positive(name, "gigabytes"),
 }
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 WRITTEN = (".dvc", ".dvc/tmp", ".dvc/cache", ".ldm", "data", "models", "reports", "mlruns", "mlflow.db", "dvc.lock")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.base.errors import InputError
 from ldm.base.files import canonical_json, replacing
+from ldm.base.memory import Parts
 from ldm.base.options import chosen
 from ldm.base.pixels import to_float, to_uint8
 from ldm.base.randomness import generator
@@ -25,12 +26,12 @@ from ldm.diffusion.samplers.sampler import DenoiseFn
 from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian, VQModel, load_autoencoder
 from ldm.nets.backbone import load_backbone
 from ldm.nets.diffusers import Pretrained
-from ldm.nets.text.encoder import Text, TextEncoder, files_of, trim
+from ldm.nets.text.encoder import Text, TextEncoder, files_of
 from ldm.nets.tiling import decode_tiled, encode_tiled
 
-BATCH = 128  # images at a time
 TEXT_ENCODER = "text_encoder"  # folder of a saved model with the files of its text encoder, unless it names a wheel or the hub
 SMALLEST_TILE = 8  # latents; smaller tiles are mostly edge
+Size = tuple[int, int]  # height and width of images, in pixels
 Embedded = tuple[Tensor, Tensor]  # token embeddings (N, T, D) and the mask of real tokens (N, T)
 Weaker = tuple["LatentDiffusion", Embedded]  # a model that guidance leads away from, and its embedding of N prompts
 
@@ -43,6 +44,7 @@ class LatentDiffusion:
     ):  # fmt: skip
         """A text encoder that the recipe names by a relative folder lies below `root`."""
         self.autoencoder, self.likelihood, self.unet, self.recipe = autoencoder, likelihood, unet, recipe
+        self._parts: dict[str, Parts] = {}  # by what is computed
         self.text: Text = chosen(Text, recipe.text["options"]).located(root)
         diffusion = Diffusion.model_validate(recipe.diffusion)
         self.levels = diffusion.noise.build()
@@ -60,7 +62,7 @@ class LatentDiffusion:
         system = cls(autoencoder, likelihood, load_backbone(folder / "unet").place(device), recipe)
         if carried.is_dir():
             system.text = system.text.model_copy(update={"model": str(carried.resolve())})
-            system.text_encoder = system.text.build(recipe.text["sha256"])  # now: the folder may be a temporary copy
+            system.text_encoder = system.text.build(recipe.text["sha256"], device)  # now: the folder may be a temporary copy
         return system
 
     def save(self, folder: Path | str) -> None:
@@ -85,31 +87,46 @@ class LatentDiffusion:
     def device(self) -> torch.device:
         return self.likelihood.log_scale.device
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        side = self.recipe.preprocessing["image_size"]
-        return self.autoencoder.latent_shape(side, side)
+    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        """Of the latents of images of this size, by default the square of the data; `InputError` if no latents have it."""
+        height, width = size or (self.recipe.preprocessing["image_size"],) * 2
+        factor = self.autoencoder.factor
+        if min(height, width) < 1 or height % factor or width % factor:
+            near = " x ".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
+            raise InputError(f"size {width} x {height}: sides have to be multiples of {factor}, as {near}")
+        return self.autoencoder.latent_shape(height, width)
+
+    def divided(self, what: str) -> Parts:
+        """Divides the computation of `what` into parts that fit into memory."""
+        return self._parts.setdefault(what, Parts(self.device))
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """The text encoder that the model was trained with; `InputError` if its files have another hash."""
-        return self.text.build(self.recipe.text["sha256"])
+        return self.text.build(self.recipe.text["sha256"], self.device)
 
     @torch.inference_mode()
     def encode(self, images: Tensor, tile: int | None = None) -> DiagonalGaussian:
         """q(z | x) over latents, not standardised, of images (N, C, H, W), by tiles of `tile` pixels (`ldm.nets.tiling`)."""
         if tile:
             return encode_tiled(self.autoencoder, to_float(images), tile, self._overlap(tile))
-        return self.autoencoder.encode(to_float(images).to(self.device))
+        parts = self.divided("encode")(
+            lambda part: self.autoencoder.encode(to_float(images[part]).to(self.device)), len(images), kind=images.shape[1:]
+        )
+        found = [(q.mean, q.logvar) for q in parts]
+        return DiagonalGaussian(*(torch.cat(moments) for moments in zip(*found, strict=True)))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """E[x | z] as images (N, C, H, W), for latents (N, c, h, w); `tile` as in `encode`."""
         if tile:
-            parts = [decode_tiled(self.autoencoder, latents.cpu(), tile, self._overlap(tile)).to(self.device)]
-        else:
-            parts = [self.autoencoder.decode(part.to(self.device)) for part in latents.split(BATCH)]
-        return to_uint8(torch.cat([self.likelihood.mean(part) for part in parts])).cpu()
+            decoded = decode_tiled(self.autoencoder, latents.cpu(), tile, self._overlap(tile)).to(self.device)
+            return to_uint8(self.likelihood.mean(decoded)).cpu()
+
+        def images(part: slice) -> Tensor:
+            return to_uint8(self.likelihood.mean(self.autoencoder.decode(latents[part].to(self.device)))).cpu()
+
+        return torch.cat(list(self.divided("decode")(images, len(latents), kind=latents.shape[1:])))
 
     def _overlap(self, tile: int) -> int:
         factor = self.autoencoder.factor
@@ -122,11 +139,11 @@ class LatentDiffusion:
         """Images (n, C, H, W) of the autoencoder alone: x ~ p(x | z), z ~ p(z), standard normal or uniform over a VQ's codes."""
         rngs = [generator(seed, "prior", i) for i in range(n)]
         if isinstance(self.autoencoder, VQModel):
-            codes, places = self.autoencoder.quantize.embedding.weight, self.latent_shape[1:]
+            codes, places = self.autoencoder.quantize.embedding.weight, self.latent_shape()[1:]
             drawn = torch.stack([torch.randint(len(codes), places, generator=rng) for rng in rngs]).to(self.device)
             z = codes[drawn].permute(0, 3, 1, 2)
         else:
-            z = self.latent_noise(rngs)
+            z = self.latent_noise(rngs, self.latent_shape())
         # One by one, so that no image depends on how many are drawn.
         images = [self.likelihood.sample(self.autoencoder.decode(z[i : i + 1]), rng) for i, rng in enumerate(rngs)]
         return to_uint8(torch.cat(images)).cpu()
@@ -139,17 +156,18 @@ class LatentDiffusion:
         return self.decode(self.encode(image[None]).mean + shifts[:, :, None, None])
 
     def sample(self, prompts: list[str], **options: Any) -> Tensor:
-        """Draw an image for each prompt, (N, C, H, W); for the options see `sample_latents`."""
+        """Draw an image for each prompt, (N, C, H, W); for the options, `size` among them, see `sample_latents`."""
         return self.decode(self.sample_latents(prompts, **options))
 
     @torch.inference_mode()
     def sample_latents(
         self, prompts: list[str], *, negative: str = "", guide: "LatentDiffusion | None" = None,
-        seed: int = 0, first: int = 0, **sampling: Any,
+        size: Size | None = None, seed: int = 0, first: int = 0, **sampling: Any,
     ) -> Tensor:  # fmt: skip
-        """Draw latents (N, c, h, w) for prompts; `sampling` (`ldm.diffusion.options.Sampling`) changes the model's defaults.
+        """Draw latents (N, c, h, w) for prompts, of images of this size; `sampling` changes the model's defaults.
 
-        Guidance leads away from the prompt `negative`, or from the weaker model `guide`, trained on the same latents.
+        Its keys are those of `ldm.diffusion.options.Sampling`. Guidance leads away from the prompt `negative`, or from the weaker
+        model `guide`, trained on the same latents.
         Images are numbered from `first` on. Each depends on its prompt, the seed and its number only, however a batch is divided.
         """
         options = changed_sampling(self.recipe.sampling, sampling)
@@ -157,8 +175,9 @@ class LatentDiffusion:
             raise InputError(f"first {first}: images are numbered from 0")
         check_guided(self.recipe, options, negative, guide.recipe if guide else None)
         self.text_encoder.warn_of_cut([*prompts, negative])
+        numbers, shape = range(first, first + len(prompts)), self.latent_shape(size)
         weaker = (guide, guide._embed(prompts)) if guide else None
-        return self._sample_latents(self._embed([*prompts, negative]), options, seed, range(first, first + len(prompts)), weaker)
+        return self._sample_latents(self._embed([*prompts, negative]), options, seed, numbers, shape, weaker)
 
     @torch.inference_mode()
     def interpolate(
@@ -182,14 +201,16 @@ class LatentDiffusion:
         context = torch.lerp(first.expand(n, -1, -1), last.expand(n, -1, -1), weights.view(-1, 1, 1))
         w = weights[:, None]  # the ends attend to their own tokens only: they are what `sample` draws
         mask = torch.cat([(masks[0] & (w < 1)) | (masks[1] & (w > 0)), masks[2:]])
-        return self.decode(self._sample_latents((torch.cat([context, empty[None]]), mask), options, seed, [0] * n))
+        return self.decode(
+            self._sample_latents((torch.cat([context, empty[None]]), mask), options, seed, [0] * n, self.latent_shape())
+        )
 
     @torch.inference_mode()
     def bound(self, images: Tensor, prompts: list[str], *, levels: int, seed: int = 0, keys: list[str] | None = None) -> Bound:
         """A lower bound on log p(image | prompt) of images (N, C, H, W), by `levels` noise levels; random by seed and key."""
-        rngs = [generator(seed, "bound", key) for key in keys or map(str, range(len(images)))]
-        latent_noise = self.latent_noise(rngs)  # the first draw, as in `bound_latents`
-        noise = torch.stack([torch.randn((levels, *self.latent_shape), generator=rng) for rng in rngs], 1)
+        rngs, shape = [generator(seed, "bound", key) for key in keys or map(str, range(len(images)))], self._shape_of(images)
+        latent_noise = self.latent_noise(rngs, shape)  # the first draw, as in `bound_latents`
+        noise = torch.stack([torch.randn((levels, *shape), generator=rng) for rng in rngs], 1)
         # stratified over ln sigma: one draw in each of `levels` equal parts
         u = torch.stack([(torch.arange(levels) + torch.rand(levels, generator=rng)) / levels for rng in rngs], 1)
         latent_mean, latent_std = self._affine
@@ -202,11 +223,16 @@ class LatentDiffusion:
     @torch.inference_mode()
     def bound_latents(self, images: Tensor, keys: list[str], *, seed: int = 0) -> Tensor:
         """The samples of q(z | x), (N, c, h, w), that `bound` takes for these images (N, C, H, W) and keys."""
-        return self.encode(images).sample(self.latent_noise([generator(seed, "bound", key) for key in keys]))
+        rngs = [generator(seed, "bound", key) for key in keys]
+        return self.encode(images).sample(self.latent_noise(rngs, self._shape_of(images)))
 
-    def latent_noise(self, rngs: Sequence[torch.Generator]) -> Tensor:
+    def latent_noise(self, rngs: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
         """Standard normal latents (N, c, h, w), each from its own generator."""
-        return torch.stack([torch.randn(self.latent_shape, generator=rng) for rng in rngs]).to(self.device)
+        return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(self.device)
+
+    def _shape_of(self, images: Tensor) -> tuple[int, int, int]:
+        height, width = images.shape[2:]
+        return self.latent_shape((height, width))
 
     def _conditioned(self, context: Tensor, mask: Tensor) -> DenoiseFn:
         return partial(self.denoiser, context=context, context_mask=mask)
@@ -218,37 +244,41 @@ class LatentDiffusion:
         return moments[0].view(1, -1, 1, 1), moments[1].view(1, -1, 1, 1)
 
     def _embed(self, prompts: list[str]) -> Embedded:
-        distinct = list(dict.fromkeys(prompts))
-        text, mask = trim(*self.text_encoder(distinct))
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        return text[rows].to(self.device), mask[rows].to(self.device)
+        return self.text_encoder(prompts)
 
     def _sample_latents(
-        self, text: Embedded, options: Sampling, seed: int, numbers: Sequence[int], weaker: "Weaker | None" = None
-    ) -> Tensor:
+        self, text: Embedded, options: Sampling, seed: int, numbers: Sequence[int], shape: tuple[int, int, int],
+        weaker: "Weaker | None" = None,
+    ) -> Tensor:  # fmt: skip
         """Latents (N, c, h, w) of these numbers under N + 1 texts. Guidance leads away from the last, or from `weaker`."""
         context, mask = text
         sigmas = self.levels.grid(options.schedule, options.steps)
         guidance = Guidance(options.guidance, options.guidance_interval, options.guidance_rescale)
         sampler = options.sampler.build(self.levels.sigma_max)
         deviation = math.sqrt(1 + float(sigmas[0]) ** 2)  # of standardised latents at the first noise level; as in the bound
-        latents = []
-        for start in range(0, len(numbers), BATCH):
-            part = slice(start, min(start + BATCH, len(numbers)))
+
+        def guided(part: slice) -> DenoiseFn:
             if weaker:
                 guide, (theirs, their_mask) = weaker
                 other = guide._conditioned(theirs[part], their_mask[part])
-                guided = autoguidance(self._conditioned(context[part], mask[part]), other, guidance)
-            else:
-                guided = classifier_free(self.denoiser, guidance, context[part], mask[part], context[-1], mask[-1])
+                return autoguidance(self._conditioned(context[part], mask[part]), other, guidance)
+            return classifier_free(self.denoiser, guidance, context[part], mask[part], context[-1], mask[-1])
 
-            def noise(*step: int, numbers: Sequence[int] = numbers[part]) -> Tensor:
-                return self.latent_noise([generator(seed, "sample", number, *step) for number in numbers])
+        def latents(part: slice) -> Tensor:
+            def noise(*step: int) -> Tensor:
+                return self.latent_noise([generator(seed, "sample", number, *step) for number in numbers[part]], shape)
 
             x = (noise() * deviation).contiguous(memory_format=torch.channels_last)
-            latents.append(sampler(guided, x, sigmas, noise))
+            return sampler(guided(part), x, sigmas, noise)
+
+        def one() -> Tensor:  # a guided estimate takes as much memory as any step
+            level = next((s for s in sigmas[:-1] if guidance.at(s[None])), sigmas[0])
+            return guided(slice(0, 1))(torch.zeros(1, *shape, device=self.device), level[None].float().to(self.device))
+
+        kind = (shape, context.shape[1], guidance, weaker is None)
+        found = torch.cat(list(self.divided("sample")(latents, len(numbers), kind=kind, one=one)))
         mean, std = self._affine
-        return torch.cat(latents) * std + mean
+        return found * std + mean
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

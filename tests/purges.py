@@ -14,8 +14,10 @@ from dvc.repo import Repo
 from PIL import Image
 from torch import Tensor
 
+from ldm.base.memory import Parts
 from ldm.config import load_settings
-from ldm.data.latents import write_latents
+from ldm.data.caption_columns import all_captions
+from ldm.data.encoding import write_latents
 from ldm.data.reader import open_shards
 from ldm.data.shards import split_of, write_shards
 from ldm.registry import registration
@@ -62,8 +64,11 @@ def run_night(root: Path, autoencoder: str = "a") -> None:
     data = load_settings(root).data.model_dump(exclude={"path", "source"})
     write_shards(root / MINE, root / "data/shards", **data)
     readers = {split: open_shards(root / "data/shards", split) for split in ("train", "val")}
-    identity, store = {"autoencoder": autoencoder * 64}, root / ".ldm/store/latents"
-    write_latents(readers, root / "data/latents", encode, embed, identity, lambda done: None, store=store, code="c")
+    identity = {"autoencoder": autoencoder * 64, "text": {}, "text_encoder": "t" * 64, "text_width": 3}
+    write_latents(
+        readers, root / "data/latents", encode, embed, identity, lambda done: None, store=root / ".ldm/store/latents", code="c",
+        divide=Parts(torch.device("cpu")), texts=all_captions,
+    )  # fmt: skip
     (root / "models/autoencoder").mkdir(parents=True, exist_ok=True)
     (root / "models/autoencoder/config.json").write_text(autoencoder)
     code.run(root)

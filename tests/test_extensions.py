@@ -70,7 +70,7 @@ class Sharpness(Metric):
         import numpy as np
 
         sides = evaluation.samples, evaluation.test_images
-        found, real = (float(np.abs(np.diff(images.astype(float))).mean()) for images in sides)
+        found, real = (float(np.mean([np.abs(np.diff(image.astype(float))).mean() for image in images])) for images in sides)
         return [
             Value(
                 name="sharpness",

@@ -22,7 +22,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from typer.testing import CliRunner
 
-import ldm.model
 from ldm import LatentDiffusion
 from ldm.base.errors import InputError
 from ldm.base.options import kinds
@@ -290,8 +289,10 @@ def test_stochastic_samplers_add_noise_on_the_way(sampler, model):
 
 def test_an_image_does_not_depend_on_how_batches_are_split(model, monkeypatch):
     whole = model.sample(PROMPTS, seed=7, **FEW)
-    monkeypatch.setattr(ldm.model, "BATCH", 2)
-    assert_same_images(model.sample(PROMPTS, seed=7, **FEW), whole)
+    monkeypatch.setenv("LDM_MEMORY_GB", "1e-9")
+    alone = changed(model)  # has measured nothing yet
+    assert_same_images(alone.sample(PROMPTS, seed=7, **FEW), whole)
+    assert {alone.divided(what)._sizes.popitem()[1] for what in ("sample", "decode")} == {1}
 
 
 @torch.inference_mode()
@@ -453,7 +454,7 @@ def test_a_model_of_the_first_format_may_use_minilm():
 def test_decode_of_encode(model):
     pixels = images(3)
     posterior = model.encode(pixels)
-    assert posterior.mean.shape == (3, *model.latent_shape)
+    assert posterior.mean.shape == (3, *model.latent_shape())
     with torch.no_grad():
         expected = model.autoencoder.decode(model.autoencoder.encode(pixels.float() / 127.5 - 1).mean)
     assert_same_images(model.decode(posterior.mean), ((expected + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))

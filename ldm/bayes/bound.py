@@ -22,7 +22,7 @@ class Bound(LowerBound):
     reconstruction: Tensor  # E_q[log p(x | z)]
     entropy: Tensor  # -E_q[log q(z | x)]
     prior: Tensor  # lower bound of E_q[log p_diffusion(z)]
-    dims: int  # values in an image
+    dims: int | Tensor  # values in an image
 
     @property
     def nats(self) -> Tensor:

@@ -15,9 +15,9 @@ LogPrior = Callable[[Tensor], Tensor]  # from latents (B, c, h, w) to log p(z) i
 
 
 class LowerBound:
-    """A lower bound on log p(x): `nats` per image (B,), of images with `dims` values."""
+    """A lower bound on log p(x): `nats` per image (B,), of images with `dims` values, a number for all or a tensor (B,)."""
 
-    dims: int
+    dims: int | Tensor
 
     @property
     def nats(self) -> Tensor:
@@ -40,7 +40,7 @@ class Elbo(LowerBound):
 
     reconstruction: Tensor  # E_q[log p(x | z)]
     kl: Tensor  # KL(q(z | x) || p(z))
-    dims: int
+    dims: int | Tensor
 
     @property
     def nats(self) -> Tensor:

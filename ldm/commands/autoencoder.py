@@ -40,15 +40,12 @@ def reconstruct(
         loaded = load(folder)
     import torch
 
-    from ldm.model import BATCH
-
     factor = loaded.autoencoder.factor
     for path, (_, height, width) in zip(images, (array.shape for array in pixels), strict=True):
         if min(height, width) < factor:
             raise InputError(f"{path}: its shorter side is less than the {factor} pixels of one latent")
     real = [torch.tensor(x[:, : x.shape[1] // factor * factor, : x.shape[2] // factor * factor]) for x in pixels]
-    parts = [image[None] for image in real] if tile else torch.stack(real).split(BATCH)
-    reconstructed = [image for part in parts for image in loaded.decode(loaded.encode(part, tile).mean, tile)]
+    reconstructed = [loaded.decode(loaded.encode(image[None], tile).mean, tile)[0] for image in real]
     if tile or out.suffix != ".png":
         write_images(reconstructed, out)
     else:

@@ -2,13 +2,19 @@
 
 import os
 import sys
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ldm.base.errors import InputError
 from ldm.commands.shared import checked, project, table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ldm.nets.text.encoder import Text
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -50,18 +56,33 @@ def stats(
     from ldm.report.grid import image_grid
 
     try:
-        limits = load_settings(project()).data.model_dump(include={"min_side", "max_pixels", "captions"})
+        settings = load_settings(project())
+        limits = settings.data.model_dump(include={"min_side", "max_pixels", "captions"})
     except InputError:  # not in a project
-        limits = {}
+        settings, limits = None, {}
     place = _found(path)
     if sheet.resolve().is_relative_to(place.resolve()):
         raise InputError(f"--sheet {sheet}: lies in {place}, and would be one of its images next time; give another place")
     found = inspect(place, **limits)
-    for name, value in found.summary():
+    lines = found.summary()
+    if settings and len(found.images):
+        lines.append(("tokens", _tokens(settings.text.located(project()), found.images)))
+    for name, value in lines:
         print(f"{name:<12}{value}")
     if len(found.sheet):
         image_grid(found.sheet, min(8, len(found.sheet)), sheet)
         print(f"{'sheet':<12}{sheet}")
+
+
+def _tokens(text: "Text", images: "DataFrame") -> str:
+    """How many tokens the captions have for the project's text encoder, or why that is not known here."""
+    from ldm.data.caption_columns import captions_in
+    from ldm.data.tokens import NOT_HERE, count_tokens
+
+    try:
+        return str(count_tokens(text, chain(*captions_in(images))))
+    except (*NOT_HERE, InputError) as error:
+        return f"not counted ({error})"
 
 
 @app.command()

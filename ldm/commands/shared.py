@@ -67,6 +67,7 @@ Model = Annotated[str | None, typer.Option(help="models:/NAME@ALIAS, models:/NAM
 Name = Annotated[str | None, typer.Option(help="Registered model; else `registry.name` of params.yaml.")]
 Out = Annotated[Path, typer.Option(callback=checked, help="A `.png`: one image or a sheet; else a new folder of PNGs.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same images.")]
+ImageSize = Annotated[str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="Of the images; else the data's square.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a sampling setting of the model.")]
 
 
@@ -164,12 +165,10 @@ def write_images(
 
     pixels = [image.numpy() for image in images]
     if out.suffix and len(pixels) > 1:
-        import numpy as np
-
         from ldm.report.grid import image_grid
 
         width = len(columns) if columns else len(pixels) // len(rows) if rows else min(8, len(pixels))
-        image_grid(np.stack(pixels), width, out, row_labels=rows, column_labels=columns)
+        image_grid(pixels, width, out, row_labels=rows, column_labels=columns)
     else:
         if not out.suffix:
             out.mkdir(exist_ok=True)

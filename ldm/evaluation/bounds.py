@@ -4,17 +4,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ldm.base.progress import Progress
 from ldm.data.reader import ShardReader
 from ldm.evaluation.autoencoder import evaluate_importance, summary
 from ldm.evaluation.evaluation import Evaluation
+from ldm.evaluation.parts import of_each
 from ldm.evaluation.value import Value, described
 from ldm.nets.autoencoder import VQModel
 
-BATCH = 64  # images
 ABOUT = {  # unit, title, how to read it
     "bits_per_dim": (
         "bits/dim", "bits/dim",
@@ -36,16 +38,18 @@ ABOUT = {  # unit, title, how to read it
 
 def image_bounds(model: Any, samples: ShardReader, levels: int, seed: int, progress: Callable[[int], None]) -> pd.DataFrame:
     """`model.bound` of each image under its caption: its terms, their sum `nats`, and `dims`. Draws depend on key and `seed`."""
-    frames, names = [], ("reconstruction", "entropy", "prior", "nats")
+    names, captions, done = ("reconstruction", "entropy", "prior", "nats"), samples.captions, set[int]()
     progress(0)
-    for start in range(0, len(samples), BATCH):
-        rows = samples.captions.iloc[start : start + BATCH]
-        pixels = torch.from_numpy(samples.images(range(start, start + len(rows))))
-        bound = model.bound(pixels, rows.text.tolist(), levels=levels, seed=seed, keys=rows.key.tolist())
-        terms = {name: getattr(bound, name).double().numpy() for name in names}
-        frames.append(pd.DataFrame({"key": rows.key, **terms, "dims": bound.dims}))
-        progress(start + len(rows))
-    return pd.concat(frames, ignore_index=True)
+
+    def terms(positions: np.ndarray, images: Tensor) -> tuple[Tensor, ...]:
+        rows = captions.iloc[positions]
+        bound = model.bound(images, rows.text.tolist(), levels=levels, seed=seed, keys=rows.key.tolist())
+        done.update(positions.tolist())
+        progress(len(done))
+        return *(getattr(bound, name).double() for name in names), torch.full((len(rows),), images[0].numel())
+
+    values = dict(zip((*names, "dims"), of_each(samples, model.device, terms), strict=True))
+    return pd.DataFrame({"key": captions.key, **{name: value.numpy() for name, value in values.items()}})
 
 
 def measure_bounds(evaluation: Evaluation, levels: int, importance_samples: int) -> tuple[pd.DataFrame, list[Value]]:
@@ -54,7 +58,7 @@ def measure_bounds(evaluation: Evaluation, levels: int, importance_samples: int)
     numbers = {name: value for name, value in summary(own).items() if "per_dim" in name}
     note = f"{len(test)} test images of {test.preprocessing.described}"
     if isinstance(model.autoencoder, VQModel):
-        terms = {"reconstruction": own.reconstruction.double().cpu(), "rate": own.kl.double().cpu()}
+        terms = {"reconstruction": own.reconstruction.double(), "rate": own.kl.double()}
         frame = pd.DataFrame({"key": test.captions.key, **terms, "dims": own.dims})
         about = ABOUT | {"elbo_bits_per_dim": ("bits/dim", "bits/dim", ABOUT["elbo_bits_per_dim"][2])}
         note = f"autoencoder alone, as there is no bound of the whole system with VQ; {note}"
@@ -63,9 +67,10 @@ def measure_bounds(evaluation: Evaluation, levels: int, importance_samples: int)
         tighter = evaluate_importance(model.autoencoder, model.likelihood, test, evaluation.seed, importance_samples)
     with Progress("evaluate: bound", len(test)) as progress:
         frame = image_bounds(model, test, levels=levels, seed=evaluation.seed, progress=progress)
-    to_bits, nats = -1 / (own.dims * math.log(2)), float(frame.nats.mean())
-    gap = float(tighter.mean() - own.nats.double().mean().cpu())
-    numbers |= {"importance_bits_per_dim": float(tighter.mean()) * to_bits, "importance_gap_nats": gap, "nats": nats}
-    numbers |= {"bits_per_dim": nats * to_bits, "bits_per_dim_se": -float(frame.nats.std()) / math.sqrt(len(frame)) * to_bits}
+    to_bits = -1 / (frame.dims * math.log(2))  # of each image
+    bits, gap = frame.nats * to_bits, float((tighter - own.nats.double()).mean())
+    numbers |= {"importance_bits_per_dim": float((tighter.numpy() * to_bits).mean()), "importance_gap_nats": gap}
+    numbers |= {"bits_per_dim": float(bits.mean()), "bits_per_dim_se": float(bits.std()) / math.sqrt(len(bits))}
+    numbers |= {"nats": float(frame.nats.mean())}
     numbers |= {f"{name}_nats": float(frame[name].mean()) for name in ("reconstruction", "entropy", "prior")}
     return frame, described(numbers, ABOUT, {"bits_per_dim": f"{note}, given their captions"})

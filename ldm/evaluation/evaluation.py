@@ -1,5 +1,7 @@
 """What metrics and pictures need of a trained system: samples, reconstructions and real images, each computed once."""
 
+import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,30 +15,43 @@ from ldm.base.randomness import seed_for
 from ldm.bayes.diagnostics import Diagnostics, diagnose
 from ldm.bayes.elbo import Elbo
 from ldm.data.batches import order
+from ldm.data.caption_columns import all_captions
 from ldm.data.reader import ShardReader
 from ldm.evaluation.autoencoder import evaluate_elbo
 from ldm.evaluation.features import FeatureSpace
-from ldm.nets.autoencoder import DiagonalGaussian, VQModel
+from ldm.evaluation.parts import by_kind
+from ldm.nets.autoencoder import VQModel
 
-MOST, BATCH = 4096, 256  # images of a split that are used at most, and that are encoded and decoded at a time
+MOST = 4096  # images of a split that are looked at, at most
+DIAGNOSED = 1 << 26  # latent values that are looked at, at most
 
 
 class Evaluation:
-    """A trained `ldm.model.LatentDiffusion` beside real images in random order, uint8 (N, C, H, W), and their labels, if any."""
+    """A trained `ldm.model.LatentDiffusion` beside real images in random order, uint8 (C, H, W), and their labels, if any."""
 
     def __init__(self, model: Any, train: ShardReader, test: ShardReader, seed: int, sample_count: int, unseen_count: int):
-        self.model, self.train, self.test, self.seed = model, train, test, seed
-        (self.train_images, self.train_labels), (self.test_images, self.test_labels) = map(self._real, (train, test))
+        self.model, self.test, self.seed = model, test, seed
+        some = [_some(reader, seed) for reader in (train, test)]
+        (self.train_images, self.train_labels, _), (self.test_images, self.test_labels, self._sizes) = map(self._real, some)
         # Samples are drawn for captions, and for labelled prompts that no caption contains, if the data have any.
-        self.labelled = labelled(train.captions)
-        self.prompts = balanced(train.captions if self.labelled is None else self.labelled, sample_count)
-        unseen = train.prompts[~train.prompts.text.isin([*train.captions.text, *test.captions.text])]
-        self.unseen_prompts = None if self.labelled is None or unseen.empty else balanced(unseen, unseen_count)
+        captions = some[0].captions
+        self.labelled = labelled(captions)
+        self.prompts = balanced(captions if self.labelled is None else self.labelled, sample_count)
+        self.unseen_prompts = None
+        if self.labelled is not None and not train.prompts.empty:
+            known = {text for reader in (train, test) for row in reader.captions.to_dict("records") for text in all_captions(row)}
+            unseen = train.prompts[~train.prompts.text.isin(known)]
+            self.unseen_prompts = None if unseen.empty else balanced(unseen, unseen_count)
         self._features: dict[FeatureSpace, Features] = {}
 
-    def _real(self, reader: ShardReader) -> tuple[np.ndarray, np.ndarray | None]:
-        rows = order(seed_for(self.seed, "real"), len(reader), 0, min(len(reader), MOST))
-        return reader.images(rows), reader.captions.label.to_numpy()[rows] if "label" in reader.captions else None
+    def _real(self, reader: ShardReader) -> tuple[list[np.ndarray], np.ndarray | None, list[tuple[int, int]]]:
+        """Images of a split in random order, their labels, and height and width."""
+        rows = order(seed_for(self.seed, "real"), len(reader), 0, len(reader))
+        images, sizes = dict[int, np.ndarray](), [reader.shape_of(row) for row in rows.tolist()]
+        for places in by_kind(sizes).values():
+            images |= dict(zip(places, reader.images(rows[places]), strict=True))
+        labels = reader.captions.label.to_numpy()[rows] if "label" in reader.captions else None
+        return [images[place] for place in range(len(rows))], labels, sizes
 
     @cached_property
     def elbo(self) -> Elbo:
@@ -44,37 +59,68 @@ class Evaluation:
         with Progress("evaluate: the autoencoder's bound"):
             return evaluate_elbo(self.model.autoencoder, self.model.likelihood, self.test, self.seed)
 
-    def _encoded(self, images: np.ndarray) -> list[DiagonalGaussian]:
-        return [self.model.encode(part) for part in torch.from_numpy(images).split(BATCH)]
-
     @cached_property
-    def reconstructions(self) -> np.ndarray:
+    def reconstructions(self) -> list[np.ndarray]:
         """The test images, encoded and decoded."""
+        images = self.test_images
         with Progress("evaluate: reconstructions"):
-            return torch.cat([self.model.decode(q.mean) for q in self._encoded(self.test_images)]).numpy()
+            return self._by_size(
+                [image.shape for image in images],
+                lambda places, _: self.model.decode(self.model.encode(stacked([images[i] for i in places])).mean),
+            )
 
     @cached_property
     def latents(self) -> Diagnostics | None:
-        """Diagnostics of the test images' posteriors; None for VQ."""
-        if isinstance(self.model.autoencoder, VQModel):
+        """Diagnostics of the posteriors of test images of the commonest shape; None for VQ, and where there is one image."""
+        shape, positions = max(self.test.shapes.items(), key=lambda found: len(found[1]))
+        most = max(2, min(MOST, DIAGNOSED // math.prod(self.model.latent_shape(shape))))
+        if isinstance(self.model.autoencoder, VQModel) or len(positions) < 2:
             return None
         with Progress("evaluate: latents"):
-            encoded = self._encoded(self.test.images(range(len(self.test_images))))
-            return diagnose(torch.cat([q.mean.cpu() for q in encoded]), torch.cat([q.logvar.cpu() for q in encoded]))
+            found = self.model.encode(torch.from_numpy(self.test.images(positions[:most])))
+            return diagnose(found.mean.cpu(), found.logvar.cpu())
 
     @cached_property
-    def samples(self) -> np.ndarray:
+    def samples(self) -> list[np.ndarray]:
         with Progress("evaluate: samples"):
-            return self.model.sample(self.prompts.text.tolist(), seed=seed_for(self.seed, "evaluate")).numpy()
+            return self._sampled(self.prompts, "evaluate")
 
     @cached_property
-    def unseen_samples(self) -> np.ndarray:
+    def unseen_samples(self) -> list[np.ndarray]:
         assert self.unseen_prompts is not None
         with Progress("evaluate: samples of unseen prompts"):
-            return self.model.sample(self.unseen_prompts.text.tolist(), seed=seed_for(self.seed, "evaluate unseen")).numpy()
+            return self._sampled(self.unseen_prompts, "evaluate unseen")
+
+    def _sampled(self, prompts: pd.DataFrame, purpose: str) -> list[np.ndarray]:
+        """An image for each prompt. Their sizes are those of test images, in random order."""
+        seed, texts = seed_for(self.seed, purpose), prompts.text.tolist()
+
+        def sampled(places: list[int], first: int) -> torch.Tensor:
+            size = sizes[places[0]]
+            return self.model.sample([texts[i] for i in places], size=size, seed=seed, first=first)
+
+        sizes = [self._sizes[i % len(self._sizes)] for i in range(len(texts))]
+        return self._by_size(sizes, sampled)
+
+    def _by_size(self, sizes: Sequence[Any], function: Callable[[list[int], int], torch.Tensor]) -> list[np.ndarray]:
+        """Images made by a function of the places of one size, and of how many were made before, in the order of places."""
+        made: dict[int, np.ndarray] = {}
+        for places in by_kind(sizes).values():
+            made |= dict(zip(places, function(places, len(made)).numpy(), strict=True))
+        return [made[place] for place in range(len(sizes))]
 
     def features(self, space: FeatureSpace) -> "Features":
         return self._features.get(space) or self._features.setdefault(space, Features(self, space))
+
+
+def _some(reader: ShardReader, seed: int) -> ShardReader:
+    """At most `MOST` images of a split, at random."""
+    return reader.subset(np.sort(order(seed_for(seed, "real"), len(reader), 0, min(len(reader), MOST))))
+
+
+def stacked(images: Sequence[np.ndarray]) -> torch.Tensor:
+    """Images of one shape as a tensor (N, C, H, W)."""
+    return torch.from_numpy(np.stack(images))
 
 
 class Features:
@@ -91,7 +137,7 @@ class Features:
     def samples(self) -> np.ndarray:
         return self._of(self._evaluation.samples)
 
-    def _of(self, images: np.ndarray) -> np.ndarray:
+    def _of(self, images: Sequence[np.ndarray]) -> np.ndarray:
         features = self._extract(images[: self.count])
         if len(bad := np.argwhere(~np.isfinite(features))):
             raise InputError(f"evaluate.metrics: the features {self.name} of image {bad[0, 0]} are not finite")

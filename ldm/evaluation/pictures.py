@@ -2,6 +2,8 @@
 
 import math
 import shutil
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +32,11 @@ def draw(evaluation: Evaluation, plots: Path, vae: pd.DataFrame, unet: pd.DataFr
     starts = range(0, min(len(real), 3 * width) - width + 1, width)  # up to three full pairs of rows
     pairs = [half[start : start + width] for start in starts for half in (real, evaluation.reconstructions)]
     names = ["real", "reconstructed"] * len(starts)
-    image_grid(np.concatenate(pairs), width, plots / "reconstructions.png", row_labels=names)
+    image_grid(list(chain(*pairs)), width, plots / "reconstructions.png", row_labels=names)
     drawn = model.sample_prior(2 * COLUMNS, seed=seed_for(evaluation.seed, "prior")).numpy()
     image_grid(drawn, COLUMNS, plots / "prior_samples.png")
-    first, last = torch.from_numpy(evaluation.test.images([0, min(1, len(evaluation.test) - 1)]))
+    shape = max(evaluation.test.shapes.values(), key=len)  # the commonest: only images of one shape have images between them
+    first, last = torch.from_numpy(evaluation.test.images(shape[[0, min(1, len(shape) - 1)]]))
     walks = [model.interpolate(first, last, COLUMNS, linear=linear) for linear in (True, False)]
     image_grid(torch.cat(walks).numpy(), COLUMNS, plots / "interpolation.png", row_labels=["linear", "spherical"])
     moved = model.traverse(first, len(STEPS), reach=3)[: ROWS * len(STEPS)].numpy()
@@ -53,13 +56,13 @@ def draw(evaluation: Evaluation, plots: Path, vae: pd.DataFrame, unet: pd.DataFr
             loss_curves(frame.rename(columns=noise), plots / f"{name}.png", title=title, columns=columns, y_label=y_label)
 
 
-def prompt_grid(path: Path, prompts: pd.DataFrame, images: np.ndarray) -> None:
+def prompt_grid(path: Path, prompts: pd.DataFrame, images: Sequence[np.ndarray]) -> None:
     """A row for each label (or prompt, where there are no labels) and the first samples drawn for it, each with its prompt."""
     column = "label" if "label" in prompts else "text"
     rows = list(prompts.groupby(column, sort=False).groups.values())[:ROWS]
     width = min(COLUMNS, *map(len, rows))
     chosen = np.concatenate([row[:width] for row in rows])
-    image_grid(images[chosen], width, path, captions=prompts.text[chosen].tolist())
+    image_grid([images[place] for place in chosen], width, path, captions=prompts.text[chosen].tolist())
 
 
 def draw_rate_distortion(own: Elbo, curve: pd.DataFrame, path: Path, *, discrete: bool) -> None:
@@ -72,4 +75,5 @@ def draw_rate_distortion(own: Elbo, curve: pd.DataFrame, path: Path, *, discrete
     points = {"test images": [rate, -float(own.reconstruction.mean())]}
     points |= {f"training, quarter {i}": np.median(rows, axis=0).tolist() for i, rows in enumerate(quarters, start=1)}
     frame = pd.DataFrame(list(points.values()), columns=["rate_bits_per_dim", "distortion_bits_per_dim"])
-    rate_distortion((frame / (own.dims * math.log(2))).assign(series=list(points)), path, title="Rate and distortion")
+    dims = float(torch.as_tensor(own.dims).double().mean())
+    rate_distortion((frame / (dims * math.log(2))).assign(series=list(points)), path, title="Rate and distortion")

@@ -19,7 +19,7 @@ from ldm.base.randomness import generator, seed_for
 from ldm.data.batches import order
 from ldm.data.reader import ShardReader
 from ldm.langevin.chains import convergence, warnings
-from ldm.langevin.decoder import BATCH, DecoderPosterior
+from ldm.langevin.decoder import DecoderPosterior
 from ldm.report.grid import image_grid
 from ldm.report.plots import histograms, traces
 
@@ -49,14 +49,17 @@ def measure(
 
 def average_bound(posterior: DecoderPosterior, bounds: DataFrame, test: ShardReader, latents: Latents, plots: Path) -> Metrics:
     """Bits/dim of the whole system on the test images, as trained and averaged over the samples; convergence of the chains."""
-    trained, draws = [], []  # log p(x | z), the only term of the bound that depends on the decoder
-    for rows in np.split(np.arange(len(test)), range(BATCH, len(test), BATCH)):
+    captions = test.captions
+
+    def log_prob(part: slice) -> tuple[Tensor, Tensor]:  # log p(x | z), the only term of the bound that depends on the decoder
+        rows = np.arange(len(test))[part]
         images = torch.from_numpy(test.images(rows))
-        x, z = to_float(images).to(posterior.device), latents(images, test.captions.key.iloc[rows].tolist())
+        x, z = to_float(images).to(posterior.device), latents(images, captions.key.iloc[rows].tolist())
         with torch.no_grad():
-            log_prob = posterior.likelihood.log_prob(x, posterior.autoencoder.decode(z))
-        trained.append(log_prob.double().flatten(1).sum(1).cpu())
-        draws.append(posterior.log_prob(x, z))
+            trained = posterior.likelihood.log_prob(x, posterior.autoencoder.decode(z))
+        return trained.double().flatten(1).sum(1).cpu(), posterior.log_prob(x, z)
+
+    trained, draws = zip(*posterior.divide(log_prob, len(test)), strict=True)
     single, each = torch.cat(trained).numpy(), torch.cat(draws, 1)
     if bounds.key.tolist() != test.captions.key.tolist() or not np.allclose(bounds.reconstruction, single, rtol=1e-4, atol=0.1):
         raise InputError(f"{BOUNDS}: is not of this model and these test images; run `dvc repro evaluate`")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.base.errors import InputError
+from ldm.base.memory import Parts
 from ldm.base.pixels import to_float
 from ldm.base.progress import Progress
 from ldm.base.randomness import generator, seed_for
@@ -20,7 +21,6 @@ from ldm.langevin.step_size import StepSize, find_step_size
 from ldm.nets.autoencoder import Autoencoder, Decoder
 
 CHECKPOINT_STEPS = 50
-BATCH = 64  # images decoded at once by each draw
 MINIBATCHES = 16  # whose gradients' variance limits the step size
 GROWTH = 2.0  # by which gradient noise may still grow after the burn-in, when the step size is set
 
@@ -142,6 +142,7 @@ class DecoderPosterior:
             if known.get(name) != shape:
                 raise InputError(f"posterior samples have {name} {shape}, the decoder {known.get(name, 'has not')}")
         self.autoencoder, self.likelihood, self.draws, self.device = autoencoder, likelihood, draws, likelihood.log_scale.device
+        self.divide = Parts(self.device)
         self.weights = (draws.weights / draws.weights.sum() / draws.chains).repeat(draws.chains)  # (S,), sum 1
 
     def outputs(self, z: Tensor) -> Iterator[Tensor]:
@@ -176,15 +177,23 @@ class DecoderPosterior:
 
     def scores(self, pixels: Tensor) -> Tensor:
         """How unlike the training data uint8 images (N, C, H, W) are: spread of `log_prob` at the mean of q(z | x), nats (N,)."""
-        return torch.cat([self.moments(self.log_prob(x, z))[1] for x, z in self._encoded(pixels)])
+
+        def spread(part: slice) -> Tensor:
+            return self.moments(self.log_prob(*self._encoded(pixels[part])))[1]
+
+        return torch.cat(list(self.divide(spread, len(pixels), kind="scores")))
 
     def reconstructions(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """`uncertainty` at the mean of q(z | x) of uint8 images (N, C, H, W), on the CPU."""
-        mean, std = zip(*(self.uncertainty(z) for _, z in self._encoded(pixels)), strict=True)
-        return torch.cat(mean).cpu(), torch.cat(std).cpu()
 
-    def _encoded(self, pixels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for x in (to_float(part).to(self.device) for part in pixels.split(BATCH)):
-            with torch.no_grad():
-                z = self.autoencoder.encode(x).mean
-            yield x, z
+        def uncertainty(part: slice) -> tuple[Tensor, ...]:
+            return tuple(moment.cpu() for moment in self.uncertainty(self._encoded(pixels[part])[1]))
+
+        mean, std = zip(*self.divide(uncertainty, len(pixels), kind="reconstructions"), strict=True)
+        return torch.cat(mean), torch.cat(std)
+
+    @torch.no_grad()
+    def _encoded(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and the means of their latents, on the device."""
+        x = to_float(pixels).to(self.device)
+        return x, self.autoencoder.encode(x).mean

@@ -125,7 +125,8 @@ def compare(root: Path, champion: Version | None) -> pd.DataFrame:
 
     nats = {"challenger": pd.read_csv(root / BOUNDS, dtype={"key": str}).set_index("key")["nats"]}
     if champion is not None:
-        settings, samples = load_settings(root), open_shards(root / SHARDS, "test")
+        settings = load_settings(root)
+        samples = open_shards(root / SHARDS, "test").first_by_hash(settings.evaluate.test_images)
         model = load(champion.uri, set_up(settings.deterministic))  # the numerics of `evaluate`
         with Progress("gate: bound of the champion", len(samples)) as progress:
             bounds = image_bounds(model, samples, levels=settings.evaluate.bound_levels, seed=settings.seed, progress=progress)
@@ -187,7 +188,8 @@ def _create(client: Any, root: Path, settings: Settings, digest: str, run_id: st
 def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
     """The model as MLflow stores it: models-from-code, with our package and the files in `KEPT` beside it.
 
-    Its signature: prompts in, PNGs out; parameters are the keys of `Sampling` with the model's defaults, which MLflow fills in.
+    Its signature: prompts in, PNGs out; parameters are `negative`, `size` (WIDTHxHEIGHT), `seed`, and the keys of `Sampling` with
+    the model's defaults, which MLflow fills in.
     Options of a single sampler have no default here: it would be filled in for other samplers, too.
     """
     import mlflow.pyfunc
@@ -196,7 +198,7 @@ def _save(path: Path, root: Path, model_id: str, run_id: str | None) -> None:
 
     defaults = json.loads((root / MODEL / "model.json").read_text(encoding="utf-8"))["sampling"]
     types = {int: "long", float: "double", str: "string", bool: "boolean", tuple: "double"}
-    params = [ParamSpec("negative", "string", ""), ParamSpec("seed", "long", 0)]
+    params = [ParamSpec("negative", "string", ""), ParamSpec("size", "string", ""), ParamSpec("seed", "long", 0)]
     for key in keys(Sampling):
         default = None if key.kinds else value_at(defaults, key.name)
         shape = {"shape": (-1,)} if key.type is tuple else {}

@@ -19,19 +19,22 @@ Labels = Sequence[str] | None
 
 
 def image_grid(
-    images: np.ndarray, columns: int, path: Path, *,
+    images: Sequence[np.ndarray] | np.ndarray, columns: int, path: Path, *,
     row_labels: Labels = None, column_labels: Labels = None, captions: Labels = None,
 ) -> None:  # fmt: skip
-    """Write uint8 images (N, C, H, W), C = 1 or 3, row by row as one PNG, small ones enlarged to about 64 pixels."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"expected uint8 images (N, 1 or 3, H, W), found {images.dtype} {images.shape}")
+    """Write uint8 images (C, H, W), C = 1 or 3, row by row as one PNG, small ones enlarged to about 64 pixels."""
+    if wrong := [image for image in images if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3)]:
+        raise ValueError(f"expected uint8 images (1 or 3, H, W), found {wrong[0].dtype} {wrong[0].shape}")
+    if not len(images):
+        raise ValueError("expected images, found none")
     rows = -(-len(images) // columns)
     counts = {"row label": (row_labels, rows), "column label": (column_labels, columns), "caption": (captions, len(images))}
     for what, (labels, count) in counts.items():
         if labels is not None and len(labels) != count:
             raise ValueError(f"found {len(labels)} {what}s, expected {count}")
-    scale = max(1, round(CELL / max(images.shape[2:])))
-    height, width = images.shape[2] * scale, images.shape[3] * scale
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))  # of a cell
+    scale = max(1, round(CELL / max(height, width)))
+    height, width = height * scale, width * scale
 
     heads, sides = _Texts(column_labels, 20, LABEL), _Texts(row_labels, 24, LABEL)
     below = _Texts(captions, max(14, width // 7), CAPTION)
@@ -50,12 +53,14 @@ def image_grid(
         draw.multiline_text(at, text, INK, sides.font, "rm", align="right")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        x = left + column * pitch_x + (pitch_x - GAP - width) // 2
-        y = top + row * pitch_y + (0 if captions else (pitch_y - GAP - height) // 2)
-        canvas.paste(from_array(image).resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (x, y))
-        draw.rectangle((x - 1, y - 1, x + width, y + height), outline=HAIRLINE)
+        own = from_array(image).resize((image.shape[2] * scale, image.shape[1] * scale), Image.Resampling.NEAREST).convert("RGB")
+        x = left + column * pitch_x + (pitch_x - GAP - own.width) // 2
+        y = top + row * pitch_y + ((height if captions else pitch_y - GAP) - own.height) // 2
+        canvas.paste(own, (x, y))
+        draw.rectangle((x - 1, y - 1, x + own.width, y + own.height), outline=HAIRLINE)
         if captions:
-            draw.multiline_text((x + width / 2, y + height + 4), below.texts[index], INK, below.font, "ma", align="center")
+            at = x + own.width / 2, y + own.height + 4
+            draw.multiline_text(at, below.texts[index], INK, below.font, "ma", align="center")
     canvas.save(path, format="PNG", optimize=True)
 
 

@@ -11,12 +11,11 @@ from ldm.base.errors import InputError, check_space
 from ldm.base.options import chosen
 from ldm.base.paths import LATENT_STORE, LATENTS, SHARDS
 from ldm.config import Settings
+from ldm.data.caption_columns import captions_in
 from ldm.data.reader import SPLITS, stage_shards
-from ldm.nets.text.encoder import Text, Unavailable
+from ldm.data.tokens import CAPTIONS, NOT_HERE, TokenCounts, count_tokens
+from ldm.nets.text.encoder import NOT_IDENTITY, Text
 from ldm.training.options import Training
-
-CAPTIONS = 1 << 18  # of each split that are read, at most: what takes seconds
-SHOWN = 60  # characters of a caption
 
 
 def check_sizes(root: Path, settings: Settings) -> None:
@@ -103,35 +102,32 @@ def _texts(text: Text, options: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What decides about an embedding of the options of two text encoders. Of one in a folder, the hash of its files does."""
     other: Text = chosen(Text, options)
     only = {"kind"} if text.folder() or text.kind != other.kind else None
-    here, there = (found.model_dump(include=only, exclude={"max_tokens", "max_cut"}) for found in (text, other))
+    here, there = (found.model_dump(include=only, exclude={"max_tokens", *NOT_IDENTITY}) for found in (text, other))
     return {f"text.{key}": (here[key], there[key]) for key in here}
 
 
-def check_captions(root: Path, settings: Settings, splits: Iterable[str] = SPLITS) -> None:
-    """Raise an `InputError` if more distinct captions than `text.max_cut` allows have more tokens than the encoder reads."""
-    text = settings.text
+def check_captions(root: Path, settings: Settings, splits: Iterable[str] = SPLITS) -> TokenCounts | None:
+    """`check_lengths` for the captions of these splits, of at most `CAPTIONS` images of each, evenly spread."""
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all
-        return
-    try:
-        count, most = text.located(root).counter()
-    except (ImportError, Unavailable) as error:  # a machine that only trains the autoencoder
-        print(f"captions: not compared with text.max_tokens ({error})", flush=True)
-        return
+        return None
     readers = [stage_shards(root, split) for split in splits]
-    read = (reader.captions_of(range(min(len(reader), CAPTIONS))) for reader in readers)
-    texts = sorted({caption for rows in read for caption in rows.text})
-    lengths = count(texts)
-    longest = max(range(len(texts)), key=lengths.__getitem__)
-    cut = sum(length > text.max_tokens for length in lengths)
-    found = f"{cut:,} of {len(texts):,} distinct captions are cut at text.max_tokens {text.max_tokens}"
-    found += f"; the longest has {lengths[longest]} tokens"
-    if cut <= text.max_cut * len(texts):
-        print(f"captions: {found}", flush=True)
-        return
-    raised = min(lengths[longest], most or lengths[longest])
-    advice = f"raise text.max_tokens, to {raised} for {'all' if raised == lengths[longest] else 'all that the encoder reads'}"
-    shown = repr(texts[longest][:SHOWN])
-    raise InputError(f"{found} ({shown}…); {advice}, or text.max_cut, now {text.max_cut}, if they may be cut")
+    read = (reader.captions_of(range(0, len(reader), -(-len(reader) // CAPTIONS))) for reader in readers)
+    return check_lengths(root, settings, (text for rows in read for captions in captions_in(rows) for text in captions))
+
+
+def check_lengths(root: Path, settings: Settings, captions: Iterable[str]) -> TokenCounts | None:
+    """Print how many tokens captions have; `InputError` if more than `text.max_truncated_fraction` allows would be cut.
+
+    None where the encoder is not on this machine.
+    """
+    try:
+        counts = count_tokens(settings.text.located(root), captions)
+    except NOT_HERE as error:  # a machine that only shards, or trains the autoencoder
+        print(f"tokens: not counted ({error})", flush=True)
+        return None
+    print(f"tokens: {counts}", flush=True)
+    counts.check()
+    return counts
 
 
 def check_training_space(work: Path, out: Path, module: Any, options: Training) -> None:
@@ -142,13 +138,12 @@ def check_training_space(work: Path, out: Path, module: Any, options: Training) 
     check_space(out, weights + checkpoints * state - size_of(work), "weights and checkpoints")
 
 
-def check_latents_space(root: Path, autoencoder: Any, flip: bool) -> None:
-    """`check_space` for the latents of all images, mean and log-variance, unless they are in the store."""
-    needed = 0
+def check_latents_space(root: Path, autoencoder: Any, flip: bool, embeddings: int) -> None:
+    """`check_space` for the latents of all images, mean and log-variance, and embeddings, unless they are in the store."""
+    needed = embeddings
     for split in ("train", "val"):
-        reader = stage_shards(root, split)
-        size = reader.preprocessing.image_size
-        needed += (1 + (flip and split == "train")) * len(reader) * 8 * math.prod(autoencoder.latent_shape(size, size))
+        for shape, positions in stage_shards(root, split).shapes.items():
+            needed += (1 + (flip and split == "train")) * len(positions) * 8 * math.prod(autoencoder.latent_shape(*shape))
     check_space(root / LATENTS, needed - size_of(root / LATENT_STORE), "latents")
 
 

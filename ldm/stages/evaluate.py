@@ -35,7 +35,7 @@ TILES = 40  # samples shown first in the report
 def run(root: Path) -> None:
     settings = load_settings(root)
     options, device = settings.evaluate, set_up(settings.deterministic)
-    train, test = (stage_shards(root, split) for split in ("train", "test"))
+    train, test = stage_shards(root, "train"), stage_shards(root, "test").first_by_hash(options.test_images)
     metrics: tuple[Metric, ...] = options.metrics
     check_sizes(root, settings)
     check_space(root / paths.MODEL, sum(size_of(root / made) for made in (paths.AUTOENCODER, paths.UNET)), "the model's files")

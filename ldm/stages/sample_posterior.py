@@ -32,7 +32,7 @@ def run(root: Path, sampler: str = "") -> None:
     if sampler not in ("sgld", "sghmc"):
         raise InputError(f"sample_posterior {sampler}: name a sampler, sgld or sghmc")
     device = set_up(settings.deterministic)
-    train, test = (stage_shards(root, split) for split in ("train", "test"))
+    train, test = stage_shards(root, "train"), stage_shards(root, "test").first_by_hash(settings.evaluate.test_images)
     model = LatentDiffusion.load(root / MODEL, device)
     inputs, layout = {"model": folder_hash(root / MODEL), "shards": train.digest}, {"device": str(device)}
     params = {"sampler": sampler, **stage_params(root, "sample_posterior", settings)}

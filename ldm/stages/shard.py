@@ -1,5 +1,7 @@
 """Write the folder of captioned images `data.path` as WebDataset shards with an index."""
 
+import functools
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -9,8 +11,10 @@ from ldm.base.progress import Progress
 from ldm.config import load_settings
 from ldm.data.captions import ORIGINS
 from ldm.data.parallel import default_workers
+from ldm.data.shapes import as_text
 from ldm.data.shards import write_shards
 from ldm.registry.tracking import stage_run
+from ldm.stages.checks import check_lengths
 from ldm.stages.stage import stage_main, stage_params
 
 PRINTED = 20  # quarantined images that are printed; quarantine.csv has all
@@ -28,10 +32,11 @@ def run(root: Path) -> None:
 
     with stage_run("shard", stage_params(root, "shard", settings)) as tracker:
         folder, out, report = root / settings.data.path, root / SHARDS, root / QUARANTINE
-        index = write_shards(folder, out, **data, report=report, workers=workers, progress=progress)
+        check = functools.partial(check_lengths, root, settings)
+        index = write_shards(folder, out, **data, report=report, workers=workers, progress=progress, check_captions=check)
         counts = {split: stop - start for split, (start, stop) in index["splits"].items()}
         facts = {"quarantined": index["quarantined"], "converted": sum(index["converted"].values())}
-        facts |= {f"{name}_captions": index["captions"][name] for name in ("empty", "distinct")}
+        facts |= {f"{name}_captions": index["captions"][name] for name in ("several", "empty", "distinct")}
         tracker.log({f"{split}_images": float(n) for split, n in counts.items()} | facts, 0)
     bad, listed = index["quarantined"], ", ".join(f"{n} {split}" for split, n in counts.items())
     print(f"shard: {index['found']} images found, {listed}, {bad} quarantined, {len(index['shards'])} shards")
@@ -39,8 +44,14 @@ def run(root: Path) -> None:
         print(f"shard: quarantined {image.file_name!r}: {image.reason}")
     if bad > PRINTED:
         print(f"shard: and {bad - PRINTED} more")
+    images, cropped = Counter[str](), index["cropped"]
+    for shard in index["shards"]:
+        images[as_text(shard["shape"])] += shard["count"]
+    listed = ", ".join(f"{n} of {shape}" for shape, n in images.items())
+    print(f"shard: {listed}; cropped {cropped['mean']:.1%} of an image on average, {cropped['largest']:.1%} at most")
     captions, origins = index["captions"], ", ".join(f"{n} from {ORIGINS[of]}" for of, n in index["captions"]["origins"].items())
-    print(f"shard: captions: {origins}; {captions['distinct']} distinct, {captions['empty']} empty")
+    several = f"; {captions['several']} images have several" if captions["several"] else ""
+    print(f"shard: captions: {origins}; {captions['distinct']} distinct, {captions['empty']} empty{several}")
     if listed := ", ".join(f"{n} of {profile}" for profile, n in index["converted"].items()):
         print(f"shard: colours converted to sRGB: {listed}")
     if listed := ", ".join(f"{n} {what}" for what, n in index["ignored"].items()):

@@ -7,6 +7,7 @@ import torch
 
 from ldm.base.device import set_up
 from ldm.base.files import canonical_json, file_hash, folder_hash
+from ldm.base.options import chosen
 from ldm.base.paths import AUTOENCODER, INITIAL, LATENTS, UNET, UNET_CURVE
 from ldm.base.randomness import seed_for
 from ldm.config import Settings, load_settings
@@ -14,6 +15,7 @@ from ldm.data.latents import Latents, open_latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.nets.backbone import Backbone, load_backbone
 from ldm.nets.diffusers import Pretrained, network_hash
+from ldm.nets.text.encoder import Text, TextEncoder
 from ldm.stages.checks import check_fetched, check_initial, check_sizes
 from ldm.stages.stage import stage_main
 from ldm.stages.training import training
@@ -29,13 +31,21 @@ def build(settings: Settings, context_width: int) -> Pretrained:
 
 def start(root: Path, settings: Settings, latents: Latents) -> Pretrained:
     """As `build`, or with the averaged weights of the model that `train_unet.init` names."""
-    network, folder, name = build(settings, latents.text.shape[-1]), root / INITIAL, settings.train_unet.init
+    network, folder, name = build(settings, latents.width), root / INITIAL, settings.train_unet.init
     if name:
         check_fetched(folder, "train_unet.init", name)
         check_initial(root, settings, folder, latents.manifest)
         network.load_state_dict(load_backbone(folder / "unet").state_dict())
         print(f"train_unet: starts from {name}", flush=True)
     return network
+
+
+def encoder(root: Path, latents: Latents, device: torch.device) -> TextEncoder | None:
+    """The text encoder with which captions that the cache has as text are embedded while the U-Net trains."""
+    if latents.embedded:
+        return None
+    text: Text = chosen(Text, latents.manifest["text"])
+    return text.located(root).build(latents.manifest["text_encoder"], device)
 
 
 def recipe(settings: Settings, latents: Latents) -> dict[str, Any]:
@@ -54,10 +64,10 @@ def run(root: Path) -> None:
     denoiser = Denoiser(network, diffusion.prediction, diffusion.noise.build())
     inputs = {"latents": file_hash(root / LATENTS / "manifest.json"), "initial": folder_hash(root / INITIAL)}
     with training(root, "train_unet", settings, inputs, device, UNET, UNET_CURVE) as (fit, _, work):
-        ema = fit(UnetObjective(denoiser, latents, settings.train_unet, settings.seed, device))
+        ema = fit(UnetObjective(denoiser, latents, settings.train_unet, settings.seed, device, encoder(root, latents, device)))
         if not work:
             return
-        network = build(settings, latents.text.shape[-1])  # a whole one: the other may have been sharded
+        network = build(settings, latents.width)  # a whole one: the other may have been sharded
         network.load_state_dict({k.removeprefix("unet."): v for k, v in ema.items() if k.startswith("unet.")})
         network.save_pretrained(root / UNET)
         (root / UNET / "recipe.json").write_text(canonical_json(recipe(settings, latents)))

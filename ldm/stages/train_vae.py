@@ -104,10 +104,11 @@ def run(root: Path) -> None:
         if options.images:
             loading = {"workers": loader_workers(device.type), "rank": rank(), "ranks": ranks()}
             batches = Batches(reader, seed, shuffle=options.shuffle, flip=options.flip, **loading)
-            elbo = VaeObjective(autoencoder, likelihood, batches, settings.autoencoder.regulariser)
-            image = (reader.preprocessing.channels, reader.preprocessing.image_size, reader.preprocessing.image_size)
-            loss = options.objective.build(elbo, root, seed_for(seed, "initialise", "discriminator"), image)
-            loss.module.load_state_dict(fit(loss, num_data=len(reader) * math.prod(image)))  # the loss is a mean over values
+            channels, smallest = reader.preprocessing.channels, min(reader.shapes, key=min)
+            values = sum(len(positions) * channels * math.prod(shape) for shape, positions in reader.shapes.items())
+            elbo = VaeObjective(autoencoder, likelihood, batches, settings.autoencoder.regulariser, values / len(reader))
+            loss = options.objective.build(elbo, root, seed_for(seed, "initialise", "discriminator"), (channels, *smallest))
+            loss.module.load_state_dict(fit(loss, num_data=values))  # the loss is a mean over values
         if not work:
             return
         trained = bool(options.images) or (root / PRETRAINED / LIKELIHOOD).is_file()

@@ -45,9 +45,8 @@ class Peer(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.net.decode(z).sample
 
-    def latent_noise(self, x: Tensor, rng: torch.Generator) -> Tensor:
-        height, width = (side // self.factor for side in x.shape[2:])
-        return torch.randn(len(x), self.latent_channels, height, width, generator=rng).to(x)
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return self.latent_channels, height // self.factor, width // self.factor
 
 
 class Training:

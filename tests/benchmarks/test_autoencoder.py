@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.base.device import default_device
+from ldm.base.memory import Parts
 from ldm.base.pixels import to_float, to_uint8
 from ldm.bayes.likelihoods.likelihood import Likelihood
 from ldm.config import load_settings
 from ldm.data.batches import Batches
-from ldm.data.latents import write_latents
+from ldm.data.caption_columns import all_captions
+from ldm.data.encoding import TEXT, write_latents
 from ldm.data.reader import ShardReader
 from ldm.evaluation.autoencoder import fit_scale
 from ldm.evaluation.metrics.psnr import psnr as psnr_of
@@ -303,7 +305,10 @@ def test_encoding_for_the_latent_cache(network: str, tmp_path: Path) -> None:
     def cache(captions: Callable[[list[str]], tuple[Tensor, Tensor]]) -> None:
         number = next(runs)
         out, store = tmp_path / f"latents{number}", tmp_path / f"store{number}"
-        write_latents(readers, out, encode, captions, {}, lambda done: None, store=store, code="")
+        write_latents(
+            readers, out, encode, captions, dict.fromkeys(TEXT, ""), lambda done: None, store=store, code="",
+            divide=Parts(device), texts=all_captions,
+        )  # fmt: skip
 
     batches = [
         reader.images(positions[start : start + 256])

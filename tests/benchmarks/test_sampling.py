@@ -136,7 +136,7 @@ def test_sampling(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     texts = Texts(torch.randn(11, unet.tokens, unet.arguments["cross_attention_dim"]))
     prompts = [str(number % 10) for number in range(IMAGES)]
     model = ours(tmp_path, texts)
-    noise = model.latent_noise([generator(0, "sample", number) for number in range(IMAGES)])
+    noise = model.latent_noise([generator(0, "sample", number) for number in range(IMAGES)], model.latent_shape())
     trailing = Theirs(pipeline(tmp_path, torch.contiguous_format, timestep_spacing="trailing"), texts, prompts)
     check_latents(model, trailing, noise, prompts, monkeypatch)
 

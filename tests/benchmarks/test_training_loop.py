@@ -1,9 +1,10 @@
-"""`fit` on latents in memory against a bare loop of the same step on one batch that stays the same.
+"""`fit` on latents as they are cached against a bare loop of the same step on one batch that stays the same.
 
 The bare loop noises, computes the loss and its gradients and takes a step of fused AdamW; `fit` also finds and draws each
 batch, clips gradients, averages the weights, counts, and watches for what goes wrong. `make bench` prints the share.
 """
 
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from benchmarks.rate_distortion import ROOT, Watched
 from benchmarks.test_unet_step import NETWORKS
 from benchmarks.timing import interleaved, times_faster
+from latent_files import write_cache
 from torch import Tensor
 
 from ldm.base.device import set_up
 from ldm.config import load_settings
-from ldm.data.latents import Latents
+from ldm.data.latents import Latents, open_latents
 from ldm.diffusion.denoiser import Denoiser
 from ldm.nets.unet import UNet
 from ldm.registry.tracking import Run
@@ -37,23 +39,23 @@ class Watching(Denoiser):
         return super().loss(*batch, **cond)
 
 
-def random_latents(channels: int, side: int, tokens: int, width: int) -> Latents:
+def random_latents(folder: Path, channels: int, side: int, tokens: int, width: int) -> Latents:
     torch.manual_seed(1)
-    shape = COUNT, channels, side, side
-    text, mask = torch.randn(CAPTIONS + 1, tokens, width), torch.arange(tokens) < torch.randint(3, tokens, (CAPTIONS + 1, 1))
-    mask[0] = True
-    manifest = {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels}
-    return Latents(torch.randn(shape), torch.full(shape, -3.0), torch.randint(CAPTIONS, (COUNT,)), text, mask, manifest)
+    moments, counts = (torch.randn(COUNT, channels, side, side), torch.full((COUNT, channels, side, side), -3.0)), [2]
+    counts += [tokens, *torch.randint(3, tokens, (CAPTIONS - 1,)).tolist()]
+    rows, captions = torch.randn(sum(counts), width).bfloat16(), torch.randint(1, CAPTIONS + 1, (COUNT, 1)).tolist()
+    out = write_cache(folder / "latents", [moments], captions, rows, counts, width, [0.0] * channels, [1.0] * channels)
+    return open_latents(out, "train")
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_latents_resident_loop(network: str) -> None:
+def test_training_loop(network: str, tmp_path: Path) -> None:
     chosen, diffusion, options = NETWORKS[network], SETTINGS.diffusion, SETTINGS.train_unet
     device = set_up(SETTINGS.deterministic)
     options = options.model_copy(update={"images": STEPS * options.batch_size})
     levels = diffusion.noise.build()
     width = chosen.arguments["cross_attention_dim"]
-    latents = random_latents(chosen.arguments["in_channels"], chosen.side, chosen.tokens, width)
+    latents = random_latents(tmp_path, chosen.arguments["in_channels"], chosen.side, chosen.tokens, width)
 
     def fresh() -> Watching:
         torch.manual_seed(0)

@@ -20,17 +20,21 @@ import diffusers
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from benchmarks import peer_autoencoder, peer_unet
 from benchmarks.rate_distortion import ROOT, Watched, digits, train
 from benchmarks.timing import Stopwatch
 from torch import Tensor
 
 from ldm.base.device import default_device, set_up
+from ldm.base.memory import Parts
 from ldm.base.pixels import to_float, to_uint8
 from ldm.base.randomness import generator
 from ldm.config import Settings, load_settings
 from ldm.data.batches import Batches, order
-from ldm.data.latents import Latents, open_latents, write_latents
+from ldm.data.caption_columns import all_captions
+from ldm.data.encoding import write_latents
+from ldm.data.latents import Latents, open_latents
 from ldm.data.reader import ShardReader
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.options import Recipe
@@ -38,7 +42,7 @@ from ldm.evaluation.evaluation import balanced, labelled
 from ldm.evaluation.metrics.prompt_accuracy import fit_classifier
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import Autoencoder
-from ldm.nets.text.encoder import TextEncoder, trim
+from ldm.nets.text.encoder import TextEncoder
 from ldm.registry.tracking import Run
 from ldm.stages.train_unet import build, recipe
 from ldm.training.fit import fit
@@ -94,8 +98,8 @@ def first(points: list[Point]) -> Point | None:
 
 def cached(settings: Settings, autoencoder: Autoencoder, readers: dict[str, ShardReader], folder: Path) -> Latents:
     """What the stage `cache_latents` makes of the training images."""
-    encoder = settings.text.build()
-    identity = {"autoencoder": "", "text_encoder": encoder.sha256, "text": settings.text.model_dump()}
+    encoder = settings.text.build(device=default_device())
+    text = {"text_encoder": encoder.sha256, "text_width": encoder.width, "text": settings.text.identity}
 
     @torch.inference_mode()
     def encode(images: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -103,7 +107,10 @@ def cached(settings: Settings, autoencoder: Autoencoder, readers: dict[str, Shar
         return posterior.mean.cpu(), posterior.logvar.cpu()
 
     out = folder / "latents"
-    write_latents({"train": readers["train"]}, out, encode, encoder, identity, lambda done: None, store=folder / "store", code="")
+    write_latents(
+        {"train": readers["train"]}, out, encode, encoder, {"autoencoder": "", **text}, lambda done: None,
+        store=folder / "store", code="", divide=Parts(default_device()), texts=all_captions,
+    )  # fmt: skip
     return open_latents(out, "train")
 
 
@@ -116,7 +123,7 @@ def our_run(settings: Settings, readers: dict[str, ShardReader], folder: Path, a
     watch = Stopwatch()
     autoencoder, likelihood = train(settings, readers["train"])
     latents = cached(settings, autoencoder, readers, folder)
-    unet, average = (build(settings, latents.text.shape[-1]).place(device) for _ in range(2))
+    unet, average = (build(settings, latents.width).place(device) for _ in range(2))
     diffusion = settings.diffusion
     denoiser = Denoiser(unet, diffusion.prediction, diffusion.noise.build())
     system = Recipe(**recipe(settings, latents), sampling=settings.sampling.model_dump())
@@ -171,7 +178,7 @@ def prepare(settings: Settings, reader: ShardReader) -> Prepared:
     encoder = settings.text.build()
     captions = reader.captions.text.tolist()
     distinct = [*dict.fromkeys(captions), ""]
-    text, _ = trim(*encoder(distinct))
+    text, _ = encoder(distinct)
     rows = torch.tensor([distinct.index(caption) for caption in captions])
     text = text.to(device)
     prepared = Prepared(peer, encoder, mean * scale, std * scale, scale, text[rows], text[-1], 0.0)
@@ -182,7 +189,8 @@ def prepare(settings: Settings, reader: ShardReader) -> Prepared:
 def drawn(prepared: Prepared, net: diffusers.UNet2DConditionModel, seed: int, prompts: list[str]) -> np.ndarray:
     """Images of the example's U-Net as it is, uint8 (N, C, H, W)."""
     text, _ = prepared.encoder(prompts)
-    context = text[:, : len(prepared.empty)].to(prepared.empty)
+    length = len(prepared.empty)  # tokens of every text, as in the example
+    context = F.pad(text, (0, 0, 0, max(length - text.shape[1], 0)))[:, :length].to(prepared.empty)
     shape = len(prompts), *prepared.mean.shape[1:]
     noise = torch.randn(shape, generator=generator(seed, "sample")).to(context)
     net.eval()

@@ -47,6 +47,8 @@ def test_psnr_of_known_pairs() -> None:
 def test_psnr_refuses_other_shapes_and_types() -> None:
     as_floats: Any = noise(4, 1, 8, 8) / 255
     with pytest.raises(ValueError, match="one shape"):
+        psnr(noise(4, 1, 8, 8), noise(4, 1, 8, 4))
+    with pytest.raises(ValueError, match="shorter"):
         psnr(noise(4, 1, 8, 8), noise(1, 1, 8, 8))
     with pytest.raises(ValueError, match="float64"):
         psnr(noise(4, 1, 8, 8), as_floats)

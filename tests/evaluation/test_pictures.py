@@ -46,7 +46,7 @@ def test_every_sample_stands_above_its_prompt_in_the_row_of_its_label(tmp_path: 
     texts, labels = ["a one", "a two", "1", "2", "a one", "two", "1", "2", "three", "one"], ["1", "2"] * 4 + ["3", "1"]
     prompts = pd.DataFrame({"text": texts, "label": labels})
     pictures.prompt_grid(tmp_path / "x.png", prompts[prompts.label != "3"].reset_index(drop=True), images)
-    assert drawn["n"] == 4 and drawn["images"].ravel().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert drawn["n"] == 4 and np.stack(drawn["images"]).ravel().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
     assert drawn["captions"] == ["a one", "1", "a one", "1", "a two", "2", "two", "2"]
     pictures.prompt_grid(tmp_path / "x.png", prompts, images)
     assert drawn["n"] == 1 and drawn["captions"] == ["a one", "a two", "three"]

@@ -9,7 +9,6 @@ from torch import Tensor
 from ldm.base.errors import InputError
 from ldm.base.pixels import to_float
 from ldm.bayes.likelihoods.discrete import DiscretizedLogistic
-from ldm.langevin import decoder
 from ldm.langevin.chains import Draws
 from ldm.langevin.decoder import DecoderPosterior
 from ldm.nets.autoencoder import AutoencoderKL
@@ -120,7 +119,7 @@ def test_uncertainty_of_every_pixel(posterior):
 
 def test_uncertainty_of_reconstructions(posterior, images, monkeypatch):
     """In parts, as at once."""
-    monkeypatch.setattr(decoder, "BATCH", 2)
+    monkeypatch.setenv("LDM_MEMORY_GB", "1e-9")
     found, expected = posterior.reconstructions(pixels()), posterior.uncertainty(posterior.autoencoder.encode(images).mean)
     torch.testing.assert_close(found, expected)
 

@@ -360,7 +360,7 @@ def test_the_champion_is_measured_under_the_numerics_of_the_challengers_stage(
     with careless_numerics() as read:
         monkeypatch.setattr(LatentDiffusion, "bound", lambda *given, **named: found.append(read()) or bound(*given, **named))
         nats = compare(root, lookup("models:/ldm/1"))
-    assert found == [exact(deterministic)]
+    assert len(found) == 2 and set(map(str, found)) == {str(exact(deterministic))}  # a part of one image, and the others
     assert np.allclose(nats.challenger, nats.champion, rtol=1e-6) and len(nats) == 20  # they are the same model
 
 

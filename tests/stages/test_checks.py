@@ -2,6 +2,8 @@
 
 import errno
 import hashlib
+import json
+import math
 import os
 import resource
 import shutil
@@ -74,37 +76,78 @@ def test_a_part_of_the_decoder_that_is_not_there_is_refused_before_training(tmp_
 LONG = "a red cat that sits on a very long wall beside a house"  # 13 tokens, and a CLS and a SEP
 
 
-def test_captions_that_would_be_cut_stop_the_run_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = sharded(tmp_path, [f"a{i}" for i in range(7)] + [LONG])
+def test_captions_that_would_be_cut_stop_the_run_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError) as refused:
+        sharded(tmp_path, [f"a{i}" for i in range(7)] + [LONG])
+    said, printed = str(refused.value), capsys.readouterr().out
+    assert "1 of 8 distinct captions would be cut at text.max_tokens 6; the longest has 15 tokens" in said
+    assert "raise text.max_tokens, to 15 for all, or text.max_truncated_fraction, now 0.01" in said and "\n" not in said
+    assert "tokens: 3 to 15, median 4 (minilm); 1 of 8 distinct captions are longer than text.max_tokens 6" in printed
+    assert not list((tmp_path / "data").glob("shards*"))
+    set_params(tmp_path, {"text": {"max_truncated_fraction": 0.125}})
+    run_stages(tmp_path, "shard")
+    assert "1 of 8 distinct captions are longer than text.max_tokens 6" in capsys.readouterr().out
+
+
+def test_captions_that_would_be_cut_stop_the_run_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards do not depend on `text`: settings may have changed since."""
+    root = sharded(tmp_path, [f"a{i}" for i in range(7)] + [LONG], text={"max_truncated_fraction": 1.0})
+    set_params(root, {"text": {"max_truncated_fraction": 0.01}})
+    with pytest.raises(InputError, match=r"1 of 8 distinct captions would be cut at text\.max_tokens 6; the longest has 15"):
         run_stages(root, "train_vae")
-    said = str(refused.value)
-    assert "1 of 8 distinct captions are cut at text.max_tokens 6; the longest has 15 tokens" in said
-    assert "raise text.max_tokens, to 15 for all, or text.max_cut, now 0.01" in said and "\n" not in said
     assert not (root / "models/autoencoder").exists()
-    set_params(root, {"text": {"max_cut": 0.125}})
+    set_params(root, {"text": {"max_truncated_fraction": 0.125}})
     run_stages(root, "train_vae")
-    assert "1 of 8 distinct captions are cut at text.max_tokens 6" in capsys.readouterr().out
-    set_params(root, {"text": {"max_tokens": 5, "max_cut": 0.1}})  # train_vae does not run again for that
+    assert "1 of 8 distinct captions are longer than text.max_tokens 6" in capsys.readouterr().out
+    set_params(root, {"text": {"max_tokens": 5, "max_truncated_fraction": 0.1}})  # train_vae does not run again for that
     with pytest.raises(InputError, match="1 of 8 distinct captions"):
         run_stages(root, "cache_latents")
-    set_params(root, {"text": {"max_tokens": 15, "max_cut": 0.0}})
+    set_params(root, {"text": {"max_tokens": 15, "max_truncated_fraction": 0.0}})
     run_stages(root, "cache_latents")
     manifest = (root / "data/latents/manifest.json").read_text()
-    set_params(root, {"text": {"max_cut": 0.5}})
+    set_params(root, {"text": {"max_truncated_fraction": 0.5}})
     run_stages(root, "cache_latents")
     assert (root / "data/latents/manifest.json").read_text() == manifest  # so nothing is trained again
 
 
-def test_without_the_encoder_the_autoencoder_is_trained_all_the_same(
+def test_every_caption_of_an_image_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = sharded(tmp_path, ["a blob"])
+    table = pd.read_csv(root / "images/metadata.csv")
+    table.assign(caption_2=[f"a{i % 8}" for i in range(len(table))], caption_3=LONG).to_csv(
+        root / "images/metadata.csv", index=False
+    )
+    says = "1 of 10 distinct captions would be cut"
+    with pytest.raises(InputError, match=says):
+        run_stages(root, "shard")
+    set_params(root, {"text": {"max_truncated_fraction": 0.1}})
+    run_stages(root, "shard")
+    assert f"{len(table)} images have several" in capsys.readouterr().out
+    set_params(root, {"text": {"max_truncated_fraction": 0.0}})
+    with pytest.raises(InputError, match=says):
+        check_captions(root, load_settings(root))
+
+
+def test_of_large_splits_images_from_everywhere_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = sharded(tmp_path, [LONG])
-    monkeypatch.setattr(minilm, "PACKAGE", "no_such_wheel")
+    root = sharded(tmp_path, [f"a{i}" for i in range(24)])
+    sizes = [stop - start for start, stop in json.loads((root / "data/shards/index.json").read_text())["splits"].values()]
+    monkeypatch.setattr("ldm.stages.checks.CAPTIONS", 3)
+    read = sum(len(range(0, size, math.ceil(size / 3))) for size in sizes)
     check_captions(root, load_settings(root))
-    assert (
-        capsys.readouterr().out.splitlines()[-1].startswith("captions: not compared with text.max_tokens (text minilm: its whe")
-    )
+    assert f" 0 of {read} distinct captions are longer" in capsys.readouterr().out and read <= 9 < sum(sizes)
+
+
+def test_without_the_encoder_images_are_sharded_and_the_autoencoder_is_trained_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minilm, "PACKAGE", "no_such_wheel")
+    root = sharded(tmp_path, [LONG])
+    assert "tokens: not counted (text minilm: its wheel is missing" in capsys.readouterr().out
+    check_captions(root, load_settings(root))
+    assert "tokens: not counted (text minilm: its wheel is missing" in capsys.readouterr().out
 
 
 # full disks

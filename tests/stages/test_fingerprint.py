@@ -45,7 +45,7 @@ MODULES = {
 # what modules that count may use of those that do not: names that neither compute nor choose anything
 USED = {
     "ldm.config": "settings as the file has them",
-    "ldm.base.errors": "InputError check_space env_count env_positive env_switch",
+    "ldm.base.errors": "InputError check_space env_count env_positive env_switch megabytes",
     "ldm.base.lazy": "Tensor torch",
     "ldm.base.options": (
         "Choice Count Fraction NonNegative OneOf Positive Rate Section chosen explained keys kinds value_at"  # classes by kind
@@ -55,7 +55,8 @@ USED = {
     "ldm.base.resources": "Resources",
     "ldm.registry.versions": "downloaded",
     "ldm.stages.checks": (
-        "check_captions check_fetched check_initial check_latents_space check_part check_sizes check_training_space size_of"
+        "check_captions check_fetched check_initial check_latents_space check_lengths check_part check_sizes check_training_space"
+        " size_of"
     ),
     "ldm.stages.stage": "stage_main stage_params stop_at_checkpoint",
     "ldm.stages.work": "Work identify opened",

@@ -170,7 +170,9 @@ def test_what_makes_its_weights_mean_something_else_is_refused_before_the_run(ch
     assert message == f"train_unet.init models:/ldm/2 is not what params.yaml describes: {says}; {hint}"
 
 
-@pytest.mark.parametrize("changes", [{"text.max_tokens": 5}, {"text.max_cut": 0.5}, {"seed": 1}, {"sampling.steps": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"text.max_tokens": 5}, {"text.max_truncated_fraction": 0.5}, {"seed": 1}, {"sampling.steps": 3}]
+)
 def test_what_leaves_their_meaning_is_not_refused(changes, kept):
     check_pins(kept, settings(kept, {"train_unet.init": "models:/ldm/2", **changes}))
 

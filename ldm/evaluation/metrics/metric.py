@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.base.options import Choice
 from ldm.evaluation.features import Array as Array
+from ldm.evaluation.features import Images as Images
 from ldm.evaluation.value import Value
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from typing import Any, Literal
 
-from ldm.evaluation.features import flat
-from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
+from ldm.evaluation.features import common_size, flat
+from ldm.evaluation.metrics.metric import Evaluation, Images, Metric
 from ldm.evaluation.value import Value, described
 
 SIDE = 16  # the classifier sees images averaged down to at most this many pixels
@@ -33,13 +33,14 @@ class PromptAccuracy(Metric):
         return described(numbers, about, {"prompt_accuracy": f"real test images: {real:.1%}", "unseen_prompt_accuracy": ""})
 
 
-def fit_classifier(images: Array, labels: Any) -> Any:
-    """A support vector machine on pixels, uint8 (N, C, H, W); its `score` is the share of images that it gives their label."""
+def fit_classifier(images: Images, labels: Any) -> Any:
+    """A support vector machine on pixels of images; its `score` is the share of images that it gives their label."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import FunctionTransformer
     from sklearn.svm import SVC
 
-    pixels = flat(images, SIDE)
+    size = common_size(images, SIDE)
+    pixels = flat(images, size)
     # twice scikit-learn's "scale": chosen on digits, where 8, 16 and 32 pixels a side all give 99 %
     gamma = 2 / (pixels.shape[1] * (pixels.var() or 1.0))
-    return make_pipeline(FunctionTransformer(flat, kw_args={"side": SIDE}), SVC(C=10.0, gamma=gamma)).fit(images, labels)
+    return make_pipeline(FunctionTransformer(flat, kw_args={"size": size}), SVC(C=10.0, gamma=gamma)).fit(images, labels)

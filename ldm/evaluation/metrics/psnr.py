@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
+from ldm.evaluation.metrics.metric import Array, Evaluation, Images, Metric
 from ldm.evaluation.value import Value
 
 
@@ -15,13 +15,15 @@ class Psnr(Metric):
         return [Value(name="psnr", value=value, unit="dB", title="PSNR", reading=reading, headline=True)]
 
 
-def psnr(images: Array, reconstructions: Array) -> Array:
-    """PSNR in dB of each pair of 8-bit images (N, C, H, W) -> (N,); of an identical pair that of one level in one value."""
+def psnr(images: Images, reconstructions: Images) -> Array:
+    """PSNR in dB of each pair of 8-bit images (C, H, W) -> (N,); of an identical pair that of one level in one value."""
     import numpy as np
 
-    if images.shape != reconstructions.shape or {images.dtype, reconstructions.dtype} != {np.dtype(np.uint8)}:
-        found = " and ".join(f"{side.dtype} {side.shape}" for side in (images, reconstructions))
-        raise ValueError(f"expected uint8 images of one shape, found {found}")
-    difference = (images.astype(np.float64) - reconstructions).reshape(len(images), -1)
-    squared = (difference**2).sum(axis=1).clip(min=1)
-    return np.asarray(10 * np.log10(255**2 * difference.shape[1] / squared))
+    found = []
+    for image, reconstruction in zip(images, reconstructions, strict=True):
+        if image.shape != reconstruction.shape or {image.dtype, reconstruction.dtype} != {np.dtype(np.uint8)}:
+            sides = " and ".join(f"{side.dtype} {side.shape}" for side in (image, reconstruction))
+            raise ValueError(f"expected uint8 images of one shape, found {sides}")
+        squared = float(((image.astype(np.float64) - reconstruction) ** 2).sum())
+        found.append(10 * np.log10(255**2 * image.size / max(squared, 1.0)))
+    return np.array(found)

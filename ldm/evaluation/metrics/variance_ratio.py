@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from ldm.evaluation.metrics.metric import Array, Evaluation, Metric
+from ldm.evaluation.features import averaged, common_size
+from ldm.evaluation.metrics.metric import Array, Evaluation, Images, Metric
 from ldm.evaluation.value import Value
 
 READING = (
@@ -29,18 +30,19 @@ class VarianceRatio(Metric):
         return [Value(name="variance_ratio", value=value, title="variance ratio", reading=READING, headline=True)]
 
 
-def variance_ratio(real: Array, real_labels: Any, generated: Array, generated_labels: Any) -> float | None:
+def variance_ratio(real: Images, real_labels: Any, generated: Images, generated_labels: Any) -> float | None:
     """Unbiased variance within a label, mean over labels with two images on both sides, generated / real; None without any."""
     import numpy as np
 
     of_real, of_generated = np.asarray(real_labels), np.asarray(generated_labels)
     labels = [label for label in np.unique(of_real) if min(sum(of == label) for of in (of_real, of_generated)) > 1]
 
-    def spread(images: Array, of: Array) -> Any:
-        return np.mean([images[of == label].var(axis=0, ddof=1, dtype=np.float64).mean() for label in labels])
+    def spread(pixels: Array, of: Array) -> Any:
+        return np.mean([pixels[of == label].var(axis=0, ddof=1).mean() for label in labels])
 
     if not labels:
         return None
-    if (variance := spread(real, of_real)) == 0:
+    size = common_size([*real, *generated])
+    if (variance := spread(averaged(real, size), of_real)) == 0:
         raise ValueError(f"the real images of each of {len(labels)} labels are all the same: nothing to compare with")
-    return float(spread(generated, of_generated) / variance)
+    return float(spread(averaged(generated, size), of_generated) / variance)
