@@ -1,9 +1,11 @@
 """The latent cache, read by index: posterior moments of every image, embeddings of every caption; README.md says which files."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -13,34 +15,77 @@ from ldm.base.tensors import mapped_tensors
 
 EMPTY = 0  # the number of the empty caption
 VERSION = 3  # of the manifest
+OPEN_FILES = 256  # at once
+READERS, SMALL = 4, 1 << 20  # threads that read a batch; bytes that one thread reads sooner than several
 CAPTIONS, INDEX = "captions", "index.safetensors"  # the split of files that hold captions; which captions each image has
+Job = tuple[int, IO[bytes], int, np.ndarray]  # number of a file, the file, where to read, what to fill
 
 
 class Rows:
-    """The rows of a tensor in several files, one file after the other. A file is mapped when it is first read."""
+    """Rows of the tensors in several files, one file after the other.
 
-    def __init__(self, files: Sequence[tuple[Path, int]], name: str) -> None:
+    They are read where they lie, without the system's reading ahead: it would fetch megabytes around each of them, from files
+    that may be larger than memory. What was read before is in the system's cache as long as there is room.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
         """`files` with how many rows each has."""
-        self._paths, self._name = [path for path, _ in files], name
-        self._ends = np.cumsum([count for _, count in files])
-        self._maps: dict[int, np.ndarray] = {}
+        self._paths, self.counts = [path for path, _ in files], np.array([count for _, count in files], dtype=np.int64)
+        self._ends = np.cumsum(self.counts)
+        self._places: dict[int, dict[str, int]] = {}  # of each file that was opened: where its tensors start
+        self._open: dict[int, IO[bytes]] = {}  # in the order of opening
+        self._pool: ThreadPoolExecutor | None = None
 
-    def span(self, start: int, count: int = 1) -> np.ndarray:
-        """A view of rows of one file, from row `start` on; of bfloat16 their bits, int16."""
-        number = int(np.searchsorted(self._ends, start, side="right"))
-        if number not in self._maps:
-            tensor = mapped_tensors(self._paths[number])[self._name]
-            self._maps[number] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        first = start - (int(self._ends[number - 1]) if number else 0)
-        return self._maps[number][first : first + count]
+    def read(self, name: str, starts: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+        """Fill each array, (N, …) as it lies in memory, with rows of one file, from its start on; of bfloat16 with their bits."""
+        for first in range(0, len(starts), OPEN_FILES):  # a file for each at most
+            jobs = self._jobs(name, starts[first : first + OPEN_FILES], outs[first : first + OPEN_FILES])
+            if sum(out.nbytes for *_, out in jobs) < SMALL:
+                self._fill(jobs)
+                continue
+            self._pool = self._pool or ThreadPoolExecutor(READERS)
+            for done in [self._pool.submit(self._fill, jobs[start::READERS]) for start in range(READERS)]:
+                done.result()
 
-    def files(self) -> Iterator[tuple[int, int]]:
-        """The first row of each file, and how many it has."""
-        return zip([0, *self._ends[:-1].tolist()], np.diff(self._ends, prepend=0).tolist(), strict=True)
+    def _jobs(self, name: str, starts: np.ndarray, outs: Sequence[np.ndarray]) -> list[Job]:
+        numbers = self.files_of(starts)
+        firsts, files = starts - (self._ends - self.counts)[numbers], self._opened(list(dict.fromkeys(numbers.tolist())))
+        jobs = []
+        for number, first, out in zip(numbers.tolist(), firsts.tolist(), outs, strict=True):
+            if len(out):
+                jobs.append((number, files[number], self._places[number][name] + first * (out.nbytes // len(out)), out))
+        return jobs
+
+    def files_of(self, rows: np.ndarray) -> np.ndarray:
+        """The number of the file that has each row."""
+        return np.searchsorted(self._ends, rows, side="right")
+
+    def _fill(self, jobs: list[Job]) -> None:
+        for number, file, place, out in jobs:
+            if os.preadv(file.fileno(), [out.data.cast("B")], place) != out.nbytes:
+                raise InputError(f"{self._paths[number]}: is too short; run `cache_latents` again")
+
+    def _opened(self, numbers: list[int]) -> dict[int, IO[bytes]]:
+        """These files, opened; the others as far as there may be more."""
+        for number in numbers:
+            if number in self._open:
+                continue
+            file = self._open[number] = self._paths[number].open("rb", buffering=0)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            if number not in self._places:
+                size = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
+                header = json.loads(os.pread(file.fileno(), size, 8))
+                tensors = {name: found for name, found in header.items() if name != "__metadata__"}
+                self._places[number] = {name: 8 + size + found["data_offsets"][0] for name, found in tensors.items()}
+        found, spare = {number: self._open[number] for number in numbers}, len(self._open) - OPEN_FILES
+        for number in [number for number in self._open if number not in found][: max(spare, 0)]:
+            self._open.pop(number).close()
+        return found
 
 
 class Latents:
-    """The latents of one split and their captions in memory-mapped files: opening takes no memory, a batch only its own."""
+    """The latents of one split and their captions, read by index: opening takes no memory, a batch only its own."""
 
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
@@ -48,13 +93,14 @@ class Latents:
         self._first, self._caption = (index[f"{split}.{name}"].numpy() for name in ("first", "caption"))
         self._rows = index[f"{CAPTIONS}.first"].numpy()  # where each caption's rows begin, and where the last ones end
         files = [file for file in manifest["files"] if file["split"] == split]
-        images = [(folder / file["name"], file["count"]) for file in files]
-        self._mean, self._logvar = Rows(images, "mean"), Rows(images, "logvar")
+        self._images, self._shapes = (
+            Rows([(folder / file["name"], file["count"]) for file in files]),
+            [file["shape"] for file in files],
+        )
         texts = [file for file in manifest["files"] if file["split"] == CAPTIONS]
         begins = self._rows[np.cumsum([0, *(file["count"] for file in texts)])]
-        self._text = Rows(
-            [(folder / text["name"], size) for text, size in zip(texts, np.diff(begins).tolist(), strict=True)], "rows"
-        )
+        sizes = zip(texts, np.diff(begins).tolist(), strict=True)
+        self._text = Rows([(folder / text["name"], size) for text, size in sizes])
         ends = np.cumsum([file["count"] for file in files])
         shapes: dict[tuple[int, int], list[np.ndarray]] = {}
         for file, end in zip(files, ends.tolist(), strict=True):
@@ -86,8 +132,12 @@ class Latents:
 
     def moments(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, float32 (N, c, h, w), of images of one shape."""
-        mean, logvar = (np.concatenate([rows.span(i) for i in index.tolist()]) for rows in (self._mean, self._logvar))
-        return torch.from_numpy(mean), torch.from_numpy(logvar)
+        shape = self._shapes[int(self._images.files_of(index[:1])[0])]
+        found = np.empty((2, len(index), self.channels, *shape), dtype=np.float32)
+        for name, moments in zip(("mean", "logvar"), found, strict=True):
+            self._images.read(name, index, [moments[i : i + 1] for i in range(len(index))])
+        mean, logvar = torch.from_numpy(found)
+        return mean, logvar
 
     def captions(self, index: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """For each image one of its captions, all as likely, by its draw (uint64): their numbers. 0 is the empty caption."""
@@ -101,21 +151,26 @@ class Latents:
     def embeddings(self, captions: np.ndarray) -> tuple[Tensor, Tensor]:
         """Embeddings, bfloat16 (N, T, D) for the longest one's T tokens, zero beyond each one's end; masks, bool (N, T)."""
         starts, counts = self.rows(captions)
-        found = np.zeros((len(captions), int(counts.max()), self.width), dtype=np.int16)
-        for row, start, count in zip(found, starts.tolist(), counts.tolist(), strict=True):
-            row[:count] = self._text.span(start, count)
+        found = np.empty((len(captions), int(counts.max()), self.width), dtype=np.int16)
+        for row, count in zip(found, counts.tolist(), strict=True):
+            row[count:] = 0
+        self._text.read("rows", starts, [row[:count] for row, count in zip(found, counts.tolist(), strict=True)])
         mask = np.arange(found.shape[1]) < counts[:, None]
         return torch.from_numpy(found).view(torch.bfloat16), torch.from_numpy(mask)
 
     def all_rows(self) -> Iterator[Tensor]:
         """The rows of all captions, file by file: embeddings, bfloat16 (R, D)."""
-        for start, count in self._text.files():
-            yield torch.from_numpy(self._text.span(start, count).copy()).view(torch.bfloat16)
+        for start, count in zip(np.cumsum(self._text.counts) - self._text.counts, self._text.counts.tolist(), strict=True):
+            rows = np.empty((count, self.width), dtype=np.int16)
+            self._text.read("rows", start[None], [rows])
+            yield torch.from_numpy(rows).view(torch.bfloat16)
 
     def texts(self, captions: np.ndarray) -> list[str]:
         """Captions that are kept as text."""
-        pairs = zip(*(part.tolist() for part in self.rows(captions)), strict=True)
-        return [self._text.span(start, count).tobytes().decode() if count else "" for start, count in pairs]
+        starts, counts = self.rows(captions)
+        letters = [np.empty(count, dtype=np.uint8) for count in counts.tolist()]
+        self._text.read("rows", starts, letters)
+        return [found.tobytes().decode() for found in letters]
 
 
 def open_latents(folder: Path, split: str, **expected: str) -> Latents:
