@@ -52,7 +52,7 @@ def caption(number: int, tokens: int) -> str:
     return " ".join(random.choice(WORDS, tokens - 2))
 
 
-def write_photographs(folder: Path, count: int = 300) -> list[dict[str, Any]]:
+def write_photographs(folder: Path, count: int = 300, longest: int = LONGEST) -> list[dict[str, Any]]:
     """JPEGs and PNGs, some of them lying on a side as their EXIF says, every fifth with two captions; rows of what is where."""
     folder.mkdir(parents=True)
     rows = []
@@ -64,7 +64,7 @@ def write_photographs(folder: Path, count: int = 300) -> list[dict[str, Any]]:
             exif[0x0112] = orientation
             image = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
         image.save(folder / name, quality=92, exif=exif)
-        tokens = SHORTEST + number * (LONGEST - SHORTEST) // (count - 1)
+        tokens = SHORTEST + number * (longest - SHORTEST) // (count - 1)
         texts = [caption(number, tokens), *([caption(number + count, SHORTEST + number % 9)] if number % 5 == 0 else [])]
         rows.append({"file_name": name, "text": texts, "tokens": tokens})
     lines = (json.dumps({"file_name": row["file_name"], "text": row["text"]}) + "\n" for row in rows)

@@ -64,8 +64,9 @@ def run(root: Path) -> None:
             readers, root / LATENTS, encode, encoder if settings.text.cache else None, identity, Progress("cache_latents", total),
             store=root / LATENT_STORE, code=code, divide=Parts(device), texts=texts, flip=options.flip,
         )  # fmt: skip
-        if not isinstance(autoencoder, VQModel):
-            found = diagnose(*some(open_latents(root / LATENTS, "val", autoencoder=digest)))
+        mean, logvar = some(open_latents(root / LATENTS, "val", autoencoder=digest))
+        if len(mean) > 1 and not isinstance(autoencoder, VQModel):
+            found = diagnose(mean, logvar)
             tracker.log(found.metrics(), total)
             if warning := found.warning():
                 print(f"warning: {warning}", file=sys.stderr, flush=True)

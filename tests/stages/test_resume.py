@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from blobs import run_stages
+from photographs import write_photographs
 from tiny import REPOSITORY, TINY, clone, environment, set_params, with_soak
 
 from ldm.base.errors import InputError
@@ -38,6 +39,11 @@ LDM = {
 PAPER = {
     "autoencoder": {"regulariser": {"kind": "kl", "beta": 1e-6}},
     "train_vae": {"objective": LDM, "likelihood": {"kind": "laplace"}},
+}
+PICTURES = {
+    "data": {"path": "photographs", "channels": 3, "shapes": {"kind": "buckets", "step": 8}},
+    "text": {"max_tokens": 20, "cache": False},
+    "cache_latents": {"flip": True},
 }
 TWO = {"LDM_PROCESSES": "2"}
 PAIRS = {  # stage, settings, environment
@@ -82,6 +88,17 @@ def warm(trained, tmp_path_factory) -> Path:
     set_params(root, {"train_unet": {"init": "saved"}})
     run_stages(root, "pretrained", "train_unet")
     assert contents(root, "train_unet") != contents(trained, "train_unet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Photographs of several shapes, with one or two captions each, which the U-Net's training embeds itself."""
+    root = clone(tmp_path_factory.mktemp("pictures") / "project")
+    write_photographs(root / "photographs", 60, longest=20)
+    set_params(root, TINY)
+    set_params(root, {"train_vae": LENGTHS, "train_unet": LENGTHS, **PICTURES})
+    run_stages(root, "shard", "pretrained", "train_vae", "cache_latents", "train_unet")
     return root
 
 
@@ -238,6 +255,13 @@ def test_so_does_training_that_starts_from_a_model(seed, warm, tmp_path):
         time.sleep(0.01)
     anew.kill()
     anew.communicate()
+
+
+@pytest.mark.parametrize("stage", [pytest.param("train_vae", marks=pytest.mark.soak), "train_unet"])
+@pytest.mark.parametrize("seed", with_soak(1, 6))
+def test_so_does_training_on_several_shapes_and_captions(stage, seed, pictures, tmp_path):
+    kept = killed_in_mid_work(pictures, tmp_path / "killed", stage, seed)
+    assert resumed(tmp_path / "killed", stage, kept) == contents(pictures, stage)
 
 
 @pytest.mark.parametrize(
