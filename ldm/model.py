@@ -190,6 +190,9 @@ class LatentDiffusion:
         """
         options, weights = changed_sampling(self.recipe.sampling, sampling), torch.linspace(0, 1, n, device=self.device)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape:
+                found = " and ".join(f"{image.shape[2]} x {image.shape[1]}" for image in (a, b))
+                raise InputError(f"interpolate between images of one size, not {found}")
             shift, scale = self._affine
             first, last = ((self.encode(x[None]).mean - shift) / scale for x in (a, b))
             path = torch.lerp(first, last, weights.view(-1, 1, 1, 1)) if linear else slerp(first, last, weights)

@@ -46,7 +46,9 @@ def _host() -> tuple[int, int]:
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        total, free = min(total, limit), min(free, limit - used)
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))  # goes when it is needed
+        total, free = min(total, limit), min(free, limit - used + cached)
     return free, total
 
 
@@ -62,32 +64,30 @@ class Parts:
     ) -> Iterator[T]:
         """`function` of consecutive slices of `count` items. Where one does not fit, smaller ones are tried, and it is said.
 
-        Items of one `kind`, such as a shape, take the same memory. It is measured by `one`, which computes a single item;
-        without it, by the function of the first item, which then is a part of its own.
+        Items of one `kind`, such as a shape, take the same memory. It is measured by `one`, which computes a single item, by
+        default the first; its result is not used, so that how work is divided does not depend on what was done before.
         """
-        start = 0
-        if kind not in self._sizes and count:
-            first = one or functools.partial(function, slice(0, 1))
-            result, taken = measured(first, self.device)
+        if kind not in self._sizes and count > 1:
+            _, taken = measured(one or functools.partial(function, slice(0, 1)), self.device)
             self._sizes[kind] = max(1, min(MOST, _power_of_two(budget(self.device) / max(taken, 1))))
-            if one is None:
-                yield result
-                start = 1
+        start, size = 0, self._sizes.get(kind, 1)
         while start < count:
-            part = slice(start, min(start + self._sizes[kind], count))
+            part = slice(start, min(start + size, count))
             try:
                 result = function(part)
             except RuntimeError as error:
                 if not _out_of_memory(error) or part.stop - part.start == 1:
                     raise
-                self._sizes[kind] = (part.stop - part.start) // 2
             else:
                 yield result
                 start = part.stop
                 continue
+            if part.stop - part.start == self._sizes[kind]:  # and not the rest of an earlier one
+                self._sizes[kind] //= 2
+            size = (part.stop - part.start) // 2
             if self.device.type == "cuda":  # here, where the error and its frames are gone
                 torch.cuda.empty_cache()
-            print(f"memory: {part.stop - start} {self.what} do not fit at once; trying {self._sizes[kind]}", flush=True)
+            print(f"memory: {part.stop - start} {self.what} do not fit at once; trying {size}", flush=True)
 
 
 def measured(function: Callable[[], T], device: torch.device) -> tuple[T, int]:

@@ -156,7 +156,8 @@ def _kinds(objects: Objects, traces: Traces, needed: Collection[str]) -> dict[st
     found = {
         name: {md5 for md5, digests in kind.items() if digests & wanted} & objects.places.keys() for name, kind in kinds.items()
     }
-    return {"caption": captions(objects, traces.names) - set(needed)} | found
+    texts = captions(objects, traces.names) | {md5 for md5, digests in traces.captions.items() if digests & wanted}
+    return {"caption": (texts & objects.places.keys()) - set(needed)} | found
 
 
 def _copies(

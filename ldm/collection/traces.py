@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from ldm.collection.objects import DIGEST, Objects
 from ldm.data.images import SUFFIXES
+from ldm.data.latents import CAPTIONS
 
 Kind = dict[str, set[str]]  # for each object, by its md5, the digests of the images that it holds or was made of
 
@@ -21,6 +22,7 @@ class Traces:
     images: Kind = field(default_factory=dict)
     shards: Kind = field(default_factory=dict)
     latents: Kind = field(default_factory=dict)
+    captions: Kind = field(default_factory=dict)  # files with their captions, which other images may have as well
     shard_hashes: Kind = field(default_factory=dict)  # as `shards`, by sha256
     refused: dict[str, str] = field(default_factory=dict)  # image -> why nothing of it is deleted
 
@@ -64,7 +66,8 @@ def find_traces(objects: Objects, images: Collection[str]) -> Traces:
     for folder in objects.folders:  # latents of every autoencoder
         for file in objects.json(folder.get("manifest.json", "")).get("files", []):
             if made := traces.shard_hashes.get(file.get("shard_sha256")):
-                traces.latents[folder[file["name"]]] = made
+                kind = traces.captions if file.get("split") == CAPTIONS else traces.latents
+                kind[folder[file["name"]]] = made
     return traces
 
 

@@ -21,6 +21,7 @@ Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]  # uint8 images -> poster
 Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # texts -> token embeddings (N, T, D) and masks (N, T)
 Divide = Callable[..., Iterator[Any]]  # `ldm.base.memory.Parts`
 Row = dict[str, Any]  # of the caption table
+CHUNK = 64  # captions whose embeddings are on the device together
 TEXT = ("text", "text_encoder", "text_width")  # of the identity: what embeddings depend on, and latents do not
 
 
@@ -68,7 +69,7 @@ def write_latents(
         mean, square = total / number, squares / number
         facts = {"version": VERSION, "preprocessing": preprocessing, "flip": flip, "embedded": embed is not None}
         moments = {"latent_mean": mean.tolist(), "latent_std": (square - mean**2).sqrt().tolist()}
-        manifest = {**identity, **facts, **moments, "files": files + captions.files}
+        manifest = {**identity, **facts, **moments, "files": files + captions.files, "index": file_hash(partial / INDEX)}
         (partial / "manifest.json").write_text(canonical_json(manifest))
     return manifest, len(kept.reused & {file["name"] for file in files})
 
@@ -126,8 +127,12 @@ def _rows(texts: list[str], embed: Embed | None) -> dict[str, Tensor]:
         blobs = [text.encode() for text in texts]
         rows = torch.from_numpy(np.frombuffer(b"".join(blobs), dtype=np.uint8).copy())
         return {"rows": rows, "count": torch.tensor([len(blob) for blob in blobs])}
-    embedded, mask = embed(texts)
-    return {"rows": embedded[mask].bfloat16().cpu(), "count": mask.sum(1).cpu()}
+    parts = []
+    for start in range(0, len(texts), CHUNK):
+        embedded, mask = embed(texts[start : start + CHUNK])
+        parts.append((embedded[mask].bfloat16().cpu(), mask.sum(1).cpu()))
+    tokens, counts = (torch.cat(part) for part in zip(*parts, strict=True))
+    return {"rows": tokens, "count": counts}
 
 
 def _encoded(reader: ShardReader, positions: range, encode: Encode, divide: Divide, mirrored: bool) -> dict[str, Tensor]:

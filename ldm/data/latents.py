@@ -38,8 +38,9 @@ class Rows:
 
     def read(self, name: str, starts: np.ndarray, outs: Sequence[np.ndarray]) -> None:
         """Fill each array, (N, …) as it lies in memory, with rows of one file, from its start on; of bfloat16 with their bits."""
-        for first in range(0, len(starts), OPEN_FILES):  # a file for each at most
-            jobs = self._jobs(name, starts[first : first + OPEN_FILES], outs[first : first + OPEN_FILES])
+        some = [number for number, out in enumerate(outs) if len(out)]
+        for chosen in (some[first : first + OPEN_FILES] for first in range(0, len(some), OPEN_FILES)):  # of a file each, at most
+            jobs = self._jobs(name, starts[chosen], [outs[number] for number in chosen])
             if sum(out.nbytes for *_, out in jobs) < SMALL:
                 self._fill(jobs)
                 continue
@@ -52,8 +53,7 @@ class Rows:
         firsts, files = starts - (self._ends - self.counts)[numbers], self._opened(list(dict.fromkeys(numbers.tolist())))
         jobs = []
         for number, first, out in zip(numbers.tolist(), firsts.tolist(), outs, strict=True):
-            if len(out):
-                jobs.append((number, files[number], self._places[number][name] + first * (out.nbytes // len(out)), out))
+            jobs.append((number, files[number], self._places[number][name] + first * (out.nbytes // len(out)), out))
         return jobs
 
     def files_of(self, rows: np.ndarray) -> np.ndarray:
@@ -62,8 +62,11 @@ class Rows:
 
     def _fill(self, jobs: list[Job]) -> None:
         for number, file, place, out in jobs:
-            if os.preadv(file.fileno(), [out.data.cast("B")], place) != out.nbytes:
-                raise InputError(f"{self._paths[number]}: is too short; run `cache_latents` again")
+            left = out.data.cast("B")
+            while len(left):  # the system gives 2 GB at a time
+                if not (count := os.preadv(file.fileno(), [left], place)):
+                    raise InputError(f"{self._paths[number]}: is too short; run `cache_latents` again")
+                left, place = left[count:], place + count
 
     def _opened(self, numbers: list[int]) -> dict[int, IO[bytes]]:
         """These files, opened; the others as far as there may be more."""
@@ -128,11 +131,18 @@ class Latents:
     def nbytes(self) -> int:
         """Of moments and captions, if they were loaded."""
         moments = sum(8 * self.channels * height * width * len(index) for (height, width), index in self.groups.items())
-        return moments + int(self._rows[-1]) * (2 * self.width if self.embedded else 1)
+        return moments + self.all_tokens * (2 * self.width if self.embedded else 1)
+
+    @property
+    def all_tokens(self) -> int:
+        """Of all captions together; their bytes, if they are kept as text."""
+        return int(self._rows[-1])
 
     def moments(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, float32 (N, c, h, w), of images of one shape."""
-        shape = self._shapes[int(self._images.files_of(index[:1])[0])]
+        shape, *others = {tuple(self._shapes[number]) for number in self._images.files_of(index).tolist()}
+        if others:
+            raise ValueError(f"latents of {shape} and {others[0]}: read those of one shape at a time (`groups`)")
         found = np.empty((2, len(index), self.channels, *shape), dtype=np.float32)
         for name, moments in zip(("mean", "logvar"), found, strict=True):
             self._images.read(name, index, [moments[i : i + 1] for i in range(len(index))])

@@ -42,6 +42,11 @@ class Buckets(Shapes):
         while (short := image_size**2 // long // self.step * self.step) and long <= self.max_aspect * short:
             found |= {(short, long), (long, short)}
             long += self.step
+        if len(found) == 1:
+            few = f"leaves the square alone at data.image_size {image_size} and data.shapes.max_aspect {self.max_aspect}"
+            raise ValueError(
+                f"data.shapes.step {self.step} {few}; set a smaller divisor of data.image_size, or data.shapes: square"
+            )
         return tuple(sorted(found))
 
 

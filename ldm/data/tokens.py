@@ -24,6 +24,7 @@ class TokenCounts:
     lengths: np.ndarray  # int (N,): tokens of each of `captions`
     distinct: int  # captions of which these are all, or `CAPTIONS` drawn at random
     most: int | None  # tokens that the encoder can read
+    every: int = 1  # images, of which the captions of one were read
 
     @property
     def truncated(self) -> int:
@@ -31,12 +32,13 @@ class TokenCounts:
         return int((self.lengths > self.text.max_tokens).sum())
 
     def embedded_bytes(self, width: int) -> int:
-        """About how much the embeddings of all captions take in bfloat16, `width` values a token."""
-        return int(self.lengths.clip(max=self.text.max_tokens).mean() * self.distinct * width * 2)
+        """How much the embeddings of all captions take in bfloat16, `width` values a token; if some were read, at most."""
+        return int(self.lengths.clip(max=self.text.max_tokens).mean() * self.distinct * self.every * width * 2)
 
     @property
     def _share(self) -> str:
         drawn = f" drawn from {self.distinct:,}" if len(self.captions) < self.distinct else ""
+        drawn += f" of one image in {self.every}" if self.every > 1 else ""
         return f"{self.truncated:,} of {len(self.captions):,} distinct captions{drawn}"
 
     def __str__(self) -> str:
@@ -56,7 +58,7 @@ class TokenCounts:
         raise InputError(f"{found}; {advice}, or text.max_truncated_fraction, now {allowed}, if they may be cut")
 
 
-def count_tokens(text: Text, captions: Iterable[str]) -> TokenCounts:
+def count_tokens(text: Text, captions: Iterable[str], every: int = 1) -> TokenCounts:
     """Count the tokens of distinct captions, of which there is at least one; raises one of `NOT_HERE`, or `InputError`."""
     count, most = text.counter()
     distinct = sorted(set(captions))
@@ -64,4 +66,5 @@ def count_tokens(text: Text, captions: Iterable[str]) -> TokenCounts:
     if len(distinct) > CAPTIONS:  # as content decides, not the order of files, the same ones are drawn again
         counted = sorted(distinct, key=lambda caption: content_hash(caption.encode()))[:CAPTIONS]
     chunks = (counted[start : start + CHUNK] for start in range(0, len(counted), CHUNK))
-    return TokenCounts(text, counted, np.array([length for chunk in chunks for length in count(chunk)]), len(distinct), most)
+    lengths = np.array([length for chunk in chunks for length in count(chunk)])
+    return TokenCounts(text, counted, lengths, len(distinct), most, every)

@@ -22,7 +22,7 @@ from ldm.evaluation.features import FeatureSpace
 from ldm.evaluation.parts import by_kind
 from ldm.nets.autoencoder import VQModel
 
-MOST = 4096  # images of a split that are looked at, at most
+MOST, BYTES = 4096, 1 << 30  # images of a split that are looked at, and their pixels: at most, unless samples are as many
 DIAGNOSED = 1 << 26  # latent values that are looked at, at most
 
 
@@ -31,7 +31,7 @@ class Evaluation:
 
     def __init__(self, model: Any, train: ShardReader, test: ShardReader, seed: int, sample_count: int, unseen_count: int):
         self.model, self.test, self.seed = model, test, seed
-        some = [_some(reader, seed) for reader in (train, test)]
+        some = [_some(reader, seed, sample_count) for reader in (train, test)]
         (self.train_images, self.train_labels, _), (self.test_images, self.test_labels, self._sizes) = map(self._real, some)
         # Samples are drawn for captions, and for labelled prompts that no caption contains, if the data have any.
         captions = some[0].captions
@@ -113,9 +113,10 @@ class Evaluation:
         return self._features.get(space) or self._features.setdefault(space, Features(self, space))
 
 
-def _some(reader: ShardReader, seed: int) -> ShardReader:
-    """At most `MOST` images of a split, at random."""
-    return reader.subset(np.sort(order(seed_for(seed, "real"), len(reader), 0, min(len(reader), MOST))))
+def _some(reader: ShardReader, seed: int, least: int) -> ShardReader:
+    """Images of a split, at random: all of them, or as many as `MOST` and `BYTES` allow and `least` asks for."""
+    count = min(len(reader), max(least, min(MOST, BYTES // reader.images([0]).size)))
+    return reader.subset(np.sort(order(seed_for(seed, "real"), len(reader), 0, count)))
 
 
 def stacked(images: Sequence[np.ndarray]) -> torch.Tensor:

@@ -24,6 +24,7 @@ from ldm.report.grid import image_grid
 from ldm.report.plots import histograms, traces
 
 MEASURED = 1024  # test images at most whose pixels are mapped and scores kept
+VALUES = 1 << 24  # of all of them together, at most: to rank a value takes 85 bytes
 TRACED = 4  # held-out images whose log-likelihood is drawn against the draws
 SHOWN = 8  # images in a row
 TINY = 1e-12  # nats
@@ -39,7 +40,8 @@ def measure(
     """Scores of test images by key, and metrics. `bounds` and `latents` are those of the evaluation; `plots` is made anew."""
     shutil.rmtree(plots, ignore_errors=True)
     plots.mkdir(parents=True)
-    rows = np.sort(order(seed_for(seed, "posterior measured"), len(test), 0, min(len(test), MEASURED)))
+    most = min(len(test), MEASURED, max(SHOWN, VALUES // test.images([0]).size))
+    rows = np.sort(order(seed_for(seed, "posterior measured"), len(test), 0, most))
     pixels, prompts = torch.from_numpy(test.images(rows)), test.captions.text.drop_duplicates().head(SHOWN).tolist()
     scores, metrics = unlike_images(posterior, pixels, seed, plots)
     metrics |= average_bound(posterior, bounds, test, latents, plots)

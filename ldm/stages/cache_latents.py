@@ -37,9 +37,10 @@ def run(root: Path) -> None:
     device, options = set_up(settings.deterministic), settings.cache_latents
     autoencoder, digest = load_autoencoder(root / AUTOENCODER).place(device), network_hash(root / AUTOENCODER)
     counts, encoder = check_captions(root, settings, ("train", "val")), TextEncoder(settings.text.located(root), device)
-    embeddings = counts.embedded_bytes(encoder.width) if counts else 0
+    embeddings = counts.embedded_bytes(encoder.width) * (1 + options.shorten + options.shuffle_tags) if counts else 0
+    most = "at most " if options.shorten or options.shuffle_tags or (counts and counts.every > 1) else ""
     kept = "take" if settings.text.cache else "are computed while the U-Net trains; kept (text.cache: true), they would take"
-    print(f"cache_latents: embeddings of captions {kept} {megabytes(embeddings)}", flush=True)
+    print(f"cache_latents: embeddings of captions {kept} {most}{megabytes(embeddings)}", flush=True)
     check_latents_space(root, autoencoder, options.flip, embeddings if settings.text.cache else 0)
     identity = {
         "autoencoder": digest,

@@ -25,12 +25,14 @@ def check_sizes(root: Path, settings: Settings) -> None:
         return
     splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
     sizes = {split: stop - start for split, (start, stop) in sorted(splits.items(), key=lambda item: item[1])}
+    most = settings.evaluate.test_images
     for number, metric in enumerate(settings.evaluate.metrics):
         try:
-            metric.check_images(min(sizes["train"], sizes["test"]))
+            metric.check_images(min(sizes["train"], sizes["test"], most))
         except ValueError as error:
             few = f"the splits have {', '.join(f'{count} {split}' for split, count in sizes.items())} images"
-            advice = "add images, raise data.test_fraction, or remove the metric"
+            few += f", and evaluate.test_images is {most}" if most < sizes["test"] else ""
+            advice = "add images, raise data.test_fraction or evaluate.test_images, or remove the metric"
             raise InputError(f"evaluate.metrics.{number}: {error}, and {few}; {advice}") from None
 
 
@@ -111,17 +113,18 @@ def check_captions(root: Path, settings: Settings, splits: Iterable[str] = SPLIT
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all
         return None
     readers = [stage_shards(root, split) for split in splits]
-    read = (reader.captions_of(range(0, len(reader), -(-len(reader) // CAPTIONS))) for reader in readers)
-    return check_lengths(root, settings, (text for rows in read for captions in captions_in(rows) for text in captions))
+    every = -(-max(map(len, readers)) // CAPTIONS)
+    read = (reader.captions_of(range(0, len(reader), every)) for reader in readers)
+    return check_lengths(root, settings, (text for rows in read for captions in captions_in(rows) for text in captions), every)
 
 
-def check_lengths(root: Path, settings: Settings, captions: Iterable[str]) -> TokenCounts | None:
+def check_lengths(root: Path, settings: Settings, captions: Iterable[str], every: int = 1) -> TokenCounts | None:
     """Print how many tokens captions have; `InputError` if more than `text.max_truncated_fraction` allows would be cut.
 
     None where the encoder is not on this machine.
     """
     try:
-        counts = count_tokens(settings.text.located(root), captions)
+        counts = count_tokens(settings.text.located(root), captions, every)
     except NOT_HERE as error:  # a machine that only shards, or trains the autoencoder
         print(f"tokens: not counted ({error})", flush=True)
         return None

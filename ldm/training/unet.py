@@ -148,11 +148,17 @@ class Resident(Source):
         super().__init__(latents, device)
         self._group, self._place = np.empty(len(latents), dtype=np.int64), np.empty(len(latents), dtype=np.int64)
         self._moments = []  # mean and standard deviation of each shape
-        for number, group in enumerate(latents.groups.values()):
+        for number, (shape, group) in enumerate(latents.groups.items()):
             self._group[group], self._place[group] = number, np.arange(len(group))
-            parts = (self.standardised(part) for part in np.array_split(group, -(-len(group) // LOADED)))
-            self._moments.append([torch.cat(moment) for moment in zip(*parts, strict=True)])
-        self._rows = torch.cat([to_device(rows, device) for rows in latents.all_rows()])  # bfloat16 (R, D)
+            kept = torch.empty((2, len(group), latents.channels, *shape), device=device)
+            for start in range(0, len(group), LOADED):
+                for moment, part in zip(kept, self.standardised(group[start : start + LOADED]), strict=True):
+                    moment[start : start + LOADED] = part
+            self._moments.append(kept)
+        self._rows, end = torch.empty((latents.all_tokens, latents.width), dtype=torch.bfloat16, device=device), 0
+        for rows in latents.all_rows():
+            self._rows[end : end + len(rows)] = to_device(rows, device)
+            end += len(rows)
 
     def begin(self, index: np.ndarray, captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return index, captions

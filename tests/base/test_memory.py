@@ -69,7 +69,7 @@ def test_parts_follow_from_what_one_takes(limit: str, size: int, monkeypatch: py
     parts = Parts(CPU)
     found = torch.cat(list(parts(function, 300, kind="a")))
     assert torch.equal(found[:, 7], torch.arange(300.0))
-    assert seen[0] == 1 and max(seen) == min(size, 299)
+    assert seen[:2] == [1, min(size, 300)]  # one is measured, and computed again with the others
     seen.clear()
     assert len(torch.cat(list(parts(function, 5, kind="a")))) == 5  # its kind has been measured
     assert seen[0] == min(size, 5)
@@ -93,15 +93,30 @@ def test_what_does_not_fit_is_tried_smaller_and_said(capsys: pytest.CaptureFixtu
 
     found = [number for part in parts(function, 100) for number in part]
     assert found == list(range(100))
-    assert tried[:6] == [1, 99, 49, 24, 12, 6] and set(tried[5:]) == {6, 3}
+    assert tried[:6] == [1, 100, 50, 25, 12, 6] and set(tried[5:]) == {6, 4}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "memory: 99 texts do not fit at once; trying 49" and len(lines) == 4
+    assert lines[0] == "memory: 100 texts do not fit at once; trying 50" and len(lines) == 4
+
+
+def test_a_rest_that_did_not_fit_does_not_make_later_parts_small() -> None:
+    parts, tried, fails = Parts(CPU), list[int](), True
+
+    def function(part: slice) -> None:
+        tried.append(part.stop - part.start)
+        if fails and tried[-1] == 3:
+            raise RuntimeError(FULL)
+
+    list(parts(function, MOST + 3))
+    assert tried == [1, MOST, 3, 1, 1, 1]
+    fails = False
+    list(parts(function, MOST))
+    assert tried[6:] == [MOST]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("no memory"), KeyboardInterrupt()])
 def test_other_errors_are_not_taken_for_full_memory(error: BaseException) -> None:
     def function(part: slice) -> None:
-        if part.start:
+        if part.stop > 1:
             raise error
 
     with pytest.raises(type(error)):

@@ -135,9 +135,12 @@ def test_of_large_splits_images_from_everywhere_are_counted(
     root = sharded(tmp_path, [f"a{i}" for i in range(24)])
     sizes = [stop - start for start, stop in json.loads((root / "data/shards/index.json").read_text())["splits"].values()]
     monkeypatch.setattr("ldm.stages.checks.CAPTIONS", 3)
-    read = sum(len(range(0, size, math.ceil(size / 3))) for size in sizes)
-    check_captions(root, load_settings(root))
-    assert f" 0 of {read} distinct captions are longer" in capsys.readouterr().out and read <= 9 < sum(sizes)
+    every = math.ceil(max(sizes) / 3)
+    read = sum(len(range(0, size, every)) for size in sizes)
+    counts = check_captions(root, load_settings(root))
+    found = f" 0 of {read} distinct captions of one image in {every} are longer"
+    assert found in capsys.readouterr().out and read <= 9 < sum(sizes)
+    assert counts is not None and 24 * 4 * 2 <= counts.embedded_bytes(width=1) <= 2 * 24 * 4 * 2  # of 3 or 4 tokens each
 
 
 def test_without_the_encoder_images_are_sharded_and_the_autoencoder_is_trained_all_the_same(

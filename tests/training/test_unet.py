@@ -235,6 +235,13 @@ def test_latents_on_the_device_are_those_in_the_files(several: bool) -> None:
             torch.testing.assert_close(found.std, (logvar / 2).exp() / 3)
 
 
+def test_latents_of_two_shapes_are_not_read_together() -> None:
+    cached = latents(several=True)
+    one, other = (group[0] for group in cached.groups.values())
+    with pytest.raises(ValueError, match=r"latents of \(8, \d+\) and \(8, \d+\): read those of one shape at a time"):
+        cached.moments(np.array([one, other]))
+
+
 # what a batch is made of
 
 

@@ -96,7 +96,8 @@ class TextEncoder:
         other texts there are, but for rounding.
         """
         distinct = list(dict.fromkeys(texts))
-        tokens, embed = self._loaded.tokenize(distinct), self._loaded.embed
+        # of some tokenizers, the empty text has no token
+        tokens, embed = [ids or [self._loaded.pad] for ids in self._loaded.tokenize(distinct)], self._loaded.embed
         found, mask = torch.zeros(len(distinct), max(map(len, tokens)), self.width, device=self.device), ragged_mask(tokens)
         by_length: dict[int, list[int]] = {}
         for row, ids in enumerate(tokens):
