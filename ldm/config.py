@@ -88,7 +88,7 @@ class Autoencoder(Section):
 class CacheLatents(Section):
     flip: bool  # training images are encoded a second time, mirrored
     shorten: bool  # the start of a long caption is a further caption of its image
-    shuffle_tags: Count  # further captions of each that lists tags: so many other orders of these
+    shuffle_tags: Annotated[int, Field(ge=0, le=100, strict=True)]  # further captions of each list of tags: so many other orders
 
 
 class Evaluate(Section):

@@ -89,8 +89,10 @@ class LatentDiffusion:
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         """Of the latents of images of this size, by default the square of the data; `InputError` if no latents have it."""
-        height, width = size or (self.recipe.preprocessing["image_size"],) * 2
-        factor = self.autoencoder.factor
+        size, factor = size or (self.recipe.preprocessing["image_size"],) * 2, self.autoencoder.factor
+        if not (isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int) for side in size)):
+            raise InputError(f"size {size!r}: give a pair of whole numbers, (height, width)")
+        height, width = size
         if min(height, width) < 1 or height % factor or width % factor:
             near = " x ".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
             raise InputError(f"size {width} x {height}: sides have to be multiples of {factor}, as {near}")

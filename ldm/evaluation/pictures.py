@@ -57,11 +57,16 @@ def draw(evaluation: Evaluation, plots: Path, vae: pd.DataFrame, unet: pd.DataFr
 
 
 def prompt_grid(path: Path, prompts: pd.DataFrame, images: Sequence[np.ndarray]) -> None:
-    """A row for each label (or prompt, where there are no labels) and the first samples drawn for it, each with its prompt."""
+    """A row for each label (or prompt, where there are no labels) and the first samples drawn for it, each with its prompt.
+
+    A sheet of the first samples, where there are no labels and a prompt has one sample.
+    """
     column = "label" if "label" in prompts else "text"
     rows = list(prompts.groupby(column, sort=False).groups.values())[:ROWS]
     width = min(COLUMNS, *map(len, rows))
     chosen = np.concatenate([row[:width] for row in rows])
+    if width == 1 and column == "text":  # every prompt has one sample: a sheet of them
+        width, chosen = min(COLUMNS, len(images)), np.arange(min(ROWS * COLUMNS, len(images)))
     image_grid([images[place] for place in chosen], width, path, captions=prompts.text[chosen].tolist())
 
 

@@ -14,6 +14,7 @@ from ldm.data.images import from_array
 CELL = 64  # pixels aimed at for the side of one image in a grid
 MARGIN, GAP, LABEL_GAP = 16, 6, 10
 LABEL, CAPTION = 13, 11  # font sizes, pixels
+LINES = 3  # of a text, at most
 INK, HAIRLINE = (70, 70, 76), (222, 222, 226)
 Labels = Sequence[str] | None
 
@@ -65,13 +66,14 @@ def image_grid(
 
 
 class _Texts:
-    """Texts wrapped at `length` letters, in the font that matplotlib brings along: the same on every machine."""
+    """Texts wrapped at `length` letters, `LINES` lines at most, in the font that matplotlib brings along, the same everywhere."""
 
     def __init__(self, texts: Labels, length: int, size: int):
         package = importlib.util.find_spec("matplotlib")  # importing it takes longer than drawing
         assert package and package.origin
         file = Path(package.origin).with_name("mpl-data") / "fonts/ttf/DejaVuSans.ttf"
         self.font = ImageFont.truetype(str(file), size, layout_engine=ImageFont.Layout.BASIC)
-        self.texts, draw = ["\n".join(wrap(text, length)) for text in texts or ()], ImageDraw.Draw(Image.new("L", (1, 1)))
+        self.texts = ["\n".join(wrap(text, length, max_lines=LINES, placeholder=" …")) for text in texts or ()]
+        draw = ImageDraw.Draw(Image.new("L", (1, 1)))
         boxes = [draw.multiline_textbbox((0, 0), text, self.font) for text in self.texts]
         self.width, self.height = (max((math.ceil(box[axis]) for box in boxes), default=0) for axis in (2, 3))  # pixels

@@ -73,7 +73,8 @@ def run(root: Path) -> None:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         tracker.log({f"latent_std_{i}": std for i, std in enumerate(manifest["latent_std"])} | {"reused_shards": reused}, total)
     shards = sum(file["split"] != CAPTIONS for file in manifest["files"])
-    print(f"cache_latents: {shards} shards, {reused} of them encoded before and reused")
+    captions = sum(file["count"] for file in manifest["files"] if file["split"] == CAPTIONS) - 1  # the empty one is always there
+    print(f"cache_latents: {shards} shards, {reused} of them encoded before and reused; {captions:,} distinct captions")
 
 
 def some(latents: Latents) -> tuple[Tensor, Tensor]:

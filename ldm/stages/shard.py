@@ -17,6 +17,7 @@ from ldm.registry.tracking import stage_run
 from ldm.stages.checks import check_lengths
 from ldm.stages.stage import stage_main, stage_params
 
+CROPPED = 0.5  # share of an image, of which people should know
 PRINTED = 20  # quarantined images that are printed; quarantine.csv has all
 
 
@@ -49,6 +50,9 @@ def run(root: Path) -> None:
         images[as_text(shard["shape"])] += shard["count"]
     listed = ", ".join(f"{n} of {shape}" for shape, n in images.items())
     print(f"shard: {listed}; cropped {cropped['mean']:.1%} of an image on average, {cropped['largest']:.1%} at most")
+    if cropped["largest"] > CROPPED:
+        advice = "data.shapes: buckets, a larger data.shapes.max_aspect, or data.fit: contain keeps more"
+        print(f"shard: warning: of some images more than half is cropped, the centre is kept; {advice}")
     captions, origins = index["captions"], ", ".join(f"{n} from {ORIGINS[of]}" for of, n in index["captions"]["origins"].items())
     several = f"; {captions['several']} images have several" if captions["several"] else ""
     print(f"shard: captions: {origins}; {captions['distinct']} distinct, {captions['empty']} empty{several}")

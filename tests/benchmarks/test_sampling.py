@@ -121,7 +121,7 @@ def check_latents(model: LatentDiffusion, theirs: Theirs, noise: Tensor, prompts
         context.setattr(model.autoencoder, "decode", lambda z: decoded.append(z) or decode(z))
         model.sample(prompts, schedule="uniform", sampler="dpmpp_2m", steps=EXACT_STEPS, guidance=GUIDANCE)
     expected = theirs(noise, EXACT_STEPS, "latent")
-    torch.testing.assert_close(torch.cat(decoded), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.cat(decoded)[-len(prompts) :], expected, rtol=1e-3, atol=1e-3)  # one was measured before
 
 
 @pytest.mark.parametrize("network", NETWORKS)
