@@ -53,7 +53,7 @@ def write_latents(
                     lambda: _encoded(reader, positions, encode, divide, mirrored),  # noqa: B023 (it is called at once)
                 )  # fmt: skip
                 tensors = mapped_tensors(partial / name)
-                statistics += [tensors["statistics"]] if split == "train" else []
+                statistics += [tensors["statistics"].clone()] if split == "train" else []
                 count, *_, height, width = tensors["mean"].shape
                 entry |= {"split": split, "shape": [height, width], "count": count, "shard_sha256": shard["sha256"]}
                 files.append(entry)

@@ -96,18 +96,16 @@ class Latents:
         self._first, self._caption = (index[f"{split}.{name}"].numpy() for name in ("first", "caption"))
         self._rows = index[f"{CAPTIONS}.first"].numpy()  # where each caption's rows begin, and where the last ones end
         files = [file for file in manifest["files"] if file["split"] == split]
-        self._images, self._shapes = (
-            Rows([(folder / file["name"], file["count"]) for file in files]),
-            [file["shape"] for file in files],
-        )
+        self._images = Rows([(folder / file["name"], file["count"]) for file in files])
+        self._shapes = [tuple(file["shape"]) for file in files]  # of the latents of each file
         texts = [file for file in manifest["files"] if file["split"] == CAPTIONS]
         begins = self._rows[np.cumsum([0, *(file["count"] for file in texts)])]
         sizes = zip(texts, np.diff(begins).tolist(), strict=True)
         self._text = Rows([(folder / text["name"], size) for text, size in sizes])
         ends = np.cumsum([file["count"] for file in files])
         shapes: dict[tuple[int, int], list[np.ndarray]] = {}
-        for file, end in zip(files, ends.tolist(), strict=True):
-            shapes.setdefault(tuple(file["shape"]), []).append(np.arange(end - file["count"], end))
+        for shape, file, end in zip(self._shapes, files, ends.tolist(), strict=True):
+            shapes.setdefault(shape, []).append(np.arange(end - file["count"], end))
         self.groups = {shape: np.concatenate(parts) for shape, parts in sorted(shapes.items())}  # indices by shape (h, w)
 
     def __len__(self) -> int:
@@ -140,7 +138,7 @@ class Latents:
 
     def moments(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, float32 (N, c, h, w), of images of one shape."""
-        shape, *others = {tuple(self._shapes[number]) for number in self._images.files_of(index).tolist()}
+        shape, *others = {self._shapes[number] for number in self._images.files_of(index).tolist()}
         if others:
             raise ValueError(f"latents of {shape} and {others[0]}: read those of one shape at a time (`groups`)")
         found = np.empty((2, len(index), self.channels, *shape), dtype=np.float32)
