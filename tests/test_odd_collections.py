@@ -95,7 +95,8 @@ ODD = {
     ),
     "no captions": Odd(
         lambda folder: pictures(folder, caption=lambda number: None),
-        {}, r"40 images but no captions; add .*, or set data\.captions: none", {"data": {"captions": "none"}},
+        {}, r"40 images but no captions; add .*, or set data\.captions: none",
+        {"data": {"captions": "none"}, "text": {"cache": False}},
     ),
     "1,000 tags": Odd(
         lambda folder: pictures(folder, caption=tags), {"text": {"max_tokens": 64}},
@@ -111,7 +112,13 @@ ODD = {
         {"text": {"cache": False}},
     ),
 }  # fmt: skip
-FEW = {"evaluate": {"samples": 6}, "text": {"max_tokens": 16}, "train_vae": {"images": 64}, "train_unet": {"images": 64}}
+FEW = {
+    "data": {"val_fraction": 0.25, "test_fraction": 0.25},
+    "evaluate": {"samples": 6},
+    "text": {"max_tokens": 16},
+    "train_vae": {"images": 64},
+    "train_unet": {"images": 64},
+}
 
 
 def merged(*changes: dict[str, Any]) -> dict[str, Any]:
